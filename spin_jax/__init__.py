@@ -1,0 +1,46 @@
+"""Self-play fine-tuning (SPIN, arXiv 2401.01335) in JAX.
+
+    model = spin_jax.load("path-or-hub-id", revision=None)   # .config .params .tokenizer
+    spin_jax.logits(model, tokens)                           # int [B, T] right-padded → float32 [B, T, V]
+    spin_jax.score(model, conversations)                     # → float32 [B]
+    spin_jax.generate(model, conversations, max_new_tokens=256, temperature=0.0, seed=0)  # → list of str
+    spin_jax.save(model, "dir")                              # transformers, vLLM, lm-eval open it
+    spin_jax.run(config, workdir)                            # the whole of self-play
+    spin_jax.losses.LOSSES["logistic"](policy, opponent, beta=0.1)
+
+Names are imported when first used: a mistyped flag must not cost seconds of imports.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spin_jax import losses
+    from spin_jax.convert import load, save
+    from spin_jax.sample import generate
+    from spin_jax.score import logits, score
+    from spin_jax.selfplay import run
+
+__version__ = "0.1.0"
+__all__ = ["generate", "load", "logits", "losses", "run", "save", "score"]
+
+_HOMES = {
+    "generate": "sample",
+    "load": "convert",
+    "logits": "score",
+    "run": "selfplay",
+    "save": "convert",
+    "score": "score",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return importlib.import_module("spin_jax.losses")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spin_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"spin_jax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,95 @@
+"""Orbax checkpoints: the parameters an iteration ends with, and the steps within one.
+
+Every checkpoint is committed by a file written last, so that an interrupted save leaves no false one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.experimental.v1 import options as ocp_options
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.atomicity.mode = ocp_options.AtomicityMode.COMMIT_FILE
+    return context
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays: what `restore` needs."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def exists(path: epath.PathLike) -> bool:
+    """Whether a whole checkpoint stands at `path`."""
+    with _context():
+        return epath.Path(path).exists() and ocp.is_orbax_checkpoint(epath.Path(path))
+
+
+def save(path: epath.PathLike, tree: Any) -> None:
+    """Writes a tree of arrays, replacing what stands there."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _context():
+        ocp.save_pytree(path, tree, overwrite=True)
+
+
+def restore(path: epath.PathLike, like: Any) -> Any:
+    """Reads a tree of arrays into the shapes, dtypes and shardings of `like`.
+
+    Raises:
+        ValueError: the checkpoint does not fit, with orbax's reason.
+    """
+    with _context():
+        stored = ocp.pytree_metadata(epath.Path(path)).metadata
+        _check(path, stored, like)
+        return ocp.load_pytree(epath.Path(path), like)
+
+
+def _check(path: epath.PathLike, stored: Any, like: Any) -> None:
+    """Orbax would cast a wrong dtype without a word."""
+
+    def leaves(tree: Any) -> dict[str, Any]:
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {jax.tree_util.keystr(key): (tuple(x.shape), str(x.dtype)) for key, x in flat}
+
+    ours, theirs = leaves(like), leaves(stored)
+    if ours != theirs:
+        names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise ValueError(
+            f"{path} does not fit this run: {names[0]} is {theirs.get(names[0])} there and "
+            f"{ours.get(names[0])} here ({len(names)} parameters differ)"
+        )
+
+
+class StepCheckpoints:
+    """Checkpoints within one training phase, pruned to the newest `keep`."""
+
+    def __init__(self, checkpointer: Any):
+        self._checkpointer = checkpointer
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: epath.PathLike, keep: int) -> Iterator["StepCheckpoints"]:
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        with _context():
+            opened = ocp.training.Checkpointer(
+                epath.Path(path), preservation_policy=policy, context=_context()
+            )
+            with opened as checkpointer:
+                yield cls(checkpointer)
+
+    def latest(self, like: Any) -> tuple[int, Any] | None:
+        """(steps done, state) of the newest, or None."""
+        newest = self._checkpointer.latest
+        if newest is None:
+            return None
+        return newest.step, self._checkpointer.load_pytree(newest, like)
+
+    def save(self, steps_done: int, state: Any) -> None:
+        if self._checkpointer.latest is None or self._checkpointer.latest.step < steps_done:
+            self._checkpointer.save_pytree(steps_done, state, force=True)

@@ -1,0 +1,251 @@
+"""Every config key, with its default and meaning. Files in configs/ start from `default()`.
+
+Any key can be set on the command line as --config.section.key=value. Keys marked "per iteration" are
+tuples: one value serves all iterations, a longer tuple gives one to each.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def default() -> ConfigDict:
+    """The recipe of the paper where it has one, with nothing to train on yet."""
+    c = ConfigDict()
+    c.seed = 42  # of data order, sampling and initialization
+    c.official = False  # reproduce the quirks of the authors' released code (spin_jax/official.py)
+
+    c.model = m = ConfigDict()
+    m.path = placeholder(str)  # Hugging Face directory or hub id: the SFT model
+    m.revision = placeholder(str)  # branch, tag or commit of a hub id
+    m.dtype = "bfloat16"  # of computation and exports; master weights are float32
+    m.architecture = ConfigDict()  # without a path: config.json keys of a model to initialize
+    m.tokenizer = placeholder(str)  # without a path: a directory, or module:function that makes one
+
+    c.data = d = ConfigDict()
+    d.path = placeholder(str)  # hub id, .jsonl/.json/.parquet, directory, or module:function
+    d.revision = placeholder(str)  # of a hub dataset
+    d.split = "train"  # in the syntax of datasets: train[:1000] …
+    d.limit = placeholder(int)  # use this many rows, chosen by the seed
+    d.prompt_column = placeholder(str)  # where columns are not found by themselves
+    d.answer_column = placeholder(str)
+    d.chat_template = placeholder(str)  # Jinja text or a file of it; unset: the tokenizer's
+    d.system_message = placeholder(str)  # put before conversations that have none
+
+    c.lengths = n = ConfigDict()
+    n.max_prompt = 512  # tokens; longer prompts are dropped and counted
+    n.max_length = 1024  # tokens of prompt and answer; longer answers are cut and counted
+
+    # An SFT stage before self-play, off unless epochs > 0. Its keys are those of train.
+    c.sft = s = _optimization(epochs=0, learning_rate=2e-5)
+    s.optimizer = "adamw"
+    s.decay = 0.999
+    s.control = False  # also train the start on by SFT, for as many steps, and report it beside
+
+    c.selfplay = p = ConfigDict()
+    p.iterations = 3  # T: self-play runs iterations start … T − 1
+    p.start = 0  # begin at this iteration: model.path is then the model of the one before
+    p.mix_previous = 1  # how many earlier iterations' pairs are trained on as well
+    p.pairs = placeholder(str)  # given pairs in place of sampling: path[,path…] for iterations
+    #                             start, start + 1, …; or k=path for iteration k
+
+    c.sampling = a = ConfigDict()
+    a.max_new_tokens = 256
+    a.temperature = 1.0  # 0 is greedy
+    a.top_k = placeholder(int)
+    a.top_p = placeholder(float)
+    a.batch_size = 64  # prompts answered at a time
+    a.shard_size = 1024  # prompts a file: what an interruption can cost
+
+    c.loss = o = ConfigDict()
+    o.name = "logistic"  # logistic, hinge, exponential, correlation, or module:function
+    o.beta = (0.1,)  # per iteration; β of the paper's λ: how much margin is enough
+    o.nll_weight = 0.0  # adds this times −log p(human answer)
+
+    c.train = t = _optimization(epochs=(1,), learning_rate=(5e-7,))  # both per iteration
+    t.remat = True  # recompute layers in the backward pass: less memory, a third more work
+
+    c.mesh = h = ConfigDict()  # devices: data × fsdp × tensor; −1 takes what is left
+    h.data = 1  # replicas
+    h.fsdp = -1  # splits parameters and batch
+    h.tensor = 1  # splits heads, MLP and vocabulary; at most the key/value heads
+
+    c.eval = e = ConfigDict()
+    e.fraction = 0.1  # of the rows kept from training …
+    e.limit = 500  # … and at most this many
+    e.verifier = placeholder(str)  # exact, gsm8k, or module:function(reference, answer) -> bool:
+    #                                adds the accuracy of held-out answers, greedy and at temperature 1
+    e.samples = 1  # answers a held-out prompt at temperature 1
+    e.fixed_prompts = 8  # held-out prompts whose answers go to samples.jsonl
+
+    c.checkpoint = k = ConfigDict()
+    k.every_steps = 200  # training steps between checkpoints within an iteration
+    k.keep = 1  # how many of those to keep
+
+    c.logging = g = ConfigDict()
+    g.tensorboard = True
+    g.wandb_project = placeholder(str)  # log to this W&B project as well
+    g.plot = True  # draw summary.png at the end
+    return c
+
+
+def _optimization(epochs: Any, learning_rate: Any) -> ConfigDict:
+    """Keys that `train` and `sft` share."""
+    o = ConfigDict()
+    o.optimizer = "rmsprop"  # rmsprop (PyTorch's form), adamw, adafactor
+    o.learning_rate = learning_rate  # its peak
+    o.schedule = "linear"  # linear, cosine, constant; each after the warm-up
+    o.warmup_ratio = 0.1  # of the schedule's steps
+    o.weight_decay = 0.0
+    o.momentum = 0.9  # AdamW's β1
+    o.decay = 0.99  # of squared gradients: RMSProp's α, AdamW's β2
+    o.eps = 1e-8
+    o.clip_norm = placeholder(float)  # clip gradients to this norm; unset: not
+    o.batch_size = 64  # pairs (SFT: conversations) an optimizer step
+    o.microbatch_size = placeholder(int)  # how many of them at a time; gradients are accumulated
+    o.epochs = epochs  # passes over the data
+    o.schedule_epochs = placeholder(int)  # length of the schedule; unset: epochs
+    return o
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message names the key and says what to do."""
+
+
+def resolve(config: Mapping[str, Any]) -> ConfigDict:
+    """A whole, checked config: `config` laid over the defaults.
+
+    Args:
+        config: a ConfigDict or nested dict; what it leaves out keeps its default.
+
+    Raises:
+        ConfigError: an unknown key (naming the nearest), a wrong type, an impossible value.
+    """
+    given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    resolved = default()
+    _lay_over(resolved, given, "")
+    _check(resolved)
+    return resolved
+
+
+def _lay_over(config: ConfigDict, given: Mapping[str, Any], prefix: str) -> None:
+    for key, value in given.items():
+        name = f"{prefix}{key}"
+        if name.startswith("model.architecture."):
+            with config.unlocked():
+                config[key] = value
+        elif key not in config:
+            raise ConfigError(f"config has no key {name}{nearest(key, list(config), prefix)}")
+        elif isinstance(config[key], ConfigDict):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"config.{name} is a section, and got {value!r}")
+            _lay_over(config[key], value, f"{name}.")
+        else:
+            if isinstance(config[key], tuple):
+                value = tuple(value) if isinstance(value, list | tuple) else (value,)
+            try:
+                config[key] = value
+            except TypeError as error:
+                expected = config.get_type(key).__name__
+                raise ConfigError(f"config.{name} is {value!r}, and should be {expected}") from error
+
+
+def nearest(key: str, keys: list[str], prefix: str = "") -> str:
+    """"; did you mean …?" for a mistyped key."""
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    return f"; there are {', '.join(sorted(keys))}"
+
+
+def import_function(path: str) -> Callable:
+    """The function behind `module:function`; ValueError when it cannot be imported."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path!r} cannot be imported: {error}") from error
+
+
+def per_iteration(values: tuple, iteration: int) -> Any:
+    """The value of a per-iteration key at `iteration`."""
+    return values[0] if len(values) == 1 else values[iteration]
+
+
+def _check(c: ConfigDict) -> None:
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(message)
+
+    iterations = c.selfplay.iterations
+    need(iterations >= 0, f"selfplay.iterations={iterations}: at least 0")
+    need(
+        0 <= c.selfplay.start <= iterations,
+        f"selfplay.start={c.selfplay.start}: between 0 and selfplay.iterations={iterations}",
+    )
+    for name in ("loss.beta", "train.learning_rate", "train.epochs"):
+        section, key = name.split(".")
+        values = c[section][key]
+        kind = int if key == "epochs" else (int, float)
+        need(
+            all(isinstance(v, kind) and not isinstance(v, bool) and v > 0 for v in values),
+            f"{name}={values}: positive {'whole ' if kind is int else ''}numbers are wanted",
+        )
+        need(
+            len(values) == 1 or len(values) >= iterations > 0,
+            f"{name} has {len(values)} values for {iterations} iterations: give one, or one each",
+        )
+    for name in (
+        "train.batch_size",
+        "train.microbatch_size",
+        "sft.batch_size",
+        "sft.microbatch_size",
+        "sampling.batch_size",
+        "sampling.shard_size",
+        "sampling.max_new_tokens",
+        "lengths.max_prompt",
+        "lengths.max_length",
+        "data.limit",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+    ):
+        section, key = name.split(".")
+        value = c[section][key]
+        need(value is None or value >= 1, f"{name}={value}: at least 1")
+    need(0 <= c.eval.fraction <= 0.1, f"eval.fraction={c.eval.fraction}: between 0 and 0.1")
+    need(0 <= c.eval.limit <= 500, f"eval.limit={c.eval.limit}: between 0 and 500")
+    need(c.selfplay.mix_previous >= 0, f"selfplay.mix_previous={c.selfplay.mix_previous}: at least 0")
+    dtypes = ("float32", "bfloat16", "float16")
+    need(c.model.dtype in dtypes, f"model.dtype={c.model.dtype!r}: one of {', '.join(dtypes)}")
+    need(
+        bool(c.model.path) or bool(c.model.architecture),
+        "model.path is not set: --config.model.path=DIRECTORY or a hub id",
+    )
+    need(
+        bool(c.data.path) or bool(c.selfplay.pairs),
+        "data.path is not set: --config.data.path=FILE, a directory or a hub id",
+    )
+    given_pairs(c)
+
+
+def given_pairs(c: ConfigDict) -> dict[int, str]:
+    """selfplay.pairs as {iteration: path}."""
+    result: dict[int, str] = {}
+    position = c.selfplay.start
+    for entry in filter(None, (part.strip() for part in (c.selfplay.pairs or "").split(","))):
+        number, equals, path = entry.partition("=")
+        if equals and number.isdigit():
+            result[int(number)] = path
+        else:
+            result[position] = entry
+            position += 1
+    if result and max(result) >= c.selfplay.iterations:
+        raise ConfigError(
+            f"selfplay.pairs gives pairs for iteration {max(result)}, and "
+            f"selfplay.iterations={c.selfplay.iterations}"
+        )
+    return result

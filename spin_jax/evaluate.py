@@ -1,0 +1,73 @@
+"""Held-out evaluation: how likely the human answers are, and how many sampled answers are right.
+
+Axes: B sequences.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from spin_jax import sharding
+from spin_jax.config import import_function
+from spin_jax.data import Example, sft_batch
+from spin_jax.model import Decoder, Params
+from spin_jax.score import score_rows
+
+Verifier = Callable[[str, str], bool]
+
+
+def exact(reference: str, answer: str) -> bool:
+    """The answer is the reference, but for white space around it."""
+    return answer.strip() == reference.strip()
+
+
+def gsm8k(reference: str, answer: str) -> bool:
+    """The number after `####`, or else the last number, is the reference's."""
+    return _number(answer) is not None and _number(answer) == _number(reference)
+
+
+def _number(text: str) -> float | None:
+    marked = re.findall(r"####\s*(-?[\d,]*\.?\d+)", text)
+    found = marked or re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+VERIFIERS: dict[str, Verifier] = {"exact": exact, "gsm8k": gsm8k}
+
+
+def find_verifier(name: str) -> Verifier:
+    """The verifier of that name, or of `module:function`; ValueError when there is none."""
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    if ":" not in name:
+        raise ValueError(f"eval.verifier={name!r}: choose from {', '.join(VERIFIERS)}, or module:function")
+    return import_function(name)
+
+
+def share_right(verifier: Verifier, examples: Sequence[Example], answers: Sequence[str]) -> float:
+    """The share of answers that the verifier takes; `answers` go round the examples."""
+    references = [example.messages[-1]["content"] for example in examples]
+    right = [verifier(references[i % len(examples)], answer) for i, answer in enumerate(answers)]
+    return sum(right) / len(right)
+
+
+def nll(
+    decoder: Decoder,
+    params: Params,
+    examples: Sequence[Example],
+    *,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    length: int,
+    unattended: int | None = None,
+) -> float:
+    """Mean −log p of a human answer's token, in nats."""
+    total = 0.0
+    with jax.set_mesh(mesh):
+        for first in range(0, len(examples), batch_size):
+            batch = sft_batch(examples[first : first + batch_size], batch_size, length, unattended)
+            logps = np.asarray(score_rows(decoder, params, sharding.put_batch(mesh, batch.rows)))
+            total -= float(np.sum(logps, where=batch.weight > 0))
+    return total / sum(len(example.real) for example in examples)

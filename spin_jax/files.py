@@ -1,0 +1,51 @@
+"""The one seam between this package and a file system: local disks and object stores alike.
+
+Everything that the loop writes for itself goes through `write`, so that a reader never sees half a file:
+on a disk the bytes are written beside the target, synced and renamed; an object store shows an object
+only when it is whole.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+
+def write(path: epath.PathLike, data: bytes) -> None:
+    """Writes `data` to `path` atomically, making its folder.
+
+    Args:
+        path: a local path or a URL that etils.epath knows (`gs://…`).
+        data: the whole content.
+    """
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "://" in str(path):
+        path.write_bytes(data)
+        return
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """Reads a JSON file; ValueError names the file when it does not parse."""
+    try:
+        return json.loads(epath.Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def write_jsonl(path: epath.PathLike, rows: Sequence[Any]) -> None:
+    """Writes one JSON value a line, atomically."""
+    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

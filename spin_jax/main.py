@@ -1,0 +1,78 @@
+"""python -m spin_jax.main --config=configs/zephyr.py --workdir=DIR [--config.section.key=value …]
+
+Running again with the same workdir continues. --only=sample, score or train runs one phase of the next
+iteration, so that sampling and training can happen on different machines.
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; the same one continues it.")
+_ONLY = flags.DEFINE_enum("only", None, ["sample", "score", "train"], "Run one phase of the next iteration.")
+
+USAGE = "usage: python -m spin_jax.main --config=configs/tiny.py --workdir=DIR [--config.key=value …]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns its exit code: 2 bad input, 130 interrupted."""
+    argv = sys.argv if argv is None else argv
+    from spin_jax import config as config_lib  # jax is not imported until the flags are known to be good
+
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        if rest:
+            raise ValueError(f"unexpected argument {rest[0]!r}")
+        if _CONFIG.value is None or _WORKDIR.value is None:
+            raise ValueError(f"--config and --workdir are needed\n{USAGE}")
+        config = config_lib.resolve(_CONFIG.value)
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+        return _fail(_explained(error, argv))
+
+    from spin_jax import selfplay
+    from spin_jax.train import Interrupted
+
+    try:
+        selfplay.run(config, _WORKDIR.value, only=_ONLY.value)
+    except Interrupted:
+        print(f"\ninterrupted; to continue: {' '.join(['python -m spin_jax.main', *argv[1:]])}", flush=True)
+        return 130
+    except KeyboardInterrupt:
+        print("\nstopped at once; the same command continues from the last checkpoint", flush=True)
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _explained(error: Exception, argv: list[str]) -> str:
+    """For a mistyped --config.section.key, the nearest key; else what the error says."""
+    from spin_jax import config as config_lib
+
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if not argument.startswith("-") or not name.startswith("config."):
+            continue
+        section, path = config_lib.default(), name.split(".")[1:]
+        for depth, key in enumerate(path):
+            prefix = "".join(f"{part}." for part in path[:depth])
+            if prefix == "model.architecture.":
+                break
+            if not isinstance(section, type(config_lib.default())):
+                return f"config.{prefix.rstrip('.')} is a value, not a section ({argument})"
+            if key not in section:
+                hint = config_lib.nearest(key, list(section), f"config.{prefix}")
+                return f"no config key {prefix}{key} ({argument}){hint}"
+            section = section[key]
+    return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

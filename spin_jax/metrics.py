@@ -1,0 +1,136 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard and W&B on request, and the progress bar."""
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from tqdm import tqdm
+
+from spin_jax import files
+
+Row = dict[str, Any]
+
+
+class Metrics:
+    """Writes one row a line to metrics.jsonl: `phase`, `iteration`, `step` and values.
+
+    Curves in TensorBoard and W&B go on from one iteration to the next: their step counts a phase's rows.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        tensorboard: bool = False,
+        wandb_project: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
+        self.path = epath.Path(workdir) / "metrics.jsonl"
+        self._remote = "://" in str(workdir)
+        self._lines = self.path.read_text().splitlines() if self.path.exists() else []
+        if self._lines and not _whole(self._lines[-1]):  # cut off in the middle of a write
+            self._lines.pop()
+            self._rewrite()
+        self._rows_of_phase = Counter(json.loads(line)["phase"] for line in self._lines)
+        self._file = None if self._remote else open(self.path, "a")
+        self._tensorboard = self._wandb = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
+        if wandb_project:
+            import wandb
+
+            name = epath.Path(workdir).name
+            self._wandb = wandb.init(
+                project=wandb_project, name=name, id=name, resume="allow", config=dict(config or {})
+            )
+
+    def write(self, phase: str, iteration: int, step: int, values: Mapping[str, float]) -> None:
+        """Appends a row; a value that is not finite is written as null."""
+        numbers = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        line = json.dumps({"phase": phase, "iteration": iteration, "step": step, **numbers})
+        self._lines.append(line)
+        if self._file:
+            self._file.write(line + "\n")
+            self._file.flush()
+        count = self._rows_of_phase[phase]
+        self._rows_of_phase[phase] += 1
+        finite = {f"{phase}/{k}": v for k, v in numbers.items() if v is not None}
+        if self._tensorboard:
+            for name, value in finite.items():
+                self._tensorboard.add_scalar(name, value, count)
+        if self._wandb:
+            self._wandb.log({**finite, f"{phase}/step": count, f"{phase}/iteration": iteration})
+
+    def rewind(self, phase: str, iteration: int, step: int = 0) -> None:
+        """Drops the rows from `step` on: an interrupted run wrote them, and they are to come again."""
+
+        def stays(row: Row) -> bool:
+            return (row["phase"], row["iteration"]) != (phase, iteration) or row["step"] < step
+
+        kept = [line for line in self._lines if stays(json.loads(line))]
+        if len(kept) == len(self._lines):
+            return
+        self._lines = kept
+        self._rows_of_phase = Counter(json.loads(line)["phase"] for line in kept)
+        if self._file:
+            self._file.close()
+        self._rewrite()
+        self._file = None if self._remote else open(self.path, "a")
+
+    def rows(self, phase: str, iteration: int) -> list[Row]:
+        rows = map(json.loads, self._lines)
+        return [row for row in rows if (row["phase"], row["iteration"]) == (phase, iteration)]
+
+    def flush(self) -> None:
+        if self._remote:  # an object store cannot append
+            self._rewrite()
+        if self._tensorboard:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        self.flush()
+        if self._file:
+            self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _rewrite(self) -> None:
+        files.write(self.path, "".join(line + "\n" for line in self._lines).encode())
+
+
+def _whole(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def progress(description: str, total: int, done: int = 0, unit: str = "step") -> tqdm:
+    """A progress bar with rate and ETA; where no terminal looks on, a line every half minute."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        desc=f"{description:<22}",
+        total=total,
+        initial=done,
+        unit=unit,
+        dynamic_ncols=live,
+        ncols=None if live else 120,
+        mininterval=0.2 if live else 30,
+        leave=True,
+    )
+
+
+def compact(number: float) -> str:
+    """12345 → 12.3k, for the console."""
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}"

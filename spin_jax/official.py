@@ -1,0 +1,96 @@
+"""The quirks of the authors' released code, for `config.official = True`; the default has none of them.
+
+| quirk | reproduced in |
+|---|---|
+| sampling asks "### Instruction: …", training renders the chat template | `sampling_prompt` |
+| prompt and response are tokenized apart | `_apart` |
+| a second EOS after the template's own | `_apart` |
+| EOS inside the sequence is not attended to | `unattended` |
+| an answer cut at the token limit still gets EOS: it is trained on as text | `pair` |
+| an over-long pair loses the front of its prompt, then both responses are cut | `_fit` |
+| the first two messages are taken for user and assistant, whatever they are | `_first_turn` |
+
+Two more are accidents of operation and stay out: rows repeated when a part of the sampling is run
+again, and sampling from an unpinned revision of the model.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from spin_jax.data import UNLIMITED, Chat, Example, Ids, Lengths, Message, Pair
+
+ASSISTANT_PREFIX = "<|assistant|>\n"
+
+
+class OfficialChat(Chat):
+    """Tokenizes, cuts and pairs as the released code does."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_tokens: Sequence[int],
+        *,
+        lengths: Lengths = UNLIMITED,
+        system_message: str | None = None,
+    ):
+        super().__init__(tokenizer, stop_tokens, lengths=lengths, system_message=system_message or "")
+        self.unattended = tokenizer.eos_token_id
+
+    def example(self, prompt_id: int, messages: list[Message], counts: Counter) -> Example:
+        """Nothing is dropped; what is cut depends on the pair, so it is not counted here."""
+        del counts
+        messages = _first_turn(messages)
+        prompt, (real,) = self._fit(self._prompt(messages), [self._response(messages[-1])])
+        return Example(prompt_id, messages, prompt, real)
+
+    def sampling_prompt(self, example: Example) -> Ids:
+        text = f"### Instruction: {example.messages[0]['content']}\n\n### Response: "
+        return np.asarray(self.tokenizer(text)["input_ids"], np.int32)
+
+    def pair(self, example: Example, sample_id: int, generated: Ids) -> Pair:
+        answer = {"role": "assistant", "content": self.decode(generated)}
+        messages = [*example.messages[:-1], answer]
+        pair = self.given_pair(example.prompt_id, sample_id, example.messages, messages, Counter())
+        return dataclasses.replace(pair, truncated=not self.stopped(generated))
+
+    def given_pair(
+        self, prompt_id: int, sample_id: int, real: list[Message], generated: list[Message], counts: Counter
+    ) -> Pair:
+        del counts
+        real, generated = _first_turn(real), _first_turn(generated)
+        answers = [self._response(real[-1]), self._response(generated[-1])]
+        prompt, (real_ids, generated_ids) = self._fit(self._prompt(real), answers)
+        truncated = not self.stopped(generated_ids)
+        return Pair(prompt_id, sample_id, real, generated, prompt, real_ids, generated_ids, truncated)
+
+    def _prompt(self, messages: list[Message]) -> Ids:
+        return self._apart(self.render(self.with_system(messages[:1]), prompt=True))
+
+    def _response(self, answer: Message) -> Ids:
+        text = self.render([answer], prompt=False).removeprefix(ASSISTANT_PREFIX)
+        return np.append(self._apart(text), np.int32(self.tokenizer.eos_token_id))
+
+    def _apart(self, text: str) -> Ids:
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+    def _fit(self, prompt: Ids, responses: list[Ids]) -> tuple[Ids, list[Ids]]:
+        """Cuts an over-long pair: the prompt to its last tokens, then both responses."""
+        max_prompt, max_length = self.lengths.max_prompt, self.lengths.max_length
+        longest = max(map(len, responses))
+        if len(prompt) + longest > max_length:
+            prompt = prompt[-max_prompt:]
+        if len(prompt) + longest > max_length:
+            responses = [ids[: max_length - max_prompt] for ids in responses]
+        return prompt, responses
+
+
+def _first_turn(messages: list[Message]) -> list[Message]:
+    """A leading system message becomes the prompt, and the user's turn the answer: the quirk."""
+    return [
+        {"role": "user", "content": messages[0]["content"]},
+        {"role": "assistant", "content": messages[1]["content"]},
+    ]

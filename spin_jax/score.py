@@ -1,0 +1,103 @@
+"""Log-probabilities of responses: what the loss is made of, for policy and opponent alike.
+
+Axes: B sequences, T tokens, V vocabulary.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from spin_jax import sharding
+from spin_jax.data import Chat, Message, Rows, bucket, pad_rows
+from spin_jax.model import Decoder, Model, ModelConfig, Params
+
+
+def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, " B"]:
+    """Σ log p(token | tokens before it) over each row's response tokens; float32, in nats.
+
+    Differentiable in `params`. The same function scores the opponent and trains the policy, so that
+    the two agree to the bit where their weights do.
+    """
+    hidden, _ = decoder.apply({"params": params}, rows.tokens, rows.positions, rows.segments)
+    logits = decoder.apply({"params": params}, hidden[:, :-1], method="logits")
+    # A masked sum, not a gather: it needs no communication where the vocabulary is split.
+    is_target = jnp.arange(logits.shape[-1]) == rows.tokens[:, 1:, None]
+    target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    logps = target - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.sum(jnp.where(rows.response[:, 1:], logps, 0.0), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def score_rows(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, " B"]:
+    """`response_logps`, compiled."""
+    return response_logps(decoder, params, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def _logits(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "B T V"]:
+    hidden, _ = decoder.apply({"params": params}, rows.tokens, rows.positions, rows.segments)
+    return decoder.apply({"params": params}, hidden, method="logits")
+
+
+def _decoder(model: Model) -> Decoder:
+    config: ModelConfig = model.config
+    return Decoder(config, dtype=model.dtype)
+
+
+def logits(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Next-token logits of right-padded token rows.
+
+    Args:
+        model: from `spin_jax.load`.
+        tokens: ids; what stands right of a row's end does not change the logits before it.
+
+    Returns:
+        float32 logits; entry [b, t] predicts token t + 1.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be [B, T], not of shape {tokens.shape}")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < model.config.vocab_size:
+        raise ValueError(f"token ids must lie in [0, {model.config.vocab_size})")
+    nothing = np.zeros(0, np.int32)
+    shards = sharding.batch_shards(model.mesh)
+    filler = [np.zeros(tokens.shape[1], np.int32)] * (-len(tokens) % shards)
+    rows = pad_rows([(row, nothing) for row in [*tokens, *filler]], tokens.shape[1])
+    with jax.set_mesh(model.mesh):
+        placed = sharding.put_batch(model.mesh, rows)
+        # On one device: what a user does with it next is not our mesh's business.
+        return jnp.asarray(np.asarray(_logits(_decoder(model), model.params, placed))[: len(tokens)])
+
+
+def score(
+    model: Model, conversations: Sequence[list[Message]], *, batch_size: int = 8
+) -> Float[np.ndarray, " B"]:
+    """Summed log p(last assistant turn | what stands before it), in nats.
+
+    Args:
+        model: from `spin_jax.load`.
+        conversations: lists of {"role", "content"}, each ending with an assistant's turn.
+        batch_size: sequences a program runs at a time.
+
+    Raises:
+        ValueError: a conversation is malformed.
+    """
+    chat = Chat(model.tokenizer, model.stop_tokens)
+    sequences = [chat.encode_checked(messages, number) for number, messages in enumerate(conversations)]
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    shards = sharding.batch_shards(model.mesh)
+    batch_size = -(-min(batch_size, max(len(sequences), 1)) // shards) * shards
+    scores = np.zeros(len(sequences), np.float32)
+    order = np.argsort(lengths, kind="stable")
+    with jax.set_mesh(model.mesh):
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            filled = [sequences[i] for i in [*chosen, *[chosen[0]] * (batch_size - len(chosen))]]
+            rows = pad_rows(filled, bucket(max(lengths[i] for i in chosen)))
+            placed = sharding.put_batch(model.mesh, rows)
+            scores[chosen] = np.asarray(score_rows(_decoder(model), model.params, placed))[: len(chosen)]
+    return scores

@@ -1,0 +1,122 @@
+"""Meshes and shardings: the only file that names mesh axes.
+
+Model code speaks of logical axes (batch, embed, heads, …); `RULES` says which mesh axes split them.
+Meshes are in JAX's explicit mode: an array's sharding is part of its type, so a mistake fails while
+tracing, and whatever is derived from a parameter (gradient, optimizer state) is split as it is.
+
+    data     replicas of the model; splits the batch
+    fsdp     splits the batch and every parameter; parameters are gathered layer by layer when used
+    tensor   splits heads, the MLP and the vocabulary
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, str | tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    # parameters as they are stored
+    "embed": "fsdp",
+    # parameters and activations
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    # the embedding table the other way round: a lookup then needs no gathered table
+    "vocab_rows": "fsdp",
+    "embed_columns": "tensor",
+}
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Builds the (data, fsdp, tensor) mesh; one size may be -1: whatever the devices leave.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    sizes = [data, fsdp, tensor]
+    wanted = " × ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"mesh {wanted}: sizes are positive, and at most one is -1 (inferred)")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh {wanted} asks for {math.prod(sizes)} devices and there are {len(devices)}: "
+            f"set config.mesh.* so that the product is {len(devices)}"
+        )
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3, devices=devices
+    )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch axis is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spec(*logical: str | None) -> PartitionSpec | None:
+    """The PartitionSpec of logical axes, or None outside of a mesh (a plain one-device program)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    return PartitionSpec(*(RULES[name] if name else None for name in logical))
+
+
+def reshard(x: jax.Array, *logical: str | None) -> jax.Array:
+    """`x` laid out by logical axes; outside of a mesh, `x` itself."""
+    target = spec(*logical)
+    return x if target is None else jax.sharding.reshard(x, target)
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """A stored parameter made ready for use: the fsdp axis gathered, the tensor axis left split.
+
+    Its transpose, in the backward pass, is the reduce-scatter of FSDP.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.sharding.reshard(x, _without(jax.typeof(x).sharding.spec, "fsdp"))
+
+
+def _without(partition: PartitionSpec, axis: str) -> PartitionSpec:
+    return PartitionSpec(*(None if entry == axis else entry for entry in partition))
+
+
+def parameter_shardings(mesh: Mesh, abstract: Any) -> Any:
+    """NamedShardings for a tree of Linen-boxed abstract parameters (`jax.eval_shape` of `init`).
+
+    A dimension that its mesh axis does not divide stays whole: a vocabulary of 32,003 is legal.
+    """
+
+    def sharding(leaf: Any) -> NamedSharding:
+        names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
+        shape = nn.unbox(leaf).shape
+        entries = []
+        for size, name in zip(shape, names, strict=False):
+            axis = RULES[name] if name else None
+            entries.append(axis if isinstance(axis, str) and size % mesh.shape[axis] == 0 else None)
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    return jax.tree.map(sharding, abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def unboxed(abstract: Any) -> Any:
+    """The tree without its logical axes."""
+    return nn.unbox(abstract)
+
+
+def put_batch(mesh: Mesh, batch: Any, *, axis: int = 0) -> Any:
+    """Host arrays → device arrays, split over the batch on dimension `axis`."""
+    layout = NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
+    return jax.tree.map(lambda x: jax.device_put(x, layout), batch)
