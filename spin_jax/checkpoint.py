@@ -75,7 +75,7 @@ class StepCheckpoints:
     @classmethod
     @contextmanager
     def open(cls, path: epath.PathLike, keep: int) -> Iterator["StepCheckpoints"]:
-        policy = ocp.training.preservation_policies.LatestN(keep)
+        policy: Any = ocp.training.preservation_policies.LatestN(keep)
         with _context():
             opened = ocp.training.Checkpointer(
                 epath.Path(path), preservation_policy=policy, context=_context()

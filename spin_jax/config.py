@@ -13,20 +13,20 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
-def default() -> ConfigDict:
+def default() -> Any:
     """The recipe of the paper where it has one, with nothing to train on yet."""
-    c = ConfigDict()
+    c = _section()
     c.seed = 42  # of data order, sampling and initialization
     c.official = False  # reproduce the quirks of the authors' released code (spin_jax/official.py)
 
-    c.model = m = ConfigDict()
+    c.model = m = _section()
     m.path = placeholder(str)  # Hugging Face directory or hub id: the SFT model
     m.revision = placeholder(str)  # branch, tag or commit of a hub id
     m.dtype = "bfloat16"  # of computation and exports; master weights are float32
-    m.architecture = ConfigDict()  # without a path: config.json keys of a model to initialize
+    m.architecture = _section()  # without a path: config.json keys of a model to initialize
     m.tokenizer = placeholder(str)  # without a path: a directory, or module:function that makes one
 
-    c.data = d = ConfigDict()
+    c.data = d = _section()
     d.path = placeholder(str)  # hub id, .jsonl/.json/.parquet, directory, or module:function
     d.revision = placeholder(str)  # of a hub dataset
     d.split = "train"  # in the syntax of datasets: train[:1000] …
@@ -36,7 +36,7 @@ def default() -> ConfigDict:
     d.chat_template = placeholder(str)  # Jinja text or a file of it; unset: the tokenizer's
     d.system_message = placeholder(str)  # put before conversations that have none
 
-    c.lengths = n = ConfigDict()
+    c.lengths = n = _section()
     n.max_prompt = 512  # tokens; longer prompts are dropped and counted
     n.max_length = 1024  # tokens of prompt and answer; longer answers are cut and counted
 
@@ -46,14 +46,14 @@ def default() -> ConfigDict:
     s.decay = 0.999
     s.control = False  # also train the start on by SFT, for as many steps, and report it beside
 
-    c.selfplay = p = ConfigDict()
+    c.selfplay = p = _section()
     p.iterations = 3  # T: self-play runs iterations start … T − 1
     p.start = 0  # begin at this iteration: model.path is then the model of the one before
     p.mix_previous = 1  # how many earlier iterations' pairs are trained on as well
     p.pairs = placeholder(str)  # given pairs in place of sampling: path[,path…] for iterations
     #                             start, start + 1, …; or k=path for iteration k
 
-    c.sampling = a = ConfigDict()
+    c.sampling = a = _section()
     a.max_new_tokens = 256
     a.temperature = 1.0  # 0 is greedy
     a.top_k = placeholder(int)
@@ -61,7 +61,7 @@ def default() -> ConfigDict:
     a.batch_size = 64  # prompts answered at a time
     a.shard_size = 1024  # prompts a file: what an interruption can cost
 
-    c.loss = o = ConfigDict()
+    c.loss = o = _section()
     o.name = "logistic"  # logistic, hinge, exponential, correlation, or module:function
     o.beta = (0.1,)  # per iteration; β of the paper's λ: how much margin is enough
     o.nll_weight = 0.0  # adds this times −log p(human answer)
@@ -69,12 +69,12 @@ def default() -> ConfigDict:
     c.train = t = _optimization(epochs=(1,), learning_rate=(5e-7,))  # both per iteration
     t.remat = True  # recompute layers in the backward pass: less memory, a third more work
 
-    c.mesh = h = ConfigDict()  # devices: data × fsdp × tensor; −1 takes what is left
+    c.mesh = h = _section()  # devices: data × fsdp × tensor; −1 takes what is left
     h.data = 1  # replicas
     h.fsdp = -1  # splits parameters and batch
     h.tensor = 1  # splits heads, MLP and vocabulary; at most the key/value heads
 
-    c.eval = e = ConfigDict()
+    c.eval = e = _section()
     e.fraction = 0.1  # of the rows kept from training …
     e.limit = 500  # … and at most this many
     e.verifier = placeholder(str)  # exact, gsm8k, or module:function(reference, answer) -> bool:
@@ -82,20 +82,24 @@ def default() -> ConfigDict:
     e.samples = 1  # answers a held-out prompt at temperature 1
     e.fixed_prompts = 8  # held-out prompts whose answers go to samples.jsonl
 
-    c.checkpoint = k = ConfigDict()
+    c.checkpoint = k = _section()
     k.every_steps = 200  # training steps between checkpoints within an iteration
     k.keep = 1  # how many of those to keep
 
-    c.logging = g = ConfigDict()
+    c.logging = g = _section()
     g.tensorboard = True
     g.wandb_project = placeholder(str)  # log to this W&B project as well
     g.plot = True  # draw summary.png at the end
     return c
 
 
-def _optimization(epochs: Any, learning_rate: Any) -> ConfigDict:
+def _section() -> Any:  # type checkers know nothing of its keys
+    return ConfigDict()
+
+
+def _optimization(epochs: Any, learning_rate: Any) -> Any:
     """Keys that `train` and `sft` share."""
-    o = ConfigDict()
+    o = _section()
     o.optimizer = "rmsprop"  # rmsprop (PyTorch's form), adamw, adafactor
     o.learning_rate = learning_rate  # its peak
     o.schedule = "linear"  # linear, cosine, constant; each after the warm-up
@@ -116,7 +120,7 @@ class ConfigError(ValueError):
     """A config that cannot run; the message names the key and says what to do."""
 
 
-def resolve(config: Mapping[str, Any]) -> ConfigDict:
+def resolve(config: Mapping[str, Any] | ConfigDict) -> Any:
     """A whole, checked config: `config` laid over the defaults.
 
     Args:
@@ -132,7 +136,7 @@ def resolve(config: Mapping[str, Any]) -> ConfigDict:
     return resolved
 
 
-def _lay_over(config: ConfigDict, given: Mapping[str, Any], prefix: str) -> None:
+def _lay_over(config: Any, given: Mapping[str, Any], prefix: str) -> None:
     for key, value in given.items():
         name = f"{prefix}{key}"
         if name.startswith("model.architecture."):
@@ -155,7 +159,7 @@ def _lay_over(config: ConfigDict, given: Mapping[str, Any], prefix: str) -> None
 
 
 def nearest(key: str, keys: list[str], prefix: str = "") -> str:
-    """"; did you mean …?" for a mistyped key."""
+    """Names the closest key to a mistyped one, or lists them all; begins with a semicolon."""
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {prefix}{close[0]}?"
@@ -176,7 +180,7 @@ def per_iteration(values: tuple, iteration: int) -> Any:
     return values[0] if len(values) == 1 else values[iteration]
 
 
-def _check(c: ConfigDict) -> None:
+def _check(c: Any) -> None:
     def need(condition: bool, message: str) -> None:
         if not condition:
             raise ConfigError(message)
@@ -232,7 +236,7 @@ def _check(c: ConfigDict) -> None:
     given_pairs(c)
 
 
-def given_pairs(c: ConfigDict) -> dict[int, str]:
+def given_pairs(c: Any) -> dict[int, str]:
     """selfplay.pairs as {iteration: path}."""
     result: dict[int, str] = {}
     position = c.selfplay.start

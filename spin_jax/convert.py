@@ -25,8 +25,7 @@ from etils import epath
 from safetensors import numpy as safetensors_numpy
 
 from spin_jax import files, sharding
-from spin_jax.model import Model, ModelConfig, Params, RopeScaling, abstract_params, init_params
-
+from spin_jax.model import Model, ModelConfig, Params, RopeScaling, abstract_params
 
 # --- names ---------------------------------------------------------------------------------------
 
@@ -269,7 +268,7 @@ def _load_leaf(path: str, tensor: Tensor, leaf: Any, tensors, layout, dtype) -> 
     views = [_from_hf(tensor, tensors[name], shape) for name in _names(path, tensor, leaf)]
     dtype = dtype or jnp.result_type(*(view.dtype for view in views))
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         if not stacked:
             return np.asarray(views[0][index]).astype(dtype)
         chosen = views[index[0]]
@@ -417,31 +416,26 @@ def load(
     return dataclasses.replace(model, params=params, dtype=jnp.dtype(dtype or params["embed"].dtype))
 
 
-def initialize(
-    options: Mapping[str, Any], tokenizer: Any, *, key: jax.Array, dtype: Any, mesh: jax.sharding.Mesh
-) -> Model:
-    """A model of random float32 weights.
+def new_model(options: Mapping[str, Any], tokenizer: Any, *, dtype: Any, mesh: jax.sharding.Mesh) -> Model:
+    """A model that is still to be initialized (`params` is empty).
 
     Args:
         options: config.json's keys, `model_type` among them.
         tokenizer: whose special token ids the config takes over.
-        key: of the initialization.
         dtype: to compute in.
-        mesh: where the parameters go.
+        mesh: where the parameters will be.
     """
     from transformers import AutoConfig
 
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    special = {name: getattr(tokenizer, name) for name in names}
-    options = {**special, **options}
+    options = {name: getattr(tokenizer, name) for name in names} | dict(options)
     family = options.pop("model_type", None)
     if family not in CONFIGS:
         raise ValueError(f"model.architecture.model_type is {family!r}; supported: {', '.join(CONFIGS)}")
     hf_config = AutoConfig.for_model(family, **options).to_dict()
     config = model_config(hf_config)
     check_vocabulary(tokenizer, config, "model.tokenizer")
-    params = init_params(config, key, mesh)
-    return Model(config, params, tokenizer, jnp.dtype(dtype), mesh, hf_config, generation_config={})
+    return Model(config, {}, tokenizer, jnp.dtype(dtype), mesh, hf_config, generation_config={})
 
 
 # --- writing -------------------------------------------------------------------------------------

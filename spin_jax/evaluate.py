@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from spin_jax import sharding
+from spin_jax.batches import sft_batch
+from spin_jax.chat import Example
 from spin_jax.config import import_function
-from spin_jax.data import Example, sft_batch
 from spin_jax.model import Decoder, Params
 from spin_jax.score import score_rows
 

@@ -23,6 +23,8 @@ from jaxtyping import Array, Float
 
 from spin_jax.config import import_function
 
+Beta = float | Array
+
 
 class PairLogps(NamedTuple):
     """Summed log-probabilities of the two answers of each pair, in nats."""
@@ -31,7 +33,7 @@ class PairLogps(NamedTuple):
     generated: Float[Array, " B"]
 
 
-def rewards(policy: PairLogps, opponent: PairLogps, beta: float) -> PairLogps:
+def rewards(policy: PairLogps, opponent: PairLogps, beta: Beta) -> PairLogps:
     """β · log p_θ/p_θt of each answer: how much more likely it became, in units of the loss."""
     return PairLogps(
         real=beta * (policy.real - opponent.real),
@@ -39,28 +41,28 @@ def rewards(policy: PairLogps, opponent: PairLogps, beta: float) -> PairLogps:
     )
 
 
-def margin(policy: PairLogps, opponent: PairLogps, beta: float) -> Float[Array, " B"]:
+def margin(policy: PairLogps, opponent: PairLogps, beta: Beta) -> Float[Array, " B"]:
     """t of the paper: the reward of the human answer less that of the generated one."""
     reward = rewards(policy, opponent, beta)
     return reward.real - reward.generated
 
 
-def logistic(policy: PairLogps, opponent: PairLogps, *, beta: float) -> Float[Array, " B"]:
+def logistic(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Array, " B"]:
     """ℓ(t) = log(1 + e^−t): the loss of the paper's experiments, and DPO's (arXiv 2305.18290)."""
     return jax.nn.softplus(-margin(policy, opponent, beta))
 
 
-def hinge(policy: PairLogps, opponent: PairLogps, *, beta: float) -> Float[Array, " B"]:
+def hinge(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Array, " B"]:
     """ℓ(t) = max(0, 1 − t)."""
     return jax.nn.relu(1 - margin(policy, opponent, beta))
 
 
-def exponential(policy: PairLogps, opponent: PairLogps, *, beta: float) -> Float[Array, " B"]:
+def exponential(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Array, " B"]:
     """ℓ(t) = e^−t."""
     return jnp.exp(-margin(policy, opponent, beta))
 
 
-def correlation(policy: PairLogps, opponent: PairLogps, *, beta: float) -> Float[Array, " B"]:
+def correlation(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Array, " B"]:
     """ℓ(t) = 1 − t: the linear loss of an integral probability metric; unbounded, so train briefly."""
     return 1 - margin(policy, opponent, beta)
 
@@ -99,7 +101,7 @@ def with_nll(loss: Loss, weight: float) -> Loss:
     return regularized
 
 
-def metrics(policy: PairLogps, opponent: PairLogps, *, beta: float) -> dict[str, Float[Array, " B"]]:
+def metrics(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> dict[str, Float[Array, " B"]]:
     """What is logged of each pair; the step averages them.
 
     `real_logp` may fall while `margin` grows: the loss asks only for the difference.

@@ -4,6 +4,7 @@ Running again with the same workdir continues. --only=sample, score or train run
 iteration, so that sampling and training can happen on different machines.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
         return _fail(_explained(error, argv))
 
+    _cache_compilations()
     from spin_jax import selfplay
     from spin_jax.train import Interrupted
 
@@ -45,6 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         return _fail(str(error))
     return 0
+
+
+def _cache_compilations() -> None:
+    """Keeps compiled programs under the user's cache directory, unless JAX has been told where."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "spin_jax", "xla"))
 
 
 def _fail(message: str) -> int:

@@ -36,7 +36,7 @@ class Metrics:
             self._lines.pop()
             self._rewrite()
         self._rows_of_phase = Counter(json.loads(line)["phase"] for line in self._lines)
-        self._file = None if self._remote else open(self.path, "a")
+        self._file = self._open()
         self._tensorboard = self._wandb = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -81,11 +81,7 @@ class Metrics:
         if self._file:
             self._file.close()
         self._rewrite()
-        self._file = None if self._remote else open(self.path, "a")
-
-    def rows(self, phase: str, iteration: int) -> list[Row]:
-        rows = map(json.loads, self._lines)
-        return [row for row in rows if (row["phase"], row["iteration"]) == (phase, iteration)]
+        self._file = self._open()
 
     def flush(self) -> None:
         if self._remote:  # an object store cannot append
@@ -101,6 +97,9 @@ class Metrics:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+    def _open(self) -> Any:
+        return None if self._remote else self.path.open("a")
 
     def _rewrite(self) -> None:
         files.write(self.path, "".join(line + "\n" for line in self._lines).encode())

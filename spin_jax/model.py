@@ -1,7 +1,7 @@
 """The decoder of Mistral and Llama, in Flax Linen used as functions of a plain parameter tree.
 
-    hidden, _ = Decoder(config).apply({"params": params}, tokens, positions, segments)
-    logits = Decoder(config).apply({"params": params}, hidden, method="logits")
+    hidden, _ = forward(Decoder(config), params, tokens, positions, segments)
+    logits = project(Decoder(config), params, hidden)
 
 Axes: B batch, T tokens (queries), S key slots, V vocabulary, D model, N query heads, K key/value heads,
 G = N / K, H head dim, F mlp, L layers. Einsum letters follow it.
@@ -68,13 +68,13 @@ class ModelConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, one pair of arrays a layer; `index` is the next free slot."""
+    """Keys and values of the tokens so far, one pair of arrays a layer; `slot` is the next free one."""
 
     keys: tuple[Float[Array, "B S K H"], ...]
     values: tuple[Float[Array, "B S K H"], ...]
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
-    index: Int[Array, ""]
+    slot: Int[Array, ""]
 
 
 def matmul_precision(dtype: Any) -> lax.Precision | None:
@@ -93,9 +93,7 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " H/2"]:
         return frequencies / scaling.factor
     # Llama 3.1: long waves are stretched by the factor, short ones kept, those between interpolated.
     waves_in_context = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    keep = (waves_in_context - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
+    keep = (waves_in_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = jnp.clip(keep, 0.0, 1.0)
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
@@ -131,9 +129,7 @@ def attend(
         visible &= behind < window
     precision = matmul_precision(q.dtype)
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision)
@@ -145,7 +141,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, (None,)), x.shape[-1:])
+        scale: Any = self.param("scale", nn.with_partitioning(nn.initializers.ones, (None,)), x.shape[-1:])
         x32 = x.astype(jnp.float32)
         normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * scale.astype(x.dtype)
@@ -159,7 +155,7 @@ class _Projections(nn.Module):
 
     def weight(self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Array:
         init = nn.initializers.normal(self.config.initializer_range)
-        stored = self.param(name, nn.with_partitioning(init, axes), shape)
+        stored: Any = self.param(name, nn.with_partitioning(init, axes), shape)
         return sharding.gathered(stored.astype(self.dtype))
 
     def einsum(self, equation: str, *operands: Array, out: tuple[str | None, ...] | None = None) -> Array:
@@ -181,9 +177,9 @@ class Attention(_Projections):
         q, k = rope(q, positions, frequencies), rope(k, positions, frequencies)
         k_positions, k_segments = positions, segments
         if cache is not None:
-            keys, values, k_positions, k_segments, index = cache
-            k = lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), index, axis=1)
-            v = lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), index, axis=1)
+            keys, values, k_positions, k_segments, slot = cache
+            k = lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), slot, axis=1)
+            v = lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), slot, axis=1)
         out = attend(
             q,
             k,
@@ -235,20 +231,20 @@ class Decoder(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         table = nn.with_partitioning(init, ("vocab_rows", "embed_columns"))
-        self.embed = self.param("embed", table, (c.vocab_size, c.hidden_size))
+        self.embed: Any = self.param("embed", table, (c.vocab_size, c.hidden_size))
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: None},
         )(c, self.dtype)
         self.final_norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             head = nn.with_partitioning(init, ("embed", "vocab"))
-            self.head = self.param("head", head, (c.hidden_size, c.vocab_size))
+            self.head: Any = self.param("head", head, (c.hidden_size, c.vocab_size))
 
     def __call__(
         self,
@@ -271,18 +267,17 @@ class Decoder(nn.Module):
         return self.final_norm(x), cache
 
     def _decode(self, x, positions, segments, cache: Cache):
-        k_positions = lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.index, axis=1)
-        k_segments = lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.index, axis=1)
+        k_positions = lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.slot, axis=1)
+        k_segments = lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.slot, axis=1)
         block = Block(self.config, self.dtype, parent=None)
         layers = self.variables["params"]["layers"]
         keys, values = [], []
         for layer, k, v in zip(layers, cache.keys, cache.values, strict=True):
-            slots = (k, v, k_positions, k_segments, cache.index)
+            slots = (k, v, k_positions, k_segments, cache.slot)
             x, (k, v) = block.apply({"params": layer}, x, positions, segments, slots)
             keys.append(k)
             values.append(v)
-        index = cache.index + x.shape[1]
-        return x, Cache(tuple(keys), tuple(values), k_positions, k_segments, index)
+        return x, Cache(tuple(keys), tuple(values), k_positions, k_segments, cache.slot + x.shape[1])
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits in float32."""
@@ -292,6 +287,23 @@ class Decoder(nn.Module):
         return jnp.einsum(
             "BTD,DV->BTV", hidden, head, precision=precision, preferred_element_type=jnp.float32
         )
+
+
+def forward(
+    decoder: Decoder,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    cache: Cache | None = None,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """`Decoder.__call__` as a function of the parameters."""
+    return decoder.apply({"params": params}, tokens, positions, segments, cache)  # pyright: ignore[reportReturnType]
+
+
+def project(decoder: Decoder, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """`Decoder.logits` as a function of the parameters."""
+    return decoder.apply({"params": params}, hidden, method="logits")  # pyright: ignore[reportReturnType]
 
 
 def new_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
@@ -307,7 +319,7 @@ def new_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
         values=tuple(empty(shape, dtype, "batch", None, "kv_heads", None) for _ in layers),
         positions=empty((batch, slots), jnp.int32, "batch", None),
         segments=empty((batch, slots), jnp.int32, "batch", None),
-        index=jnp.zeros((), jnp.int32),
+        slot=jnp.zeros((), jnp.int32),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from spin_jax.data import UNLIMITED, Chat, Example, Ids, Lengths, Message, Pair
+from spin_jax.chat import UNLIMITED, Chat, Example, Ids, Lengths, Message, Pair
 
 ASSISTANT_PREFIX = "<|assistant|>\n"
 

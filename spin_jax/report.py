@@ -41,7 +41,10 @@ def table(rows: Sequence[Row]) -> str:
     lines = [[heading for heading, _ in columns], ["─" * width for width in widths]]
     lines += [[cells[i] for _, cells in columns] for i in range(len(rows))]
     return "\n".join(
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
 

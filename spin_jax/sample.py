@@ -16,8 +16,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from spin_jax import sharding
-from spin_jax.data import Chat, Ids, Message, bucket
-from spin_jax.model import Decoder, Model, ModelConfig, Params, new_cache, unstacked
+from spin_jax.batches import bucket
+from spin_jax.chat import Chat, Ids, Message
+from spin_jax.model import Decoder, Model, Params, forward, new_cache, project, unstacked
 
 _NO_TOKEN = -1
 
@@ -42,9 +43,7 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p}: in (0, 1], or unset")
 
 
-def prompt_keys(
-    seed: int, iteration: int, prompt_ids: Sequence[int], sample_id: int = 0
-) -> Array:
+def prompt_keys(seed: int, iteration: int, prompt_ids: Sequence[int], sample_id: int = 0) -> Array:
     """One key a prompt: fold_in(seed, iteration, prompt, sample), whatever the batch."""
     base = jax.random.fold_in(jax.random.key(seed), iteration)
     return _fold(base, np.asarray(prompt_ids, np.uint32), np.uint32(sample_id))
@@ -103,12 +102,11 @@ def decode(
         the answers with their stop tokens, then −1.
     """
     B, P = tokens.shape
-    apply = functools.partial(decoder.apply, {"params": params})
     stops = jnp.array(stop_tokens, jnp.int32)
     keys = sharding.reshard(keys, "batch")
 
     def next_token(hidden: Float[Array, "B 1 D"], n: Array, done: Bool[Array, " B"]):
-        logits = apply(hidden, method="logits")[:, 0]
+        logits = project(decoder, params, hidden)[:, 0]
         token = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, n), sampling)
         token = jnp.where(done, _NO_TOKEN, token)
         return token, done | jnp.any(token[:, None] == stops, axis=-1)
@@ -117,7 +115,7 @@ def decode(
     positions = jnp.maximum(slots - starts[:, None], 0)
     segments = (slots >= starts[:, None]).astype(jnp.int32)
     cache = new_cache(decoder.config, B, P + sampling.max_new_tokens, decoder.dtype)
-    hidden, cache = apply(tokens, positions, segments, cache)
+    hidden, cache = forward(decoder, params, tokens, positions, segments, cache)
     token, done = next_token(hidden[:, -1:], jnp.int32(0), starts >= P)
     answers = jnp.full((B, sampling.max_new_tokens), _NO_TOKEN, out_sharding=sharding.spec("batch", None))
     answers = answers.at[:, 0].set(token)
@@ -130,7 +128,8 @@ def decode(
         n, token, cache, done, answers = state
         positions = (P - starts + n - 1)[:, None]
         alive = jnp.ones_like(positions)
-        hidden, cache = apply(jnp.maximum(token, 0)[:, None], positions, alive, cache)
+        token = jnp.maximum(token, 0)[:, None]
+        hidden, cache = forward(decoder, params, token, positions, alive, cache)
         token, done = next_token(hidden, n, done)
         answers = lax.dynamic_update_slice_in_dim(answers, token[:, None], n, axis=1)
         return n + 1, token, cache, done, answers
@@ -227,14 +226,13 @@ def generate(
         the answers' text, without special tokens.
     """
     chat = Chat(model.tokenizer, model.stop_tokens)
-    config: ModelConfig = model.config
     prompts = [chat.encode_prompt(messages) for messages in conversations]
     if not prompts:
         return []
     with jax.set_mesh(model.mesh):
         params = sampling_params(model.params, model.dtype)
     answers = answer_prompts(
-        Decoder(config, dtype=model.dtype),
+        Decoder(model.config, dtype=model.dtype),
         params,
         prompts,
         prompt_keys(seed, 0, range(len(prompts))),

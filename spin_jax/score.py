@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from spin_jax import sharding
-from spin_jax.data import Chat, Message, Rows, bucket, pad_rows
-from spin_jax.model import Decoder, Model, ModelConfig, Params
+from spin_jax.batches import Rows, bucket, pad_rows
+from spin_jax.chat import Chat, Message
+from spin_jax.model import Decoder, Model, Params, forward, project
 
 
 def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, " B"]:
@@ -22,8 +24,8 @@ def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array,
     Differentiable in `params`. The same function scores the opponent and trains the policy, so that
     the two agree to the bit where their weights do.
     """
-    hidden, _ = decoder.apply({"params": params}, rows.tokens, rows.positions, rows.segments)
-    logits = decoder.apply({"params": params}, hidden[:, :-1], method="logits")
+    hidden, _ = forward(decoder, params, rows.tokens, rows.positions, rows.segments)
+    logits = project(decoder, params, hidden[:, :-1])
     # A masked sum, not a gather: it needs no communication where the vocabulary is split.
     is_target = jnp.arange(logits.shape[-1]) == rows.tokens[:, 1:, None]
     target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
@@ -39,21 +41,20 @@ def score_rows(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, " B
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
 def _logits(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "B T V"]:
-    hidden, _ = decoder.apply({"params": params}, rows.tokens, rows.positions, rows.segments)
-    return decoder.apply({"params": params}, hidden, method="logits")
+    hidden, _ = forward(decoder, params, rows.tokens, rows.positions, rows.segments)
+    return project(decoder, params, hidden)
 
 
 def _decoder(model: Model) -> Decoder:
-    config: ModelConfig = model.config
-    return Decoder(config, dtype=model.dtype)
+    return Decoder(model.config, dtype=model.dtype)
 
 
-def logits(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
     """Next-token logits of right-padded token rows.
 
     Args:
         model: from `spin_jax.load`.
-        tokens: ids; what stands right of a row's end does not change the logits before it.
+        tokens: int [B, T]; what stands right of a row's end does not change the logits before it.
 
     Returns:
         float32 logits; entry [b, t] predicts token t + 1.

@@ -35,9 +35,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 }
 
 
-def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the (data, fsdp, tensor) mesh; one size may be -1: whatever the devices leave.
 
     Raises:

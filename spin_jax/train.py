@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from spin_jax import checkpoint, losses, sharding
-from spin_jax.data import PairBatch, SFTBatch
+from spin_jax.batches import PairBatch, SFTBatch, real_rows
 from spin_jax.losses import PairLogps
 from spin_jax.model import Decoder, Params
 from spin_jax.score import response_logps
@@ -53,14 +53,17 @@ class Optimization:
                 f"batch_size={self.batch_size} is not a multiple of microbatch_size={self.microbatch_size}"
             )
         if self.schedule_epochs is not None and self.schedule_epochs < self.epochs:
-            raise ValueError(
-                f"schedule_epochs={self.schedule_epochs} is shorter than epochs={self.epochs}"
-            )
+            raise ValueError(f"schedule_epochs={self.schedule_epochs} is shorter than epochs={self.epochs}")
+
+    @property
+    def microbatch(self) -> int:
+        """Pairs or conversations that one forward pass holds."""
+        return self.microbatch_size or self.batch_size
 
     @property
     def accumulation(self) -> int:
         """Micro-batches a step."""
-        return self.batch_size // (self.microbatch_size or self.batch_size)
+        return self.batch_size // self.microbatch
 
     def learning_rates(self, total: int) -> np.ndarray:
         """Each step's learning rate over a schedule of `total` steps, float32 [total].
@@ -103,10 +106,11 @@ class SPIN:
     def size(self, batch: PairBatch) -> Array:
         return jnp.sum(batch.weight)
 
-    def __call__(self, params: Params, batch: PairBatch, *, beta: Float[Array, ""]):
-        real, generated = response_logps(self.decoder, params, batch.rows).reshape(-1, 2).T
-        policy = PairLogps(real, generated)
-        opponent = PairLogps(batch.opponent[:, 0], batch.opponent[:, 1])
+    def __call__(self, params: Params, batch: PairBatch, **scalars: Array) -> tuple[Array, Metrics]:
+        beta = scalars["beta"]
+        logps = response_logps(self.decoder, params, batch.rows).reshape(-1, 2)
+        policy = PairLogps(real=logps[:, 0], generated=logps[:, 1])
+        opponent = PairLogps(real=batch.opponent[:, 0], generated=batch.opponent[:, 1])
         values = self.loss(policy, opponent, beta=beta)
         details = losses.metrics(policy, opponent, beta=beta) | {"identical": batch.identical}
         # A filler pair counts nothing, even where its loss overflows.
@@ -124,7 +128,8 @@ class SFT:
     def size(self, batch: SFTBatch) -> Array:
         return jnp.sum(batch.weight[..., None] * batch.rows.response)
 
-    def __call__(self, params: Params, batch: SFTBatch):
+    def __call__(self, params: Params, batch: SFTBatch, **scalars: Array) -> tuple[Array, Metrics]:
+        del scalars
         logps = response_logps(self.decoder, params, batch.rows)
         return -jnp.sum(logps, where=batch.weight > 0), {}
 
@@ -233,7 +238,7 @@ class Loop:
 
 def fit(
     state: TrainState,
-    batches: Iterable[tuple[Any, int]],
+    batches: Iterable[Any],
     step: Step,
     *,
     start: int,
@@ -247,7 +252,7 @@ def fit(
 
     Args:
         state: donated.
-        batches: (batch, its number of real tokens) from step `start` on; arrays are [A, B, …].
+        batches: those of step `start` and after; arrays are [A, B, …].
         learning_rates: one a step of the schedule.
         scalars: of the objective, the same for all steps.
 
@@ -268,7 +273,8 @@ def fit(
         loop.on_step(number, values)
 
     with jax.set_mesh(mesh):
-        for number, (batch, tokens) in zip(range(start, loop.steps), batches, strict=False):
+        for number, batch in zip(range(start, loop.steps), batches, strict=False):
+            tokens = int(np.sum(batch.rows.segments != 0, where=real_rows(batch)[..., None]))
             placed = sharding.put_batch(mesh, batch, axis=1)
             state, metrics = step(state, placed, learning_rates[number], arguments)
             # The device works on this step while the host reports the one before.

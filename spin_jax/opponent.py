@@ -1,0 +1,216 @@
+"""The opponent's part of an iteration: it answers every prompt, and scores both answers of every pair.
+
+What it does is on disk a file at a time: iteration_<t>/pairs/ holds the answers, iteration_<t>/scores/
+the log-probs of all pairs that iteration trains on. A file that is there is not made again.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from spin_jax import data, files, sharding
+from spin_jax.batches import ScoredPair, pair_batch
+from spin_jax.chat import Example, Ids, Pair
+from spin_jax.metrics import Metrics, compact, progress
+from spin_jax.model import Params
+from spin_jax.prepare import Prepared
+from spin_jax.sample import Sampling, answer_prompts, prompt_keys, sampling_params
+from spin_jax.score import score_rows
+from spin_jax.train import Interrupted
+
+BEFORE = -1  # the iteration number of the start
+
+
+@dataclasses.dataclass
+class Opponent:
+    """Samples and scores with the weights it is given."""
+
+    run: Prepared
+    metrics: Metrics
+    should_stop: Callable[[], bool]
+
+    # --- answers ---------------------------------------------------------------------------------
+
+    def pair_files(self, t: int) -> list[tuple[epath.Path, list]]:
+        """The files of iteration t's pairs, and what each is made from: examples, or pairs given.
+
+        Held-out prompts are answered too, into files of their own.
+        """
+        run = self.run
+        train, test = run.examples, run.held_out
+        if t in run.given:
+            held_out = {example.prompt_id for example in run.held_out}
+            train = [pair for pair in run.given[t] if pair.prompt_id not in held_out]
+            test = [pair for pair in run.given[t] if pair.prompt_id in held_out]
+        size = run.config.sampling.shard_size
+        result = []
+        for split, items in (("train", train), ("test", test)):
+            shards = [items[i : i + size] for i in range(0, len(items), size)]
+            for number, shard in enumerate(shards):
+                name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
+                result.append((run.folder(t) / "pairs" / name, shard))
+        return result
+
+    def sample(self, t: int, params: Params) -> None:
+        """Answers every prompt of iteration t, or writes the pairs given for it."""
+        shards = self.pair_files(t)
+        missing = [(number, *shard) for number, shard in enumerate(shards) if not shard[0].exists()]
+        if not missing:
+            return
+        if t in self.run.given:
+            for _, path, pairs in missing:
+                files.write(path, data.pairs_to_parquet(pairs))
+            return
+        weights = self.weights(params)
+        total = sum(len(examples) for _, examples in shards)
+        done = total - sum(len(examples) for _, _, examples in missing)
+        self.metrics.rewind("sample", t, missing[0][0])
+        with progress(f"iteration {t}: sample", total, done, unit="prompt") as bar:
+            for number, path, examples in missing:
+                began = time.perf_counter()
+                answers = self.answer(weights, examples, self.sampling(), iteration=t, bar=bar)
+                pairs = [self.run.chat.pair(e, 0, a) for e, a in zip(examples, answers, strict=True)]
+                files.write(path, data.pairs_to_parquet(pairs))
+                tokens = sum(map(len, answers))
+                values = {
+                    "prompts": len(pairs),
+                    "response_tokens": tokens / len(pairs),
+                    "truncated": sum(pair.truncated for pair in pairs) / len(pairs),
+                    "identical": sum(pair.identical for pair in pairs) / len(pairs),
+                    "tokens_per_s": tokens / (time.perf_counter() - began),
+                }
+                self.metrics.write("sample", t, number, values)
+                self._stop_here()
+
+    def sampling(self, **changes: Any) -> Sampling:
+        """The config's way of drawing, with some of it changed."""
+        c = self.run.config.sampling
+        return dataclasses.replace(Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p), **changes)
+
+    def weights(self, params: Params) -> Params:
+        """The parameters as sampling wants them."""
+        with jax.set_mesh(self.run.mesh):
+            return sampling_params(params, self.run.model.dtype)
+
+    def answer(
+        self,
+        weights: Params,
+        examples: Sequence[Example],
+        sampling: Sampling,
+        *,
+        iteration: int,
+        sample_id: int = 0,
+        bar: Any = None,
+    ) -> list[Ids]:
+        """Answers to the examples' prompts, cut to the room that `lengths` leaves."""
+        run, c = self.run, self.run.config
+        sampled, began = 0, time.perf_counter()
+
+        def on_batch(prompts: int, tokens: int) -> None:
+            nonlocal sampled
+            sampled += tokens
+            if bar is not None:
+                rate = compact(sampled / (time.perf_counter() - began))
+                bar.set_postfix({"tok/s": rate}, refresh=False)
+                bar.update(prompts)
+            self._stop_here()
+
+        prompts = [run.chat.sampling_prompt(example) for example in examples]
+        answers = answer_prompts(
+            run.decoder,
+            weights,
+            prompts,
+            prompt_keys(c.seed, iteration + 1, [e.prompt_id for e in examples], sample_id),
+            mesh=run.mesh,
+            sampling=sampling,
+            stop_tokens=run.model.stop_tokens,
+            batch_size=min(c.sampling.batch_size, len(run.examples) + len(run.held_out)),
+            on_batch=on_batch,
+        )
+        limit = c.lengths.max_length
+        return [a[: max(limit - len(p), 1)] for a, p in zip(answers, prompts, strict=True)]
+
+    # --- scores ----------------------------------------------------------------------------------
+
+    def sources(self, t: int) -> list[int]:
+        """The iterations whose pairs iteration t trains on: earlier ones mixed in, and its own."""
+        c = self.run.config.selfplay
+        earlier = range(max(0, t - c.mix_previous), t)
+        return [*(s for s in earlier if s >= c.start or s in self.run.given), t]
+
+    def score_files(self, t: int) -> list[tuple[epath.Path, int, epath.Path]]:
+        """(file of scores, source iteration, file of pairs). Earlier held-out pairs are not needed."""
+        return [
+            (self.run.folder(t) / "scores" / f"iteration_{source}-{path.name}", source, path)
+            for source in self.sources(t)
+            for path, _ in self.pair_files(source)
+            if source == t or path.name.startswith("train")
+        ]
+
+    def score(self, t: int, params: Params) -> None:
+        """The opponent's log-probs of both answers of every pair of iteration t, once."""
+        for source in self.sources(t):
+            if source in self.run.given:
+                self.sample(source, params)
+        shards = self.score_files(t)
+        missing = [(number, *shard) for number, shard in enumerate(shards) if not shard[0].exists()]
+        if not missing:
+            return
+        need([path for _, _, path in shards], f"iteration {t} has no pairs yet", "sample")
+        self.metrics.rewind("score", t, missing[0][0])
+        done = len(shards) - len(missing)
+        with progress(f"iteration {t}: score", len(shards), done, unit="file") as bar:
+            for number, path, source, pair_path in missing:
+                began = time.perf_counter()
+                pairs = data.pairs_from_parquet(pair_path.read_bytes())
+                logps = self._score(params, pairs, self.run.options(t).microbatch)
+                files.write(path, data.scores_to_parquet(source, pairs, logps))
+                tokens = sum(2 * len(p.prompt) + len(p.real) + len(p.generated) for p in pairs)
+                values = {
+                    "source_iteration": source,
+                    "pairs": len(pairs),
+                    "real_logp": float(logps[:, 0].mean()),
+                    "generated_logp": float(logps[:, 1].mean()),
+                    "tokens_per_s": tokens / (time.perf_counter() - began),
+                }
+                self.metrics.write("score", t, number, values)
+                bar.set_postfix({"tok/s": compact(values["tokens_per_s"])}, refresh=False)
+                bar.update()
+
+    def _score(self, params: Params, pairs: Sequence[Pair], size: int) -> np.ndarray:
+        """float32 [pairs, (real, generated)], by the program and in the shapes of training."""
+        run, logps = self.run, []
+        for first in range(0, len(pairs), size):
+            unscored = [ScoredPair(pair, (0.0, 0.0)) for pair in pairs[first : first + size]]
+            rows = pair_batch(unscored, size, run.length, run.chat.unattended).rows
+            with jax.set_mesh(run.mesh):
+                logps.append(np.asarray(score_rows(run.decoder, params, sharding.put_batch(run.mesh, rows))))
+            self._stop_here()
+        return np.concatenate(logps).reshape(-1, 2)[: len(pairs)]
+
+    def scored_pairs(self, t: int, split: str) -> list[ScoredPair]:
+        """Iteration t's pairs of a split with their opponent log-probs, in the order of the files."""
+        shards = self.score_files(t)
+        need([path for path, *_ in shards], f"iteration {t} has no scores yet", "score")
+        result = []
+        for score_path, source, pair_path in shards:
+            if pair_path.name.startswith(split):
+                scores = data.scores_from_parquet(score_path.read_bytes())
+                for pair in data.pairs_from_parquet(pair_path.read_bytes()):
+                    result.append(ScoredPair(pair, scores[source, pair.prompt_id, pair.sample_id]))
+        return result
+
+    def _stop_here(self) -> None:
+        if self.should_stop():
+            raise Interrupted
+
+
+def need(paths: Sequence[epath.Path], problem: str, phase: str) -> None:
+    """Raises FileNotFoundError, naming the phase to run first, when a path is not there."""
+    if absent := [path for path in paths if not path.exists()]:
+        raise FileNotFoundError(f"{problem} ({absent[0]} is missing): run --only={phase} first")

@@ -1,0 +1,297 @@
+"""From a config to what a run needs, everything read and checked before anything is compiled."""
+
+import dataclasses
+import functools
+import importlib.metadata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from spin_jax import config as config_lib
+from spin_jax import convert, data, evaluate, files, losses, sharding
+from spin_jax.chat import Chat, Example, Lengths, Pair
+from spin_jax.metrics import compact
+from spin_jax.model import Decoder, Model, Params, abstract_params, count_params, init_params
+from spin_jax.official import OfficialChat
+from spin_jax.train import Optimization
+
+Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
+
+
+@dataclasses.dataclass
+class Prepared:
+    """The inputs of a run."""
+
+    config: Config
+    workdir: epath.Path
+    model: Model  # without weights
+    initial_params: Callable[[], Params]  # loads or initializes float32 weights
+    chat: Chat
+    examples: list[Example]  # to train on
+    held_out: list[Example]
+    given: dict[int, list[Pair]]  # pairs from the config, by iteration
+    length: int  # tokens of a training row, the same for all iterations
+    fingerprint: str  # of the dataset
+    notes: list[str]  # what was dropped, cut or left out
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.model.mesh
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """The model as a function, for policy and opponent alike."""
+        return Decoder(self.model.config, self.model.dtype, remat=self.config.train.remat)
+
+    def folder(self, t: int) -> epath.Path:
+        """Where iteration t is kept; −1 is the start."""
+        return self.workdir / ("start" if t < 0 else f"iteration_{t}")
+
+    def options(self, t: int) -> Optimization:
+        """How iteration t is trained."""
+        values = self.config.train.to_dict()
+        del values["remat"]
+        for key in ("learning_rate", "epochs"):
+            values[key] = config_lib.per_iteration(values[key], t)
+        return Optimization(**values)
+
+    def sft_options(self) -> Optimization:
+        """How the start, and the control, are trained."""
+        values = self.config.sft.to_dict()
+        del values["control"]
+        return Optimization(**values)
+
+    @property
+    def iterations(self) -> range:
+        """The iterations this run makes."""
+        return range(self.config.selfplay.start, self.config.selfplay.iterations)
+
+
+def prepare(config: Config, workdir: str) -> Prepared:
+    """Reads model files and data, checks what can be checked, and takes the workdir.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the key, or the file and row.
+    """
+    losses.find(config.loss.name)
+    if config.eval.verifier:
+        evaluate.find_verifier(config.eval.verifier)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model, initial_params = _model(config, mesh)
+    _check_mesh(config, model, mesh)
+    notes: list[str] = []
+    chat = _chat(config, model)
+    given = _given(config, chat, notes)
+    examples, fingerprint = _examples(config, chat, given, notes)
+    held_out = data.split_held_out(
+        [example.prompt_id for example in examples],
+        fraction=config.eval.fraction,
+        limit=config.eval.limit,
+        seed=config.seed,
+    )
+    if config.lengths.max_length > model.config.max_position_embeddings:
+        notes.append(
+            f"lengths.max_length={config.lengths.max_length} exceeds the model's "
+            f"{model.config.max_position_embeddings} positions"
+        )
+    prepared = Prepared(
+        config=config,
+        workdir=epath.Path(workdir),
+        model=model,
+        initial_params=initial_params,
+        chat=chat,
+        examples=[example for example in examples if example.prompt_id not in held_out],
+        held_out=[example for example in examples if example.prompt_id in held_out],
+        given=given,
+        length=_row_length(config, examples, given),
+        fingerprint=fingerprint,
+        notes=notes,
+    )
+    _record(prepared)
+    return prepared
+
+
+def _model(config: Config, mesh: jax.sharding.Mesh) -> tuple[Model, Callable[[], Params]]:
+    """The model without weights, and what makes them."""
+    c = config.model
+    template = config.data.chat_template
+    if c.path:
+        model, directory = convert.describe(
+            c.path, c.revision, dtype=c.dtype, mesh=mesh, chat_template=template
+        )
+        return model, lambda: convert.load_params(directory, model.config, mesh, jnp.float32)
+    if not c.tokenizer:
+        raise ValueError("model.architecture needs model.tokenizer: a directory, or module:function")
+    if ":" in c.tokenizer:
+        made = config_lib.import_function(c.tokenizer)()
+        tokenizer = convert.with_chat_template(made, template)
+    else:
+        tokenizer = convert.load_tokenizer(c.tokenizer, template)
+    model = convert.new_model(c.architecture.to_dict(), tokenizer, dtype=c.dtype, mesh=mesh)
+    return model, lambda: init_params(model.config, jax.random.key(config.seed), mesh)
+
+
+def _check_mesh(config: Config, model: Model, mesh: jax.sharding.Mesh) -> None:
+    tensor, shards = mesh.shape["tensor"], sharding.batch_shards(mesh)
+    if model.config.num_key_value_heads % tensor:
+        raise ValueError(
+            f"mesh.tensor={tensor} does not divide the model's {model.config.num_key_value_heads} "
+            "key/value heads"
+        )
+    for name in ("train", "sft"):
+        size = config[name].microbatch_size or config[name].batch_size
+        used = name == "train" or config.sft.epochs or config.sft.control
+        if used and size % shards:
+            raise ValueError(
+                f"{name}: a micro-batch of {size} cannot be split over {shards} devices "
+                f"(mesh.data={mesh.shape['data']} × mesh.fsdp={mesh.shape['fsdp']}): "
+                f"make config.{name}.batch_size or .microbatch_size a multiple of {shards}"
+            )
+
+
+def _chat(config: Config, model: Model) -> Chat:
+    kind = OfficialChat if config.official else Chat
+    lengths = Lengths(config.lengths.max_prompt, config.lengths.max_length)
+    return kind(
+        model.tokenizer, model.stop_tokens, lengths=lengths, system_message=config.data.system_message
+    )
+
+
+def _given(config: Config, chat: Chat, notes: list[str]) -> dict[int, list[Pair]]:
+    given = {}
+    for t, path in config_lib.given_pairs(config).items():
+        given[t], counts = data.load_pairs(data.load_rows(path, config.data.split), chat, path=path)
+        notes += _counted(path, counts)
+    start = config.selfplay.start
+    for t in range(max(0, start - config.selfplay.mix_previous), start):
+        if t not in given:
+            notes.append(
+                f"the pairs of iteration {t} are not mixed in: --config.selfplay.pairs={t}=PATH gives them"
+            )
+    return given
+
+
+def _examples(
+    config: Config, chat: Chat, given: dict[int, list[Pair]], notes: list[str]
+) -> tuple[list[Example], str]:
+    """Prompts with their human answers, and a fingerprint of the dataset."""
+    c = config.data
+    if not c.path:  # the given pairs are the data
+        wanted = range(config.selfplay.start, config.selfplay.iterations)
+        if absent := [t for t in wanted if t not in given]:
+            raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")
+        unique = {pair.prompt_id: pair for t in sorted(given) for pair in given[t]}
+        return [Example(i, p.real_messages, p.prompt, p.real) for i, p in sorted(unique.items())], ""
+    rows = data.load_rows(c.path, c.split, c.revision)
+    examples, counts = data.load_examples(
+        rows,
+        chat,
+        path=c.path,
+        prompt_column=c.prompt_column,
+        answer_column=c.answer_column,
+        limit=c.limit,
+        seed=config.seed,
+    )
+    notes += _counted(c.path, counts)
+    return examples, rows._fingerprint
+
+
+def _counted(path: str, counts: Counter) -> list[str]:
+    return [f"{path}: {what}: {number}" for what, number in sorted(counts.items())]
+
+
+def _row_length(config: Config, examples: Sequence[Example], given: dict[int, list[Pair]]) -> int:
+    """A length that every pair of the run fits, whatever will be sampled: one program for all."""
+    limit = config.lengths.max_length
+    longest = 0
+    if config.official:  # answers are tokenized anew, and can grow
+        longest = max(limit, config.lengths.max_prompt)
+    sampled = set(range(config.selfplay.start, config.selfplay.iterations)) - given.keys()
+    new = config.sampling.max_new_tokens if sampled else 0
+    for example in examples:
+        longest = max(longest, min(len(example.prompt) + max(len(example.real), new), limit))
+    for pair in (pair for pairs in given.values() for pair in pairs):
+        longest = max(longest, len(pair.prompt) + max(len(pair.real), len(pair.generated)))
+    return -(-longest // 16) * 16
+
+
+# What may differ when a run is continued; all else would make it another run.
+_FREE = (
+    "selfplay.iterations",
+    "mesh.",
+    "eval.verifier",
+    "eval.samples",
+    "eval.fixed_prompts",
+    "checkpoint.",
+    "logging.",
+    "sampling.batch_size",
+    "sft.control",
+)
+_PACKAGES = ("spin_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain")
+
+
+def _record(prepared: Prepared) -> None:
+    """Writes config.json; refuses the workdir of another run, with the difference."""
+    path = prepared.workdir / "config.json"
+    config = prepared.config.to_dict()
+    if path.exists():
+        theirs = _flat(files.read_json(path)["config"])
+        for name, value in _flat(config).items():
+            if not name.startswith(_FREE) and theirs.get(name, value) != value:
+                raise ValueError(
+                    f"{prepared.workdir} holds another run: there {name} is {theirs[name]!r}, and now "
+                    f"{value!r}. Take a new --workdir, or the old value"
+                )
+    files.write_json(
+        path,
+        {
+            "config": config,
+            "model_revision": prepared.model.revision,
+            "data_fingerprint": prepared.fingerprint,
+            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:  # JSON knows no tuples
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def plan(prepared: Prepared, finished: int) -> str:
+    """The lines printed at start-up: devices, mesh, model, memory, data and what is about to run."""
+    c, model = prepared.config, prepared.model
+    device = jax.devices()[0]
+    count = count_params(sharding.unboxed(abstract_params(model.config)))
+    # float32 weights and gradients, and the optimizer's moments
+    copies = 2 + {"rmsprop": 1, "adamw": 2, "adafactor": 0}[c.train.optimizer]
+    gib = count * 4 * copies / (model.mesh.shape["fsdp"] * model.mesh.shape["tensor"]) / 2**30
+    mesh = " × ".join(f"{name} {size}" for name, size in model.mesh.shape.items())
+    source = c.model.path or "initialized here"
+    revision = f" at {model.revision[:12]}" if model.revision else ""
+    first, last = c.selfplay.start, c.selfplay.iterations - 1
+    betas = ", ".join(f"{beta:g}" for beta in c.loss.beta)
+    lines = [
+        ("devices", f"{jax.device_count()} × {device.device_kind}, mesh {mesh}"),
+        (
+            "model",
+            f"{model.config.model_type}, {source}{revision}: {compact(count)} parameters, {model.dtype}",
+        ),
+        ("memory", f"{gib:.2f} GiB a device for weights, gradients and optimizer; activations come on top"),
+        ("data", f"{len(prepared.examples)} prompts to train on, {len(prepared.held_out)} held out"),
+        ("rows", f"{prepared.length} tokens; {c.train.batch_size} pairs a step"),
+        ("self-play", f"iterations {first} to {last}, {finished} of them done"),
+        ("loss", f"{c.loss.name}, β {betas}"),
+        ("workdir", str(prepared.workdir)),
+        *(("note", note) for note in prepared.notes),
+    ]
+    return "\n".join(f"{name:<10} {text}" for name, text in lines)
