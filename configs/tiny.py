@@ -5,12 +5,14 @@
 Nothing is downloaded. `configs/tiny.py:smoke` is the same run in miniature, for tests.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from spin_jax import config
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> Any:
     c = config.default()
     c.seed = 0
     c.model.dtype = "float32"

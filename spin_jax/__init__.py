@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from spin_jax import losses
     from spin_jax.convert import load, save
     from spin_jax.sample import generate
-    from spin_jax.score import logits, score
+    from spin_jax.scoring import logits, score
     from spin_jax.selfplay import run
 
 __version__ = "0.1.0"
@@ -27,10 +27,10 @@ __all__ = ["generate", "load", "logits", "losses", "run", "save", "score"]
 _HOMES = {
     "generate": "sample",
     "load": "convert",
-    "logits": "score",
+    "logits": "scoring",
     "run": "selfplay",
     "save": "convert",
-    "score": "score",
+    "score": "scoring",
 }
 
 

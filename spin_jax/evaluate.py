@@ -14,7 +14,7 @@ from spin_jax.batches import sft_batch
 from spin_jax.chat import Example
 from spin_jax.config import import_function
 from spin_jax.model import Decoder, Params
-from spin_jax.score import score_rows
+from spin_jax.scoring import score_rows
 
 Verifier = Callable[[str, str], bool]
 

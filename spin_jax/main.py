@@ -53,9 +53,10 @@ def _cache_compilations() -> None:
     """Keeps compiled programs under the user's cache directory, unless JAX has been told where."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "spin_jax", "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def _fail(message: str) -> int:

@@ -20,7 +20,7 @@ from spin_jax.metrics import Metrics, compact, progress
 from spin_jax.model import Params
 from spin_jax.prepare import Prepared
 from spin_jax.sample import Sampling, answer_prompts, prompt_keys, sampling_params
-from spin_jax.score import score_rows
+from spin_jax.scoring import score_rows
 from spin_jax.train import Interrupted
 
 BEFORE = -1  # the iteration number of the start

@@ -20,7 +20,7 @@ from spin_jax import checkpoint, losses, sharding
 from spin_jax.batches import PairBatch, SFTBatch, real_rows
 from spin_jax.losses import PairLogps
 from spin_jax.model import Decoder, Params
-from spin_jax.score import response_logps
+from spin_jax.scoring import response_logps
 
 Metrics = dict[str, Array]
 
@@ -109,6 +109,7 @@ class SPIN:
     def __call__(self, params: Params, batch: PairBatch, **scalars: Array) -> tuple[Array, Metrics]:
         beta = scalars["beta"]
         logps = response_logps(self.decoder, params, batch.rows).reshape(-1, 2)
+        logps = sharding.reshard(logps, "batch", None)
         policy = PairLogps(real=logps[:, 0], generated=logps[:, 1])
         opponent = PairLogps(real=batch.opponent[:, 0], generated=batch.opponent[:, 1])
         values = self.loss(policy, opponent, beta=beta)
@@ -207,7 +208,7 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
         gradients, metrics = sums
         directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = jax.tree.map(lambda w, d: w - learning_rate * d, state.params, directions)
-        metrics["grad_norm"] = optax.global_norm(gradients)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
         return TrainState(params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,139 @@
+"""Fixtures that the suite shares: meshes, tokenizers, and checkpoints that transformers wrote."""
+
+import os
+
+# Both are read when the libraries are imported, hence before anything else. Eight devices are only
+# offered: a test that asks for `mesh` uses one.
+# A test compiles for longer than it computes: LLVM's optimizations would double the suite's time.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    ]
+)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, and none shall wait for it
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from spin_jax import convert, sharding, tiny
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+# Far from the libraries' defaults, so that a constant which is not read from config.json shows.
+SMALL = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,  # logits that are not all alike
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    """One device."""
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def mesh8():
+    """Eight devices, two along each axis."""
+    if len(jax.devices()) != 8:
+        pytest.skip("needs 8 devices (simulated ones on CPU)")
+    return sharding.make_mesh(2, 2, 2)
+
+
+@pytest.fixture(scope="session")
+def gsm8k():
+    """Rows of question and answer."""
+    path = SHARED / "gsm8k" / "test.jsonl"
+    if not path.exists():
+        pytest.skip("the shared GSM8K rows are not here")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _mistral_tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(SHARED / "mistral_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer():
+    """The tokenizer of Mistral 7B with Zephyr's chat template."""
+    if not (SHARED / "mistral_tokenizer").exists():
+        pytest.skip("the shared Mistral tokenizer is not here")
+    return _mistral_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def hf_model_dir(tmp_path_factory):
+    """make(family, **config) → (directory, torch model), written by transformers.
+
+    The config starts from `SMALL`. Calls with equal arguments share one directory: copy it to change it.
+    A vocabulary of 32,000 brings Mistral's own tokenizer where it is here, any other the tiny one.
+    `dtype` is the checkpoint's; `max_shard_size` splits it.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    made = {}
+
+    def make(family="mistral", dtype="float32", max_shard_size="1GB", **options):
+        key = json.dumps([family, dtype, max_shard_size, options], sort_keys=True)
+        if key not in made:
+            torch.manual_seed(0)
+            defaults = {**SMALL, "sliding_window": None} if family == "mistral" else SMALL
+            config = transformers.AutoConfig.for_model(family, **{**defaults, **options})
+            config._attn_implementation = "eager"
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for name, weight in model.named_parameters():
+                if "norm" in name:  # all ones when new: two norms exchanged would not show
+                    torch.nn.init.uniform_(weight, 0.5, 1.5)
+            model = model.to(getattr(torch, dtype)).eval()
+            real = config.vocab_size == 32000 and (SHARED / "mistral_tokenizer").exists()
+            directory = tmp_path_factory.mktemp(family)
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
+            (_mistral_tokenizer() if real else tiny.tokenizer()).save_pretrained(directory)
+            made[key] = (directory, model)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(hf_model_dir):
+    """A Mistral checkpoint of two layers with the tiny tokenizer, float32."""
+    return hf_model_dir("mistral")[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_dir, mesh):
+    """`tiny_dir`, loaded on one device."""
+    return convert.load(str(tiny_dir), mesh=mesh)
+
+
+@pytest.fixture(scope="session")
+def torch_logits():
+    """(torch model, rows of ids, attention mask) → float32 logits of transformers."""
+    torch = pytest.importorskip("torch")
+
+    def logits(model, tokens, mask=None):
+        with torch.no_grad():
+            mask = None if mask is None else torch.as_tensor(mask)
+            return model(torch.as_tensor(tokens), attention_mask=mask).logits.float().numpy()
+
+    return logits

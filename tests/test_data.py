@@ -1,0 +1,248 @@
+"""Datasets in, conversations and pairs out; batches of fixed shapes."""
+
+import json
+import pathlib
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from spin_jax import batches, data, tiny
+from spin_jax.chat import BadRow, Chat, Example, Lengths, Pair
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def chat():
+    tokenizer = tiny.tokenizer()
+    return Chat(tokenizer, [tokenizer.eos_token_id])
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+ROWS = [
+    ({"question": "q", "answer": "a"}, ["q", "a"]),
+    ({"instruction": "q", "output": "a"}, ["q", "a"]),
+    ({"instruction": "q", "input": "x", "output": "a"}, ["q\n\nx", "a"]),
+    ({"messages": [turn("system", "s"), turn("user", "q"), turn("assistant", "a")]}, ["s", "q", "a"]),
+    ({"messages": [turn("user", "q"), turn("assistant", "a"), turn("user", "more")]}, ["q", "a"]),
+    ({"real": [turn("user", "q"), turn("assistant", "a")], "generated": []}, ["q", "a"]),
+    ({"prompt": "ignored", "messages": [turn("user", "q"), turn("assistant", "a")]}, ["q", "a"]),
+]
+
+
+@pytest.mark.parametrize(("row", "contents"), ROWS)
+def test_conversations(row, contents):
+    assert [m["content"] for m in data.conversation(row, None, None)] == contents
+
+
+def test_named_columns():
+    row = {"title": "q", "body": "a", "messages": []}
+    assert [m["content"] for m in data.conversation(row, "title", "body")] == ["q", "a"]
+    with pytest.raises(BadRow, match="no field title and text"):
+        data.conversation(row, "title", "text")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, "prompt_column"),
+        ({"messages": []}, "messages: expected a list"),
+        ({"messages": [turn("user", "q")]}, "no assistant turn"),
+        ({"messages": [turn("tool", "q"), turn("assistant", "a")]}, r"messages\[0\].role is 'tool'"),
+        ({"messages": [turn("user", 3), turn("assistant", "a")]}, r"messages\[0\].content is int"),
+        ({"messages": [turn("user", "q")] + [turn("assistant", "a")] * 2}, "two assistant turns"),
+        ({"question": None, "answer": "a"}, "content is NoneType"),
+    ],
+)
+def test_bad_rows_name_the_field(row, message):
+    with pytest.raises(BadRow, match=message):
+        data.conversation(row, None, None)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "directory", "save_to_disk", "dict"])
+def test_formats(tmp_path, kind):
+    """Every format gives the same rows."""
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(5)]
+    dataset = Dataset.from_list(rows)
+    path = str(tmp_path / f"rows.{kind}")
+    if kind == "jsonl":
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+    elif kind == "json":
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+    elif kind == "parquet":
+        dataset.to_parquet(path)
+    elif kind == "directory":
+        path = str(tmp_path)
+        write_jsonl(tmp_path / "a.jsonl", rows[:3])
+        write_jsonl(tmp_path / "b.jsonl", rows[3:])
+    elif kind == "save_to_disk":
+        dataset.save_to_disk(path)
+    else:
+        DatasetDict(train=dataset, test=dataset).save_to_disk(path)
+    loaded = data.load_rows(path)
+    assert [loaded[i] for i in range(len(loaded))] == rows
+    if kind == "jsonl":
+        assert len(data.load_rows(path, "train[:2]")) == 2
+
+
+def test_broken_files_name_file_and_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": "a"}\n{"question": "q", "ans')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: "):
+        data.load_rows(str(path))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.jsonl is empty: 0 rows"):
+        data.load_rows(str(tmp_path / "empty.jsonl"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        data.load_rows(str(tmp_path / "absent.jsonl"))
+
+
+def test_examples_name_path_and_row(chat, tmp_path):
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}]
+    )
+    rows = [{"question": "q", "answer": "a"}, {"question": None, "answer": "a"}]
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: question / answer"):
+        data.load_examples(rows, chat, path=path)
+
+
+def test_limit_and_order_follow_the_seed(chat):
+    rows = tiny.problems(50)
+
+    def ids(**options):
+        return [e.prompt_id for e in data.load_examples(rows, chat, path="x", limit=20, **options)[0]]
+
+    assert ids(seed=0) == ids(seed=0) == sorted(ids(seed=0))
+    assert ids(seed=0) != ids(seed=1)
+    assert len(set(ids(seed=0))) == 20
+
+
+def test_held_out():
+    ids = list(range(100, 300))
+    chosen = data.split_held_out(ids, fraction=0.1, limit=500, seed=0)
+    assert len(chosen) == 20
+    assert chosen < set(ids)
+    assert chosen != data.split_held_out(ids, fraction=0.1, limit=500, seed=1)
+    assert len(data.split_held_out(list(range(100_000)), fraction=0.1, limit=500, seed=0)) == 500
+
+
+def test_gsm8k(chat):
+    if not SHARED.exists():
+        pytest.skip("GSM8K is not here")
+    rows = data.load_rows(str(SHARED / "gsm8k" / "test.jsonl"))
+    examples, counts = data.load_examples(rows, chat, path="gsm8k", limit=100)
+    assert len(examples) == 100
+    assert not counts
+    assert all(e.real[-1] == chat.stop_tokens[0] for e in examples)
+
+
+def make_pair(prompt_id, prompt, real, generated):
+    ids = [np.array(x, np.int32) for x in (prompt, real, generated)]
+    real_messages = [turn("user", "q"), turn("assistant", "a")]
+    return Pair(prompt_id, 0, real_messages, real_messages, *ids, truncated=False)
+
+
+def test_pairs_round_trip():
+    pairs = [make_pair(5, [1, 2], [3], [4, 5, 2]), make_pair(2**40, [1], [], [7])]
+    back = data.pairs_from_parquet(data.pairs_to_parquet(pairs))
+    for a, b in zip(pairs, back, strict=True):
+        assert (a.prompt_id, a.real_messages, a.truncated) == (b.prompt_id, b.real_messages, b.truncated)
+        for field in ("prompt", "real", "generated"):
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+    scores = data.scores_from_parquet(data.scores_to_parquet(3, pairs, np.array([[-1, -2], [-3, -4]])))
+    assert scores == {(3, 5, 0): (-1.0, -2.0), (3, 2**40, 0): (-3.0, -4.0)}
+
+
+def test_published_pairs(chat, tmp_path):
+    """Rows of the published SPIN format: both answers tokenized with their prompt, prompt_id the row."""
+    conversation = [turn("user", "1+2"), turn("assistant", "3")]
+    other = [turn("user", "1+2"), turn("assistant", "44")]
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"real": conversation, "generated": other}] * 2)
+    pairs, counts = data.load_pairs(data.load_rows(path), chat, path=path)
+    assert [p.prompt_id for p in pairs] == [0, 1]
+    assert not counts
+    assert chat.decode(pairs[0].real) == "3"
+    assert chat.decode(pairs[0].generated) == "44"
+    np.testing.assert_array_equal(pairs[0].prompt, chat.encode_prompt(conversation[:1]))
+    with pytest.raises(ValueError, match=r"row 1: no fields real and generated"):
+        data.load_pairs([{"messages": []}], chat, path=path)
+
+
+def test_own_pairs_keep_their_ids(chat, tmp_path):
+    """A token column is the truth, even where its text would tokenize otherwise."""
+    example = chat.example(9, [turn("user", "1+2"), turn("assistant", "3")], Counter())
+    pair = chat.pair(example, 0, np.array([40, 41, 2], np.int32))
+    (tmp_path / "x.parquet").write_bytes(data.pairs_to_parquet([pair]))
+    (loaded,), _ = data.load_pairs(data.load_rows(str(tmp_path)), chat, path="x")
+    np.testing.assert_array_equal(loaded.generated, pair.generated)
+    assert loaded.prompt_id == 9
+    chat_short = Chat(chat.tokenizer, chat.stop_tokens, lengths=Lengths(10, len(example.prompt) + 2))
+    (cut,), _ = data.load_pairs(data.load_rows(str(tmp_path)), chat_short, path="x")
+    assert len(cut.generated) == 2
+    assert cut.truncated
+
+
+def test_pad_rows():
+    rows = batches.pad_rows(
+        [(np.array([5, 6]), np.array([7, 2])), (np.array([5]), np.array([9]))], 6, unattended=6
+    )
+    np.testing.assert_array_equal(rows.tokens, [[5, 6, 7, 2, 0, 0], [5, 9, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.positions, [[0, 1, 2, 3, 0, 0], [0, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.segments, [[1, -1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.response, [[0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0]])
+    with pytest.raises(ValueError, match="3 tokens does not fit rows of 2"):
+        batches.pad_rows([(np.array([5]), np.array([6, 7]))], 2)
+
+
+def test_buckets():
+    sizes = sorted({batches.bucket(n) for n in range(1, 1025)})
+    assert sizes == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    assert all(batches.bucket(n) >= n for n in range(1, 5000))
+
+
+def test_last_batch_is_padded_with_zero_weight():
+    pairs = [batches.ScoredPair(make_pair(i, [1, 2], [3], [4]), (-1.0 * i, -2.0)) for i in range(3)]
+    batch = batches.pair_batch(pairs, 4, 16)
+    np.testing.assert_array_equal(batch.weight, [1, 1, 1, 0])
+    np.testing.assert_array_equal(batch.opponent[:3], [[0, -2], [-1, -2], [-2, -2]])
+    assert batch.rows.tokens.shape == (8, 16)
+    np.testing.assert_array_equal(batch.rows.tokens[:2, 2], [3, 4])  # real, then generated
+    assert batches.real_rows(batch).tolist() == [True] * 6 + [False] * 2
+    split = batches.microbatches(batch, 2)
+    assert split.rows.tokens.shape == (2, 4, 16)
+    np.testing.assert_array_equal(split.weight, [[1, 1], [1, 0]])
+
+
+def test_order_is_a_function_of_seed_and_step():
+    """Resuming at any step gives the batches that would have come; every epoch has every item once."""
+    items = list(range(10))
+
+    def order(start, seed=3):
+        return [list(b) for b in batches.batches(items, list, 4, seed=seed, epochs=3, start=start)]
+
+    whole = order(0)
+    assert batches.training_steps(10, 4, 3) == len(whole) == 9
+    assert [len(b) for b in whole] == [4, 4, 2] * 3
+    for epoch in range(3):
+        assert sorted(i for batch in whole[3 * epoch : 3 * epoch + 3] for i in batch) == items
+    assert whole[:3] != whole[3:6]
+    for start in range(9):
+        assert order(start) == whole[start:]
+    assert order(0, seed=4) != whole
+
+
+def test_example_type(chat):
+    example = chat.example(1, [turn("user", "1"), turn("assistant", "2")], Counter())
+    assert isinstance(example, Example)
+    assert example.prompt.dtype == example.real.dtype == np.int32

@@ -1,0 +1,413 @@
+"""The whole loop, run as a user runs it: one command, again, interrupted, phase by phase."""
+
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
+FAST_COMPILATION = "--xla_backend_optimization_level=0"
+STEP_KEYS = {
+    "loss",
+    "margin",
+    "accuracy",
+    "real_reward",
+    "generated_reward",
+    "real_logp",
+    "generated_logp",
+    "identical",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_s",
+}
+
+
+class Command:
+    """`python -m spin_jax.main` on a number of simulated devices; programs are compiled once a session."""
+
+    def __init__(self, cache: pathlib.Path):
+        self.cache = cache
+
+    def environment(self, devices=1):
+        return {
+            **os.environ,
+            "XLA_FLAGS": f"{FAST_COMPILATION} --xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(self.cache / f"{devices}"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def start(self, workdir, *arguments, config="configs/tiny.py:smoke", devices=1):
+        return subprocess.Popen(
+            [sys.executable, "-m", "spin_jax.main", f"--config={config}", f"--workdir={workdir}", *arguments],
+            cwd=ROOT,
+            env=self.environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __call__(self, workdir, *arguments, expect=0, **options):
+        process = self.start(workdir, *arguments, **options)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == expect, output
+        return output
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    return Command(tmp_path_factory.mktemp("xla_cache"))
+
+
+@pytest.fixture(scope="session")
+def finished(command, tmp_path_factory):
+    """(workdir, output) of an uninterrupted smoke run."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, command(workdir)
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    """Rows less what depends on the clock."""
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "minutes")} for row in rows]
+
+
+def read_pairs(folder):
+    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def weights(folder):
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(a, b, iterations=(0, 1)):
+    """Pairs, scores, weights and numbers of two runs, to the bit."""
+    for t in iterations:
+        for kind in ("pairs", "scores"):
+            assert read_pairs(a / f"iteration_{t}" / kind) == read_pairs(b / f"iteration_{t}" / kind)
+        ours, theirs = (weights(x / f"iteration_{t}" / "model") for x in (a, b))
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    assert without_times(json.loads((a / "summary.json").read_text())) == without_times(
+        json.loads((b / "summary.json").read_text())
+    )
+
+    def key(row):
+        return row["phase"], row["iteration"], row["step"]
+
+    ours, theirs = (sorted(without_times(read_metrics(x)), key=key) for x in (a, b))
+    assert [key(row) for row in ours] == [key(row) for row in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == other or mine["phase"] in ("sample", "score")
+
+
+def test_one_command_leaves_everything(finished):
+    workdir, output = finished
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert [row["iteration"] for row in summary] == [-1, 0, 1]
+    for row in summary:
+        assert {"nll", "greedy_accuracy", "sampled_accuracy"} <= row.keys()
+        assert row["iteration"] < 0 or {"margin", "loss", "accuracy", "control"} <= row.keys()
+    for heading in ("NLL", "greedy", "margin", "control", "iteration 1"):
+        assert heading in output
+    assert (workdir / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").iterdir())
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["config"]["loss"]["beta"] == [1.0]
+    assert "jax" in config["versions"]
+    for t in (0, 1):
+        lines = (workdir / f"iteration_{t}" / "samples.jsonl").read_text().splitlines()
+        assert {"prompt", "real", "generated"} <= json.loads(lines[0]).keys()
+        assert not (workdir / f"iteration_{t}" / "train").exists()  # pruned
+
+
+def test_metrics_follow_the_contract(finished):
+    workdir, _ = finished
+    rows = read_metrics(workdir)
+    assert {row["phase"] for row in rows} == {"sft", "sample", "score", "train", "eval", "control"}
+    for t, steps in ((0, 3), (1, 6)):  # 180 pairs, then 360 with the ones mixed in, 64 a step
+        train = [row for row in rows if row["phase"] == "train" and row["iteration"] == t]
+        assert [row["step"] for row in train] == list(range(steps))
+        assert all(row.keys() >= STEP_KEYS for row in train)
+        assert train[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert train[-1]["margin"] > train[0]["margin"]
+    assert [r["step"] for r in rows if r["phase"] == "sft"] == list(range(4))
+    assert {r["iteration"] for r in rows if r["phase"] == "sft"} == {-1}
+
+
+def test_pairs_are_the_published_format_and_ids_the_truth(finished):
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+
+    workdir, _ = finished
+    tokenizer = AutoTokenizer.from_pretrained(workdir / "start" / "model")
+    pairs = load_dataset(str(workdir / "iteration_0" / "pairs"), cache_dir=str(workdir / "cache"))
+    assert {name: len(rows) for name, rows in pairs.items()} == {"train": 180, "test": 20}
+    ids = [*pairs["train"]["prompt_id"], *pairs["test"]["prompt_id"]]
+    assert len(set(ids)) == 200
+    for row in pairs["train"].select(range(20)):
+        assert row["real"][:-1] == row["generated"][:-1]
+        assert (
+            tokenizer.decode(row["generated_tokens"], skip_special_tokens=True)
+            == row["generated"][-1]["content"]
+        )
+        assert row["truncated"] == (row["generated_tokens"][-1] != tokenizer.eos_token_id)
+
+
+def test_transformers_opens_every_model(finished):
+    """And gives our log-probs: the held-out NLL of summary.json, recomputed by torch to 1e-4."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    workdir, _ = finished
+    summary = json.loads((workdir / "summary.json").read_text())
+    rows = pq.read_table(next((workdir / "iteration_0" / "pairs").glob("test*"))).to_pylist()
+    for folder, row in (("start", summary[0]), ("iteration_0", summary[1]), ("iteration_1", summary[2])):
+        model = AutoModelForCausalLM.from_pretrained(workdir / folder / "model")
+        total = count = 0
+        for pair in rows:
+            ids = torch.tensor([pair["prompt_tokens"] + pair["real_tokens"]])
+            with torch.no_grad():
+                logps = torch.log_softmax(model(ids).logits[0].float(), -1)
+            prompt = len(pair["prompt_tokens"])
+            total -= sum(float(logps[i - 1, ids[0, i]]) for i in range(prompt, ids.shape[1]))
+            count += len(pair["real_tokens"])
+        assert row["nll"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_running_again_changes_nothing(finished, command):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.parquet")}
+    metrics = (workdir / "metrics.jsonl").read_text()
+    output = command(workdir)
+    assert "iteration 1" in output
+    assert "2 of them done" in output
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*.parquet")}
+    assert (workdir / "metrics.jsonl").read_text() == metrics
+
+
+def test_another_config_is_refused_the_workdir(finished, command):
+    workdir, _ = finished
+    output = command(workdir, "--config.loss.beta=2", expect=2)
+    assert "holds another run: there loss.beta is [1.0], and now [2]" in output
+
+
+def interrupt(process, wanted, workdir):
+    """Sends Ctrl-C once `wanted` shows in metrics.jsonl; returns the output."""
+    deadline = time.monotonic() + 300
+    metrics = workdir / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and wanted in metrics.read_text():
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.01)
+    output, _ = process.communicate(timeout=120)
+    return output
+
+
+def test_interrupted_and_continued(command, finished, tmp_path):
+    """Ctrl-C in sampling, in SFT and in training; the same command goes on to the same result."""
+    slow = [
+        "--config.sampling.shard_size=16",
+        "--config.sampling.batch_size=16",
+        "--config.train.batch_size=8",
+        "--config.train.epochs=2",
+        "--config.sft.control=False",
+        "--config.sft.batch_size=16",
+    ]
+    whole = tmp_path / "whole"
+    command(whole, *slow)
+    parts = tmp_path / "parts"
+    stopped = []
+    for wanted in (
+        '"phase": "sft", "iteration": -1, "step": 3',
+        '"phase": "sample", "iteration": 0, "step": 2',
+        '"phase": "train", "iteration": 0, "step": 5',
+        '"phase": "train", "iteration": 1, "step": 11',
+    ):
+        process = command.start(parts, *slow)
+        output = interrupt(process, wanted, parts)
+        assert process.returncode == 130, output
+        assert "to continue: python -m spin_jax.main" in output
+        stopped.append(wanted)
+    assert len(stopped) == 4
+    command(parts, *slow)
+    assert_same_run(whole, parts)
+    ids = [row["prompt_id"] for row in read_pairs(parts / "iteration_0" / "pairs")]
+    assert len(ids) == len(set(ids)) == 200
+
+
+def test_phase_by_phase_equals_one_run(command, finished, tmp_path):
+    whole, _ = finished
+    for _ in range(2):
+        for phase in ("sample", "score", "train"):
+            command(tmp_path, f"--only={phase}")
+    assert_same_run(whole, tmp_path)
+
+
+def test_phases_out_of_order_say_what_to_run(command, tmp_path):
+    assert "run --only=sample first" in command(tmp_path, "--only=score", expect=2)
+    command(tmp_path, "--only=sample")
+    assert "run --only=score first" in command(tmp_path, "--only=train", expect=2)
+
+
+def test_start_from_a_given_model_and_pairs(command, finished, tmp_path):
+    """Iteration 1 from iteration 0's export and both iterations' pairs is iteration 1 of the whole run."""
+    whole, _ = finished
+    command(
+        tmp_path,
+        "--config.selfplay.start=1",
+        f"--config.model.path={whole / 'iteration_0' / 'model'}",
+        f"--config.selfplay.pairs=0={whole / 'iteration_0' / 'pairs'},1={whole / 'iteration_1' / 'pairs'}",
+        "--config.sft.epochs=0",
+        "--config.sft.control=False",
+    )
+    ours, theirs = (weights(x / "iteration_1" / "model") for x in (tmp_path, whole))
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    assert [row["iteration"] for row in json.loads((tmp_path / "summary.json").read_text())] == [-1, 1]
+
+
+def test_sampling_from_start_is_the_same_too(command, finished, tmp_path):
+    """Without given pairs iteration 1 samples its own: the same, for keys know the iteration."""
+    whole, _ = finished
+    command(
+        tmp_path,
+        "--only=sample",
+        "--config.selfplay.start=1",
+        f"--config.model.path={whole / 'iteration_0' / 'model'}",
+        "--config.sft.epochs=0",
+    )
+    assert read_pairs(tmp_path / "iteration_1" / "pairs") == read_pairs(whole / "iteration_1" / "pairs")
+
+
+def test_published_pairs_replace_data_and_sampling(command, finished, tmp_path):
+    """JSONL of real and generated alone: no data.path, nothing sampled; β and mixing reach the steps."""
+    whole, _ = finished
+    path = tmp_path / "pairs.jsonl"
+    rows = read_pairs(whole / "iteration_0" / "pairs")
+    rows = [row for row in rows if row["generated"][-1]["content"].strip()][:100]  # empty ones are dropped
+    path.write_text("".join(json.dumps({k: row[k] for k in ("real", "generated")}) + "\n" for row in rows))
+    config = tmp_path / "given.py"
+    config.write_text(
+        "from configs.tiny import get_config as tiny\n\n\ndef get_config():\n    c = tiny('smoke')\n"
+        "    c.data = type(c.data)({**c.data, 'path': None})\n    return c\n"
+    )
+    workdir = tmp_path / "run"
+    command(
+        workdir,
+        f"--config.selfplay.pairs={path},{path}",
+        f"--config.model.path={whole / 'start' / 'model'}",
+        "--config.sft.epochs=0",
+        "--config.sft.control=False",
+        "--config.loss.beta=(0.5,2.0)",
+        "--config.train.learning_rate=(1e-4,1e-9)",
+        config=str(config),
+    )
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert [row.get("pairs") for row in summary] == [None, 90, 180]  # 10 held out; 90 mixed in
+    assert [row.get("beta") for row in summary] == [None, 0.5, 2.0]
+    train = [row for row in read_metrics(workdir) if row["phase"] == "train"]
+    assert max(row["learning_rate"] for row in train if row["iteration"] == 1) <= 1e-9
+    assert not [row for row in read_metrics(workdir) if row["phase"] == "sample"]
+    sources = {row["source_iteration"] for row in read_pairs(workdir / "iteration_1" / "scores")}
+    assert sources == {0, 1}
+
+
+def test_one_device_equals_eight(command, finished, tmp_path):
+    """The whole loop on 8 simulated devices (2 × 2 × 2): the same numbers, but for sums in other orders."""
+    whole, _ = finished
+    command(tmp_path, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", devices=8)
+    summaries = [json.loads((x / "summary.json").read_text()) for x in (whole, tmp_path)]
+    for one, eight in zip(*summaries, strict=True):
+        assert one["nll"] == pytest.approx(eight["nll"], rel=1e-3)
+        if one["iteration"] == 0:
+            assert one["margin"] == pytest.approx(eight["margin"], rel=2e-2, abs=1e-3)
+
+
+def test_programs_are_compiled_once(command, tmp_path):
+    """Two iterations, one program each for a step of SFT, a step of SPIN, scoring; two for decoding."""
+    program = f"""
+import spin_jax
+from configs.tiny import get_config
+from spin_jax import opponent, sample, selfplay, train
+steps = []
+make = train.make_step
+selfplay.make_step = lambda *a: steps.append(make(*a)) or steps[-1]
+spin_jax.run(get_config("smoke"), {str(tmp_path)!r})
+print("compiled", [step._cache_size() for step in dict.fromkeys(steps)],
+      opponent.score_rows._cache_size(), sample.decode._cache_size())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**command.environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # decode: temperature 1, and greedy for evaluation
+    assert "compiled [1, 1] 1 2" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="session")
+def small_mistral(tmp_path_factory):
+    """A small Mistral that transformers wrote, with the real tokenizer."""
+    if not SHARED.exists():
+        pytest.skip("GSM8K and the real Mistral tokenizer are not here")
+    torch = pytest.importorskip("torch")
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=32000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=64,
+        max_position_embeddings=1024,
+    )
+    folder = tmp_path_factory.mktemp("mistral")
+    MistralForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(SHARED / "mistral_tokenizer").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_real_prompts(command, small_mistral, tmp_path, official):
+    """Two iterations on 64 GSM8K prompts with the real tokenizer, in bfloat16, from one command."""
+    output = command(
+        tmp_path,
+        f"--config.model.path={small_mistral}",
+        f"--config.data.path={SHARED / 'gsm8k' / 'train.jsonl'}",
+        "--config.data.limit=64",
+        "--config.sampling.max_new_tokens=16",
+        "--config.train.batch_size=16",
+        f"--config.official={official}",
+        config="configs/small_gsm8k.py",
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["iteration"] for row in summary] == [-1, 0, 1], output
+    pairs = read_pairs(tmp_path / "iteration_1" / "pairs")
+    assert len({row["prompt_id"] for row in pairs}) == len(pairs) == 64
+    train = [row for row in read_metrics(tmp_path) if row["phase"] == "train"]
+    assert train[0]["loss"] == pytest.approx(math.log(2), abs=2e-2)  # bfloat16: logits of 8 bits
+    assert all(row["generated_tokens"][-1] == 2 for row in pairs) or not official
+    assert not (tmp_path / "start" / "model").exists()  # it was given, not made here
