@@ -21,12 +21,12 @@ def get_config(variant: str = "") -> Any:
         dict(
             model_type="mistral",
             vocab_size=272,
-            hidden_size=128,
-            intermediate_size=384,
+            hidden_size=64,
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=32,
+            head_dim=16,
             max_position_embeddings=64,
             sliding_window=64,
             rms_norm_eps=1e-5,
@@ -37,25 +37,28 @@ def get_config(variant: str = "") -> Any:
     c.lengths.max_prompt = 12
     c.lengths.max_length = 16
 
-    c.sft.epochs = 12
-    c.sft.batch_size = 128
-    c.sft.learning_rate = 2e-3
+    # Stops before its schedule ends: a start that still errs leaves self-play something to learn from.
+    c.sft.epochs = 6
+    c.sft.schedule_epochs = 8
+    c.sft.batch_size = 64
+    c.sft.learning_rate = 3e-3
     c.sft.control = True
+    c.sft.control_learning_rate = 8e-4  # where that schedule stopped
 
     c.selfplay.iterations = 3
     c.sampling.max_new_tokens = 4
     c.sampling.batch_size = 512
     c.sampling.shard_size = 2048
 
-    c.loss.beta = (1.0,)
+    c.loss.beta = (10.0,)  # answers of two digits: a margin of 1 nat is plenty
     c.train.optimizer = "adamw"
     c.train.decay = 0.999
-    c.train.learning_rate = (3e-5,)
+    c.train.learning_rate = (3e-4, 2e-4, *[1e-4] * 8)
     c.train.batch_size = 256
     c.train.remat = False
 
     c.eval.verifier = "exact"
-    c.eval.samples = 8
+    c.eval.samples = 16
 
     if variant == "smoke":
         c.data.limit = 200

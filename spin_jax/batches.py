@@ -1,7 +1,7 @@
 """Batches of fixed shapes, made in NumPy: nothing here touches a device.
 
-Axes: B sequences or pairs, T tokens. The fields of a batch are NumPy arrays on the host and JAX arrays in
-a step.
+Axes: B sequences or pairs, T tokens, R response tokens. The fields of a batch are NumPy arrays on the
+host and JAX arrays in a step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +13,20 @@ import numpy as np
 from spin_jax.chat import Example, Ids, Pair
 
 
+class RowShape(NamedTuple):
+    """What every row of a run is padded to."""
+
+    length: int  # T
+    response: int  # R: only so many positions are projected to the vocabulary
+
+
 class Rows(NamedTuple):
     """Sequences of one padded length; the model's arguments and which tokens are a response."""
 
     tokens: Any  # int32 [B, T]
     positions: Any  # int32 [B, T]
     segments: Any  # int32 [B, T]: 1, padding 0, −1 seen by no other token
-    response: Any  # bool [B, T]
+    response: Any  # int32 [B, R]: where the response's tokens stand; 0 is none
 
 
 class SFTBatch(NamedTuple):
@@ -51,27 +58,26 @@ def bucket(length: int) -> int:
     return size
 
 
-def pad_rows(sequences: Sequence[tuple[Ids, Ids]], length: int, unattended: int | None = None) -> Rows:
-    """(prompt, response) sequences, padded on the right to `length`.
+def pad_rows(sequences: Sequence[tuple[Ids, Ids]], shape: RowShape, unattended: int | None = None) -> Rows:
+    """(prompt, response) sequences, padded on the right.
 
     Raises:
-        ValueError: a sequence is longer.
+        ValueError: a sequence is longer than the rows, or its response than theirs.
     """
-    shape = (len(sequences), length)
-    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
-    rows = Rows(tokens, positions, segments, response=np.zeros(shape, bool))
+    tokens, positions, segments = (np.zeros((len(sequences), shape.length), np.int32) for _ in range(3))
+    rows = Rows(tokens, positions, segments, np.zeros((len(sequences), shape.response), np.int32))
     for i, (prompt, response) in enumerate(sequences):
         ids = np.concatenate([prompt, response])
         n = len(ids)
-        if n > length:
-            raise ValueError(f"a sequence of {n} tokens does not fit rows of {length}")
+        if n > shape.length or len(response) > shape.response:
+            raise ValueError(f"a sequence of {len(prompt)} + {len(response)} tokens does not fit {shape}")
         rows.tokens[i, :n] = ids
         rows.positions[i, :n] = np.arange(n)
         rows.segments[i, :n] = 1
         if unattended is not None:
             hidden = np.flatnonzero(ids[: n - 1] == unattended)
             rows.segments[i, hidden] = -1
-        rows.response[i, len(prompt) : n] = True
+        rows.response[i, : len(response)] = np.arange(len(prompt), n)
     return rows
 
 
@@ -82,18 +88,20 @@ def _fill(items: Sequence, size: int) -> tuple[list, np.ndarray]:
     return [*items, *[items[0]] * (size - len(items))], weight
 
 
-def sft_batch(examples: Sequence[Example], size: int, length: int, unattended: int | None = None) -> SFTBatch:
+def sft_batch(
+    examples: Sequence[Example], size: int, shape: RowShape, unattended: int | None = None
+) -> SFTBatch:
     filled, weight = _fill(examples, size)
-    return SFTBatch(pad_rows([(e.prompt, e.real) for e in filled], length, unattended), weight)
+    return SFTBatch(pad_rows([(e.prompt, e.real) for e in filled], shape, unattended), weight)
 
 
 def pair_batch(
-    scored: Sequence[ScoredPair], size: int, length: int, unattended: int | None = None
+    scored: Sequence[ScoredPair], size: int, shape: RowShape, unattended: int | None = None
 ) -> PairBatch:
     filled, weight = _fill(scored, size)
     sequences = [(s.pair.prompt, answer) for s in filled for answer in (s.pair.real, s.pair.generated)]
     return PairBatch(
-        rows=pad_rows(sequences, length, unattended),
+        rows=pad_rows(sequences, shape, unattended),
         opponent=np.array([s.opponent for s in filled], np.float32),
         identical=np.array([s.pair.identical for s in filled], np.float32),
         weight=weight,

@@ -119,6 +119,8 @@ class Chat:
             )
         if not stop_tokens:
             raise ValueError("neither generation_config.json nor the tokenizer names an EOS token")
+        tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json come with limits switched on
+        tokenizer.backend_tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.stop_tokens = tuple(stop_tokens)
         self.lengths = lengths

@@ -28,6 +28,7 @@ def default() -> Any:
 
     c.data = d = _section()
     d.path = placeholder(str)  # hub id, .jsonl/.json/.parquet, directory, or module:function
+    d.name = placeholder(str)  # which configuration of a hub dataset (gsm8k has main and socratic)
     d.revision = placeholder(str)  # of a hub dataset
     d.split = "train"  # in the syntax of datasets: train[:1000] …
     d.limit = placeholder(int)  # use this many rows, chosen by the seed
@@ -45,6 +46,7 @@ def default() -> Any:
     s.optimizer = "adamw"
     s.decay = 0.999
     s.control = False  # also train the start on by SFT, for as many steps, and report it beside
+    s.control_learning_rate = placeholder(float)  # its peak; unset: learning_rate
 
     c.selfplay = p = _section()
     p.iterations = 3  # T: self-play runs iterations start … T − 1

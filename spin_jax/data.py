@@ -29,13 +29,16 @@ PROMPT_ANSWER_COLUMNS = (
 )
 
 
-def load_rows(path: str, split: str = "train", revision: str | None = None) -> Any:
+def load_rows(
+    path: str, split: str = "train", *, name: str | None = None, revision: str | None = None
+) -> Any:
     """Opens a dataset: something with a length, column names and rows as dicts.
 
     Args:
         path: a hub id; a .jsonl, .json or .parquet file; a directory of .jsonl or .parquet files or
             one that `save_to_disk` wrote; or `module:function`, which returns a list of dicts.
         split: in the syntax of `datasets` (`train`, `train[:1000]`); of a local file all is `train`.
+        name: of a hub dataset's configuration.
         revision: of a hub dataset.
 
     Raises:
@@ -61,7 +64,7 @@ def load_rows(path: str, split: str = "train", revision: str | None = None) -> A
         elif ".." in path or path.startswith(("/", ".")) or path.count("/") > 1:
             raise FileNotFoundError(f"data.path={path!r}: no such file or directory")
         else:
-            rows = datasets.load_dataset(path, split=split, revision=revision)
+            rows = datasets.load_dataset(path, name, split=split, revision=revision)
     except (exceptions.DatasetGenerationError, KeyError) as error:
         raise ValueError(_explain(path, error)) from error
     except (exceptions.DatasetNotFoundError, ConnectionError) as error:

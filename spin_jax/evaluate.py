@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from spin_jax import sharding
-from spin_jax.batches import sft_batch
+from spin_jax.batches import RowShape, sft_batch
 from spin_jax.chat import Example
 from spin_jax.config import import_function
 from spin_jax.model import Decoder, Params
@@ -61,14 +61,14 @@ def nll(
     *,
     mesh: jax.sharding.Mesh,
     batch_size: int,
-    length: int,
+    shape: RowShape,
     unattended: int | None = None,
 ) -> float:
     """Mean −log p of a human answer's token, in nats."""
     total = 0.0
     with jax.set_mesh(mesh):
         for first in range(0, len(examples), batch_size):
-            batch = sft_batch(examples[first : first + batch_size], batch_size, length, unattended)
+            batch = sft_batch(examples[first : first + batch_size], batch_size, shape, unattended)
             logps = np.asarray(score_rows(decoder, params, sharding.put_batch(mesh, batch.rows)))
             total -= float(np.sum(logps, where=batch.weight > 0))
     return total / sum(len(example.real) for example in examples)

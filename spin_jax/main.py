@@ -5,6 +5,7 @@ iteration, so that sampling and training can happen on different machines.
 """
 
 import os
+import shlex
 import sys
 
 from absl import flags
@@ -32,17 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
         return _fail(_explained(error, argv))
 
-    _cache_compilations()
-    from spin_jax import selfplay
-    from spin_jax.train import Interrupted
-
     try:
+        _cache_compilations()
+        from spin_jax import selfplay
+
         selfplay.run(config, _WORKDIR.value, only=_ONLY.value)
-    except Interrupted:
-        print(f"\ninterrupted; to continue: {' '.join(['python -m spin_jax.main', *argv[1:]])}", flush=True)
-        return 130
     except KeyboardInterrupt:
-        print("\nstopped at once; the same command continues from the last checkpoint", flush=True)
+        command = shlex.join(["python", "-m", "spin_jax.main", *argv[1:]])
+        print(f"\ninterrupted; to continue: {command}", flush=True)
         return 130
     except (ValueError, FileNotFoundError) as error:
         return _fail(str(error))

@@ -143,12 +143,12 @@ class Opponent:
         earlier = range(max(0, t - c.mix_previous), t)
         return [*(s for s in earlier if s >= c.start or s in self.run.given), t]
 
-    def score_files(self, t: int) -> list[tuple[epath.Path, int, epath.Path]]:
-        """(file of scores, source iteration, file of pairs). Earlier held-out pairs are not needed."""
+    def score_files(self, t: int) -> list[tuple[epath.Path, int, epath.Path, int]]:
+        """(file of scores, source iteration, file of pairs, how many). Earlier held-out pairs stay out."""
         return [
-            (self.run.folder(t) / "scores" / f"iteration_{source}-{path.name}", source, path)
+            (self.run.folder(t) / "scores" / f"iteration_{source}-{path.name}", source, path, len(items))
             for source in self.sources(t)
-            for path, _ in self.pair_files(source)
+            for path, items in self.pair_files(source)
             if source == t or path.name.startswith("train")
         ]
 
@@ -161,14 +161,15 @@ class Opponent:
         missing = [(number, *shard) for number, shard in enumerate(shards) if not shard[0].exists()]
         if not missing:
             return
-        need([path for _, _, path in shards], f"iteration {t} has no pairs yet", "sample")
+        need([path for _, _, path, _ in shards], f"iteration {t} has no pairs yet", "sample")
         self.metrics.rewind("score", t, missing[0][0])
-        done = len(shards) - len(missing)
-        with progress(f"iteration {t}: score", len(shards), done, unit="file") as bar:
-            for number, path, source, pair_path in missing:
+        total = sum(count for *_, count in shards)
+        done = total - sum(count for *_, count in missing)
+        with progress(f"iteration {t}: score", total, done, unit="pair") as bar:
+            for number, path, source, pair_path, _ in missing:
                 began = time.perf_counter()
                 pairs = data.pairs_from_parquet(pair_path.read_bytes())
-                logps = self._score(params, pairs, self.run.options(t).microbatch)
+                logps = self._score(params, pairs, self.run.options(t).microbatch, bar)
                 files.write(path, data.scores_to_parquet(source, pairs, logps))
                 tokens = sum(2 * len(p.prompt) + len(p.real) + len(p.generated) for p in pairs)
                 values = {
@@ -180,16 +181,16 @@ class Opponent:
                 }
                 self.metrics.write("score", t, number, values)
                 bar.set_postfix({"tok/s": compact(values["tokens_per_s"])}, refresh=False)
-                bar.update()
 
-    def _score(self, params: Params, pairs: Sequence[Pair], size: int) -> np.ndarray:
+    def _score(self, params: Params, pairs: Sequence[Pair], size: int, bar: Any) -> np.ndarray:
         """float32 [pairs, (real, generated)], by the program and in the shapes of training."""
         run, logps = self.run, []
         for first in range(0, len(pairs), size):
             unscored = [ScoredPair(pair, (0.0, 0.0)) for pair in pairs[first : first + size]]
-            rows = pair_batch(unscored, size, run.length, run.chat.unattended).rows
+            rows = pair_batch(unscored, size, run.shape, run.chat.unattended).rows
             with jax.set_mesh(run.mesh):
                 logps.append(np.asarray(score_rows(run.decoder, params, sharding.put_batch(run.mesh, rows))))
+            bar.update(len(unscored))
             self._stop_here()
         return np.concatenate(logps).reshape(-1, 2)[: len(pairs)]
 
@@ -198,7 +199,7 @@ class Opponent:
         shards = self.score_files(t)
         need([path for path, *_ in shards], f"iteration {t} has no scores yet", "score")
         result = []
-        for score_path, source, pair_path in shards:
+        for score_path, source, pair_path, _ in shards:
             if pair_path.name.startswith(split):
                 scores = data.scores_from_parquet(score_path.read_bytes())
                 for pair in data.pairs_from_parquet(pair_path.read_bytes()):

@@ -13,6 +13,7 @@ from etils import epath
 
 from spin_jax import config as config_lib
 from spin_jax import convert, data, evaluate, files, losses, sharding
+from spin_jax.batches import RowShape
 from spin_jax.chat import Chat, Example, Lengths, Pair
 from spin_jax.metrics import compact
 from spin_jax.model import Decoder, Model, Params, abstract_params, count_params, init_params
@@ -34,7 +35,7 @@ class Prepared:
     examples: list[Example]  # to train on
     held_out: list[Example]
     given: dict[int, list[Pair]]  # pairs from the config, by iteration
-    length: int  # tokens of a training row, the same for all iterations
+    shape: RowShape  # of training rows, the same for all iterations
     fingerprint: str  # of the dataset
     notes: list[str]  # what was dropped, cut or left out
 
@@ -59,11 +60,13 @@ class Prepared:
             values[key] = config_lib.per_iteration(values[key], t)
         return Optimization(**values)
 
-    def sft_options(self) -> Optimization:
-        """How the start, and the control, are trained."""
+    def sft_options(self, control: bool = False) -> Optimization:
+        """How the start is trained, or the control."""
         values = self.config.sft.to_dict()
         del values["control"]
-        return Optimization(**values)
+        rate = values.pop("control_learning_rate")
+        options = Optimization(**values)
+        return dataclasses.replace(options, learning_rate=rate) if control and rate else options
 
     @property
     def iterations(self) -> range:
@@ -107,7 +110,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
         examples=[example for example in examples if example.prompt_id not in held_out],
         held_out=[example for example in examples if example.prompt_id in held_out],
         given=given,
-        length=_row_length(config, examples, given),
+        shape=_row_shape(config, examples, given),
         fingerprint=fingerprint,
         notes=notes,
     )
@@ -186,7 +189,7 @@ def _examples(
             raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")
         unique = {pair.prompt_id: pair for t in sorted(given) for pair in given[t]}
         return [Example(i, p.real_messages, p.prompt, p.real) for i, p in sorted(unique.items())], ""
-    rows = data.load_rows(c.path, c.split, c.revision)
+    rows = data.load_rows(c.path, c.split, name=c.name, revision=c.revision)
     examples, counts = data.load_examples(
         rows,
         chat,
@@ -204,19 +207,24 @@ def _counted(path: str, counts: Counter) -> list[str]:
     return [f"{path}: {what}: {number}" for what, number in sorted(counts.items())]
 
 
-def _row_length(config: Config, examples: Sequence[Example], given: dict[int, list[Pair]]) -> int:
-    """A length that every pair of the run fits, whatever will be sampled: one program for all."""
+def _row_shape(config: Config, examples: Sequence[Example], given: dict[int, list[Pair]]) -> RowShape:
+    """A shape that every pair of the run fits, whatever will be sampled: one program for all."""
     limit = config.lengths.max_length
-    longest = 0
     if config.official:  # answers are tokenized anew, and can grow
         longest = max(limit, config.lengths.max_prompt)
+        return RowShape(_rounded(longest), _rounded(longest))
     sampled = set(range(config.selfplay.start, config.selfplay.iterations)) - given.keys()
     new = config.sampling.max_new_tokens if sampled else 0
-    for example in examples:
-        longest = max(longest, min(len(example.prompt) + max(len(example.real), new), limit))
-    for pair in (pair for pairs in given.values() for pair in pairs):
-        longest = max(longest, len(pair.prompt) + max(len(pair.real), len(pair.generated)))
-    return -(-longest // 16) * 16
+    sizes = [(len(e.prompt), min(max(len(e.real), new), limit - len(e.prompt))) for e in examples] + [
+        (len(pair.prompt), max(len(pair.real), len(pair.generated)))
+        for pairs in given.values()
+        for pair in pairs
+    ]
+    return RowShape(_rounded(max(map(sum, sizes))), _rounded(max(answer for _, answer in sizes)))
+
+
+def _rounded(length: int) -> int:
+    return -(-length // 16) * 16
 
 
 # What may differ when a run is continued; all else would make it another run.
@@ -229,7 +237,7 @@ _FREE = (
     "checkpoint.",
     "logging.",
     "sampling.batch_size",
-    "sft.control",
+    "sft.control",  # and its learning rate
 )
 _PACKAGES = ("spin_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain")
 
@@ -288,7 +296,7 @@ def plan(prepared: Prepared, finished: int) -> str:
         ),
         ("memory", f"{gib:.2f} GiB a device for weights, gradients and optimizer; activations come on top"),
         ("data", f"{len(prepared.examples)} prompts to train on, {len(prepared.held_out)} held out"),
-        ("rows", f"{prepared.length} tokens; {c.train.batch_size} pairs a step"),
+        ("rows", f"{prepared.shape.length} tokens; {c.train.batch_size} pairs a step"),
         ("self-play", f"iterations {first} to {last}, {finished} of them done"),
         ("loss", f"{c.loss.name}, β {betas}"),
         ("workdir", str(prepared.workdir)),

@@ -20,9 +20,9 @@ COLUMNS = (
     ("minutes", "minutes", "{:.1f}"),
 )
 CONTROL = (
-    ("nll", "control NLL", "{:.4f}"),
-    ("greedy_accuracy", "greedy", "{:.3f}"),
-    ("sampled_accuracy", "temp. 1", "{:.3f}"),
+    ("nll", "SFT: NLL", "{:.4f}"),
+    ("greedy_accuracy", "SFT: greedy", "{:.3f}"),
+    ("sampled_accuracy", "SFT: temp. 1", "{:.3f}"),
 )
 
 
@@ -72,6 +72,7 @@ def plot(rows: Sequence[Row]) -> bytes:
         axis.set_xticks([row["iteration"] for row in rows])
         axis.set_xticklabels(["start" if r["iteration"] < 0 else str(r["iteration"]) for r in rows])
         axis.set_xlabel("iteration")
+        axis.set_xlim(rows[0]["iteration"] - 0.2, rows[-1]["iteration"] + 0.2)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False)

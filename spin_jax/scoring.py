@@ -1,6 +1,6 @@
 """Log-probabilities of responses: what the loss is made of, for policy and opponent alike.
 
-Axes: B sequences, T tokens, V vocabulary.
+Axes: B sequences, T tokens, R response tokens, V vocabulary.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from spin_jax import sharding
-from spin_jax.batches import Rows, bucket, pad_rows
+from spin_jax.batches import Rows, RowShape, bucket, pad_rows
 from spin_jax.chat import Chat, Message
 from spin_jax.model import Decoder, Model, Params, forward, project
 
@@ -25,12 +25,15 @@ def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array,
     the two agree to the bit where their weights do.
     """
     hidden, _ = forward(decoder, params, rows.tokens, rows.positions, rows.segments)
-    logits = project(decoder, params, hidden[:, :-1])
+    # The state before each response token predicts it; all others are never projected.
+    before = jnp.maximum(rows.response - 1, 0)
+    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
+    targets = jnp.take_along_axis(rows.tokens, rows.response, axis=1)
+    logits = project(decoder, params, hidden)
     # A masked sum, not a gather: it needs no communication where the vocabulary is split.
-    is_target = jnp.arange(logits.shape[-1]) == rows.tokens[:, 1:, None]
-    target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    logps = target - jax.nn.logsumexp(logits, axis=-1)
-    return jnp.sum(jnp.where(rows.response[:, 1:], logps, 0.0), axis=-1)
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    logps = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.sum(jnp.where(rows.response > 0, logps, 0.0), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
@@ -67,11 +70,13 @@ def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
     nothing = np.zeros(0, np.int32)
     shards = sharding.batch_shards(model.mesh)
     filler = [np.zeros(tokens.shape[1], np.int32)] * (-len(tokens) % shards)
-    rows = pad_rows([(row, nothing) for row in [*tokens, *filler]], tokens.shape[1])
+    shape = RowShape(tokens.shape[1], 0)
+    rows = pad_rows([(row, nothing) for row in [*tokens, *filler]], shape)
     with jax.set_mesh(model.mesh):
         placed = sharding.put_batch(model.mesh, rows)
-        # On one device: what a user does with it next is not our mesh's business.
-        return jnp.asarray(np.asarray(_logits(_decoder(model), model.params, placed))[: len(tokens)])
+        host = np.asarray(_logits(_decoder(model), model.params, placed))[: len(tokens)]
+    # On one device, hence outside of the mesh: what a user does with it next is not the mesh's business.
+    return jnp.asarray(host)
 
 
 def score(
@@ -98,7 +103,9 @@ def score(
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             filled = [sequences[i] for i in [*chosen, *[chosen[0]] * (batch_size - len(chosen))]]
-            rows = pad_rows(filled, bucket(max(lengths[i] for i in chosen)))
+            responses = [len(response) for _, response in filled]
+            shape = RowShape(bucket(max(lengths[i] for i in chosen)), bucket(max(responses)))
+            rows = pad_rows(filled, shape)
             placed = sharding.put_batch(model.mesh, rows)
             scores[chosen] = np.asarray(score_rows(_decoder(model), model.params, placed))[: len(chosen)]
     return scores

@@ -67,6 +67,7 @@ def run(
         params = play.start()
         for t in play.run.iterations:
             if play.finished(t):
+                params = None
                 continue
             params = play.before(t) if params is None else params
             if only in (None, "sample"):
@@ -203,10 +204,10 @@ class SelfPlay:
         return SPIN(self.run.decoder, losses.with_nll(losses.find(c.name), c.nll_weight))
 
     def _pairs(self, scored: Sequence, size: int) -> Any:
-        return pair_batch(scored, size, self.run.length, self.run.chat.unattended)
+        return pair_batch(scored, size, self.run.shape, self.run.chat.unattended)
 
     def _sft(self, phase: str, t: int, folder: epath.Path, steps: int, schedule_steps: int) -> Training:
-        run, options = self.run, self.run.sft_options()
+        run, options = self.run, self.run.sft_options(control=phase == "control")
         return Training(
             phase=phase,
             iteration=t,
@@ -214,7 +215,7 @@ class SelfPlay:
             objective=SFT(run.decoder),
             options=options,
             items=run.examples,
-            collate=lambda chosen: sft_batch(chosen, options.batch_size, run.length, run.chat.unattended),
+            collate=lambda chosen: sft_batch(chosen, options.batch_size, run.shape, run.chat.unattended),
             steps=steps,
             schedule_steps=schedule_steps,
             scalars={},
@@ -294,7 +295,7 @@ class SelfPlay:
                 run.held_out,
                 mesh=run.mesh,
                 batch_size=2 * run.options(c.selfplay.start).microbatch,  # the shape of pairs' rows
-                length=run.length,
+                shape=run.shape,
                 unattended=run.chat.unattended,
             )
         }

@@ -34,7 +34,7 @@ def tokenizer() -> Any:
     return fast
 
 
-def problems(count: int = 6000, seed: int = 0, largest: int = 30) -> list[dict[str, str]]:
+def problems(count: int = 10_000, seed: int = 0, largest: int = 30) -> list[dict[str, str]]:
     """Distinct sums of three numbers, as rows of question and answer."""
     rng = random.Random(seed)
     seen: dict[tuple[int, ...], None] = {}

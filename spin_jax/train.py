@@ -127,7 +127,7 @@ class SFT:
     decoder: Decoder
 
     def size(self, batch: SFTBatch) -> Array:
-        return jnp.sum(batch.weight[..., None] * batch.rows.response)
+        return jnp.sum(batch.weight[..., None] * (batch.rows.response > 0))
 
     def __call__(self, params: Params, batch: SFTBatch, **scalars: Array) -> tuple[Array, Metrics]:
         del scalars

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from spin_jax import batches, data, tiny
+from spin_jax.batches import RowShape
 from spin_jax.chat import BadRow, Chat, Example, Lengths, Pair
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -194,15 +195,14 @@ def test_own_pairs_keep_their_ids(chat, tmp_path):
 
 
 def test_pad_rows():
-    rows = batches.pad_rows(
-        [(np.array([5, 6]), np.array([7, 2])), (np.array([5]), np.array([9]))], 6, unattended=6
-    )
+    sequences = [(np.array([5, 6]), np.array([7, 2])), (np.array([5]), np.array([9]))]
+    rows = batches.pad_rows(sequences, RowShape(6, 3), unattended=6)
     np.testing.assert_array_equal(rows.tokens, [[5, 6, 7, 2, 0, 0], [5, 9, 0, 0, 0, 0]])
     np.testing.assert_array_equal(rows.positions, [[0, 1, 2, 3, 0, 0], [0, 1, 0, 0, 0, 0]])
     np.testing.assert_array_equal(rows.segments, [[1, -1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(rows.response, [[0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0]])
-    with pytest.raises(ValueError, match="3 tokens does not fit rows of 2"):
-        batches.pad_rows([(np.array([5]), np.array([6, 7]))], 2)
+    np.testing.assert_array_equal(rows.response, [[2, 3, 0], [1, 0, 0]])
+    with pytest.raises(ValueError, match="1 \\+ 2 tokens does not fit"):
+        batches.pad_rows([(np.array([5]), np.array([6, 7]))], RowShape(2, 2))
 
 
 def test_buckets():
@@ -213,7 +213,7 @@ def test_buckets():
 
 def test_last_batch_is_padded_with_zero_weight():
     pairs = [batches.ScoredPair(make_pair(i, [1, 2], [3], [4]), (-1.0 * i, -2.0)) for i in range(3)]
-    batch = batches.pair_batch(pairs, 4, 16)
+    batch = batches.pair_batch(pairs, 4, RowShape(16, 4))
     np.testing.assert_array_equal(batch.weight, [1, 1, 1, 0])
     np.testing.assert_array_equal(batch.opponent[:3], [[0, -2], [-1, -2], [-2, -2]])
     assert batch.rows.tokens.shape == (8, 16)

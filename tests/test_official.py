@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from spin_jax.batches import ScoredPair, pair_batch
+from spin_jax.batches import RowShape, ScoredPair, pair_batch
 from spin_jax.chat import Chat, Lengths
 from spin_jax.official import OfficialChat
 
@@ -61,7 +61,7 @@ def test_second_eos(official, tokenizer):
 
 def test_eos_is_not_attended_to(official):
     pair = official.pair(example(official), 0, np.array([22557, EOS], np.int32))
-    rows = pair_batch([ScoredPair(pair, (0, 0))], 1, 64, official.unattended).rows
+    rows = pair_batch([ScoredPair(pair, (0, 0))], 1, RowShape(64, 32), official.unattended).rows
     for tokens, segments in zip(rows.tokens, rows.segments, strict=True):
         length = int((segments != 0).sum())
         inside = tokens[: length - 1] == EOS

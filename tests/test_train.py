@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from spin_jax import batches, losses, sharding, tiny
+from spin_jax.batches import RowShape
 from spin_jax.chat import Chat, Pair
 from spin_jax.convert import new_model
 from spin_jax.data import load_examples
@@ -32,6 +33,7 @@ RMSPROP = Optimization(
     epochs=1,
     schedule_epochs=None,
 )
+SHAPE = RowShape(length=16, response=8)
 ARCHITECTURE = {
     "model_type": "mistral",
     "vocab_size": 272,
@@ -72,12 +74,12 @@ def random_pairs(count, seed=0):
 def scored_batch(decoder, params, mesh, pairs, size, offset=0.0):
     """A batch whose opponent is `params` themselves; `offset` nats off for the human answers."""
     unscored = [batches.ScoredPair(p, (0.0, 0.0)) for p in pairs]
-    rows = batches.pair_batch(unscored, size, 16).rows
+    rows = batches.pair_batch(unscored, size, SHAPE).rows
     with jax.set_mesh(mesh):
         logps = np.asarray(score_rows(decoder, params, sharding.put_batch(mesh, rows))).reshape(-1, 2)
     logps = logps + np.where(np.arange(size) % 2, offset, -offset)[:, None] * [1.0, 0.0]
     scored = [batches.ScoredPair(p, tuple(lp)) for p, lp in zip(pairs, logps, strict=False)]
-    return batches.pair_batch(scored, size, 16)
+    return batches.pair_batch(scored, size, SHAPE)
 
 
 def run_step(objective, options, params, batch, mesh, steps=1, beta=0.1, learning_rate=1e-3):
@@ -193,7 +195,7 @@ def test_accumulation_equals_the_large_batch(model, mesh, kind):
         objective = SFT(decoder)
         chat = Chat(model.tokenizer, model.stop_tokens)
         examples, _ = load_examples(tiny.problems(7), chat, path="tiny")
-        batch = batches.sft_batch(examples, 8, 24)
+        batch = batches.sft_batch(examples, 8, RowShape(24, 8))
     # plain descent: RMSProp's first step is ±lr/√0.01 whatever the gradient, and would hide its size
     options = dataclasses.replace(RMSPROP, eps=1e6)
     results = [
@@ -291,7 +293,7 @@ def test_clipping(model, mesh):
     options = dataclasses.replace(RMSPROP, eps=1e8, clip_norm=0.01)
     objective = SFT(Decoder(model.config))
     pairs = random_pairs(8)
-    rows = batches.pad_rows([(p.prompt, p.real) for p in pairs], 16)
+    rows = batches.pad_rows([(p.prompt, p.real) for p in pairs], SHAPE)
     batch = batches.SFTBatch(rows, np.ones(8, np.float32))
     before = jax.device_get(fresh(model, mesh))
     after, (metrics,) = run_step(objective, options, fresh(model, mesh), batch, mesh, learning_rate=1e8)
@@ -308,8 +310,8 @@ def test_evaluation_is_the_mean_over_pairs(model, mesh):
     params = fresh(model, mesh)
     objective = SPIN(decoder, losses.hinge)
     scored = [batches.ScoredPair(p, (-20.0, -30.0)) for p in pairs]
-    parts = [batches.pair_batch(scored[i : i + 4], 4, 16) for i in range(0, 10, 4)]
-    together = evaluate(objective, params, [batches.pair_batch(scored, 10, 16)], {"beta": 0.3}, mesh)
+    parts = [batches.pair_batch(scored[i : i + 4], 4, SHAPE) for i in range(0, 10, 4)]
+    together = evaluate(objective, params, [batches.pair_batch(scored, 10, SHAPE)], {"beta": 0.3}, mesh)
     assert evaluate(objective, params, parts, {"beta": 0.3}, mesh) == pytest.approx(together, rel=1e-5)
 
 
@@ -325,7 +327,7 @@ def test_response_logps_by_hand(model, mesh):
         hidden, _ = decoder.apply(variables, *arguments)
         logps = nn.log_softmax(decoder.apply(variables, hidden, method="logits")[0])
         expected = sum(float(logps[i - 1, ids[i]]) for i in range(len(pair.prompt), len(ids)))
-        rows = batches.pad_rows([(pair.prompt, pair.real)], 16)
+        rows = batches.pad_rows([(pair.prompt, pair.real)], SHAPE)
         found = float(response_logps(decoder, params, rows)[0])
     assert found == pytest.approx(expected, rel=1e-6)
 
