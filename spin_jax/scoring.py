@@ -17,6 +17,8 @@ from spin_jax.batches import Rows, RowShape, bucket, pad_rows
 from spin_jax.chat import Chat, Message
 from spin_jax.model import Decoder, Model, Params, forward, project
 
+_CHUNK_LOGITS = 2**25  # float32: 128 MiB, or 1,024 tokens of a vocabulary of 32,768
+
 
 def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, " B"]:
     """Σ log p(token | tokens before it) over each row's response tokens; float32, in nats.
@@ -25,15 +27,28 @@ def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array,
     the two agree to the bit where their weights do.
     """
     hidden, _ = forward(decoder, params, rows.tokens, rows.positions, rows.segments)
-    # The state before each response token predicts it; all others are never projected.
-    before = jnp.maximum(rows.response - 1, 0)
-    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
     targets = jnp.take_along_axis(rows.tokens, rows.response, axis=1)
-    logits = project(decoder, params, hidden)
-    # A masked sum, not a gather: it needs no communication where the vocabulary is split.
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    logps = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-    return jnp.sum(jnp.where(rows.response > 0, logps, 0.0), axis=-1)
+
+    @jax.checkpoint  # the backward pass projects again: logits are never kept
+    def chunk_logps(_, chunk):
+        places, targets = chunk
+        # The state before each response token predicts it; all others are never projected.
+        before = jnp.maximum(places - 1, 0)[..., None]
+        logits = project(decoder, params, jnp.take_along_axis(hidden, before, axis=1))
+        # A masked sum, not a gather: it needs no communication where the vocabulary is split.
+        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+        logps = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        return None, jnp.sum(jnp.where(places > 0, logps, 0.0), axis=-1)
+
+    B, R = rows.response.shape
+    columns = _chunk_columns(B // sharding.batch_shards(), R, decoder.config.vocab_size)
+    chunks = [x.reshape(B, R // columns, columns).swapaxes(0, 1) for x in (rows.response, targets)]
+    return jnp.sum(jax.lax.scan(chunk_logps, None, chunks)[1], axis=0)
+
+
+def _chunk_columns(B: int, R: int, V: int) -> int:
+    """Response tokens projected at a time: the largest divisor of R that keeps B × it × V small."""
+    return max(n for n in range(1, R + 1) if R % n == 0 and (n == 1 or B * n * V <= _CHUNK_LOGITS))
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))

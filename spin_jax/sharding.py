@@ -59,9 +59,10 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     )
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the batch axis is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def batch_shards(mesh: Mesh | None = None) -> int:
+    """Into how many parts the batch axis is split, on a mesh or on the one in use."""
+    shape = (mesh or jax.sharding.get_abstract_mesh()).shape
+    return shape.get("data", 1) * shape.get("fsdp", 1)
 
 
 def spec(*logical: str | None) -> PartitionSpec | None:

@@ -17,6 +17,7 @@ from spin_jax.model import (
     Decoder,
     Model,
     ModelConfig,
+    RMSNorm,
     abstract_params,
     count_params,
     forward,
@@ -197,6 +198,25 @@ def test_bfloat16_is_as_close_to_the_truth_as_transformers(hf_model_dir, torch_l
     assert error.mean() < 1.3 * allowed.mean()
     assert error.max() < 2 * allowed.max()
     assert apart.mean() < 2 * allowed.mean()
+
+
+def test_norms_are_taken_in_float32():
+    """In bfloat16, bit-equal to transformers' norm, on rows of very different sizes."""
+    torch = pytest.importorskip("torch")
+    modeling = pytest.importorskip("transformers.models.mistral.modeling_mistral")
+    rng = np.random.default_rng(0)
+    x = torch.tensor(
+        rng.normal(size=(1, 64, 96)) * np.geomspace(1e-3, 1e3, 64)[:, None], dtype=torch.bfloat16
+    )
+    scale = torch.tensor(rng.uniform(0.5, 1.5, 96), dtype=torch.bfloat16)
+    reference = modeling.MistralRMSNorm(96, eps=1e-5)
+    reference.weight.data = scale
+    ours = RMSNorm(1e-5).apply(
+        {"params": {"scale": jnp.asarray(scale.float().numpy(), jnp.bfloat16)}},
+        jnp.asarray(x.float().numpy(), jnp.bfloat16),
+    )
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(ours, np.float32), reference(x).detach().float().numpy())
 
 
 # --- the same sequence in other shapes -------------------------------------------------------------

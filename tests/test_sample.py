@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 import spin_jax
-from spin_jax import convert, files, sample
+from spin_jax import convert, files, sample, sharding
 from spin_jax.chat import Chat
 from spin_jax.model import Decoder
 from spin_jax.sample import Sampling, answer_prompts, draw, prompt_keys, sampling_params, truncate_logits
@@ -145,7 +145,7 @@ def test_an_answer_keeps_its_stop_token_and_ends_there(talker):
 
 
 def saying_only(model, token):
-    """The model with weights by which every next token is `token`: its logit alone is above zero."""
+    """The model with weights by which every next token is `token`: its logit is above zero, others are 0."""
     head = np.zeros(model.params["head"].shape, np.float32)
     head[:, token] = 1
     params = {
@@ -308,6 +308,17 @@ def test_generate_changes_with_the_seed_alone(talker):
     assert len(set(texts([LONG] * 8, 0))) > 4
 
 
+def test_every_token_has_a_key_of_its_own(talker):
+    """The n-th token of an answer is drawn with fold_in(key, n): here from equal logits."""
+    flat = saying_only(talker, slice(None))
+    keys = prompt_keys(0, 0, range(8))
+    answers = answers_of(flat, prompts_of(flat, QUESTIONS), keys, Sampling(24))
+    assert sum(map(len, answers)) > 100
+    for key, answer in zip(keys, answers, strict=True):
+        expected = [jax.random.categorical(jax.random.fold_in(key, n), jnp.zeros(272)) for n in range(24)]
+        assert answer.tolist() == [int(token) for token in expected[: len(answer)]]
+
+
 def test_on_batch_is_told_and_may_stop(talker):
     prompts, keys, told = prompts_of(talker, QUESTIONS), prompt_keys(0, 0, range(8)), []
 
@@ -357,6 +368,22 @@ def test_decoding_stops_when_every_answer_has(talker, monkeypatch):
 
     assert lengths_and_runs(2) == ([1, 1, 1], 1)
     assert lengths_and_runs(4) == ([10, 10, 10], 10)
+
+
+def test_filler_rows_say_nothing(talker):
+    """A row that starts where the prompts end: done from the start, it never keeps the others waiting."""
+    model = saying_only(talker, 4)
+    tokens, starts = np.full((2, 16), 7, np.int32), np.array([3, 16], np.int32)
+    with jax.set_mesh(model.mesh):
+        out = sample.decode(
+            Decoder(model.config),
+            sampling_params(model.params, model.dtype),
+            *sharding.put_batch(model.mesh, (tokens, starts)),
+            prompt_keys(0, 0, range(2)),
+            sampling=Sampling(5, temperature=0.0),
+            stop_tokens=(2,),
+        )
+    np.testing.assert_array_equal(out, [[4] * 5, [-1] * 5])
 
 
 def test_batches_of_one_shape_share_a_program(talker):

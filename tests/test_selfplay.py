@@ -401,6 +401,8 @@ def test_real_prompts(command, small_mistral, tmp_path, official):
         f"--config.model.path={small_mistral}",
         f"--config.data.path={data}",
         "--config.data.limit=64",
+        "--config.lengths.max_prompt=64",
+        "--config.lengths.max_length=128",
         "--config.sampling.max_new_tokens=16",
         "--config.train.batch_size=16",
         f"--config.official={official}",
