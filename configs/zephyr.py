@@ -1,11 +1,11 @@
 """The authors' recipe (arXiv 2401.01335): Zephyr-7B-SFT on 50k UltraChat prompts, four iterations.
 
-    python -m spin_jax.main --config=configs/zephyr.py --workdir=gs://bucket/zephyr
+    python -m spin_jax.main --config=configs/zephyr.py --workdir=DIR
 
 Expected: the Open LLM Leaderboard average of the SFT model, 58.14, rises to 60.80, 62.12, 62.97 and
 63.16 in the paper's table. `configs/zephyr.py:official` runs it with the quirks of the released code.
 `--config.selfplay.pairs=UCLA-AGI/SPIN_iter0,UCLA-AGI/SPIN_iter1,…` trains on the published pairs
-instead of sampling; `data.split` is then `train`.
+instead of sampling.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> Any:
 
     c.data.path = "HuggingFaceH4/ultrachat_200k"
     c.data.split = "train_sft"
-    c.data.limit = 50_292  # 49,792 to train on and 500 held out
+    c.data.limit = 50_292  # 49,792 to train on and 500 held out, less the prompts that are too long
     c.data.system_message = ""  # the recipe's empty system message
     c.lengths.max_prompt = 512
     c.lengths.max_length = 1024

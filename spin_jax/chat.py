@@ -13,10 +13,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 
 Message = dict[str, str]
 Ids = np.ndarray  # int32 [n]
+
+
+def asked(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    """What the last turn of a conversation answers, as something to compare."""
+    return tuple((message["role"], message["content"]) for message in messages[:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +131,7 @@ class Chat:
         self.stop_tokens = tuple(stop_tokens)
         self.lengths = lengths
         self.system_message = system_message
+        self.largest_id = max(tokenizer.get_vocab().values())
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         ordered = sorted(special, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered))) if ordered else None
@@ -139,7 +146,10 @@ class Chat:
 
     def render(self, messages: list[Message], *, prompt: bool) -> str:
         """The template's text; with `prompt`, it ends in the generation prompt."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except jinja2.TemplateError as error:
+            raise BadRow(f"the chat template refuses the conversation: {error}") from error
 
     def encode(self, messages: list[Message]) -> Encoded:
         """Ids of a conversation that ends with an answer, cut at the answer.
@@ -280,10 +290,15 @@ class Chat:
 
         Where the two prompts tokenize differently at their end, the prompt is what they share.
         """
+        if asked(real) != asked(generated):
+            raise BadRow("real and generated do not answer the same prompt")
         first = self.example(prompt_id, real, counts)
-        second = self.example(prompt_id, generated, Counter()) if first else None
-        if first is None or second is None:
-            counts["dropped: empty generated answer"] += first is not None
+        if first is None:
+            return None
+        of_generated: Counter = Counter()
+        second = self.example(prompt_id, generated, of_generated)
+        counts.update({f"generated: {what}": number for what, number in of_generated.items()})
+        if second is None:
             return None
         shared = _common_prefix(first.prompt, second.prompt)
         return Pair(

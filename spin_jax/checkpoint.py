@@ -83,13 +83,14 @@ class StepCheckpoints:
             with opened as checkpointer:
                 yield cls(checkpointer)
 
-    def latest(self, like: Any) -> tuple[int, Any] | None:
-        """(steps done, state) of the newest, or None."""
-        newest = self._checkpointer.latest
-        if newest is None:
-            return None
-        return newest.step, self._checkpointer.load_pytree(newest, like)
+    def steps_done(self) -> int:
+        """Steps behind the newest checkpoint; 0 where there is none."""
+        return self._checkpointer.latest.step if self._checkpointer.latest else 0
+
+    def restore(self, like: Any) -> Any:
+        """The newest checkpoint's state."""
+        return self._checkpointer.load_pytree(self._checkpointer.latest, like)
 
     def save(self, steps_done: int, state: Any) -> None:
-        if self._checkpointer.latest is None or self._checkpointer.latest.step < steps_done:
+        if self.steps_done() < steps_done:
             self._checkpointer.save_pytree(steps_done, state, force=True)

@@ -52,6 +52,7 @@ def default() -> Any:
     p.iterations = 3  # T: self-play runs iterations start … T − 1
     p.start = 0  # begin at this iteration: model.path is then the model of the one before
     p.mix_previous = 1  # how many earlier iterations' pairs are trained on as well
+    p.pairs_split = "train"  # of a hub dataset of pairs
     p.pairs = placeholder(str)  # given pairs in place of sampling: path[,path…] for iterations
     #                             start, start + 1, …; or k=path for iteration k
 
@@ -118,6 +119,9 @@ def _optimization(epochs: Any, learning_rate: Any) -> Any:
     return o
 
 
+PER_ITERATION = ("loss.beta", "train.learning_rate", "train.epochs")
+
+
 class ConfigError(ValueError):
     """A config that cannot run; the message names the key and says what to do."""
 
@@ -179,7 +183,7 @@ def import_function(path: str) -> Callable:
 
 def per_iteration(values: tuple, iteration: int) -> Any:
     """The value of a per-iteration key at `iteration`."""
-    return values[0] if len(values) == 1 else values[iteration]
+    return values[min(iteration, len(values) - 1)]
 
 
 def _check(c: Any) -> None:
@@ -193,7 +197,7 @@ def _check(c: Any) -> None:
         0 <= c.selfplay.start <= iterations,
         f"selfplay.start={c.selfplay.start}: between 0 and selfplay.iterations={iterations}",
     )
-    for name in ("loss.beta", "train.learning_rate", "train.epochs"):
+    for name in PER_ITERATION:
         section, key = name.split(".")
         values = c[section][key]
         kind = int if key == "epochs" else (int, float)
@@ -202,7 +206,7 @@ def _check(c: Any) -> None:
             f"{name}={values}: positive {'whole ' if kind is int else ''}numbers are wanted",
         )
         need(
-            len(values) == 1 or len(values) >= iterations > 0,
+            len(values) == 1 or len(values) >= max(iterations, 1),
             f"{name} has {len(values)} values for {iterations} iterations: give one, or one each",
         )
     for name in (
@@ -234,6 +238,15 @@ def _check(c: Any) -> None:
     need(
         bool(c.data.path) or bool(c.selfplay.pairs),
         "data.path is not set: --config.data.path=FILE, a directory or a hub id",
+    )
+    need(
+        bool(c.data.prompt_column) == bool(c.data.answer_column),
+        "data.prompt_column and data.answer_column go together: set both or neither",
+    )
+    need(
+        not c.official or c.lengths.max_prompt < c.lengths.max_length,
+        f"official: lengths.max_prompt={c.lengths.max_prompt} must be below "
+        f"lengths.max_length={c.lengths.max_length}",
     )
     given_pairs(c)
 

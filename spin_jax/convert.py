@@ -134,7 +134,7 @@ def _llama_config(hf: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=hf["rms_norm_eps"],
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=_rope_scaling(rope),
-        sliding_window=hf.get("sliding_window"),
+        sliding_window=hf.get("sliding_window") if hf["model_type"] == "mistral" else None,
         tie_word_embeddings=bool(hf["tie_word_embeddings"]),
         max_position_embeddings=hf["max_position_embeddings"],
         initializer_range=hf["initializer_range"],
@@ -321,9 +321,10 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    twice = ["consolidated*", "*/*"]  # the same weights in another layout
     try:
-        snapshot = snapshot_download(path, revision=revision, allow_patterns=patterns)
+        snapshot = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=twice)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         pinned = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
@@ -500,6 +501,7 @@ def save(model: Model, directory: epath.PathLike, *, dtype: Any = None) -> None:
     """
     directory, table = epath.Path(directory), TABLES[model.config.model_type]
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").unlink(missing_ok=True)
     dtype = None if dtype is None else jnp.dtype(dtype)
     plan = _plan_shards(model.params, table, dtype.itemsize if dtype else None)
     pending: dict[str, np.ndarray] = {}

@@ -30,16 +30,23 @@ PROMPT_ANSWER_COLUMNS = (
 
 
 def load_rows(
-    path: str, split: str = "train", *, name: str | None = None, revision: str | None = None
+    path: str,
+    split: str = "train",
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    all_files: bool = False,
 ) -> Any:
     """Opens a dataset: something with a length, column names and rows as dicts.
 
     Args:
         path: a hub id; a .jsonl, .json or .parquet file; a directory of .jsonl or .parquet files or
             one that `save_to_disk` wrote; or `module:function`, which returns a list of dicts.
-        split: in the syntax of `datasets` (`train`, `train[:1000]`); of a local file all is `train`.
+        split: in the syntax of `datasets` (`train`, `train[:1000]`). Of a directory of files it is
+            those whose names begin with it, or for `train` all where none does; of one file, all.
         name: of a hub dataset's configuration.
         revision: of a hub dataset.
+        all_files: read every file of a directory, whatever the split.
 
     Raises:
         ValueError, FileNotFoundError: naming the path, and the row where that can be told.
@@ -47,53 +54,74 @@ def load_rows(
     import datasets
     from datasets import exceptions
 
+    base, part = re.fullmatch(r"([^\[]*)(.*)", split, re.DOTALL).groups()  # pyright: ignore
     if re.fullmatch(r"[\w.]+:\w+", path):
-        return datasets.Dataset.from_list(list(import_function(path)()))
-    try:
-        if os.path.isdir(path) and any(
-            os.path.exists(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")
-        ):
-            rows = datasets.load_from_disk(path)
-            if isinstance(rows, datasets.DatasetDict):
-                rows = rows[split]
-        elif files := _data_files(path):
-            kind = "parquet" if files[0].endswith(".parquet") else "json"
-            if empty := [file for file in files if os.path.getsize(file) == 0]:
-                raise ValueError(f"{empty[0]} is empty: 0 rows")
-            rows = datasets.load_dataset(kind, data_files=files, split=split)
-        elif ".." in path or path.startswith(("/", ".")) or path.count("/") > 1:
-            raise FileNotFoundError(f"data.path={path!r}: no such file or directory")
-        else:
+        rows = _sliced(datasets.Dataset.from_list(list(import_function(path)())), split)
+    elif any(os.path.exists(os.path.join(path, known)) for known in ("state.json", "dataset_dict.json")):
+        rows = datasets.load_from_disk(path)
+        if isinstance(rows, datasets.DatasetDict):
+            if base not in rows:
+                raise ValueError(f"{path} has no split {base!r}; it has {', '.join(map(str, rows))}")
+            rows = rows[base]
+        rows = _sliced(rows, split)
+    elif files := _data_files(path, "" if all_files else base):
+        kind = "parquet" if files[0].endswith(".parquet") else "json"
+        try:
+            rows = datasets.load_dataset(kind, data_files=files, split=f"train{part}")
+        except exceptions.DatasetGenerationError as error:
+            raise ValueError(_explain(files, error)) from error
+    elif ".." in path or path.startswith(("/", ".")) or path.count("/") > 1:
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    else:
+        try:
             rows = datasets.load_dataset(path, name, split=split, revision=revision)
-    except (exceptions.DatasetGenerationError, KeyError) as error:
-        raise ValueError(_explain(path, error)) from error
-    except (exceptions.DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"data.path={path!r} is no file or directory here, and the hub did not give it: {error}"
-        ) from error
+        except (exceptions.DatasetNotFoundError, ConnectionError) as error:
+            raise FileNotFoundError(
+                f"{path} is no file or directory here, and the hub did not give it: {error}"
+            ) from error
     if len(rows) == 0:
         raise ValueError(f"{path}: 0 rows")
     return rows
 
 
-def _data_files(path: str) -> list[str]:
+def _sliced(rows: Any, split: str) -> Any:
+    """`train[10:20]` of rows that are all of a split."""
+    from datasets import ReadInstruction
+
+    if "[" not in split:
+        return rows
+    base = split.partition("[")[0]
+    chosen = ReadInstruction.from_spec(split).to_absolute({base: len(rows)})
+    return rows.select([i for part in chosen for i in range(part.from_ or 0, part.to or len(rows))])
+
+
+def _data_files(path: str, split: str) -> list[str]:
+    """The files of a path: one, or those of a directory that the split names; [] where there is none."""
     suffixes = (".jsonl", ".json", ".parquet")
     if os.path.isfile(path):
         if not path.endswith(suffixes):
             raise ValueError(f"{path}: expected a file that ends in {', '.join(suffixes)}")
-        return [path]
-    if not os.path.isdir(path):
+        files = [path]
+    elif os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+        kinds = [[n for n in names if n.endswith(suffix)] for suffix in (".parquet", ".jsonl")]
+        names = kinds[0] or kinds[1]
+        if not names:
+            raise ValueError(f"{path} holds no .parquet or .jsonl file")
+        chosen = [name for name in names if name.startswith(split)]
+        if not chosen and split != "train":
+            raise ValueError(f"{path} has no file of a split {split!r}; it has {', '.join(names[:9])}")
+        files = [os.path.join(path, name) for name in chosen or names]
+    else:
         return []
-    names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-    for suffix in (".parquet", ".jsonl"):
-        if chosen := [os.path.join(path, name) for name in names if name.endswith(suffix)]:
-            return chosen
-    raise ValueError(f"{path} holds no .parquet or .jsonl file")
+    if empty := [file for file in files if os.path.getsize(file) == 0]:
+        raise ValueError(f"{empty[0]} is empty: 0 rows")
+    return files
 
 
-def _explain(path: str, error: Exception) -> str:
-    """Names the first row of a JSONL file that does not parse; else the library's own reason."""
-    for file in _data_files(path) if os.path.exists(path) else []:
+def _explain(files: Sequence[str], error: Exception) -> str:
+    """Names the first row of JSONL that does not parse; else the library's own reason."""
+    for file in files:
         if not file.endswith(".jsonl"):
             continue
         with open(file, "rb") as lines:
@@ -103,7 +131,7 @@ def _explain(path: str, error: Exception) -> str:
                         return f"{file}, row {number}: not a JSON object"
                 except ValueError as reason:
                     return f"{file}, row {number}: {reason}"
-    return f"{path} cannot be read: {error.__cause__ or error}"
+    return f"{files[0]} cannot be read: {error.__cause__ or error}"
 
 
 def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> list[Message]:
@@ -158,8 +186,9 @@ def load_examples(
     examples = []
     for number in sorted(map(int, chosen)):
         try:
-            messages = conversation(rows[number], prompt_column, answer_column)
-            example = chat.example(number, messages, counts)
+            row = rows[number]
+            messages = conversation(row, prompt_column, answer_column)
+            example = chat.example(_integer(row.get("prompt_id"), number), messages, counts)
         except BadRow as error:
             raise ValueError(f"{path}, row {number + 1}: {error}") from error
         if example is not None:
@@ -183,29 +212,41 @@ def load_pairs(rows: Any, chat: Chat, *, path: str) -> tuple[list[Pair], Counter
         ValueError: naming path, row and field; or saying that nothing is left.
     """
     counts: Counter = Counter()
-    pairs = []
+    answers: Counter = Counter()  # by prompt_id
+    pairs: dict[tuple[int, int], Pair] = {}
     for number, row in enumerate(rows):
         try:
-            pair = _load_pair(row, number, chat, counts)
+            pair = _load_pair(row, number, chat, counts, answers)
+            if pair is not None and (pair.prompt_id, pair.sample_id) in pairs:
+                raise BadRow(f"prompt_id {pair.prompt_id}, sample_id {pair.sample_id} came before")
         except BadRow as error:
             raise ValueError(f"{path}, row {number + 1}: {error}") from error
         if pair is not None:
-            pairs.append(pair)
+            pairs[pair.prompt_id, pair.sample_id] = pair
     if not pairs:
         raise ValueError(f"{path}: no pair is left ({dict(counts)})")
-    return pairs, +counts
+    return list(pairs.values()), +counts
 
 
-def _load_pair(row: dict[str, Any], number: int, chat: Chat, counts: Counter) -> Pair | None:
+def _integer(value: Any, default: int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def _load_pair(
+    row: dict[str, Any], number: int, chat: Chat, counts: Counter, answers: Counter
+) -> Pair | None:
     if row.get("real") is None or row.get("generated") is None:
         raise BadRow(f"no fields real and generated among {', '.join(row)}")
-    prompt_id = row["prompt_id"] if isinstance(row.get("prompt_id"), int) else number
-    sample_id = row["sample_id"] if isinstance(row.get("sample_id"), int) else 0
+    prompt_id = _integer(row.get("prompt_id"), number)
+    sample_id = _integer(row.get("sample_id"), answers[prompt_id])  # the answers of a prompt in turn
+    answers[prompt_id] += 1
     real, generated = checked(row["real"], "real"), checked(row["generated"], "generated")
     if row.get("generated_tokens") is None:
         return chat.given_pair(prompt_id, sample_id, real, generated, counts)
     columns = ("prompt_tokens", "real_tokens", "generated_tokens")
     ids = [np.asarray(row[name], np.int32) for name in columns]
+    if max(int(x.max(initial=0)) for x in ids) > chat.largest_id:
+        raise BadRow("its token columns are another tokenizer's: drop them, and the text is tokenized")
     room = chat.lengths.max_length - len(ids[0])
     if room < 1:
         counts["dropped: prompt too long"] += 1

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -45,9 +46,15 @@ class Metrics:
         if wandb_project:
             import wandb
 
-            name = epath.Path(workdir).name
+            stored = epath.Path(workdir) / "wandb_id"  # the same run when this one goes on
+            if not stored.exists():
+                files.write(stored, uuid.uuid4().hex.encode())
             self._wandb = wandb.init(
-                project=wandb_project, name=name, id=name, resume="allow", config=dict(config or {})
+                project=wandb_project,
+                name=epath.Path(workdir).name,
+                id=stored.read_text(),
+                resume="allow",
+                config=dict(config or {}),
             )
 
     def write(self, phase: str, iteration: int, step: int, values: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ from etils import epath
 
 from spin_jax import data, files, sharding
 from spin_jax.batches import ScoredPair, pair_batch
-from spin_jax.chat import Example, Ids, Pair
+from spin_jax.chat import Example, Ids, Pair, asked
 from spin_jax.metrics import Metrics, compact, progress
 from spin_jax.model import Params
 from spin_jax.prepare import Prepared
@@ -43,10 +43,10 @@ class Opponent:
         """
         run = self.run
         train, test = run.examples, run.held_out
-        if t in run.given:
-            held_out = {example.prompt_id for example in run.held_out}
-            train = [pair for pair in run.given[t] if pair.prompt_id not in held_out]
-            test = [pair for pair in run.given[t] if pair.prompt_id in held_out]
+        if t in run.given:  # their ids may be another dataset's: a prompt is known by its text
+            held_out = {asked(example.messages) for example in run.held_out}
+            train = [pair for pair in run.given[t] if asked(pair.real_messages) not in held_out]
+            test = [pair for pair in run.given[t] if asked(pair.real_messages) in held_out]
         size = run.config.sampling.shard_size
         result = []
         for split, items in (("train", train), ("test", test)):
@@ -73,7 +73,7 @@ class Opponent:
         with progress(f"iteration {t}: sample", total, done, unit="prompt") as bar:
             for number, path, examples in missing:
                 began = time.perf_counter()
-                answers = self.answer(weights, examples, self.sampling(), iteration=t, bar=bar)
+                answers = self.answer(weights, examples, self.run.sampling(), iteration=t, bar=bar)
                 pairs = [self.run.chat.pair(e, 0, a) for e, a in zip(examples, answers, strict=True)]
                 files.write(path, data.pairs_to_parquet(pairs))
                 tokens = sum(map(len, answers))
@@ -86,11 +86,6 @@ class Opponent:
                 }
                 self.metrics.write("sample", t, number, values)
                 self._stop_here()
-
-    def sampling(self, **changes: Any) -> Sampling:
-        """The config's way of drawing, with some of it changed."""
-        c = self.run.config.sampling
-        return dataclasses.replace(Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p), **changes)
 
     def weights(self, params: Params) -> Params:
         """The parameters as sampling wants them."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,10 +15,11 @@ from etils import epath
 from spin_jax import config as config_lib
 from spin_jax import convert, data, evaluate, files, losses, sharding
 from spin_jax.batches import RowShape
-from spin_jax.chat import Chat, Example, Lengths, Pair
+from spin_jax.chat import Chat, Example, Lengths, Pair, asked
 from spin_jax.metrics import compact
 from spin_jax.model import Decoder, Model, Params, abstract_params, count_params, init_params
 from spin_jax.official import OfficialChat
+from spin_jax.sample import Sampling
 from spin_jax.train import Optimization
 
 Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
@@ -68,6 +70,11 @@ class Prepared:
         options = Optimization(**values)
         return dataclasses.replace(options, learning_rate=rate) if control and rate else options
 
+    def sampling(self, **changes: Any) -> Sampling:
+        """The config's way of drawing answers, with some of it changed."""
+        c = self.config.sampling
+        return dataclasses.replace(Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p), **changes)
+
     @property
     def iterations(self) -> range:
         """The iterations this run makes."""
@@ -80,11 +87,12 @@ def prepare(config: Config, workdir: str) -> Prepared:
     Raises:
         ValueError, FileNotFoundError: naming the key, or the file and row.
     """
+    root = epath.Path(workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir)))
     losses.find(config.loss.name)
     if config.eval.verifier:
         evaluate.find_verifier(config.eval.verifier)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model, initial_params = _model(config, mesh)
+    model, initial_params = _model(config, mesh, root)
     _check_mesh(config, model, mesh)
     notes: list[str] = []
     chat = _chat(config, model)
@@ -103,7 +111,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
         )
     prepared = Prepared(
         config=config,
-        workdir=epath.Path(workdir),
+        workdir=root,
         model=model,
         initial_params=initial_params,
         chat=chat,
@@ -114,17 +122,24 @@ def prepare(config: Config, workdir: str) -> Prepared:
         fingerprint=fingerprint,
         notes=notes,
     )
+    for t in prepared.iterations:  # each raises ValueError where its values are impossible
+        prepared.options(t)
+    prepared.sft_options()
+    prepared.sampling()
     _record(prepared)
     return prepared
 
 
-def _model(config: Config, mesh: jax.sharding.Mesh) -> tuple[Model, Callable[[], Params]]:
+def _model(config: Config, mesh: jax.sharding.Mesh, root: epath.Path) -> tuple[Model, Callable[[], Params]]:
     """The model without weights, and what makes them."""
     c = config.model
     template = config.data.chat_template
     if c.path:
+        # A run that goes on keeps the commit it began with, whatever the branch has come to since.
+        began = files.read_json(root / "config.json") if (root / "config.json").exists() else {}
+        revision = c.revision or began.get("model_revision")
         model, directory = convert.describe(
-            c.path, c.revision, dtype=c.dtype, mesh=mesh, chat_template=template
+            c.path, revision, dtype=c.dtype, mesh=mesh, chat_template=template
         )
         return model, lambda: convert.load_params(directory, model.config, mesh, jnp.float32)
     if not c.tokenizer:
@@ -167,7 +182,8 @@ def _chat(config: Config, model: Model) -> Chat:
 def _given(config: Config, chat: Chat, notes: list[str]) -> dict[int, list[Pair]]:
     given = {}
     for t, path in config_lib.given_pairs(config).items():
-        given[t], counts = data.load_pairs(data.load_rows(path, config.data.split), chat, path=path)
+        rows = data.load_rows(path, config.selfplay.pairs_split, all_files=True)
+        given[t], counts = data.load_pairs(rows, chat, path=path)
         notes += _counted(path, counts)
     start = config.selfplay.start
     for t in range(max(0, start - config.selfplay.mix_previous), start):
@@ -187,8 +203,9 @@ def _examples(
         wanted = range(config.selfplay.start, config.selfplay.iterations)
         if absent := [t for t in wanted if t not in given]:
             raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")
-        unique = {pair.prompt_id: pair for t in sorted(given) for pair in given[t]}
-        return [Example(i, p.real_messages, p.prompt, p.real) for i, p in sorted(unique.items())], ""
+        unique = {asked(p.real_messages): p for t in sorted(given, reverse=True) for p in given[t]}
+        pairs = sorted(unique.values(), key=lambda pair: pair.prompt_id)
+        return [Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs], ""
     rows = data.load_rows(c.path, c.split, name=c.name, revision=c.revision)
     examples, counts = data.load_examples(
         rows,
@@ -248,8 +265,12 @@ def _record(prepared: Prepared) -> None:
     config = prepared.config.to_dict()
     if path.exists():
         theirs = _flat(files.read_json(path)["config"])
+        both = range(min(theirs["selfplay.iterations"], prepared.config.selfplay.iterations))
         for name, value in _flat(config).items():
-            if not name.startswith(_FREE) and theirs.get(name, value) != value:
+            old, new = theirs.get(name, value), value
+            if name in config_lib.PER_ITERATION:
+                old, new = ([config_lib.per_iteration(v, t) for t in both] for v in (old, new))
+            if not name.startswith(_FREE) and old != new:
                 raise ValueError(
                     f"{prepared.workdir} holds another run: there {name} is {theirs[name]!r}, and now "
                     f"{value!r}. Take a new --workdir, or the old value"

@@ -46,13 +46,19 @@ class Sampling:
 def prompt_keys(seed: int, iteration: int, prompt_ids: Sequence[int], sample_id: int = 0) -> Array:
     """One key a prompt: fold_in(seed, iteration, prompt, sample), whatever the batch."""
     base = jax.random.fold_in(jax.random.key(seed), iteration)
-    return _fold(base, np.asarray(prompt_ids, np.uint32), np.uint32(sample_id))
+    ids = np.asarray(prompt_ids, np.int64).astype(np.uint64)
+    low, high = (ids & 0xFFFFFFFF).astype(np.uint32), (ids >> 32).astype(np.uint32)
+    return _fold(base, low, high, np.uint32(sample_id))
 
 
 @jax.jit
-def _fold(base: Array, prompt_ids: Array, sample_id: Array) -> Array:
-    fold = jax.random.fold_in
-    return jax.vmap(lambda prompt_id: fold(fold(base, prompt_id), sample_id))(prompt_ids)
+def _fold(base: Array, low: Array, high: Array, sample_id: Array) -> Array:
+    def fold(low, high):
+        key = jax.random.fold_in(base, low)
+        key = jnp.where(high > 0, jax.random.fold_in(key, high), key)  # ids beyond 32 bits
+        return jax.random.fold_in(key, sample_id)
+
+    return jax.vmap(fold)(low, high)
 
 
 def truncate_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

@@ -132,9 +132,9 @@ class SelfPlay:
             if run.config.sft.epochs:
                 options = run.sft_options()
                 steps = training_steps(len(run.examples), options.batch_size, options.epochs)
-                schedule = steps * (options.schedule_epochs or options.epochs) // options.epochs
+                schedule = options.schedule_steps(steps)
                 params = self._fit(params, self._sft("sft", BEFORE, folder, steps, schedule))
-            self._keep(folder, folder / "checkpoint", params)
+            self._keep(folder, params)
         if not self.finished(BEFORE):
             params = self.before(run.config.selfplay.start) if params is None else params
             if self.makes_start:
@@ -173,6 +173,7 @@ class SelfPlay:
         scored = self.opponent.scored_pairs(t, "train")
         steps = training_steps(len(scored), options.batch_size, options.epochs)
         if checkpoint.exists(folder / "checkpoint"):
+            _free(params)
             params = self._restore(folder / "checkpoint")
         else:
             training = Training(
@@ -184,11 +185,11 @@ class SelfPlay:
                 items=scored,
                 collate=functools.partial(self._pairs, size=options.batch_size),
                 steps=steps,
-                schedule_steps=steps * (options.schedule_epochs or options.epochs) // options.epochs,
+                schedule_steps=options.schedule_steps(steps),
                 scalars={"beta": beta},
             )
             params = self._fit(params, training)
-            self._keep(folder, folder / "checkpoint", params)
+            self._keep(folder, params)
         self._export(folder, params)
         row: Row = {"iteration": t, "beta": beta, "pairs": len(scored), "steps": steps}
         row |= self._held_out_pairs(t, params, beta) | self._answers(params)
@@ -228,10 +229,11 @@ class SelfPlay:
         state = init_state(params, options, run.mesh)
         keep, every = run.config.checkpoint.keep, run.config.checkpoint.every_steps
         with checkpoint.StepCheckpoints.open(training.folder / "train", keep) as checkpoints:
-            if found := checkpoints.latest(checkpoint.abstract(state)):
-                start, state = found
-            else:
-                start = 0
+            start = checkpoints.steps_done()
+            if start:
+                like = checkpoint.abstract(state)
+                _free(state)  # a resumed phase needs no more memory than a fresh one
+                state = checkpoints.restore(like)
             self.metrics.rewind(phase, t, start)
             title = phase if t == BEFORE else f"iteration {t}: {phase}"
             with progress(title, training.steps, start) as bar:
@@ -262,9 +264,9 @@ class SelfPlay:
                 )
         return state.params
 
-    def _keep(self, folder: epath.Path, path: epath.Path, params: Params) -> None:
+    def _keep(self, folder: epath.Path, params: Params) -> None:
         """Saves a phase's parameters; its step checkpoints have then served."""
-        checkpoint.save(path, params)
+        checkpoint.save(folder / "checkpoint", params)
         if (folder / "train").exists():
             (folder / "train").rmtree()
 
@@ -301,7 +303,7 @@ class SelfPlay:
         }
         if c.eval.verifier:
             weights = self.opponent.weights(params)
-            row["greedy_accuracy"] = self._share_right(weights, self.opponent.sampling(temperature=0.0), 1)
+            row["greedy_accuracy"] = self._share_right(weights, self.run.sampling(temperature=0.0), 1)
             plain = Sampling(c.sampling.max_new_tokens)
             row["sampled_accuracy"] = self._share_right(weights, plain, c.eval.samples)
         return row
@@ -324,7 +326,7 @@ class SelfPlay:
         chosen = (run.held_out or run.examples)[: run.config.eval.fixed_prompts]
         if not chosen:
             return
-        greedy = self.opponent.sampling(temperature=0.0)
+        greedy = self.run.sampling(temperature=0.0)
         answers = self.opponent.answer(self.opponent.weights(params), chosen, greedy, iteration=t)
         rows = [
             {
@@ -343,24 +345,26 @@ class SelfPlay:
         """The paper's control: the start trained on by SFT, for as many steps as each iteration took."""
         if not self.run.config.sft.control:
             return
-        folder, params = self.run.workdir / "control", None
+        control, params = self.run.workdir / "control", None
         for t in self.run.iterations:
             row = next(row for row in self.summary if row["iteration"] == t)
             if "control" in row:
                 continue
             if params is None:
                 first = t == self.run.config.selfplay.start
-                params = self.before(t) if first else self._restore(folder / f"checkpoint_{t - 1}")
-            path = folder / f"checkpoint_{t}"
-            if checkpoint.exists(path):
-                params = self._restore(path)
+                last = control / f"iteration_{t - 1}" / "checkpoint"
+                params = self.before(t) if first else self._restore(last)
+            folder = control / f"iteration_{t}"
+            if checkpoint.exists(folder / "checkpoint"):
+                _free(params)
+                params = self._restore(folder / "checkpoint")
             else:
                 params = self._fit(params, self._sft("control", t, folder, row["steps"], row["steps"]))
-                self._keep(folder, path, params)
+                self._keep(folder, params)
             row["control"] = self._answers(params)
             self._write_summary()
         if params is not None:
-            self._export(folder, params)
+            self._export(control, params)
 
     def report(self) -> None:
         """Prints the table; draws summary.png."""
@@ -380,6 +384,13 @@ class SelfPlay:
     def _write_summary(self) -> None:
         files.write_json(self.run.workdir / "summary.json", self.summary)
         self.metrics.flush()
+
+
+def _free(tree: Any) -> None:
+    """Gives device memory back at once, whoever still holds a reference."""
+    for leaf in jax.tree.leaves(tree):
+        if not leaf.is_deleted():
+            leaf.delete()
 
 
 def _data_seed(seed: int, phase: str, t: int) -> int:

@@ -73,9 +73,18 @@ def spec(*logical: str | None) -> PartitionSpec | None:
 
 
 def reshard(x: jax.Array, *logical: str | None) -> jax.Array:
-    """`x` laid out by logical axes; outside of a mesh, `x` itself."""
+    """`x` laid out by logical axes; outside of a mesh, `x` itself.
+
+    As with parameters, a dimension that its one mesh axis does not divide stays whole.
+    """
     target = spec(*logical)
-    return x if target is None else jax.sharding.reshard(x, target)
+    if target is None:
+        return x
+    sizes = jax.sharding.get_abstract_mesh().shape
+    whole = [isinstance(a, str) and n % sizes[a] != 0 for n, a in zip(x.shape, target, strict=True)]
+    return jax.sharding.reshard(
+        x, PartitionSpec(*(None if w else a for a, w in zip(target, whole, strict=True)))
+    )
 
 
 def gathered(x: jax.Array) -> jax.Array:

@@ -65,6 +65,10 @@ class Optimization:
         """Micro-batches a step."""
         return self.batch_size // self.microbatch
 
+    def schedule_steps(self, steps: int) -> int:
+        """The length of the schedule that goes with `steps`, those of `epochs`."""
+        return steps * (self.schedule_epochs or self.epochs) // max(self.epochs, 1)
+
     def learning_rates(self, total: int) -> np.ndarray:
         """Each step's learning rate over a schedule of `total` steps, float32 [total].
 
@@ -114,7 +118,6 @@ class SPIN:
         opponent = PairLogps(real=batch.opponent[:, 0], generated=batch.opponent[:, 1])
         values = self.loss(policy, opponent, beta=beta)
         details = losses.metrics(policy, opponent, beta=beta) | {"identical": batch.identical}
-        # A filler pair counts nothing, even where its loss overflows.
         counted = batch.weight > 0
         total = functools.partial(jnp.sum, where=counted)
         return total(values), {name: total(value) for name, value in details.items()}
@@ -170,7 +173,7 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_step(objective: Objective, options: Optimization) -> Step:
-    """The jitted training step.
+    """The jitted training step. Shardings need no pinning: they are part of the arguments' types.
 
     step(state, batch, learning_rate, scalars) → (state, metrics): `batch` holds arrays [A, …] whose
     gradients are accumulated in float32; `state` is donated; `scalars` go to the objective. Learning
@@ -232,7 +235,7 @@ class Loop:
     """What surrounds the steps of one training phase."""
 
     steps: int  # steps of this phase
-    save_every: int | None  # steps between checkpoints; None: only when interrupted
+    save_every: int  # steps between checkpoints; an interruption makes one too
     on_step: Callable[[int, dict[str, float]], None]  # told each step's metrics, in order
     should_stop: Callable[[], bool]  # asked between steps
 
@@ -284,7 +287,7 @@ def fit(
             pending = (number, metrics, tokens)
             done = number + 1
             stop = done < loop.steps and loop.should_stop()
-            if stop or (loop.save_every and done % loop.save_every == 0 and done < loop.steps):
+            if stop or (done % loop.save_every == 0 and done < loop.steps):
                 report(pending)
                 pending = None
                 checkpoints.save(done, state)

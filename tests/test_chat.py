@@ -134,6 +134,12 @@ def test_template_that_changes_the_prompt_is_refused(chat):
         chat.encode([USER, ANSWER])
 
 
+def test_template_that_refuses_a_row(chat):
+    chat.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(BadRow, match="refuses the conversation: roles must alternate"):
+        chat.encode([USER, ANSWER])
+
+
 def test_no_chat_template():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None

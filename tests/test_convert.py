@@ -113,6 +113,22 @@ def test_saving_again_leaves_no_stale_file(tiny_model, tmp_path, monkeypatch):
     assert_same_parameters(spin_jax.load(str(tmp_path), mesh=tiny_model.mesh), tiny_model)
 
 
+def test_a_broken_off_save_leaves_no_config(tiny_model, tmp_path, monkeypatch):
+    """config.json says that a directory is whole: it goes first and comes last."""
+    spin_jax.save(tiny_model, tmp_path)
+    written = []
+
+    def write(path, data):
+        written.append(path.name)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "write", write)
+    with pytest.raises(OSError, match="disk full"):
+        spin_jax.save(tiny_model, tmp_path)
+    assert written == ["model.safetensors"]
+    assert not (tmp_path / "config.json").exists()
+
+
 def assert_same_parameters(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual.params, expected.params)
 
@@ -142,14 +158,14 @@ def test_load_onto_eight_devices(hf_model_dir, mesh, mesh8, tmp_path):
     one, eight = (spin_jax.load(str(directory), mesh=devices) for devices in (mesh, mesh8))
     assert_same_parameters(eight, one)
     attention, mlp = eight.params["layers"]["attention"], eight.params["layers"]["mlp"]
-    # Two layers; 32 = D, 4 = N, 2 = K, 12 = H, 56 = F, 272 = V: each split in two along fsdp or tensor.
+    # Two layers; 32 = D, 4 = N, 2 = K, 16 = H, 56 = F, 272 = V: each split in two along fsdp or tensor.
     for weight, shard in (
         (eight.params["embed"], (136, 16)),
         (eight.params["head"], (16, 136)),
         (eight.params["final_norm"]["scale"], (32,)),
-        (attention["wq"], (2, 16, 2, 12)),
-        (attention["wk"], (2, 16, 1, 12)),
-        (attention["wo"], (2, 2, 12, 16)),
+        (attention["wq"], (2, 16, 2, 16)),
+        (attention["wk"], (2, 16, 1, 16)),
+        (attention["wo"], (2, 2, 16, 16)),
         (mlp["gate"], (2, 16, 28)),
         (mlp["down"], (2, 28, 16)),
     ):
@@ -229,6 +245,12 @@ def test_absent_and_null_keys(remove, changes, expected, tiny_dir, tmp_path):
     for key, value in expected.items():
         assert getattr(config, key) == value
         assert getattr(reference, key, None) in (value, None)
+
+
+def test_llama_has_no_window(hf_model_dir, tmp_path):
+    """The key in a Llama's config.json means nothing to transformers either."""
+    directory = edited(hf_model_dir("llama")[0], tmp_path, sliding_window=7)
+    assert convert.describe(str(directory))[0].config.sliding_window is None
 
 
 def test_checkpoint_dtype_is_kept_without_a_name_for_it(hf_model_dir, mesh, tmp_path):

@@ -97,6 +97,29 @@ def test_formats(tmp_path, kind):
         assert len(data.load_rows(path, "train[:2]")) == 2
 
 
+def test_splits(tmp_path):
+    """A split is a slice of saved datasets too, and never another split's files."""
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list([{"question": f"q{i}", "answer": "a"} for i in range(20)])
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows, test=rows.select(range(3))).save_to_disk(tmp_path / "two")
+    assert len(data.load_rows(str(tmp_path / "one"), "train[:5]")) == 5
+    assert data.load_rows(str(tmp_path / "two"), "train[10:12]")["question"] == ["q10", "q11"]
+    with pytest.raises(ValueError, match="no split 'dev'; it has train, test"):
+        data.load_rows(str(tmp_path / "two"), "dev")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", list(rows))
+    write_jsonl(folder / "test.jsonl", list(rows)[:3])
+    assert len(data.load_rows(str(folder))) == 20
+    assert len(data.load_rows(str(folder), "test")) == 3
+    assert len(data.load_rows(str(folder), all_files=True)) == 23
+    with pytest.raises(ValueError, match="no file of a split 'dev'"):
+        data.load_rows(str(folder), "dev")
+    assert len(data.load_rows("spin_jax.tiny:problems", "train[:7]")) == 7
+
+
 def test_broken_files_name_file_and_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\n{"question": "q", "ans')
@@ -178,6 +201,27 @@ def test_published_pairs(chat, tmp_path):
     np.testing.assert_array_equal(pairs[0].prompt, chat.encode_prompt(conversation[:1]))
     with pytest.raises(ValueError, match=r"row 1: no fields real and generated"):
         data.load_pairs([{"messages": []}], chat, path=path)
+
+
+def test_given_pairs_are_checked(chat):
+    def row(answer, **more):
+        question = turn("user", "1+2")
+        return {
+            "real": [question, turn("assistant", "3")],
+            "generated": [question, turn("assistant", answer)],
+            **more,
+        }
+
+    pairs, _ = data.load_pairs([row("4", prompt_id=7), row("5", prompt_id=7)], chat, path="x")
+    assert [(p.prompt_id, p.sample_id) for p in pairs] == [(7, 0), (7, 1)]
+    with pytest.raises(ValueError, match="row 2: prompt_id 7, sample_id 0 came before"):
+        data.load_pairs([row("4", prompt_id=7, sample_id=0)] * 2, chat, path="x")
+    other = row("4") | {"generated": [turn("user", "ZZZ"), turn("assistant", "4")]}
+    with pytest.raises(ValueError, match="do not answer the same prompt"):
+        data.load_pairs([other], chat, path="x")
+    foreign = row("4", prompt_tokens=[5], real_tokens=[99999], generated_tokens=[6])
+    with pytest.raises(ValueError, match="another tokenizer's"):
+        data.load_pairs([foreign], chat, path="x")
 
 
 def test_own_pairs_keep_their_ids(chat, tmp_path):

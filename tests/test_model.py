@@ -28,7 +28,7 @@ from spin_jax.model import (
     unstacked,
 )
 
-# float32 on both sides, sums in other orders: logits of size ~5 differ by less than 1e-5.
+# float32 on both sides, sums in other orders: logits of size ~8 are seen to differ by 4e-5 at most.
 PARITY = 1e-4
 # One program in two shapes: the same sums, split by the compiler in another way.
 SHAPES = 2e-5
@@ -401,9 +401,7 @@ def _xfail(reason):
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [
-        pytest.param(
-            {"vocab_size": 67}, (2, 2, 2), marks=_xfail("Decoder.logits asks for an even vocabulary")
-        ),
+        pytest.param({"vocab_size": 67}, (2, 2, 2)),
         pytest.param({"intermediate_size": 49}, (2, 2, 2)),
         pytest.param({"num_attention_heads": 6, "num_key_value_heads": 2}, (1, 2, 4)),
         pytest.param(

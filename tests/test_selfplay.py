@@ -37,20 +37,21 @@ class Command:
     def __init__(self, cache: pathlib.Path):
         self.cache = cache
 
-    def environment(self, devices=1):
+    def environment(self, devices=1, fast_compilation=True):
+        flags = FAST_COMPILATION if fast_compilation else ""
         return {
             **os.environ,
-            "XLA_FLAGS": f"{FAST_COMPILATION} --xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache / f"{devices}"),
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(self.cache / f"{devices}_{fast_compilation}"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
             "PYTHONUNBUFFERED": "1",
         }
 
-    def start(self, workdir, *arguments, config="configs/tiny.py:smoke", devices=1):
+    def start(self, workdir, *arguments, config="configs/tiny.py:smoke", **environment):
         return subprocess.Popen(
             [sys.executable, "-m", "spin_jax.main", f"--config={config}", f"--workdir={workdir}", *arguments],
             cwd=ROOT,
-            env=self.environment(devices),
+            env=self.environment(**environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -259,6 +260,14 @@ def test_phase_by_phase_equals_one_run(command, finished, tmp_path):
     assert_same_run(whole, tmp_path)
 
 
+def test_a_relative_workdir(command, tmp_path):
+    """Its checkpoints need absolute paths; the user does not."""
+    relative = os.path.relpath(tmp_path / "run", ROOT)
+    command(relative, "--only=sample")
+    assert (tmp_path / "run" / "start" / "checkpoint").exists()
+    assert read_pairs(tmp_path / "run" / "iteration_0" / "pairs")
+
+
 def test_phases_out_of_order_say_what_to_run(command, tmp_path):
     assert "run --only=sample first" in command(tmp_path, "--only=score", expect=2)
     command(tmp_path, "--only=sample")
@@ -400,18 +409,19 @@ def test_real_prompts(command, small_mistral, tmp_path, official):
         tmp_path / "run",
         f"--config.model.path={small_mistral}",
         f"--config.data.path={data}",
-        "--config.data.limit=64",
+        f"--config.data.limit={24 if official else 64}",
         "--config.lengths.max_prompt=64",
         "--config.lengths.max_length=128",
         "--config.sampling.max_new_tokens=16",
         "--config.train.batch_size=16",
         f"--config.official={official}",
         config="configs/small_gsm8k.py",
+        fast_compilation=False,  # a vocabulary of 32,000 is work to compute, too
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [row["iteration"] for row in summary] == [-1, 0, 1], output
     pairs = read_pairs(tmp_path / "run" / "iteration_1" / "pairs")
-    assert len({row["prompt_id"] for row in pairs}) == len(pairs) == 64
+    assert len({row["prompt_id"] for row in pairs}) == len(pairs) == (24 if official else 64)
     train = [row for row in read_metrics(tmp_path / "run") if row["phase"] == "train"]
     assert train[0]["loss"] == pytest.approx(math.log(2), abs=2e-2)  # bfloat16: logits of 8 bits
     assert all(row["generated_tokens"][-1] == 2 for row in pairs) or not official

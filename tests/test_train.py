@@ -243,6 +243,23 @@ def test_eight_devices_equal_one(model, mesh, sizes):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
+def test_a_vocabulary_that_the_mesh_does_not_divide():
+    """263 rows over tensor=2: embedding and head stay whole, and the numbers are one device's."""
+    values = []
+    for sizes, devices in (((1, 1, 1), 1), ((1, 2, 2), 4)):
+        mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
+        for tied in (False, True):
+            odd = ARCHITECTURE | {"vocab_size": 263, "tie_word_embeddings": tied}
+            model = new_model(odd, tiny.tokenizer(), dtype="float32", mesh=mesh)
+            rows = batches.pad_rows([(p.prompt, p.real) for p in random_pairs(4)], SHAPE)
+            params = fresh(model, mesh)
+            with jax.set_mesh(mesh):
+                placed = sharding.put_batch(mesh, rows)
+                values.append(np.asarray(score_rows(Decoder(model.config), params, placed)))
+    np.testing.assert_allclose(values[0], values[2], rtol=1e-5)
+    np.testing.assert_allclose(values[1], values[3], rtol=1e-5)
+
+
 def test_optimizer_state_is_split_like_the_parameters(model):
     wide = sharding.make_mesh(2, 2, 2)
     params = fresh(model, wide)
