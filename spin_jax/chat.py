@@ -131,7 +131,6 @@ class Chat:
         self.stop_tokens = tuple(stop_tokens)
         self.lengths = lengths
         self.system_message = system_message
-        self.largest_id = max(tokenizer.get_vocab().values())
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         ordered = sorted(special, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered))) if ordered else None
@@ -176,7 +175,10 @@ class Chat:
     def encode_checked(self, messages: list[Message], number: int) -> tuple[Ids, Ids]:
         """(prompt, response) of a user's conversation; ValueError says what is wrong with it."""
         try:
-            prompt, response, _ = self.encode(checked(messages, "messages"))
+            valid = checked(messages, "messages")
+            if len(valid) < len(messages):
+                raise BadRow("messages: the last turn is not the assistant's")
+            prompt, response, _ = self.encode(valid)
         except BadRow as error:
             raise ValueError(f"conversation {number}: {error}") from error
         return prompt, response

@@ -205,7 +205,7 @@ def split_held_out(ids: Sequence[int], *, fraction: float, limit: int, seed: int
     return {int(ids[i]) for i in order}
 
 
-def load_pairs(rows: Any, chat: Chat, *, path: str) -> tuple[list[Pair], Counter]:
+def load_pairs(rows: Any, chat: Chat, *, path: str, vocab_size: int) -> tuple[list[Pair], Counter]:
     """Pairs of a published SPIN dataset, or those of another run, whose token columns are kept.
 
     Raises:
@@ -216,7 +216,7 @@ def load_pairs(rows: Any, chat: Chat, *, path: str) -> tuple[list[Pair], Counter
     pairs: dict[tuple[int, int], Pair] = {}
     for number, row in enumerate(rows):
         try:
-            pair = _load_pair(row, number, chat, counts, answers)
+            pair = _load_pair(row, number, chat, vocab_size, counts, answers)
             if pair is not None and (pair.prompt_id, pair.sample_id) in pairs:
                 raise BadRow(f"prompt_id {pair.prompt_id}, sample_id {pair.sample_id} came before")
         except BadRow as error:
@@ -233,7 +233,7 @@ def _integer(value: Any, default: int) -> int:
 
 
 def _load_pair(
-    row: dict[str, Any], number: int, chat: Chat, counts: Counter, answers: Counter
+    row: dict[str, Any], number: int, chat: Chat, vocab_size: int, counts: Counter, answers: Counter
 ) -> Pair | None:
     if row.get("real") is None or row.get("generated") is None:
         raise BadRow(f"no fields real and generated among {', '.join(row)}")
@@ -245,8 +245,11 @@ def _load_pair(
         return chat.given_pair(prompt_id, sample_id, real, generated, counts)
     columns = ("prompt_tokens", "real_tokens", "generated_tokens")
     ids = [np.asarray(row[name], np.int32) for name in columns]
-    if max(int(x.max(initial=0)) for x in ids) > chat.largest_id:
-        raise BadRow("its token columns are another tokenizer's: drop them, and the text is tokenized")
+    if max(int(x.max(initial=0)) for x in ids) >= vocab_size:
+        raise BadRow(
+            f"a token id lies beyond the model's vocabulary of {vocab_size}: another tokenizer made "
+            "the token columns; without them the text is tokenized"
+        )
     room = chat.lengths.max_length - len(ids[0])
     if room < 1:
         counts["dropped: prompt too long"] += 1

@@ -121,19 +121,16 @@ def attend(
     window: int | None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention over the keys that each query may see; softmax in float32."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
     behind = q_positions[:, :, None] - k_positions[:, None, :]
     visible = (jnp.abs(q_segments)[:, :, None] == k_segments[:, None, :]) & (behind >= 0)
     if window is not None:
         visible &= behind < window
     precision = matmul_precision(q.dtype)
-    q = q.reshape(B, T, K, N // K, H)
+    q = sharding.grouped_heads(q, k.shape[2])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision)
-    return out.reshape(B, T, N, H)
+    return sharding.merged_heads(jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision))
 
 
 class RMSNorm(nn.Module):

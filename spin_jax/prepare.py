@@ -96,7 +96,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
     _check_mesh(config, model, mesh)
     notes: list[str] = []
     chat = _chat(config, model)
-    given = _given(config, chat, notes)
+    given = _given(config, chat, model.config.vocab_size, notes)
     examples, fingerprint = _examples(config, chat, given, notes)
     held_out = data.split_held_out(
         [example.prompt_id for example in examples],
@@ -179,11 +179,11 @@ def _chat(config: Config, model: Model) -> Chat:
     )
 
 
-def _given(config: Config, chat: Chat, notes: list[str]) -> dict[int, list[Pair]]:
+def _given(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dict[int, list[Pair]]:
     given = {}
     for t, path in config_lib.given_pairs(config).items():
         rows = data.load_rows(path, config.selfplay.pairs_split, all_files=True)
-        given[t], counts = data.load_pairs(rows, chat, path=path)
+        given[t], counts = data.load_pairs(rows, chat, path=path, vocab_size=vocab_size)
         notes += _counted(path, counts)
     start = config.selfplay.start
     for t in range(max(0, start - config.selfplay.mix_previous), start):

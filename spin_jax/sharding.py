@@ -87,6 +87,30 @@ def reshard(x: jax.Array, *logical: str | None) -> jax.Array:
     )
 
 
+def grouped_heads(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, N, H] queries → [B, T, K, N / K, H], split over tensor as keys and values are."""
+    B, T, N, H = q.shape
+    shape = (B, T, kv_heads, N // kv_heads, H)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return q.reshape(shape)
+    axis = RULES["kv_heads"]
+    assert isinstance(axis, str)
+    tensor = axis if kv_heads % mesh.shape[axis] == 0 else None
+    q = jax.sharding.reshard(q, PartitionSpec(RULES["batch"], None, tensor, None))
+    grouped = PartitionSpec(RULES["batch"], None, tensor, None, None)
+    return jax.lax.reshape(q, shape, out_sharding=grouped)
+
+
+def merged_heads(x: jax.Array) -> jax.Array:
+    """[B, T, K, G, H] → [B, T, K · G, H]: the way back."""
+    B, T, K, G, H = x.shape
+    if jax.sharding.get_abstract_mesh().empty:
+        return x.reshape(B, T, K * G, H)
+    batch, _, tensor, _, _ = jax.typeof(x).sharding.spec
+    return jax.lax.reshape(x, (B, T, K * G, H), out_sharding=PartitionSpec(batch, None, tensor, None))
+
+
 def gathered(x: jax.Array) -> jax.Array:
     """A stored parameter made ready for use: the fsdp axis gathered, the tensor axis left split.
 

@@ -193,14 +193,14 @@ def test_published_pairs(chat, tmp_path):
     conversation = [turn("user", "1+2"), turn("assistant", "3")]
     other = [turn("user", "1+2"), turn("assistant", "44")]
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"real": conversation, "generated": other}] * 2)
-    pairs, counts = data.load_pairs(data.load_rows(path), chat, path=path)
+    pairs, counts = data.load_pairs(data.load_rows(path), chat, path=path, vocab_size=272)
     assert [p.prompt_id for p in pairs] == [0, 1]
     assert not counts
     assert chat.decode(pairs[0].real) == "3"
     assert chat.decode(pairs[0].generated) == "44"
     np.testing.assert_array_equal(pairs[0].prompt, chat.encode_prompt(conversation[:1]))
     with pytest.raises(ValueError, match=r"row 1: no fields real and generated"):
-        data.load_pairs([{"messages": []}], chat, path=path)
+        data.load_pairs([{"messages": []}], chat, path=path, vocab_size=272)
 
 
 def test_given_pairs_are_checked(chat):
@@ -212,16 +212,16 @@ def test_given_pairs_are_checked(chat):
             **more,
         }
 
-    pairs, _ = data.load_pairs([row("4", prompt_id=7), row("5", prompt_id=7)], chat, path="x")
+    pairs, _ = data.load_pairs([row("4", prompt_id=7), row("5", prompt_id=7)], chat, path="x", vocab_size=272)
     assert [(p.prompt_id, p.sample_id) for p in pairs] == [(7, 0), (7, 1)]
     with pytest.raises(ValueError, match="row 2: prompt_id 7, sample_id 0 came before"):
-        data.load_pairs([row("4", prompt_id=7, sample_id=0)] * 2, chat, path="x")
+        data.load_pairs([row("4", prompt_id=7, sample_id=0)] * 2, chat, path="x", vocab_size=272)
     other = row("4") | {"generated": [turn("user", "ZZZ"), turn("assistant", "4")]}
     with pytest.raises(ValueError, match="do not answer the same prompt"):
-        data.load_pairs([other], chat, path="x")
+        data.load_pairs([other], chat, path="x", vocab_size=272)
     foreign = row("4", prompt_tokens=[5], real_tokens=[99999], generated_tokens=[6])
-    with pytest.raises(ValueError, match="another tokenizer's"):
-        data.load_pairs([foreign], chat, path="x")
+    with pytest.raises(ValueError, match="beyond the model's vocabulary of 272: another tokenizer"):
+        data.load_pairs([foreign], chat, path="x", vocab_size=272)
 
 
 def test_own_pairs_keep_their_ids(chat, tmp_path):
@@ -229,11 +229,11 @@ def test_own_pairs_keep_their_ids(chat, tmp_path):
     example = chat.example(9, [turn("user", "1+2"), turn("assistant", "3")], Counter())
     pair = chat.pair(example, 0, np.array([40, 41, 2], np.int32))
     (tmp_path / "x.parquet").write_bytes(data.pairs_to_parquet([pair]))
-    (loaded,), _ = data.load_pairs(data.load_rows(str(tmp_path)), chat, path="x")
+    (loaded,), _ = data.load_pairs(data.load_rows(str(tmp_path)), chat, path="x", vocab_size=272)
     np.testing.assert_array_equal(loaded.generated, pair.generated)
     assert loaded.prompt_id == 9
     chat_short = Chat(chat.tokenizer, chat.stop_tokens, lengths=Lengths(10, len(example.prompt) + 2))
-    (cut,), _ = data.load_pairs(data.load_rows(str(tmp_path)), chat_short, path="x")
+    (cut,), _ = data.load_pairs(data.load_rows(str(tmp_path)), chat_short, path="x", vocab_size=272)
     assert len(cut.generated) == 2
     assert cut.truncated
 

@@ -121,14 +121,7 @@ CASES = {
 }
 
 
-ONE_KV_HEAD = pytest.mark.xfail(
-    strict=True, reason="attend splits the groups of one kv head as it does heads"
-)
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=ONE_KV_HEAD) if case == "one kv head" else case for case in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, hf_model_dir, torch_logits, mesh):
     family, options = CASES[case]
     directory, reference = hf_model_dir(family, **options)
@@ -394,21 +387,13 @@ def test_init_is_born_sharded_and_the_same_everywhere(mesh, mesh8):
     np.testing.assert_array_equal(one["final_norm"]["scale"], 1)
 
 
-def _xfail(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [
         pytest.param({"vocab_size": 67}, (2, 2, 2)),
         pytest.param({"intermediate_size": 49}, (2, 2, 2)),
         pytest.param({"num_attention_heads": 6, "num_key_value_heads": 2}, (1, 2, 4)),
-        pytest.param(
-            {"num_attention_heads": 4, "num_key_value_heads": 2},
-            (1, 2, 4),
-            marks=_xfail("attend does not regroup heads that are split when their kv heads are not"),
-        ),
+        pytest.param({"num_attention_heads": 4, "num_key_value_heads": 2}, (1, 2, 4)),
     ],
     ids=["vocabulary", "mlp", "all heads", "kv heads"],
 )
