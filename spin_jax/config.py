@@ -113,7 +113,7 @@ def _optimization(epochs: Any, learning_rate: Any) -> Any:
     o.eps = 1e-8
     o.clip_norm = placeholder(float)  # clip gradients to this norm; unset: not
     o.batch_size = 64  # pairs (SFT: conversations) an optimizer step
-    o.microbatch_size = placeholder(int)  # how many of them at a time; gradients are accumulated
+    o.microbatch_size = placeholder(int)  # at most so many at a time; gradients are accumulated
     o.epochs = epochs  # passes over the data
     o.schedule_epochs = placeholder(int)  # length of the schedule; unset: epochs
     return o

@@ -122,10 +122,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
         fingerprint=fingerprint,
         notes=notes,
     )
-    for t in prepared.iterations:  # each raises ValueError where its values are impossible
-        prepared.options(t)
-    prepared.sft_options()
-    prepared.sampling()
+    _check_batches(prepared)
     _record(prepared)
     return prepared
 
@@ -154,20 +151,27 @@ def _model(config: Config, mesh: jax.sharding.Mesh, root: epath.Path) -> tuple[M
 
 
 def _check_mesh(config: Config, model: Model, mesh: jax.sharding.Mesh) -> None:
-    tensor, shards = mesh.shape["tensor"], sharding.batch_shards(mesh)
+    tensor = mesh.shape["tensor"]
     if model.config.num_key_value_heads % tensor:
         raise ValueError(
             f"mesh.tensor={tensor} does not divide the model's {model.config.num_key_value_heads} "
             "key/value heads"
         )
-    for name in ("train", "sft"):
-        size = config[name].microbatch_size or config[name].batch_size
-        used = name == "train" or config.sft.epochs or config.sft.control
-        if used and size % shards:
+
+
+def _check_batches(prepared: Prepared) -> None:
+    """Builds the options of every phase, which check themselves, and fits their batches to the mesh."""
+    prepared.sampling()
+    sft = prepared.config.sft
+    phases = [("train", prepared.options(t)) for t in prepared.iterations]
+    phases += [("sft", prepared.sft_options())] if sft.epochs or sft.control else []
+    mesh, shards = prepared.mesh.shape, sharding.batch_shards(prepared.mesh)
+    for name, options in phases:
+        if options.microbatch % shards:
             raise ValueError(
-                f"{name}: a micro-batch of {size} cannot be split over {shards} devices "
-                f"(mesh.data={mesh.shape['data']} × mesh.fsdp={mesh.shape['fsdp']}): "
-                f"make config.{name}.batch_size or .microbatch_size a multiple of {shards}"
+                f"{name}: a micro-batch of {options.microbatch} cannot be split over {shards} devices "
+                f"(mesh.data={mesh['data']} × mesh.fsdp={mesh['fsdp']}): "
+                f"make config.{name}.batch_size and .microbatch_size multiples of {shards}"
             )
 
 

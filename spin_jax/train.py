@@ -48,17 +48,14 @@ class Optimization:
             raise ValueError(f"optimizer={self.optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ValueError(f"schedule={self.schedule!r}: choose from linear, cosine, constant")
-        if self.batch_size % (self.microbatch_size or self.batch_size):
-            raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of microbatch_size={self.microbatch_size}"
-            )
         if self.schedule_epochs is not None and self.schedule_epochs < self.epochs:
             raise ValueError(f"schedule_epochs={self.schedule_epochs} is shorter than epochs={self.epochs}")
 
     @property
     def microbatch(self) -> int:
-        """Pairs or conversations that one forward pass holds."""
-        return self.microbatch_size or self.batch_size
+        """Pairs or conversations that one forward pass holds: a divisor of the batch."""
+        most = min(self.microbatch_size or self.batch_size, self.batch_size)
+        return max(size for size in range(1, most + 1) if self.batch_size % size == 0)
 
     @property
     def accumulation(self) -> int:

@@ -354,10 +354,15 @@ def test_impossible_options():
         dataclasses.replace(RMSPROP, optimizer="sgd")
     with pytest.raises(ValueError, match="linear, cosine, constant"):
         dataclasses.replace(RMSPROP, schedule="step")
-    with pytest.raises(ValueError, match="not a multiple of microbatch_size=3"):
-        dataclasses.replace(RMSPROP, microbatch_size=3)
     with pytest.raises(ValueError, match="schedule_epochs=1 is shorter than epochs=2"):
         dataclasses.replace(RMSPROP, epochs=2, schedule_epochs=1)
+
+
+@pytest.mark.parametrize(("most", "microbatch"), [(None, 8), (8, 8), (64, 8), (5, 4), (3, 2), (1, 1)])
+def test_microbatches_divide_the_batch(most, microbatch):
+    options = dataclasses.replace(RMSPROP, microbatch_size=most)
+    assert options.microbatch == microbatch
+    assert options.accumulation * microbatch == 8
 
 
 def test_adafactor_learns(model, mesh):
