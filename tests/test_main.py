@@ -162,11 +162,8 @@ def test_every_dependency_is_imported_and_torch_is_not():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     sources = "".join(path.read_text() for path in (ROOT / "spin_jax").glob("*.py"))
     modules = {"absl-py": "absl", "orbax-checkpoint": "orbax", "etils": "etils"}
-    needed_by_others = {"jinja2": "transformers renders chat templates with it"}
     for requirement in project["dependencies"]:
         name = requirement.partition(">=")[0].partition("[")[0]
-        if name in needed_by_others:
-            continue
         module = modules.get(name, name)
         assert f"import {module}" in sources or f"from {module}" in sources, name
     assert "import torch" not in sources
