@@ -108,8 +108,6 @@ class Chat:
     Control tokens that the template writes become ids; the same strings inside a message stay text.
     """
 
-    unattended: int | None = None  # a token id that attention shall not see (`official` only)
-
     def __init__(
         self,
         tokenizer: Any,
@@ -134,6 +132,11 @@ class Chat:
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         ordered = sorted(special, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+    @property
+    def unattended(self) -> int | None:
+        """A token id that attention shall not see (`official` only)."""
+        return None
 
     # conversations
 

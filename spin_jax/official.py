@@ -16,12 +16,10 @@ again, and sampling from an unpinned revision of the model.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from spin_jax.chat import UNLIMITED, Chat, Example, Ids, Lengths, Message, Pair
+from spin_jax.chat import Chat, Example, Ids, Message, Pair
 
 ASSISTANT_PREFIX = "<|assistant|>\n"
 
@@ -29,16 +27,10 @@ ASSISTANT_PREFIX = "<|assistant|>\n"
 class OfficialChat(Chat):
     """Tokenizes, cuts and pairs as the released code does."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        stop_tokens: Sequence[int],
-        *,
-        lengths: Lengths = UNLIMITED,
-        system_message: str | None = None,
-    ):
-        super().__init__(tokenizer, stop_tokens, lengths=lengths, system_message=system_message or "")
-        self.unattended = tokenizer.eos_token_id
+    @property
+    def unattended(self) -> int:
+        """EOS, wherever it stands inside a sequence."""
+        return self.tokenizer.eos_token_id
 
     def example(self, prompt_id: int, messages: list[Message], counts: Counter) -> Example:
         """Nothing is dropped; what is cut depends on the pair, so it is not counted here."""
@@ -68,7 +60,8 @@ class OfficialChat(Chat):
         return Pair(prompt_id, sample_id, real, generated, prompt, real_ids, generated_ids, truncated)
 
     def _prompt(self, messages: list[Message]) -> Ids:
-        return self._apart(self.render(self.with_system(messages[:1]), prompt=True))
+        system = {"role": "system", "content": self.system_message or ""}
+        return self._apart(self.render([system, messages[0]], prompt=True))
 
     def _response(self, answer: Message) -> Ids:
         text = self.render([answer], prompt=False).removeprefix(ASSISTANT_PREFIX)

@@ -93,7 +93,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
         evaluate.find_verifier(config.eval.verifier)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model, initial_params = _model(config, mesh, root)
-    _check_mesh(config, model, mesh)
+    _check_mesh(model, mesh)
     notes: list[str] = []
     chat = _chat(config, model)
     given = _given(config, chat, model.config.vocab_size, notes)
@@ -150,7 +150,7 @@ def _model(config: Config, mesh: jax.sharding.Mesh, root: epath.Path) -> tuple[M
     return model, lambda: init_params(model.config, jax.random.key(config.seed), mesh)
 
 
-def _check_mesh(config: Config, model: Model, mesh: jax.sharding.Mesh) -> None:
+def _check_mesh(model: Model, mesh: jax.sharding.Mesh) -> None:
     tensor = mesh.shape["tensor"]
     if model.config.num_key_value_heads % tensor:
         raise ValueError(

@@ -68,7 +68,7 @@ def test_eos_is_not_attended_to(official):
         assert inside.sum() == 3  # system, user, and the template's own after the answer
         np.testing.assert_array_equal(segments[: length - 1] == -1, inside)
         assert segments[length - 1] == 1  # but the last one is
-    assert Chat.unattended is None
+    assert Chat(official.tokenizer, [EOS]).unattended is None
 
 
 def test_truncated_answer_gets_eos(official, tokenizer):
