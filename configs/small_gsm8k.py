@@ -25,7 +25,6 @@ def get_config() -> Any:
     c.sampling.shard_size = 256
 
     c.train.batch_size = 32
-    c.train.microbatch_size = 8
 
     c.eval.verifier = "gsm8k"
     return c

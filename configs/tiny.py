@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> Any:
     c.train.decay = 0.999
     c.train.learning_rate = (3e-4, 2e-4, *[1e-4] * 8)
     c.train.batch_size = 256
-    c.train.remat = False
+    c.train.remat = "none"
 
     c.eval.verifier = "exact"
     c.eval.samples = 16

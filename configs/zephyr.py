@@ -10,6 +10,8 @@ instead of sampling.
 
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from spin_jax import config
 
 
@@ -22,6 +24,20 @@ def get_config(variant: str = "") -> Any:
 
     c.model.path = "alignment-handbook/zephyr-7b-sft-full"
     c.model.dtype = "bfloat16"
+    c.model.architecture = ConfigDict(
+        dict(
+            model_type="mistral",
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=32768,
+            sliding_window=4096,
+        )
+    )
 
     c.data.path = "HuggingFaceH4/ultrachat_200k"
     c.data.split = "train_sft"

@@ -1,48 +1,68 @@
-"""Batches of fixed shapes, made in NumPy: nothing here touches a device.
+"""Packed batches of fixed shapes, made in NumPy: nothing here touches a device.
 
-Axes: B sequences or pairs, T tokens, R response tokens. The fields of a batch are NumPy arrays on the
-host and JAX arrays in a step.
+A row holds several groups: a prompt, once, with each of its answers after it (one in SFT, two in
+self-play), so that nothing is padded but a row's end and no prompt is computed twice. `attention.py` keeps
+the answers apart, and `scoring.py` adds up each one's log-probs. First-fit-decreasing fills the rows; a
+step takes as many micro-batches of one fixed shape as its groups need.
+
+Axes: N rows of a micro-batch, T tokens, R response tokens (as many as tokens), G groups of a row, A answers
+of a group. The fields of a batch are NumPy arrays on the host and JAX arrays in a step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
+from spin_jax.attention import Layout
 from spin_jax.chat import Example, Ids, Pair
+
+_MOST_GROUPS = 64  # of a row: it sizes arrays of single numbers
+_WINDOW = 1024  # groups packed together
+_TRIALS = 16  # steps packed for every length tried
 
 
 class RowShape(NamedTuple):
-    """What every row of a run is padded to."""
+    """A micro-batch: the same for a whole run, whatever is sampled, so that one program serves it."""
 
+    rows: int  # N
     length: int  # T
-    response: int  # R: only so many positions are projected to the vocabulary
+    groups: int  # G: at most so many of a row
+    unshared: int = 0  # tokens when each answer has a prompt of its own; 0 where attention does not ask
+
+    @property
+    def capacity(self) -> np.ndarray:
+        """What a row holds, in the measures of `sizes`."""
+        return np.array([self.length, self.unshared or 2**31, self.groups])
+
+
+class Group(NamedTuple):
+    """A prompt and its answers."""
+
+    prompt: Ids
+    answers: tuple[Ids, ...]
 
 
 class Rows(NamedTuple):
-    """Sequences of one padded length; the model's arguments and which tokens are a response."""
+    """Packed rows: the model's arguments, and whose log-prob each token is. 0 is none everywhere."""
 
-    tokens: Any  # int32 [B, T]
-    positions: Any  # int32 [B, T]
-    segments: Any  # int32 [B, T]: 1, padding 0, −1 seen by no other token
-    response: Any  # int32 [B, R]: where the response's tokens stand; 0 is none
-
-
-class SFTBatch(NamedTuple):
-    """B sequences; `weight` is 0 for those that only fill the last batch."""
-
-    rows: Rows  # B sequences
-    weight: Any  # float32 [B]
+    tokens: Any  # int32 [N, T]
+    layout: Layout  # int32 [N, T], and [N, U] where rows are unshared
+    predictors: Any  # int32 [N, R]: the token whose state predicts a response's token, responses side by side
+    targets: Any  # int32 [N, R]: that response's token
+    owners: Any  # int32 [N, R]: the answer it belongs to, 1 … G · A
+    lengths: Any  # int32 [N, G, A]: tokens of each answer
+    items: Any  # int32 [N, G]: which of the groups packed this is, from 1
 
 
 class PairBatch(NamedTuple):
-    """B pairs; row 2i is the human answer of pair i, row 2i + 1 the generated one."""
+    """Rows of pairs; answer 0 is the human one, answer 1 the generated one."""
 
-    rows: Rows  # 2B sequences
-    opponent: Any  # float32 [B, 2]: the opponent's log-probs of (real, generated)
-    identical: Any  # float32 [B]: 1 where both answers are the same ids
-    weight: Any  # float32 [B]
+    rows: Rows
+    opponent: Any  # float32 [N, G, 2]: the opponent's log-probs of (real, generated)
+    identical: Any  # float32 [N, G]: 1 where both answers are the same ids
 
 
 class ScoredPair(NamedTuple):
@@ -58,66 +78,220 @@ def bucket(length: int) -> int:
     return size
 
 
-def pad_rows(sequences: Sequence[tuple[Ids, Ids]], shape: RowShape, unattended: int | None = None) -> Rows:
-    """(prompt, response) sequences, padded on the right.
+# --- packing -------------------------------------------------------------------------------------
+
+
+def example_group(example: Example) -> Group:
+    return Group(example.prompt, (example.real,))
+
+
+def pair_group(pair: Pair) -> Group:
+    return Group(pair.prompt, (pair.real, pair.generated))
+
+
+def sizes(prompts: Any, *answers: Any) -> np.ndarray:
+    """What groups take of a row: int [groups, (tokens, unshared tokens, 1)], from lengths [groups]."""
+    prompts, own = np.asarray(prompts), np.sum(answers, axis=0)
+    return np.stack([prompts + own, len(answers) * prompts + own, np.ones_like(prompts)], axis=1)
+
+
+def pack(wanted: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
+    """First-fit-decreasing: the groups of each row, by number.
+
+    Args:
+        wanted: from `sizes`.
+        capacity: of a row, in the same measures.
 
     Raises:
-        ValueError: a sequence is longer than the rows, or its response than theirs.
+        ValueError: a group does not fit an empty row.
     """
-    tokens, positions, segments = (np.zeros((len(sequences), shape.length), np.int32) for _ in range(3))
-    rows = Rows(tokens, positions, segments, np.zeros((len(sequences), shape.response), np.int32))
-    for i, (prompt, response) in enumerate(sequences):
-        ids = np.concatenate([prompt, response])
-        n = len(ids)
-        if n > shape.length or len(response) > shape.response:
-            raise ValueError(f"a sequence of {len(prompt)} + {len(response)} tokens does not fit {shape}")
-        rows.tokens[i, :n] = ids
-        rows.positions[i, :n] = np.arange(n)
-        rows.segments[i, :n] = 1
-        if unattended is not None:
-            hidden = np.flatnonzero(ids[: n - 1] == unattended)
-            rows.segments[i, hidden] = -1
-        rows.response[i, : len(response)] = np.arange(len(prompt), n)
+    too_large = np.flatnonzero((wanted > capacity).any(axis=1))
+    if len(too_large):
+        raise ValueError(
+            f"group {too_large[0]} takes {wanted[too_large[0]].tolist()} (tokens, unshared tokens, groups) "
+            f"of a row that holds {capacity.tolist()}"
+        )
+    left = np.empty((len(wanted), len(capacity)), np.int64)  # of every row opened so far
+    rows: list[list[int]] = []
+    for item in np.argsort(-wanted[:, 0], kind="stable"):
+        fits = (left[: len(rows)] >= wanted[item]).all(axis=1)
+        row = int(np.argmax(fits)) if fits.any() else len(rows)
+        if row == len(rows):
+            rows.append([])
+            left[row] = capacity
+        left[row] -= wanted[item]
+        rows[row].append(int(item))
     return rows
 
 
-def _fill(items: Sequence, size: int) -> tuple[list, np.ndarray]:
-    """Repeats the first item up to `size`, with weight zero."""
-    weight = np.zeros(size, np.float32)
-    weight[: len(items)] = 1
-    return [*items, *[items[0]] * (size - len(items))], weight
+def packed(groups: Sequence[Group], shape: RowShape, unattended: int | None = None) -> list[Rows]:
+    """As many micro-batches as the groups need.
+
+    Args:
+        unattended: a token id that no token attends to (`official`).
+
+    Raises:
+        ValueError: a group is longer than a row.
+    """
+    answers = [[len(answer) for answer in group.answers] for group in groups]
+    wanted = sizes([len(group.prompt) for group in groups], *zip(*answers, strict=True))
+    rows: list[list[int]] = []
+    for first in range(0, len(groups), _WINDOW):  # looking through all rows for each group would be quadratic
+        window = pack(wanted[first : first + _WINDOW], shape.capacity)
+        rows += [[first + member for member in row] for row in window]
+    chunks = [rows[first : first + shape.rows] for first in range(0, len(rows), shape.rows)]
+    return [_microbatch(groups, chunk, shape, unattended) for chunk in chunks]
 
 
-def sft_batch(
-    examples: Sequence[Example], size: int, shape: RowShape, unattended: int | None = None
-) -> SFTBatch:
-    filled, weight = _fill(examples, size)
-    return SFTBatch(pad_rows([(e.prompt, e.real) for e in filled], shape, unattended), weight)
+def _microbatch(
+    groups: Sequence[Group], chosen: list[list[int]], shape: RowShape, unattended: int | None
+) -> Rows:
+    N, T, G, U = shape
+    A = len(groups[0].answers)
 
+    def zeros(*dims: int) -> np.ndarray:
+        return np.zeros((N, *dims), np.int32)
 
-def pair_batch(
-    scored: Sequence[ScoredPair], size: int, shape: RowShape, unattended: int | None = None
-) -> PairBatch:
-    filled, weight = _fill(scored, size)
-    sequences = [(s.pair.prompt, answer) for s in filled for answer in (s.pair.real, s.pair.generated)]
-    return PairBatch(
-        rows=pad_rows(sequences, shape, unattended),
-        opponent=np.array([s.opponent for s in filled], np.float32),
-        identical=np.array([s.pair.identical for s in filled], np.float32),
-        weight=weight,
+    rows = Rows(
+        tokens=zeros(T),
+        layout=Layout(zeros(T), zeros(T), zeros(T), zeros(U) if U else None),
+        predictors=zeros(T),
+        targets=zeros(T),
+        owners=zeros(T),
+        lengths=zeros(G, A),
+        items=zeros(G),
     )
+    for row, members in enumerate(chosen):
+        _fill_row(jax.tree.map(lambda field, row=row: field[row], rows), groups, members, unattended)
+    return rows
 
 
-def microbatches(batch: Any, count: int) -> Any:
-    """Splits the leading axis of every array into [count, n / count]: what gradients accumulate over."""
-    if isinstance(batch, np.ndarray):
-        return batch.reshape(count, -1, *batch.shape[1:])
-    return type(batch)(*(microbatches(part, count) for part in batch))
+def _fill_row(row: Rows, groups: Sequence[Group], members: list[int], unattended: int | None) -> None:
+    """Lays groups out side by side: prompt, answer, answer."""
+    end = responses = unshared = 0
+    for number, item in enumerate(members):
+        prompt, answers = groups[item]
+        row.items[number] = item + 1
+        start, end, P = end, end + len(prompt), len(prompt)
+        row.tokens[start:end] = prompt
+        row.layout.positions[start:end] = np.arange(P)
+        for branch, answer in enumerate(answers):
+            begin, end, n = end, end + len(answer), len(answer)
+            row.tokens[begin:end] = answer
+            row.layout.positions[begin:end] = np.arange(P, P + n)
+            row.layout.branches[begin:end] = branch + 1  # pyright: ignore[reportOptionalSubscript]
+            row.lengths[number, branch] = n
+            span = slice(responses, responses + n)
+            row.predictors[span] = np.arange(begin - 1, end - 1)
+            row.predictors[responses] = start + P - 1  # the prompt's end predicts every answer's beginning
+            row.targets[span] = answer
+            row.owners[span] = number * len(answers) + branch + 1
+            responses += n
+            if row.layout.unshared is not None:
+                row.layout.unshared[unshared : unshared + P] = np.arange(start + 1, start + P + 1)
+                row.layout.unshared[unshared + P : unshared + P + n] = np.arange(begin + 1, end + 1)
+                unshared += P + n
+        row.layout.segments[start:end] = number + 1
+    if unattended is not None:
+        row.layout.segments[row.tokens == unattended] *= -1
 
 
-def real_rows(batch: SFTBatch | PairBatch) -> np.ndarray:
-    """Which rows of a batch are no filler: bool, shaped as the rows are."""
-    return np.repeat(batch.weight > 0, batch.rows.tokens.shape[-2] // batch.weight.shape[-1], axis=-1)
+def pair_batches(
+    scored: Sequence[ScoredPair], shape: RowShape, unattended: int | None = None
+) -> list[PairBatch]:
+    """As many micro-batches as the pairs need."""
+    opponent = np.array([[0.0, 0.0], *(s.opponent for s in scored)], np.float32)
+    identical = np.array([0.0, *(s.pair.identical for s in scored)], np.float32)
+    rows = packed([pair_group(s.pair) for s in scored], shape, unattended)
+    return [PairBatch(part, opponent[part.items], identical[part.items]) for part in rows]
+
+
+def real_tokens(batch: Rows | PairBatch) -> int:
+    """Tokens that are no padding, a shared prompt's counted once."""
+    rows = batch.rows if isinstance(batch, PairBatch) else batch
+    return int(np.count_nonzero(rows.layout.segments))
+
+
+def stacked(parts: Sequence[Any], count: int) -> Any:
+    """Micro-batches [N, …] → one step's batch [count, N, …]; those that are missing are empty: zeros."""
+
+    def stack(*arrays: np.ndarray) -> np.ndarray:
+        return np.stack([*arrays, *[np.zeros_like(arrays[0])] * (count - len(arrays))])
+
+    return jax.tree.map(stack, *parts)
+
+
+# --- shapes --------------------------------------------------------------------------------------
+
+
+def choose_shape(
+    expected: np.ndarray,
+    largest: np.ndarray,
+    *,
+    batch_size: int,
+    shards: int,
+    tokens_per_device: int,
+    attention: float,
+    overhead: float,
+    granule: int,
+    row_length: int | None = None,
+    unshared: bool = False,
+) -> RowShape:
+    """The micro-batch that wastes least, found by packing a few steps of groups as they are expected.
+
+    Longer rows leave less at their ends and pay more for attention; larger micro-batches leave more of the
+    last one empty, and read and add up the weights less often.
+
+    Args:
+        expected: `sizes` of the groups as far as they are known.
+        largest: the most that any group can take.
+        batch_size: groups of a step.
+        shards: rows are a multiple of it.
+        tokens_per_device: of one micro-batch, at most (unless one row is longer).
+        attention: what a token's look at another costs, in units of the rest of a token.
+        overhead: what a micro-batch costs whatever is in it, in tokens a device.
+        granule: lengths are multiples of it.
+        row_length: takes the place of the search over lengths.
+
+    Raises:
+        ValueError: row_length is shorter than a group can be.
+    """
+    shortest = _rounded(int(largest[0]), granule)
+    if row_length is not None and row_length < largest[0]:
+        raise ValueError(f"row_length={row_length}: a group can have {largest[0]} tokens")
+    factors = (1, 1.0625, 1.125, 1.25, 1.375, 1.5, 1.75, 2, 2.5, 3, 4)
+    lengths = {_rounded(int(shortest * factor), granule) for factor in factors}
+    if row_length is not None:
+        lengths = {_rounded(row_length, granule)}
+    rng, some = np.random.default_rng(0), min(batch_size, len(expected))
+    steps = [expected[rng.choice(len(expected), some, replace=False)] for _ in range(_TRIALS)]
+    fewest = max(int(expected[:, 0].min()), 1)
+    best: tuple[float, RowShape] | None = None
+    for T in sorted(lengths):
+        if row_length is None and max(shortest, tokens_per_device) < T:
+            continue
+        shape = RowShape(1, T, max(1, min(T // fewest, _MOST_GROUPS)))
+        rows = [pack(step, shape.capacity) for step in steps]
+        if unshared:
+            most = max(step[row, 1].sum() for step, packed in zip(steps, rows, strict=True) for row in packed)
+            shape = shape._replace(unshared=_rounded(max(int(most), int(largest[1])), granule))
+        counts = np.array([len(packed) for packed in rows])
+        for each in range(1, max(1, tokens_per_device // T) + 1):
+            N = each * shards
+            microbatches = -(-counts // N)
+            cost = float(microbatches.mean()) * each * T * (1 + attention * T)
+            cost += float(microbatches.mean()) * overhead
+            if best is None or cost < best[0]:
+                best = cost, shape._replace(rows=N)
+    assert best is not None
+    return best[1]
+
+
+def _rounded(length: int, granule: int) -> int:
+    return -(-length // granule) * granule
+
+
+# --- steps ---------------------------------------------------------------------------------------
 
 
 def training_steps(examples: int, batch_size: int, epochs: int) -> int:
@@ -127,22 +301,25 @@ def training_steps(examples: int, batch_size: int, epochs: int) -> int:
 
 def batches(
     items: Sequence,
-    collate: Callable[[Sequence], Any],
+    collate: Callable[[Sequence], Sequence[Any]],
     batch_size: int,
+    shape: RowShape,
     *,
     seed: int,
     epochs: int,
     start: int,
 ) -> Iterator[Any]:
-    """The batches of steps `start`, `start` + 1, …: a pure function of seed and step.
+    """The batches [A, N, …] of steps `start`, `start` + 1, …: a pure function of seed and step.
 
-    Every epoch is a new permutation of all items; grain's threads collate ahead of the steps.
+    Every epoch is a new permutation of all items; grain's threads collate ahead of the steps. A is the most
+    micro-batches that `batch_size` groups can need; the step runs those that hold some.
     """
+    most = -(-batch_size // shape.rows)
     dataset = (
         grain.MapDataset.source(range(len(items)))
         .seed(seed)
         .shuffle()
-        .batch(batch_size, batch_fn=lambda chosen: collate([items[i] for i in chosen]))
+        .batch(batch_size, batch_fn=lambda chosen: stacked(collate([items[i] for i in chosen]), most))
         .repeat(epochs)
     )
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)

@@ -23,7 +23,9 @@ def default() -> Any:
     m.path = placeholder(str)  # Hugging Face directory or hub id: the SFT model
     m.revision = placeholder(str)  # branch, tag or commit of a hub id
     m.dtype = "bfloat16"  # of computation and exports; master weights are float32
-    m.architecture = _section()  # without a path: config.json keys of a model to initialize
+    m.architecture = _section()  # config.json keys: without a path, of a model to initialize; with one,
+    #                              they are compared with the checkpoint's
+    m.attention = placeholder(str)  # plain, splash (TPU), triton (GPU); unset: by platform and dtype
     m.tokenizer = placeholder(str)  # without a path: a directory, or module:function that makes one
 
     c.data = d = _section()
@@ -40,6 +42,7 @@ def default() -> Any:
     c.lengths = n = _section()
     n.max_prompt = 512  # tokens; longer prompts are dropped and counted
     n.max_length = 1024  # tokens of prompt and answer; longer answers are cut and counted
+    n.expected = (180, 300, 220)  # prompt, human answer, generated answer: what benchmark assumes
 
     # An SFT stage before self-play, off unless epochs > 0. Its keys are those of train.
     c.sft = s = _optimization(epochs=0, learning_rate=2e-5)
@@ -61,7 +64,8 @@ def default() -> Any:
     a.temperature = 1.0  # 0 is greedy
     a.top_k = placeholder(int)
     a.top_p = placeholder(float)
-    a.batch_size = 64  # prompts answered at a time
+    a.batch_size = 64  # slots: answers in progress at a time
+    a.tensor = 1  # devices that share one copy of the sampler's weights; the others hold copies
     a.shard_size = 1024  # prompts a file: what an interruption can cost
 
     c.loss = o = _section()
@@ -70,7 +74,8 @@ def default() -> Any:
     o.nll_weight = 0.0  # adds this times −log p(human answer)
 
     c.train = t = _optimization(epochs=(1,), learning_rate=(5e-7,))  # both per iteration
-    t.remat = True  # recompute layers in the backward pass: less memory, a third more work
+    t.remat = "full"  # what the backward pass computes again: full (least memory), attention+mlp or
+    #                   attention (which keep what those compute), none (most memory, a quarter less work)
 
     c.mesh = h = _section()  # devices: data × fsdp × tensor; −1 takes what is left
     h.data = 1  # replicas
@@ -113,7 +118,8 @@ def _optimization(epochs: Any, learning_rate: Any) -> Any:
     o.eps = 1e-8
     o.clip_norm = placeholder(float)  # clip gradients to this norm; unset: not
     o.batch_size = 64  # pairs (SFT: conversations) an optimizer step
-    o.microbatch_size = placeholder(int)  # at most so many at a time; gradients are accumulated
+    o.tokens_per_device = 8192  # at most so many at a time (or one row); gradients are accumulated
+    o.row_length = placeholder(int)  # of packed rows, in tokens; unset: what wastes least on this data
     o.epochs = epochs  # passes over the data
     o.schedule_epochs = placeholder(int)  # length of the schedule; unset: epochs
     return o
@@ -211,10 +217,13 @@ def _check(c: Any) -> None:
         )
     for name in (
         "train.batch_size",
-        "train.microbatch_size",
+        "train.tokens_per_device",
+        "train.row_length",
         "sft.batch_size",
-        "sft.microbatch_size",
+        "sft.tokens_per_device",
+        "sft.row_length",
         "sampling.batch_size",
+        "sampling.tensor",
         "sampling.shard_size",
         "sampling.max_new_tokens",
         "lengths.max_prompt",
@@ -229,6 +238,14 @@ def _check(c: Any) -> None:
     need(0 <= c.eval.fraction <= 0.1, f"eval.fraction={c.eval.fraction}: between 0 and 0.1")
     need(0 <= c.eval.limit <= 500, f"eval.limit={c.eval.limit}: between 0 and 500")
     need(c.selfplay.mix_previous >= 0, f"selfplay.mix_previous={c.selfplay.mix_previous}: at least 0")
+    need(
+        len(c.lengths.expected) == 3 and all(isinstance(n, int) and n > 0 for n in c.lengths.expected),
+        f"lengths.expected={c.lengths.expected}: three positive whole numbers (prompt, human, generated)",
+    )
+    remat = ("none", "attention", "attention+mlp", "full")
+    need(c.train.remat in remat, f"train.remat={c.train.remat!r}: one of {', '.join(remat)}")
+    kernels = (None, "plain", "splash", "triton")
+    need(c.model.attention in kernels, f"model.attention={c.model.attention!r}: plain, splash or triton")
     dtypes = ("float32", "bfloat16", "float16")
     need(c.model.dtype in dtypes, f"model.dtype={c.model.dtype!r}: one of {', '.join(dtypes)}")
     need(

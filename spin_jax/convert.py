@@ -422,20 +422,23 @@ def new_model(options: Mapping[str, Any], tokenizer: Any, *, dtype: Any, mesh: j
 
     Args:
         options: config.json's keys, `model_type` among them.
-        tokenizer: whose special token ids the config takes over.
+        tokenizer: whose special token ids the config takes over; None where no text is involved.
         dtype: to compute in.
         mesh: where the parameters will be.
     """
     from transformers import AutoConfig
 
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    options = {name: getattr(tokenizer, name) for name in names} | dict(options)
+    if tokenizer is not None:
+        options = {name: getattr(tokenizer, name) for name in names} | dict(options)
+    options = dict(options)
     family = options.pop("model_type", None)
     if family not in CONFIGS:
         raise ValueError(f"model.architecture.model_type is {family!r}; supported: {', '.join(CONFIGS)}")
     hf_config = AutoConfig.for_model(family, **options).to_dict()
     config = model_config(hf_config)
-    check_vocabulary(tokenizer, config, "model.tokenizer")
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config, "model.tokenizer")
     return Model(config, {}, tokenizer, jnp.dtype(dtype), mesh, hf_config, generation_config={})
 
 

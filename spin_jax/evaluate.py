@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from spin_jax import sharding
-from spin_jax.batches import RowShape, sft_batch
+from spin_jax.batches import RowShape, example_group
 from spin_jax.chat import Example
 from spin_jax.config import import_function
 from spin_jax.model import Decoder, Params
-from spin_jax.scoring import score_rows
+from spin_jax.scoring import score_groups
 
 Verifier = Callable[[str, str], bool]
 
@@ -60,15 +59,10 @@ def nll(
     examples: Sequence[Example],
     *,
     mesh: jax.sharding.Mesh,
-    batch_size: int,
     shape: RowShape,
     unattended: int | None = None,
 ) -> float:
     """Mean −log p of a human answer's token, in nats."""
-    total = 0.0
-    with jax.set_mesh(mesh):
-        for first in range(0, len(examples), batch_size):
-            batch = sft_batch(examples[first : first + batch_size], batch_size, shape, unattended)
-            logps = np.asarray(score_rows(decoder, params, sharding.put_batch(mesh, batch.rows)))
-            total -= float(np.sum(logps, where=batch.weight > 0))
-    return total / sum(len(example.real) for example in examples)
+    groups = [example_group(example) for example in examples]
+    logps = score_groups(decoder, params, groups, shape, mesh, unattended=unattended)
+    return -float(logps.sum(dtype=np.float64)) / sum(len(example.real) for example in examples)

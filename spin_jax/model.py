@@ -1,17 +1,15 @@
 """The decoder of Mistral and Llama, in Flax Linen used as functions of a plain parameter tree.
 
-    hidden, _ = forward(Decoder(config), params, tokens, positions, segments)
-    logits = project(Decoder(config), params, hidden)
+    hidden, _ = forward(Decoder(config), params, tokens, layout)
+    logits = project(hidden, output_head(Decoder(config), params))
 
 Axes: B batch, T tokens (queries), S key slots, V vocabulary, D model, N query heads, K key/value heads,
-G = N / K, H head dim, F mlp, L layers. Einsum letters follow it.
-
-`positions` [B, T] are the places within each sequence, and drive RoPE, causality and the window.
-`segments` [B, T] say which tokens may see each other: 0 is padding, equal positive numbers belong
-together; −s belongs to s but is itself seen by none (only the `official` switch has such tokens).
+H head dim, F mlp, L layers. Einsum letters follow it. A `Layout` (attention.py) says where in its sequence
+each token stands, and which tokens see each other.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -19,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from spin_jax import sharding
+from spin_jax.attention import KEPT, Layout, attend, matmul_precision, plain
 
 Params = dict[str, Any]
 
@@ -68,18 +68,16 @@ class ModelConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, one pair of arrays a layer; `slot` is the next free one."""
+    """Keys and values of the tokens so far, one pair of arrays a layer.
 
-    keys: tuple[Float[Array, "B S K H"], ...]
-    values: tuple[Float[Array, "B S K H"], ...]
-    positions: Int[Array, "B S"]
-    segments: Int[Array, "B S"]
-    slot: Int[Array, ""]
+    A ring: all rows write the same column, and after the last one comes the first again. Where a token
+    stands in its sequence is the layout's business, not the column's.
+    """
 
-
-def matmul_precision(dtype: Any) -> lax.Precision | None:
-    """float32 means float32, on accelerators too (whose default is a shorter format)."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    keys: tuple[Float[Array, "B K S H"], ...]
+    values: tuple[Float[Array, "B K S H"], ...]
+    layout: Layout  # [B, S]
+    column: Int[Array, ""]  # the next to be written
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, " H/2"]:
@@ -107,30 +105,6 @@ def rope(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
-
-
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    *,
-    q_positions: Int[Array, "B T"],
-    k_positions: Int[Array, "B S"],
-    q_segments: Int[Array, "B T"],
-    k_segments: Int[Array, "B S"],
-    window: int | None,
-) -> Float[Array, "B T N H"]:
-    """Grouped-query attention over the keys that each query may see; softmax in float32."""
-    behind = q_positions[:, :, None] - k_positions[:, None, :]
-    visible = (jnp.abs(q_segments)[:, :, None] == k_segments[:, None, :]) & (behind >= 0)
-    if window is not None:
-        visible &= behind < window
-    precision = matmul_precision(q.dtype)
-    q = sharding.grouped_heads(q, k.shape[2])
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return sharding.merged_heads(jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision))
 
 
 class RMSNorm(nn.Module):
@@ -163,30 +137,25 @@ class _Projections(nn.Module):
 
 
 class Attention(_Projections):
+    kernel: str = "plain"
+
     @nn.compact
-    def __call__(self, x, positions, segments, cache: tuple | None):
+    def __call__(self, x, layout: Layout, cache: tuple | None):
         c = self.config
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         frequencies = rope_frequencies(c)
         q = self.einsum("BTD,DNH->BTNH", x, self.weight("wq", ("embed", "heads", None), (D, N, H)))
         k = self.einsum("BTD,DKH->BTKH", x, self.weight("wk", ("embed", "kv_heads", None), (D, K, H)))
         v = self.einsum("BTD,DKH->BTKH", x, self.weight("wv", ("embed", "kv_heads", None), (D, K, H)))
-        q, k = rope(q, positions, frequencies), rope(k, positions, frequencies)
-        k_positions, k_segments = positions, segments
-        if cache is not None:
-            keys, values, k_positions, k_segments, slot = cache
-            k = lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), slot, axis=1)
-            v = lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), slot, axis=1)
-        out = attend(
-            q,
-            k,
-            v,
-            q_positions=positions,
-            k_positions=k_positions,
-            q_segments=segments,
-            k_segments=k_segments,
-            window=c.sliding_window,
-        )
+        q, k = rope(q, layout.positions, frequencies), rope(k, layout.positions, frequencies)
+        q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+        if cache is None:
+            out = attend(q, k, v, layout, layout, window=c.sliding_window, kernel=self.kernel)
+        else:
+            cached_k, cached_v, keys, column = cache
+            k = lax.dynamic_update_slice_in_dim(cached_k, k.swapaxes(1, 2), column, axis=2)
+            v = lax.dynamic_update_slice_in_dim(cached_v, v.swapaxes(1, 2), column, axis=2)
+            out = plain(q, k, v, layout, keys, c.sliding_window)
         wo = self.weight("wo", ("heads", None, "embed"), (N, H, D))
         return self.einsum("BTNH,NHD->BTD", out, wo, out=("batch", None, None)), (k, v)
 
@@ -197,6 +166,7 @@ class MLP(_Projections):
         D, F = self.config.hidden_size, self.config.intermediate_size
         gate = self.einsum("BTD,DF->BTF", x, self.weight("gate", ("embed", "mlp"), (D, F)))
         up = self.einsum("BTD,DF->BTF", x, self.weight("up", ("embed", "mlp"), (D, F)))
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         down = self.weight("down", ("mlp", "embed"), (F, D))
         return self.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, down, out=("batch", None, None))
 
@@ -204,32 +174,46 @@ class MLP(_Projections):
 class Block(nn.Module):
     config: ModelConfig
     dtype: Any
+    kernel: str = "plain"
 
     @nn.compact
-    def __call__(self, x, positions, segments, cache: tuple | None = None):
+    def __call__(self, x, layout: Layout, cache: tuple | None = None):
         eps = self.config.rms_norm_eps
         normed = RMSNorm(eps, name="attention_norm")(x)
-        attended, kv = Attention(self.config, self.dtype, name="attention")(
-            normed, positions, segments, cache
+        attended, kv = Attention(self.config, self.dtype, self.kernel, name="attention")(
+            normed, layout, cache
         )
-        x = x + attended
+        x = checkpoint_name(x + attended, "attention_residual")
         x = x + MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
         return x, kv if cache is not None else None
 
 
+_ATTENTION = ("q", "k", "v", KEPT)
+# What each policy keeps of a layer for the backward pass, which computes the rest again.
+REMAT: dict[str, tuple[str, ...]] = {
+    "attention+mlp": (*_ATTENTION, "attention_residual", "gate", "up"),
+    "attention": _ATTENTION,
+    "full": (),
+}
+
+
 class Decoder(nn.Module):
-    """Tokens → final hidden states → logits. Computes in `dtype`, whatever the parameters' own."""
+    """Tokens → final hidden states. Computes in `dtype`, whatever the parameters' own."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
-    remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+    remat: str = "none"  # "none" keeps all activations for the backward pass; else a key of `REMAT`
+    kernel: str = "plain"  # of attention without a cache
 
     def setup(self):
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         table = nn.with_partitioning(init, ("vocab_rows", "embed_columns"))
         self.embed: Any = self.param("embed", table, (c.vocab_size, c.hidden_size))
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat != "none":
+            keep = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
+            block = nn.remat(Block, prevent_cse=False, policy=keep)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -237,7 +221,7 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: None},
-        )(c, self.dtype)
+        )(c, self.dtype, self.kernel)
         self.final_norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             head = nn.with_partitioning(init, ("embed", "vocab"))
@@ -246,43 +230,38 @@ class Decoder(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
+        layout: Layout,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Final hidden states; with a cache, the tokens go into its next T slots, and it is returned.
+        """Final hidden states; with a cache, the tokens go into its next T columns, and it is returned.
 
-        With a cache, params["layers"] is a tuple of layers (`unstacked`): a scanned cache would be
+        With a cache, params["layers"] is a tuple of layers (`sampling_params`): a scanned cache would be
         copied at every step.
         """
         out_sharding = sharding.spec("batch", None, None)
         x = self.embed.at[tokens].get(out_sharding=out_sharding).astype(self.dtype)
         if cache is None:
-            x, _ = self.layers(x, positions, segments)
+            x, _ = self.layers(x, layout)
         else:
-            x, cache = self._decode(x, positions, segments, cache)
+            x, cache = self._decode(x, layout, cache)
         return self.final_norm(x), cache
 
-    def _decode(self, x, positions, segments, cache: Cache):
-        k_positions = lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.slot, axis=1)
-        k_segments = lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.slot, axis=1)
+    def _decode(self, x, layout: Layout, cache: Cache):
+        def write(cached, new):
+            return lax.dynamic_update_slice_in_dim(cached, new, cache.column, axis=1)
+
+        seen = Layout(
+            write(cache.layout.positions, layout.positions), write(cache.layout.segments, layout.segments)
+        )
         block = Block(self.config, self.dtype, parent=None)
         layers = self.variables["params"]["layers"]
         keys, values = [], []
         for layer, k, v in zip(layers, cache.keys, cache.values, strict=True):
-            slots = (k, v, k_positions, k_segments, cache.slot)
-            x, (k, v) = block.apply({"params": layer}, x, positions, segments, slots)
+            x, (k, v) = block.apply({"params": layer}, x, layout, (k, v, seen, cache.column))
             keys.append(k)
             values.append(v)
-        return x, Cache(tuple(keys), tuple(values), k_positions, k_segments, cache.slot + x.shape[1])
-
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Next-token logits in float32."""
-        head = self.embed.T if self.config.tie_word_embeddings else self.head
-        head = sharding.reshard(head.astype(self.dtype), None, "vocab")
-        precision = matmul_precision(self.dtype)
-        return jnp.einsum(
-            "BTD,DV->BTV", hidden, head, precision=precision, preferred_element_type=jnp.float32
+        return x, Cache(
+            tuple(keys), tuple(values), seen, (cache.column + x.shape[1]) % seen.positions.shape[1]
         )
 
 
@@ -290,38 +269,53 @@ def forward(
     decoder: Decoder,
     params: Params,
     tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
+    layout: Layout,
     cache: Cache | None = None,
-) -> tuple[Float[Array, "B T D"], Cache | None]:
+) -> tuple[Float[Array, "B T D"], Any]:
     """`Decoder.__call__` as a function of the parameters."""
-    return decoder.apply({"params": params}, tokens, positions, segments, cache)  # pyright: ignore[reportReturnType]
+    return decoder.apply({"params": params}, tokens, layout, cache)  # pyright: ignore[reportReturnType]
 
 
-def project(decoder: Decoder, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """`Decoder.logits` as a function of the parameters."""
-    return decoder.apply({"params": params}, hidden, method="logits")  # pyright: ignore[reportReturnType]
+def output_head(decoder: Decoder, params: Params) -> Float[Array, "D V"]:
+    """What hidden states are projected with, gathered and in the compute dtype."""
+    head = params["embed"].T if decoder.config.tie_word_embeddings else params["head"]
+    return sharding.reshard(head.astype(decoder.dtype), None, "vocab")
 
 
-def new_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
-    """An empty cache for `batch` sequences of `slots` tokens, laid out over the mesh in use."""
-    shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+def project(hidden: Float[Array, "B T D"], head: Float[Array, "D V"]) -> Float[Array, "B T V"]:
+    """Next-token logits in float32."""
+    precision = matmul_precision(hidden.dtype)
+    return jnp.einsum("BTD,DV->BTV", hidden, head, precision=precision, preferred_element_type=jnp.float32)
+
+
+def new_cache(config: ModelConfig, rows: int, columns: int, dtype: Any) -> Cache:
+    """An empty cache, laid out over the mesh in use."""
+    shape = (rows, config.num_key_value_heads, columns, config.head_dim)
     layers = range(config.num_hidden_layers)
 
     def empty(shape, dtype, *logical):
         return jnp.zeros(shape, dtype, out_sharding=sharding.spec(*logical))
 
     return Cache(
-        keys=tuple(empty(shape, dtype, "batch", None, "kv_heads", None) for _ in layers),
-        values=tuple(empty(shape, dtype, "batch", None, "kv_heads", None) for _ in layers),
-        positions=empty((batch, slots), jnp.int32, "batch", None),
-        segments=empty((batch, slots), jnp.int32, "batch", None),
-        slot=jnp.zeros((), jnp.int32),
+        keys=tuple(empty(shape, dtype, "batch", "kv_heads", None, None) for _ in layers),
+        values=tuple(empty(shape, dtype, "batch", "kv_heads", None, None) for _ in layers),
+        layout=Layout(*(empty((rows, columns), jnp.int32, "batch", None) for _ in range(2))),
+        column=jnp.zeros((), jnp.int32),
     )
 
 
-def unstacked(params: Params, dtype: Any) -> Params:
-    """Parameters for decoding: one tree a layer, cast to `dtype`."""
+def sampling_params(params: Params, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Params:
+    """Parameters as decoding wants them: one tree a layer, in the compute dtype, laid out on `mesh`."""
+    layouts = sharding.parameter_shardings(mesh, abstract_params(config))
+    of_layers = jax.tree.map(sharding.without_first, layouts["layers"])
+    layouts["layers"] = (of_layers,) * config.num_hidden_layers
+    with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
+        cast = _unstacked(params, dtype)
+    return jax.device_put(cast, layouts)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _unstacked(params: Params, dtype: Any) -> Params:
     params = jax.tree.map(lambda w: w.astype(dtype), params)
     layers = params["layers"]
     count = jax.tree.leaves(layers)[0].shape[0]
@@ -331,7 +325,7 @@ def unstacked(params: Params, dtype: Any) -> Params:
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """Shapes of the parameter tree, boxed with logical axes; nothing is allocated."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, tokens)["params"]
+    boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, Layout(tokens, tokens))["params"]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), boxed)
 
 
@@ -341,7 +335,7 @@ def init_params(config: ModelConfig, key: Array, mesh: jax.sharding.Mesh) -> Par
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def init(key):
-        return nn.unbox(Decoder(config).init(key, tokens, tokens, tokens)["params"])
+        return nn.unbox(Decoder(config).init(key, tokens, Layout(tokens, tokens))["params"])
 
     return jax.jit(init, out_shardings=shardings)(key)
 

@@ -9,18 +9,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
-from spin_jax import data, files, sharding
-from spin_jax.batches import ScoredPair, pair_batch
+from spin_jax import data, files
+from spin_jax.batches import ScoredPair, pair_group
 from spin_jax.chat import Example, Ids, Pair, asked
+from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.metrics import Metrics, compact, progress
-from spin_jax.model import Params
+from spin_jax.model import Params, sampling_params
 from spin_jax.prepare import Prepared
-from spin_jax.sample import Sampling, answer_prompts, prompt_keys, sampling_params
-from spin_jax.scoring import score_rows
+from spin_jax.sample import answer_prompts
+from spin_jax.scoring import score_groups
 from spin_jax.train import Interrupted
 
 BEFORE = -1  # the iteration number of the start
@@ -33,6 +33,7 @@ class Opponent:
     run: Prepared
     metrics: Metrics
     should_stop: Callable[[], bool]
+    _weights: tuple[Params, Params] | None = None  # parameters, and what sampling made of them
 
     # --- answers ---------------------------------------------------------------------------------
 
@@ -88,9 +89,17 @@ class Opponent:
                 self._stop_here()
 
     def weights(self, params: Params) -> Params:
-        """The parameters as sampling wants them."""
-        with jax.set_mesh(self.run.mesh):
-            return sampling_params(params, self.run.model.dtype)
+        """The parameters as sampling wants them: made once, and kept until `release`."""
+        if self._weights is None or self._weights[0] is not params:
+            self.release()
+            run = self.run
+            made = sampling_params(params, run.model.config, run.model.dtype, run.sampling_mesh)
+            self._weights = params, made
+        return self._weights[1]
+
+    def release(self) -> None:
+        """Forgets the sampling weights: training wants their room."""
+        self._weights = None
 
     def answer(
         self,
@@ -106,7 +115,7 @@ class Opponent:
         run, c = self.run, self.run.config
         sampled, began = 0, time.perf_counter()
 
-        def on_batch(prompts: int, tokens: int) -> None:
+        def on_chunk(prompts: int, tokens: int) -> None:
             nonlocal sampled
             sampled += tokens
             if bar is not None:
@@ -116,19 +125,18 @@ class Opponent:
             self._stop_here()
 
         prompts = [run.chat.sampling_prompt(example) for example in examples]
-        answers = answer_prompts(
+        return answer_prompts(
             run.decoder,
             weights,
             prompts,
             prompt_keys(c.seed, iteration + 1, [e.prompt_id for e in examples], sample_id),
-            mesh=run.mesh,
+            mesh=run.sampling_mesh,
             sampling=sampling,
             stop_tokens=run.model.stop_tokens,
-            batch_size=min(c.sampling.batch_size, len(run.examples) + len(run.held_out)),
-            on_batch=on_batch,
+            slots=min(c.sampling.batch_size, len(run.examples) + len(run.held_out)),
+            limits=[max(c.lengths.max_length - len(prompt), 1) for prompt in prompts],
+            on_chunk=on_chunk,
         )
-        limit = c.lengths.max_length
-        return [a[: max(limit - len(p), 1)] for a, p in zip(answers, prompts, strict=True)]
 
     # --- scores ----------------------------------------------------------------------------------
 
@@ -164,9 +172,9 @@ class Opponent:
             for number, path, source, pair_path, _ in missing:
                 began = time.perf_counter()
                 pairs = data.pairs_from_parquet(pair_path.read_bytes())
-                logps = self._score(params, pairs, self.run.options(t).microbatch, bar)
+                logps = self._score(params, pairs, bar)
                 files.write(path, data.scores_to_parquet(source, pairs, logps))
-                tokens = sum(2 * len(p.prompt) + len(p.real) + len(p.generated) for p in pairs)
+                tokens = sum(len(p.prompt) + len(p.real) + len(p.generated) for p in pairs)
                 values = {
                     "source_iteration": source,
                     "pairs": len(pairs),
@@ -177,17 +185,23 @@ class Opponent:
                 self.metrics.write("score", t, number, values)
                 bar.set_postfix({"tok/s": compact(values["tokens_per_s"])}, refresh=False)
 
-    def _score(self, params: Params, pairs: Sequence[Pair], size: int, bar: Any) -> np.ndarray:
-        """float32 [pairs, (real, generated)], by the program and in the shapes of training."""
-        run, logps = self.run, []
-        for first in range(0, len(pairs), size):
-            unscored = [ScoredPair(pair, (0.0, 0.0)) for pair in pairs[first : first + size]]
-            rows = pair_batch(unscored, size, run.shape, run.chat.unattended).rows
-            with jax.set_mesh(run.mesh):
-                logps.append(np.asarray(score_rows(run.decoder, params, sharding.put_batch(run.mesh, rows))))
-            bar.update(len(unscored))
+    def _score(self, params: Params, pairs: Sequence[Pair], bar: Any) -> np.ndarray:
+        """float32 [pairs, (real, generated)], in the rows of training."""
+        run = self.run
+
+        def on_batch(scored: int) -> None:
+            bar.update(scored)
             self._stop_here()
-        return np.concatenate(logps).reshape(-1, 2)[: len(pairs)]
+
+        return score_groups(
+            run.decoder,
+            params,
+            [pair_group(pair) for pair in pairs],
+            run.pair_shape,
+            run.mesh,
+            unattended=run.chat.unattended,
+            on_batch=on_batch,
+        )
 
     def scored_pairs(self, t: int, split: str) -> list[ScoredPair]:
         """Iteration t's pairs of a split with their opponent log-probs, in the order of the files."""

@@ -5,7 +5,7 @@ import functools
 import importlib.metadata
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from etils import epath
 
 from spin_jax import config as config_lib
-from spin_jax import convert, data, evaluate, files, losses, sharding
+from spin_jax import convert, data, evaluate, files, losses, programs, sharding
 from spin_jax.batches import RowShape
 from spin_jax.chat import Chat, Example, Lengths, Pair, asked
+from spin_jax.draw import Sampling
 from spin_jax.metrics import compact
 from spin_jax.model import Decoder, Model, Params, abstract_params, count_params, init_params
 from spin_jax.official import OfficialChat
-from spin_jax.sample import Sampling
 from spin_jax.train import Optimization
 
 Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
@@ -37,7 +37,8 @@ class Prepared:
     examples: list[Example]  # to train on
     held_out: list[Example]
     given: dict[int, list[Pair]]  # pairs from the config, by iteration
-    shape: RowShape  # of training rows, the same for all iterations
+    pair_shape: RowShape  # of micro-batches, the same for all iterations
+    example_shape: RowShape
     fingerprint: str  # of the dataset
     notes: list[str]  # what was dropped, cut or left out
 
@@ -48,7 +49,12 @@ class Prepared:
     @functools.cached_property
     def decoder(self) -> Decoder:
         """The model as a function, for policy and opponent alike."""
-        return Decoder(self.model.config, self.model.dtype, remat=self.config.train.remat)
+        return programs.decoder(self.config, self.model)
+
+    @functools.cached_property
+    def sampling_mesh(self) -> jax.sharding.Mesh:
+        """The mesh of the sampler, on the same devices."""
+        return programs.sampling_mesh(self.config, self.mesh)
 
     def folder(self, t: int) -> epath.Path:
         """Where iteration t is kept; −1 is the start."""
@@ -56,24 +62,15 @@ class Prepared:
 
     def options(self, t: int) -> Optimization:
         """How iteration t is trained."""
-        values = self.config.train.to_dict()
-        del values["remat"]
-        for key in ("learning_rate", "epochs"):
-            values[key] = config_lib.per_iteration(values[key], t)
-        return Optimization(**values)
+        return programs.optimization(self.config, t)
 
     def sft_options(self, control: bool = False) -> Optimization:
         """How the start is trained, or the control."""
-        values = self.config.sft.to_dict()
-        del values["control"]
-        rate = values.pop("control_learning_rate")
-        options = Optimization(**values)
-        return dataclasses.replace(options, learning_rate=rate) if control and rate else options
+        return programs.sft_optimization(self.config, control)
 
     def sampling(self, **changes: Any) -> Sampling:
         """The config's way of drawing answers, with some of it changed."""
-        c = self.config.sampling
-        return dataclasses.replace(Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p), **changes)
+        return dataclasses.replace(programs.sampling(self.config), **changes)
 
     @property
     def iterations(self) -> range:
@@ -92,10 +89,11 @@ def prepare(config: Config, workdir: str) -> Prepared:
     if config.eval.verifier:
         evaluate.find_verifier(config.eval.verifier)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model, initial_params = _model(config, mesh, root)
-    _check_mesh(model, mesh)
+    began = files.read_json(root / "config.json") if (root / "config.json").exists() else {}
+    model, initial_params = open_model(config, mesh, began.get("model_revision"))
+    programs.check_mesh(config, model)
     notes: list[str] = []
-    chat = _chat(config, model)
+    chat = make_chat(config, model)
     given = _given(config, chat, model.config.vocab_size, notes)
     examples, fingerprint = _examples(config, chat, given, notes)
     held_out = data.split_held_out(
@@ -118,26 +116,33 @@ def prepare(config: Config, workdir: str) -> Prepared:
         examples=[example for example in examples if example.prompt_id not in held_out],
         held_out=[example for example in examples if example.prompt_id in held_out],
         given=given,
-        shape=_row_shape(config, examples, given),
+        pair_shape=programs.pair_shape(config, model, examples, given),
+        example_shape=programs.example_shape(config, model, examples),
         fingerprint=fingerprint,
         notes=notes,
     )
-    _check_batches(prepared)
+    _check_options(prepared)
     _record(prepared)
     return prepared
 
 
-def _model(config: Config, mesh: jax.sharding.Mesh, root: epath.Path) -> tuple[Model, Callable[[], Params]]:
-    """The model without weights, and what makes them."""
+def open_model(
+    config: Config, mesh: jax.sharding.Mesh, began_with: str | None = None
+) -> tuple[Model, Callable[[], Params]]:
+    """The model without weights, and what makes them.
+
+    Args:
+        began_with: the commit of the hub's that a run began with: it goes on with that one, whatever the
+            branch has come to since.
+    """
     c = config.model
     template = config.data.chat_template
     if c.path:
-        # A run that goes on keeps the commit it began with, whatever the branch has come to since.
-        began = files.read_json(root / "config.json") if (root / "config.json").exists() else {}
-        revision = c.revision or began.get("model_revision")
+        revision = c.revision or began_with
         model, directory = convert.describe(
             c.path, revision, dtype=c.dtype, mesh=mesh, chat_template=template
         )
+        _check_architecture(c, model)
         return model, lambda: convert.load_params(directory, model.config, mesh, jnp.float32)
     if not c.tokenizer:
         raise ValueError("model.architecture needs model.tokenizer: a directory, or module:function")
@@ -150,32 +155,26 @@ def _model(config: Config, mesh: jax.sharding.Mesh, root: epath.Path) -> tuple[M
     return model, lambda: init_params(model.config, jax.random.key(config.seed), mesh)
 
 
-def _check_mesh(model: Model, mesh: jax.sharding.Mesh) -> None:
-    tensor = mesh.shape["tensor"]
-    if model.config.num_key_value_heads % tensor:
-        raise ValueError(
-            f"mesh.tensor={tensor} does not divide the model's {model.config.num_key_value_heads} "
-            "key/value heads"
-        )
-
-
-def _check_batches(prepared: Prepared) -> None:
-    """Builds the options of every phase, which check themselves, and fits their batches to the mesh."""
-    prepared.sampling()
-    sft = prepared.config.sft
-    phases = [("train", prepared.options(t)) for t in prepared.iterations]
-    phases += [("sft", prepared.sft_options())] if sft.epochs or sft.control else []
-    mesh, shards = prepared.mesh.shape, sharding.batch_shards(prepared.mesh)
-    for name, options in phases:
-        if options.microbatch % shards:
+def _check_architecture(c: Config, model: Model) -> None:
+    """What the config states of the architecture must be the checkpoint's."""
+    for key, value in c.architecture.items():
+        if model.hf_config.get(key, value) != value:
             raise ValueError(
-                f"{name}: a micro-batch of {options.microbatch} cannot be split over {shards} devices "
-                f"(mesh.data={mesh['data']} × mesh.fsdp={mesh['fsdp']}): "
-                f"make config.{name}.batch_size and .microbatch_size multiples of {shards}"
+                f"model.architecture.{key}={value!r}, and config.json of {c.path} has "
+                f"{model.hf_config[key]!r}: leave the key out, or load another model"
             )
 
 
-def _chat(config: Config, model: Model) -> Chat:
+def _check_options(prepared: Prepared) -> None:
+    """Builds the options of every phase, which check themselves."""
+    prepared.sampling()
+    prepared.sft_options()
+    for t in prepared.iterations:
+        prepared.options(t)
+
+
+def make_chat(config: Config, model: Model) -> Chat:
+    """What turns conversations into ids for this model, as the config wants it."""
     kind = OfficialChat if config.official else Chat
     lengths = Lengths(config.lengths.max_prompt, config.lengths.max_length)
     return kind(
@@ -226,26 +225,6 @@ def _examples(
 
 def _counted(path: str, counts: Counter) -> list[str]:
     return [f"{path}: {what}: {number}" for what, number in sorted(counts.items())]
-
-
-def _row_shape(config: Config, examples: Sequence[Example], given: dict[int, list[Pair]]) -> RowShape:
-    """A shape that every pair of the run fits, whatever will be sampled: one program for all."""
-    limit = config.lengths.max_length
-    if config.official:  # answers are tokenized anew, and can grow
-        longest = max(limit, config.lengths.max_prompt)
-        return RowShape(_rounded(longest), _rounded(longest))
-    sampled = set(range(config.selfplay.start, config.selfplay.iterations)) - given.keys()
-    new = config.sampling.max_new_tokens if sampled else 0
-    sizes = [(len(e.prompt), min(max(len(e.real), new), limit - len(e.prompt))) for e in examples] + [
-        (len(pair.prompt), max(len(pair.real), len(pair.generated)))
-        for pairs in given.values()
-        for pair in pairs
-    ]
-    return RowShape(_rounded(max(map(sum, sizes))), _rounded(max(answer for _, answer in sizes)))
-
-
-def _rounded(length: int) -> int:
-    return -(-length // 16) * 16
 
 
 # What may differ when a run is continued; all else would make it another run.
@@ -311,7 +290,7 @@ def plan(prepared: Prepared, finished: int) -> str:
     mesh = " × ".join(f"{name} {size}" for name, size in model.mesh.shape.items())
     source = c.model.path or "initialized here"
     revision = f" at {model.revision[:12]}" if model.revision else ""
-    first, last = c.selfplay.start, c.selfplay.iterations - 1
+    first, last, shape = c.selfplay.start, c.selfplay.iterations - 1, prepared.pair_shape
     betas = ", ".join(f"{beta:g}" for beta in c.loss.beta)
     lines = [
         ("devices", f"{jax.device_count()} × {device.device_kind}, mesh {mesh}"),
@@ -321,7 +300,8 @@ def plan(prepared: Prepared, finished: int) -> str:
         ),
         ("memory", f"{gib:.2f} GiB a device for weights, gradients and optimizer; activations come on top"),
         ("data", f"{len(prepared.examples)} prompts to train on, {len(prepared.held_out)} held out"),
-        ("rows", f"{prepared.shape.length} tokens; {c.train.batch_size} pairs a step"),
+        ("rows", f"{shape.rows} × {shape.length} tokens a micro-batch, {c.train.batch_size} pairs a step"),
+        ("attention", prepared.decoder.kernel),
         ("self-play", f"iterations {first} to {last}, {finished} of them done"),
         ("loss", f"{c.loss.name}, β {betas}"),
         ("workdir", str(prepared.workdir)),

@@ -1,152 +1,28 @@
-"""Sampling: the opponent answers prompts.
+"""Sampling: the opponent answers prompts, by continuous batching.
 
-One program prefills a batch of prompts and decodes until every answer has ended. A prompt's answer
-depends on its own key alone, not on its batch. Axes: B prompts, P prompt slots, V vocabulary.
+Prompts wait in a queue, the shorter ones first; whenever enough slots are free the next ones are read into
+them, and a few tokens are drawn for every slot at a time. A prompt's answer depends on its own key alone,
+not on its slot or its company.
 """
 
-import dataclasses
-import functools
+import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from spin_jax import sharding
 from spin_jax.batches import bucket
 from spin_jax.chat import Chat, Ids, Message
-from spin_jax.model import Decoder, Model, Params, forward, new_cache, project, unstacked
+from spin_jax.draw import Sampling, prompt_keys
+from spin_jax.model import Decoder, Model, Params, sampling_params
+from spin_jax.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widened
 
-_NO_TOKEN = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn: temperature 0 is greedy; top-k, then top-p, as in transformers."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: at least 0 (0 is greedy)")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: at least 1, or unset")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: in (0, 1], or unset")
-
-
-def prompt_keys(seed: int, iteration: int, prompt_ids: Sequence[int], sample_id: int = 0) -> Array:
-    """One key a prompt: fold_in(seed, iteration, prompt, sample), whatever the batch."""
-    base = jax.random.fold_in(jax.random.key(seed), iteration)
-    ids = np.asarray(prompt_ids, np.int64).astype(np.uint64)
-    low, high = (ids & 0xFFFFFFFF).astype(np.uint32), (ids >> 32).astype(np.uint32)
-    return _fold(base, low, high, np.uint32(sample_id))
-
-
-@jax.jit
-def _fold(base: Array, low: Array, high: Array, sample_id: Array) -> Array:
-    def fold(low, high):
-        key = jax.random.fold_in(base, low)
-        key = jnp.where(high > 0, jax.random.fold_in(key, high), key)  # ids beyond 32 bits
-        return jax.random.fold_in(key, sample_id)
-
-    return jax.vmap(fold)(low, high)
-
-
-def truncate_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Sets to −inf what top-k and top-p leave out."""
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        smallest = lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(descending, axis=-1)
-        # Kept: the fewest tokens whose mass reaches top_p, that is, those with less than it before them.
-        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
-        smallest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return logits
-
-
-def draw(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, " B"]:
-    """The next token of each row, drawn with the row's own key."""
-    logits = sharding.reshard(logits, "batch", None)
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = truncate_logits(logits / sampling.temperature, sampling)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("decoder", "sampling", "stop_tokens"))
-def decode(
-    decoder: Decoder,
-    params: Params,
-    tokens: Int[Array, "B P"],
-    starts: Int[Array, " B"],
-    keys: Array,
-    *,
-    sampling: Sampling,
-    stop_tokens: tuple[int, ...],
-) -> Int[Array, "B max_new_tokens"]:
-    """Prefill, then one token a turn until every row has met a stop token.
-
-    Args:
-        decoder: the model; `params` are `unstacked`.
-        tokens: prompts, padded on the left, so that all rows write the same cache slot.
-        starts: the slot of each row's first token; P for a row that is only filler.
-        keys: one a row; the n-th token of a row is drawn with fold_in(key, n).
-
-    Returns:
-        the answers with their stop tokens, then −1.
-    """
-    B, P = tokens.shape
-    stops = jnp.array(stop_tokens, jnp.int32)
-    keys = sharding.reshard(keys, "batch")
-
-    def next_token(hidden: Float[Array, "B 1 D"], n: Array, done: Bool[Array, " B"]):
-        logits = project(decoder, params, hidden)[:, 0]
-        token = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, n), sampling)
-        token = jnp.where(done, _NO_TOKEN, token)
-        return token, done | jnp.any(token[:, None] == stops, axis=-1)
-
-    slots = jnp.arange(P)
-    positions = jnp.maximum(slots - starts[:, None], 0)
-    segments = (slots >= starts[:, None]).astype(jnp.int32)
-    cache = new_cache(decoder.config, B, P + sampling.max_new_tokens, decoder.dtype)
-    hidden, cache = forward(decoder, params, tokens, positions, segments, cache)
-    token, done = next_token(hidden[:, -1:], jnp.int32(0), starts >= P)
-    answers = jnp.full((B, sampling.max_new_tokens), _NO_TOKEN, out_sharding=sharding.spec("batch", None))
-    answers = answers.at[:, 0].set(token)
-
-    def unfinished(state):
-        n, _, _, done, _ = state
-        return (n < sampling.max_new_tokens) & ~jnp.all(done)
-
-    def advance(state):
-        n, token, cache, done, answers = state
-        positions = (P - starts + n - 1)[:, None]
-        alive = jnp.ones_like(positions)
-        token = jnp.maximum(token, 0)[:, None]
-        hidden, cache = forward(decoder, params, token, positions, alive, cache)
-        token, done = next_token(hidden, n, done)
-        answers = lax.dynamic_update_slice_in_dim(answers, token[:, None], n, axis=1)
-        return n + 1, token, cache, done, answers
-
-    return lax.while_loop(unfinished, advance, (jnp.int32(1), token, cache, done, answers))[-1]
-
-
-@functools.partial(jax.jit, static_argnames=("dtype",))
-def sampling_params(params: Params, dtype: Any) -> Params:
-    """The opponent's weights as `decode` wants them: a tree a layer, in the compute dtype."""
-    return unstacked(params, dtype)
+_DECODE_STEPS = 16  # tokens between two looks at which slots are done
+_PREFILL_TOKENS = 4096
 
 
 def answer_prompts(
@@ -158,51 +34,97 @@ def answer_prompts(
     mesh: jax.sharding.Mesh,
     sampling: Sampling,
     stop_tokens: tuple[int, ...],
-    batch_size: int,
-    on_batch: Callable[[int, int], None] = lambda prompts, tokens: None,
+    slots: int,
+    limits: Sequence[int] | None = None,
+    on_chunk: Callable[[int, int], None] = lambda prompts, tokens: None,
 ) -> list[Ids]:
-    """Answers prompts of any lengths, batch by batch, the similar lengths together.
+    """Answers prompts of any lengths, the shorter ones first.
 
     Args:
         decoder: the model; `params` come from `sampling_params`.
         keys: one a prompt, from `prompt_keys`.
-        batch_size: prompts a program runs at a time; rounded up to the mesh.
-        on_batch: told the prompts answered and tokens sampled by each batch; may raise to stop.
+        slots: answers in progress at a time; rounded up to the mesh.
+        limits: tokens of each answer, where they are less than `sampling.max_new_tokens`.
+        on_chunk: told the prompts answered and tokens sampled since it was called last; may raise to stop.
 
     Returns:
         the answers in the order of the prompts, each with its stop token if it met one.
     """
+    if not len(prompts):
+        return []
     shards = sharding.batch_shards(mesh)
-    batch_size = -(-batch_size // shards) * shards
-    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-    answers: list[Ids] = [np.zeros(0, np.int32)] * len(prompts)
+    slots = -(-slots // shards) * shards
+    # Prompts read at a time: few, so that slots do not wait for company, but some thousand tokens' worth.
+    longest = bucket(max(map(len, prompts)))
+    size = -(-max(1, min(slots // 4, _PREFILL_TOKENS // longest)) // shards) * shards
+    most = np.full(len(prompts), sampling.max_new_tokens)
+    most = most if limits is None else np.minimum(most, limits)
     key_data = np.asarray(jax.random.key_data(keys))
+    waiting = deque(np.argsort([len(prompt) for prompt in prompts], kind="stable").tolist())
+    answers: list[list[int]] = [[] for _ in prompts]
+    holds = np.full(slots, -1)  # the prompt in each slot
+    state: Any = None  # Slots, from the first prompts on
+    how = {"sampling": sampling, "stop_tokens": stop_tokens}
+
     with jax.set_mesh(mesh):
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            P = bucket(max(len(prompts[i]) for i in chosen))
-            tokens = np.zeros((batch_size, P), np.int32)
-            starts = np.full(batch_size, P, np.int32)
-            for row, i in enumerate(chosen):
-                starts[row] = P - len(prompts[i])
-                tokens[row, starts[row] :] = prompts[i]
-            row_keys = key_data[np.resize(chosen, batch_size)]
-            tokens, starts, row_keys = sharding.put_batch(mesh, (tokens, starts, row_keys))
-            out = decode(
-                decoder,
-                params,
-                tokens,
-                starts,
-                jax.random.wrap_key_data(row_keys),
-                sampling=sampling,
-                stop_tokens=stop_tokens,
-            )
+        while waiting or (holds >= 0).any():
+            begun: list[tuple[list[int], Array]] = []
+            while waiting:
+                group = list(itertools.islice(waiting, size))
+                P = bucket(len(prompts[group[-1]]))
+                free = np.flatnonzero(holds < 0)
+                if len(free) < len(group):
+                    break
+                state = _with_columns(state, decoder, slots, _columns(decoder, prompts, most, group))
+                into = np.full(size, slots, np.int32)
+                into[: len(group)] = free[: len(group)]
+                arrays = _prompt_arrays(prompts, most, key_data, group, size, P)
+                tokens, lengths, room, data = sharding.put_batch(mesh, arrays)
+                state, first = prefill(
+                    decoder, params, state, tokens, lengths, room, jax.random.wrap_key_data(data), into, **how
+                )
+                begun.append((group, first))
+                holds[into[: len(group)]] = group
+                for _ in group:
+                    waiting.popleft()
+            state, drawn = decode(decoder, params, state, steps=_DECODE_STEPS, **how)
             sampled = 0
-            for i, row in zip(chosen, np.asarray(out), strict=False):
-                answers[i] = row[row != _NO_TOKEN]
-                sampled += len(answers[i])
-            on_batch(len(chosen), sampled)
-    return answers
+            for group, first in begun:
+                for i, token in zip(group, np.asarray(first), strict=False):
+                    answers[i].append(int(token))
+                sampled += len(group)
+            done = np.asarray(state.done)
+            for slot, row in enumerate(np.asarray(drawn)):
+                if holds[slot] >= 0:
+                    new = row[row != NO_TOKEN].tolist()
+                    answers[holds[slot]] += new
+                    sampled += len(new)
+            finished = (holds >= 0) & done
+            holds[finished] = -1
+            on_chunk(int(finished.sum()), sampled)
+    return [np.asarray(answer, np.int32) for answer in answers]
+
+
+def _prompt_arrays(prompts, most, key_data, group: list[int], size: int, P: int) -> tuple[np.ndarray, ...]:
+    """(tokens [size, P] padded on the left, lengths, limits, key data); filler repeats the first prompt."""
+    filled = [*group, *[group[0]] * (size - len(group))]
+    tokens = np.zeros((size, P), np.int32)
+    for row, i in enumerate(filled):
+        tokens[row, P - len(prompts[i]) :] = prompts[i]
+    lengths = np.array([len(prompts[i]) for i in filled], np.int32)
+    return tokens, lengths, most[filled].astype(np.int32), key_data[filled]
+
+
+def _columns(decoder: Decoder, prompts, most, group: list[int]) -> int:
+    """Columns that the answers of a group need: never more than the model's window."""
+    columns = bucket(max(len(prompts[i]) + int(most[i]) for i in group))
+    return min(columns, decoder.config.sliding_window or columns)
+
+
+def _with_columns(state: Slots | None, decoder: Decoder, slots: int, columns: int) -> Slots:
+    if state is None:
+        return new_slots(decoder, slots, columns)
+    return state if columns <= state.cache.layout.positions.shape[1] else widened(state, columns)
 
 
 def generate(
@@ -235,16 +157,14 @@ def generate(
     prompts = [chat.encode_prompt(messages) for messages in conversations]
     if not prompts:
         return []
-    with jax.set_mesh(model.mesh):
-        params = sampling_params(model.params, model.dtype)
     answers = answer_prompts(
         Decoder(model.config, dtype=model.dtype),
-        params,
+        sampling_params(model.params, model.config, model.dtype, model.mesh),
         prompts,
         prompt_keys(seed, 0, range(len(prompts))),
         mesh=model.mesh,
         sampling=Sampling(max_new_tokens, temperature, top_k, top_p),
         stop_tokens=model.stop_tokens,
-        batch_size=min(batch_size, len(prompts)),
+        slots=min(batch_size, len(prompts)),
     )
     return [chat.decode(answer) for answer in answers]

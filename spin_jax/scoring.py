@@ -1,66 +1,116 @@
 """Log-probabilities of responses: what the loss is made of, for policy and opponent alike.
 
-Axes: B sequences, T tokens, R response tokens, V vocabulary.
+Axes: N rows, T tokens, R response tokens, G groups of a row, A answers of a group, V vocabulary.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from spin_jax import sharding
-from spin_jax.batches import Rows, RowShape, bucket, pad_rows
+from spin_jax.attention import Layout
+from spin_jax.batches import Group, Rows, RowShape, bucket, packed
 from spin_jax.chat import Chat, Message
-from spin_jax.model import Decoder, Model, Params, forward, project
+from spin_jax.model import Decoder, Model, Params, forward, output_head, project
 
 _CHUNK_LOGITS = 2**25  # float32: 128 MiB, or 1,024 tokens of a vocabulary of 32,768
+_CHUNKS = 4  # at least, of a large vocabulary: those without a response's token cost nothing
 
 
-def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, " B"]:
-    """Σ log p(token | tokens before it) over each row's response tokens; float32, in nats.
+def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "N G A"]:
+    """Σ log p(token | tokens before it) over the tokens of each answer; float32, in nats, 0 for none.
 
-    Differentiable in `params`. The same function scores the opponent and trains the policy, so that
-    the two agree to the bit where their weights do.
+    Differentiable in `params`. The same function scores the opponent and trains the policy.
     """
-    hidden, _ = forward(decoder, params, rows.tokens, rows.positions, rows.segments)
-    targets = jnp.take_along_axis(rows.tokens, rows.response, axis=1)
+    hidden, _ = forward(decoder, params, rows.tokens, rows.layout)
+    # float32 outside of the loop over chunks: there the head's gradients are added up.
+    head = output_head(decoder, params).astype(jnp.float32)
+    N, G, A = rows.lengths.shape
 
-    @jax.checkpoint  # the backward pass projects again: logits are never kept
-    def chunk_logps(_, chunk):
-        places, targets = chunk
-        # The state before each response token predicts it; all others are never projected.
-        before = jnp.maximum(places - 1, 0)[..., None]
-        logits = project(decoder, params, jnp.take_along_axis(hidden, before, axis=1))
+    def logps(predictors, targets, owners):
+        states = jnp.take_along_axis(hidden, predictors[..., None], axis=1)
+        logits = project(states, head.astype(decoder.dtype))
         # A masked sum, not a gather: it needs no communication where the vocabulary is split.
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-        logps = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-        return None, jnp.sum(jnp.where(places > 0, logps, 0.0), axis=-1)
+        tokens = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        own = owners[..., None] == jnp.arange(1, G * A + 1)
+        return jnp.sum(jnp.where(own, tokens[..., None], 0.0), axis=1)
 
-    B, R = rows.response.shape
-    columns = _chunk_columns(B // sharding.batch_shards(), R, decoder.config.vocab_size)
-    chunks = [x.reshape(B, R // columns, columns).swapaxes(0, 1) for x in (rows.response, targets)]
-    return jnp.sum(jax.lax.scan(chunk_logps, None, chunks)[1], axis=0)
+    def nothing(predictors, targets, owners):
+        del predictors, targets, owners
+        return jnp.zeros((N, G * A), out_sharding=sharding.spec("batch", None))
+
+    @jax.checkpoint  # the backward pass projects again: logits are never kept
+    def add_chunk(total, chunk):
+        some = jnp.any(chunk[-1] > 0)
+        return total + jax.lax.cond(some, logps, nothing, *chunk), None
+
+    chunks = _chunks(rows, decoder.config.vocab_size)
+    total, _ = jax.lax.scan(add_chunk, nothing(*chunks), chunks)
+    return total.reshape(N, G, A)
 
 
-def _chunk_columns(B: int, R: int, V: int) -> int:
-    """Response tokens projected at a time: the largest divisor of R that keeps B × it × V small."""
-    return max(n for n in range(1, R + 1) if R % n == 0 and (n == 1 or B * n * V <= _CHUNK_LOGITS))
+def _chunks(rows: Rows, vocab_size: int) -> tuple[Array, Array, Array]:
+    """(predictors, targets, owners), each [chunks, N, columns]."""
+    N, R = rows.owners.shape
+    local = N // sharding.batch_shards()
+    columns = max(1, min(_CHUNK_LOGITS // (local * vocab_size), R))
+    if local * R * vocab_size > _CHUNK_LOGITS // 16:
+        columns = min(columns, -(-R // _CHUNKS))
+    count = -(-R // columns)
+
+    def split(x: Int[Array, "N R"]) -> Int[Array, "chunks N columns"]:
+        x = jnp.pad(x, ((0, 0), (0, count * columns - R)))
+        return x.reshape(N, count, columns).swapaxes(0, 1)
+
+    return split(rows.predictors), split(rows.targets), split(rows.owners)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
-def score_rows(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, " B"]:
+def score_rows(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "N G A"]:
     """`response_logps`, compiled."""
     return response_logps(decoder, params, rows)
 
 
+def score_groups(
+    decoder: Decoder,
+    params: Params,
+    groups: Sequence[Group],
+    shape: RowShape,
+    mesh: jax.sharding.Mesh,
+    *,
+    unattended: int | None = None,
+    on_batch: Callable[[int], None] = lambda groups: None,
+) -> Float[np.ndarray, "groups A"]:
+    """Log-probs of the answers of any number of groups, in their order.
+
+    Args:
+        on_batch: told how many groups a micro-batch has scored; may raise to stop.
+
+    Raises:
+        ValueError: a group is longer than a row.
+    """
+    scores = np.zeros((len(groups), len(groups[0].answers)), np.float32)
+    with jax.set_mesh(mesh):
+        for rows in packed(groups, shape, unattended):
+            logps = np.asarray(score_rows(decoder, params, sharding.put_batch(mesh, rows)))
+            there = rows.items > 0
+            scores[rows.items[there] - 1] = logps[there]
+            on_batch(int(there.sum()))
+    return scores
+
+
 @functools.partial(jax.jit, static_argnames=("decoder",))
-def _logits(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "B T V"]:
-    hidden, _ = forward(decoder, params, rows.tokens, rows.positions, rows.segments)
-    return project(decoder, params, hidden)
+def _logits(
+    decoder: Decoder, params: Params, tokens: Int[Array, "B T"], layout: Layout
+) -> Float[Array, "B T V"]:
+    hidden, _ = forward(decoder, params, tokens, layout)
+    return project(hidden, output_head(decoder, params))
 
 
 def _decoder(model: Model) -> Decoder:
@@ -82,14 +132,13 @@ def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
         raise ValueError(f"tokens must be [B, T], not of shape {tokens.shape}")
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < model.config.vocab_size:
         raise ValueError(f"token ids must lie in [0, {model.config.vocab_size})")
-    nothing = np.zeros(0, np.int32)
-    shards = sharding.batch_shards(model.mesh)
-    filler = [np.zeros(tokens.shape[1], np.int32)] * (-len(tokens) % shards)
-    shape = RowShape(tokens.shape[1], 0)
-    rows = pad_rows([(row, nothing) for row in [*tokens, *filler]], shape)
+    B, T = tokens.shape
+    filled = np.zeros((B + -B % sharding.batch_shards(model.mesh), T), np.int32)
+    filled[:B] = tokens
+    layout = Layout(np.broadcast_to(np.arange(T, dtype=np.int32), filled.shape), np.ones_like(filled))
     with jax.set_mesh(model.mesh):
-        placed = sharding.put_batch(model.mesh, rows)
-        host = np.asarray(_logits(_decoder(model), model.params, placed))[: len(tokens)]
+        placed = sharding.put_batch(model.mesh, (filled, layout))
+        host = np.asarray(_logits(_decoder(model), model.params, *placed))[:B]
     # On one device, hence outside of the mesh: what a user does with it next is not the mesh's business.
     return jnp.asarray(host)
 
@@ -102,25 +151,18 @@ def score(
     Args:
         model: from `spin_jax.load`.
         conversations: lists of {"role", "content"}, each ending with an assistant's turn.
-        batch_size: sequences a program runs at a time.
+        batch_size: rows that a program runs at a time; a row has room for the longest conversation.
 
     Raises:
         ValueError: a conversation is malformed.
     """
     chat = Chat(model.tokenizer, model.stop_tokens)
-    sequences = [chat.encode_checked(messages, number) for number, messages in enumerate(conversations)]
-    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    encoded = [chat.encode_checked(messages, number) for number, messages in enumerate(conversations)]
+    if not encoded:
+        return np.zeros(0, np.float32)
+    groups = [Group(prompt, (response,)) for prompt, response in encoded]
+    length = bucket(max(len(prompt) + len(response) for prompt, response in encoded))
     shards = sharding.batch_shards(model.mesh)
-    batch_size = -(-min(batch_size, max(len(sequences), 1)) // shards) * shards
-    scores = np.zeros(len(sequences), np.float32)
-    order = np.argsort(lengths, kind="stable")
-    with jax.set_mesh(model.mesh):
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            filled = [sequences[i] for i in [*chosen, *[chosen[0]] * (batch_size - len(chosen))]]
-            responses = [len(response) for _, response in filled]
-            shape = RowShape(bucket(max(lengths[i] for i in chosen)), bucket(max(responses)))
-            rows = pad_rows(filled, shape)
-            placed = sharding.put_batch(model.mesh, rows)
-            scores[chosen] = np.asarray(score_rows(_decoder(model), model.params, placed))[: len(chosen)]
-    return scores
+    batch_size = min(batch_size, len(groups))
+    shape = RowShape(-(-batch_size // shards) * shards, length, -(-length // 8))
+    return score_groups(_decoder(model), model.params, groups, shape, model.mesh)[:, 0]

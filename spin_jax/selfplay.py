@@ -24,12 +24,23 @@ from ml_collections import ConfigDict
 
 from spin_jax import checkpoint, convert, evaluate, files, losses, report, sharding
 from spin_jax import config as config_lib
-from spin_jax.batches import batches, microbatches, pair_batch, sft_batch, training_steps
+from spin_jax.batches import (
+    PairBatch,
+    Rows,
+    RowShape,
+    ScoredPair,
+    batches,
+    example_group,
+    packed,
+    pair_batches,
+    training_steps,
+)
+from spin_jax.chat import Example
+from spin_jax.draw import Sampling
 from spin_jax.metrics import Metrics, compact, progress
 from spin_jax.model import Params, abstract_params
 from spin_jax.opponent import BEFORE, Opponent
 from spin_jax.prepare import Prepared, plan, prepare
-from spin_jax.sample import Sampling
 from spin_jax.train import SFT, SPIN, Loop, Objective, Optimization, fit, init_state, make_step
 from spin_jax.train import evaluate as evaluate_objective
 
@@ -96,7 +107,8 @@ class Training:
     objective: Objective
     options: Optimization
     items: Sequence  # examples or scored pairs
-    collate: Callable[[Sequence], Any]  # items → a batch of options.batch_size
+    collate: Callable[[Sequence], Sequence[Any]]  # items → micro-batches
+    shape: RowShape  # of those
     steps: int
     schedule_steps: int
     scalars: dict[str, float]
@@ -168,8 +180,9 @@ class SelfPlay:
 
     def train(self, t: int, params: Params) -> Params:
         """Iteration t from its scored pairs to its checkpoint, export, evaluation and samples."""
-        began, folder, options = time.perf_counter(), self.run.folder(t), self.run.options(t)
-        beta = float(config_lib.per_iteration(self.run.config.loss.beta, t))
+        run, began = self.run, time.perf_counter()
+        folder, options = run.folder(t), run.options(t)
+        beta = float(config_lib.per_iteration(run.config.loss.beta, t))
         scored = self.opponent.scored_pairs(t, "train")
         steps = training_steps(len(scored), options.batch_size, options.epochs)
         if checkpoint.exists(folder / "checkpoint"):
@@ -183,7 +196,8 @@ class SelfPlay:
                 objective=self.spin,
                 options=options,
                 items=scored,
-                collate=functools.partial(self._pairs, size=options.batch_size),
+                collate=self._pairs,
+                shape=run.pair_shape,
                 steps=steps,
                 schedule_steps=options.schedule_steps(steps),
                 scalars={"beta": beta},
@@ -204,8 +218,12 @@ class SelfPlay:
         c = self.run.config.loss
         return SPIN(self.run.decoder, losses.with_nll(losses.find(c.name), c.nll_weight))
 
-    def _pairs(self, scored: Sequence, size: int) -> Any:
-        return pair_batch(scored, size, self.run.shape, self.run.chat.unattended)
+    def _pairs(self, scored: Sequence[ScoredPair]) -> list[PairBatch]:
+        return pair_batches(scored, self.run.pair_shape, self.run.chat.unattended)
+
+    def _examples(self, chosen: Sequence[Example]) -> list[Rows]:
+        groups = [example_group(example) for example in chosen]
+        return packed(groups, self.run.example_shape, self.run.chat.unattended)
 
     def _sft(self, phase: str, t: int, folder: epath.Path, steps: int, schedule_steps: int) -> Training:
         run, options = self.run, self.run.sft_options(control=phase == "control")
@@ -216,7 +234,8 @@ class SelfPlay:
             objective=SFT(run.decoder),
             options=options,
             items=run.examples,
-            collate=lambda chosen: sft_batch(chosen, options.batch_size, run.shape, run.chat.unattended),
+            collate=self._examples,
+            shape=run.example_shape,
             steps=steps,
             schedule_steps=schedule_steps,
             scalars={},
@@ -225,6 +244,7 @@ class SelfPlay:
     def _fit(self, params: Params, training: Training) -> Params:
         """Runs a training phase, from its newest step checkpoint where there is one."""
         run, options, phase, t = self.run, training.options, training.phase, training.iteration
+        self.opponent.release()
         steps_per_epoch = training_steps(len(training.items), options.batch_size, 1)
         state = init_state(params, options, run.mesh)
         keep, every = run.config.checkpoint.keep, run.config.checkpoint.every_steps
@@ -238,18 +258,20 @@ class SelfPlay:
             title = phase if t == BEFORE else f"iteration {t}: {phase}"
             with progress(title, training.steps, start) as bar:
 
-                def on_step(number: int, values: dict[str, float]) -> None:
+                def on_step(number: int, values: dict[str, float], waited: float) -> None:
                     self.metrics.write(phase, t, number, values)
                     shown = {k: f"{values[k]:.4g}" for k in ("loss", "margin") if k in values}
-                    bar.set_postfix(shown | {"tok/s": compact(values["tokens_per_s"])}, refresh=False)
+                    shown |= {"tok/s": compact(values["tokens_per_s"]), "input wait": f"{waited:.1%}"}
+                    bar.set_postfix(shown, refresh=False)
                     bar.update()
 
                 state = fit(
                     state,
                     batches(
                         training.items,
-                        lambda chosen: microbatches(training.collate(chosen), options.accumulation),
+                        training.collate,
                         options.batch_size,
+                        training.shape,
                         seed=_data_seed(run.config.seed, phase, t),
                         epochs=-(-training.steps // steps_per_epoch),
                         start=start,
@@ -279,11 +301,10 @@ class SelfPlay:
 
     def _held_out_pairs(self, t: int, params: Params, beta: float) -> Row:
         """Loss, margin, accuracy … on held-out pairs, against the opponent of the iteration."""
-        scored, size = self.opponent.scored_pairs(t, "test"), self.run.options(t).microbatch
+        scored = self.opponent.scored_pairs(t, "test")
         if not scored:
             return {}
-        held_out = (self._pairs(scored[i : i + size], size) for i in range(0, len(scored), size))
-        return evaluate_objective(self.spin, params, held_out, {"beta": beta}, self.run.mesh)
+        return evaluate_objective(self.spin, params, self._pairs(scored), {"beta": beta}, self.run.mesh)
 
     def _answers(self, params: Params) -> Row:
         """NLL of held-out human answers, and with a verifier the share of sampled ones that are right."""
@@ -296,8 +317,7 @@ class SelfPlay:
                 params,
                 run.held_out,
                 mesh=run.mesh,
-                batch_size=2 * run.options(c.selfplay.start).microbatch,  # the shape of pairs' rows
-                shape=run.shape,
+                shape=run.example_shape,
                 unattended=run.chat.unattended,
             )
         }

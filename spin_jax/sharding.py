@@ -10,7 +10,7 @@ tracing, and whatever is derived from a parameter (gradient, optimizer state) is
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -111,6 +111,46 @@ def merged_heads(x: jax.Array) -> jax.Array:
     return jax.lax.reshape(x, (B, T, K * G, H), out_sharding=PartitionSpec(batch, None, tensor, None))
 
 
+def merged_rows(x: jax.Array) -> jax.Array:
+    """[N, G] → [N · G], split over the batch as the rows are."""
+    target = spec("batch")
+    if target is None:
+        return x.reshape(-1)
+    return jax.lax.reshape(x, (x.size,), out_sharding=target)
+
+
+def put_rows(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
+    """`old` with `new` for the rows of that index; an index past the end drops its row."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return old.at[index].set(new, mode="drop")
+    target = jax.typeof(old).sharding.spec
+    # Any device may hold any row's place: the new ones go to all, and each takes its own.
+    new = jax.sharding.reshard(new, PartitionSpec(None, *target[1:]))
+    index = jax.sharding.reshard(index, PartitionSpec(None))
+    return old.at[index].set(new, mode="drop", out_sharding=target)
+
+
+def by_rows_and_heads(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """f(q, k, v, *rows) run on each device's own rows and heads: what a kernel wants.
+
+    Key heads that tensor does not divide stay whole, and the queries' with them, as in `grouped_heads`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attention
+    rows, axis = PartitionSpec(RULES["batch"]), RULES["kv_heads"]
+    assert isinstance(axis, str)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, *others: jax.Array) -> jax.Array:
+        tensor = axis if k.shape[2] % mesh.shape[axis] == 0 else None
+        heads = PartitionSpec(RULES["batch"], None, tensor, None)
+        q, k, v = (jax.sharding.reshard(x, heads) for x in (q, k, v))
+        specs = (heads, heads, heads, *[rows] * len(others))
+        return jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, *others)
+
+    return run
+
+
 def gathered(x: jax.Array) -> jax.Array:
     """A stored parameter made ready for use: the fsdp axis gathered, the tensor axis left split.
 
@@ -141,6 +181,11 @@ def parameter_shardings(mesh: Mesh, abstract: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     return jax.tree.map(sharding, abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def without_first(layout: NamedSharding) -> NamedSharding:
+    """The sharding of one layer's parameter, from that of the layers stacked."""
+    return NamedSharding(layout.mesh, PartitionSpec(*layout.spec[1:]))
 
 
 def unboxed(abstract: Any) -> Any:

@@ -1,7 +1,7 @@
 """Training: one jitted step, and the loop over it.
 
-An objective says what a batch costs; the step is the same for self-play and SFT. Axes: A
-micro-batches, B pairs (or sequences) of one micro-batch.
+An objective says what a batch costs; the step is the same for self-play and SFT. Axes: M micro-batches of
+a step, N rows of a micro-batch, G pairs of a row, B = N · G.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array
 
 from spin_jax import checkpoint, losses, sharding
-from spin_jax.batches import PairBatch, SFTBatch, real_rows
+from spin_jax.batches import PairBatch, Rows, real_tokens
 from spin_jax.losses import PairLogps
 from spin_jax.model import Decoder, Params
 from spin_jax.scoring import response_logps
@@ -39,7 +39,8 @@ class Optimization:
     eps: float
     clip_norm: float | None
     batch_size: int
-    microbatch_size: int | None
+    tokens_per_device: int
+    row_length: int | None
     epochs: int
     schedule_epochs: int | None
 
@@ -50,17 +51,6 @@ class Optimization:
             raise ValueError(f"schedule={self.schedule!r}: choose from linear, cosine, constant")
         if self.schedule_epochs is not None and self.schedule_epochs < self.epochs:
             raise ValueError(f"schedule_epochs={self.schedule_epochs} is shorter than epochs={self.epochs}")
-
-    @property
-    def microbatch(self) -> int:
-        """Pairs or conversations that one forward pass holds: a divisor of the batch."""
-        most = min(self.microbatch_size or self.batch_size, self.batch_size)
-        return max(size for size in range(1, most + 1) if self.batch_size % size == 0)
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches a step."""
-        return self.batch_size // self.microbatch
 
     def schedule_steps(self, steps: int) -> int:
         """The length of the schedule that goes with `steps`, those of `epochs`."""
@@ -105,19 +95,23 @@ class SPIN:
     loss: losses.Loss
 
     def size(self, batch: PairBatch) -> Array:
-        return jnp.sum(batch.weight)
+        return jnp.sum(batch.rows.items > 0)
 
     def __call__(self, params: Params, batch: PairBatch, **scalars: Array) -> tuple[Array, Metrics]:
         beta = scalars["beta"]
-        logps = response_logps(self.decoder, params, batch.rows).reshape(-1, 2)
-        logps = sharding.reshard(logps, "batch", None)
-        policy = PairLogps(real=logps[:, 0], generated=logps[:, 1])
-        opponent = PairLogps(real=batch.opponent[:, 0], generated=batch.opponent[:, 1])
+        logps = response_logps(self.decoder, params, batch.rows)
+        policy, opponent = (_pairs(x) for x in (logps, batch.opponent))
         values = self.loss(policy, opponent, beta=beta)
-        details = losses.metrics(policy, opponent, beta=beta) | {"identical": batch.identical}
-        counted = batch.weight > 0
-        total = functools.partial(jnp.sum, where=counted)
+        details = losses.metrics(policy, opponent, beta=beta)
+        details["identical"] = sharding.merged_rows(batch.identical)
+        # Rows weigh nothing, pairs do: a row's empty places are left out.
+        total = functools.partial(jnp.sum, where=sharding.merged_rows(batch.rows.items) > 0)
         return total(values), {name: total(value) for name, value in details.items()}
+
+
+def _pairs(logps: Array) -> PairLogps:
+    """[N, G, 2] → each role's [B]."""
+    return PairLogps(*(sharding.merged_rows(logps[..., role]) for role in range(2)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +120,12 @@ class SFT:
 
     decoder: Decoder
 
-    def size(self, batch: SFTBatch) -> Array:
-        return jnp.sum(batch.weight[..., None] * (batch.rows.response > 0))
+    def size(self, batch: Rows) -> Array:
+        return jnp.sum(batch.lengths)
 
-    def __call__(self, params: Params, batch: SFTBatch, **scalars: Array) -> tuple[Array, Metrics]:
+    def __call__(self, params: Params, batch: Rows, **scalars: Array) -> tuple[Array, Metrics]:
         del scalars
-        logps = response_logps(self.decoder, params, batch.rows)
-        return -jnp.sum(logps, where=batch.weight > 0), {}
+        return -jnp.sum(response_logps(self.decoder, params, batch)), {}
 
 
 # --- the step ------------------------------------------------------------------------------------
@@ -172,10 +165,10 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 def make_step(objective: Objective, options: Optimization) -> Step:
     """The jitted training step. Shardings need no pinning: they are part of the arguments' types.
 
-    step(state, batch, learning_rate, scalars) → (state, metrics): `batch` holds arrays [A, …] whose
-    gradients are accumulated in float32; `state` is donated; `scalars` go to the objective. Learning
-    rate and scalars (β) are arguments, so that all iterations share one program. Metrics are those of
-    the parameters before the update.
+    step(state, batch, learning_rate, scalars) → (state, metrics): `batch` holds arrays [M, N, …]; the
+    micro-batches that are not empty run one after another, and their gradients are added up in float32.
+    `state` is donated; `scalars` go to the objective. Learning rate and scalars (β) are arguments, so that
+    all iterations share one program. Metrics are those of the parameters before the update.
     """
     # Only these decide the program: iterations that differ in learning rate or epochs share it.
     options = dataclasses.replace(options, learning_rate=0.0, epochs=1, schedule_epochs=None)
@@ -194,18 +187,19 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
             metrics = {"loss": loss, **metrics}
             return loss / size, jax.tree.map(lambda total: total / size, metrics)
 
-        def add_part(sums, part):
-            gradients, metrics = jax.grad(mean_loss, has_aux=True)(state.params, part)
-            return jax.tree.map(jnp.add, sums, (gradients, metrics)), None
+        def sums_of(number: Array | int) -> tuple[Params, Metrics]:
+            return jax.grad(mean_loss, has_aux=True)(state.params, jax.tree.map(lambda x: x[number], batch))
 
-        def part(index: int) -> Any:
-            return jax.tree.map(lambda x: x[index], batch)
-
-        sums = jax.grad(mean_loss, has_aux=True)(state.params, part(0))
-        if options.accumulation > 1:
-            rest = jax.tree.map(lambda x: x[1:], batch)
-            sums, _ = jax.lax.scan(add_part, sums, rest)
-        gradients, metrics = sums
+        microbatches = len(jax.tree.leaves(batch)[0])
+        if microbatches == 1:
+            gradients, metrics = sums_of(0)
+        else:
+            # How many hold something differs from step to step: the count is data, not shape.
+            count = jnp.sum(jax.vmap(objective.size)(batch) > 0)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, 0))
+            gradients, metrics = jax.lax.fori_loop(
+                0, count, lambda number, sums: jax.tree.map(jnp.add, sums, sums_of(number)), zeros
+            )
         directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = jax.tree.map(lambda w, d: w - learning_rate * d, state.params, directions)
         metrics["grad_norm"] = optax.tree.norm(gradients)
@@ -233,7 +227,8 @@ class Loop:
 
     steps: int  # steps of this phase
     save_every: int  # steps between checkpoints; an interruption makes one too
-    on_step: Callable[[int, dict[str, float]], None]  # told each step's metrics, in order
+    # Told each step's metrics, in order, and the share of its time that was spent waiting for the batch.
+    on_step: Callable[[int, dict[str, float], float], None]
     should_stop: Callable[[], bool]  # asked between steps
 
 
@@ -253,7 +248,7 @@ def fit(
 
     Args:
         state: donated.
-        batches: those of step `start` and after; arrays are [A, B, …].
+        batches: those of step `start` and after; arrays are [M, N, …].
         learning_rates: one a step of the schedule.
         scalars: of the objective, the same for all steps.
 
@@ -262,26 +257,30 @@ def fit(
     """
     arguments = {name: np.float32(value) for name, value in scalars.items()}
     pending: tuple[int, Metrics, int] | None = None
-    clock = time.perf_counter()
+    clock, waited = time.perf_counter(), 0.0  # when the last report was, and waiting since then
 
     def report(item: tuple[int, Metrics, int]) -> None:
-        nonlocal clock
+        nonlocal clock, waited
         number, metrics, tokens = item
         values = {name: float(value) for name, value in metrics.items()}  # waits for the device
         before, clock = clock, time.perf_counter()
         values["learning_rate"] = float(learning_rates[number])
         values["tokens_per_s"] = tokens / (clock - before)
-        loop.on_step(number, values)
+        share, waited = waited / (clock - before), 0.0
+        loop.on_step(number, values, share)
 
+    source = iter(batches)
     with jax.set_mesh(mesh):
-        for number, batch in zip(range(start, loop.steps), batches, strict=False):
-            tokens = int(np.sum(batch.rows.segments != 0, where=real_rows(batch)[..., None]))
+        for number in range(start, loop.steps):
+            began = time.perf_counter()
+            batch = next(source)
+            waited += time.perf_counter() - began
             placed = sharding.put_batch(mesh, batch, axis=1)
             state, metrics = step(state, placed, learning_rates[number], arguments)
             # The device works on this step while the host reports the one before.
             if pending is not None:
                 report(pending)
-            pending = (number, metrics, tokens)
+            pending = (number, metrics, real_tokens(batch))
             done = number + 1
             stop = done < loop.steps and loop.should_stop()
             if stop or (done % loop.save_every == 0 and done < loop.steps):
@@ -302,7 +301,7 @@ def evaluate(
     scalars: Mapping[str, float],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
-    """Means of loss and metrics over held-out batches (arrays [B, …])."""
+    """Means of loss and metrics over held-out micro-batches (arrays [N, …])."""
     arguments = {name: np.float32(value) for name, value in scalars.items()}
     totals: dict[str, float] = {}
     count = 0.0

@@ -1,4 +1,4 @@
-"""Datasets in, conversations and pairs out; batches of fixed shapes."""
+"""Datasets in, conversations and pairs out."""
 
 import json
 import pathlib
@@ -7,8 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from spin_jax import batches, data, tiny
-from spin_jax.batches import RowShape
+from spin_jax import data, tiny
 from spin_jax.chat import BadRow, Chat, Example, Lengths, Pair
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -236,54 +235,6 @@ def test_own_pairs_keep_their_ids(chat, tmp_path):
     (cut,), _ = data.load_pairs(data.load_rows(str(tmp_path)), chat_short, path="x", vocab_size=272)
     assert len(cut.generated) == 2
     assert cut.truncated
-
-
-def test_pad_rows():
-    sequences = [(np.array([5, 6]), np.array([7, 2])), (np.array([5]), np.array([9]))]
-    rows = batches.pad_rows(sequences, RowShape(6, 3), unattended=6)
-    np.testing.assert_array_equal(rows.tokens, [[5, 6, 7, 2, 0, 0], [5, 9, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(rows.positions, [[0, 1, 2, 3, 0, 0], [0, 1, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(rows.segments, [[1, -1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(rows.response, [[2, 3, 0], [1, 0, 0]])
-    with pytest.raises(ValueError, match="1 \\+ 2 tokens does not fit"):
-        batches.pad_rows([(np.array([5]), np.array([6, 7]))], RowShape(2, 2))
-
-
-def test_buckets():
-    sizes = sorted({batches.bucket(n) for n in range(1, 1025)})
-    assert sizes == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
-    assert all(batches.bucket(n) >= n for n in range(1, 5000))
-
-
-def test_last_batch_is_padded_with_zero_weight():
-    pairs = [batches.ScoredPair(make_pair(i, [1, 2], [3], [4]), (-1.0 * i, -2.0)) for i in range(3)]
-    batch = batches.pair_batch(pairs, 4, RowShape(16, 4))
-    np.testing.assert_array_equal(batch.weight, [1, 1, 1, 0])
-    np.testing.assert_array_equal(batch.opponent[:3], [[0, -2], [-1, -2], [-2, -2]])
-    assert batch.rows.tokens.shape == (8, 16)
-    np.testing.assert_array_equal(batch.rows.tokens[:2, 2], [3, 4])  # real, then generated
-    assert batches.real_rows(batch).tolist() == [True] * 6 + [False] * 2
-    split = batches.microbatches(batch, 2)
-    assert split.rows.tokens.shape == (2, 4, 16)
-    np.testing.assert_array_equal(split.weight, [[1, 1], [1, 0]])
-
-
-def test_order_is_a_function_of_seed_and_step():
-    """Resuming at any step gives the batches that would have come; every epoch has every item once."""
-    items = list(range(10))
-
-    def order(start, seed=3):
-        return [list(b) for b in batches.batches(items, list, 4, seed=seed, epochs=3, start=start)]
-
-    whole = order(0)
-    assert batches.training_steps(10, 4, 3) == len(whole) == 9
-    assert [len(b) for b in whole] == [4, 4, 2] * 3
-    for epoch in range(3):
-        assert sorted(i for batch in whole[3 * epoch : 3 * epoch + 3] for i in batch) == items
-    assert whole[:3] != whole[3:6]
-    for start in range(9):
-        assert order(start) == whole[start:]
-    assert order(0, seed=4) != whole
 
 
 def test_example_type(chat):

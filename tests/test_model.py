@@ -4,6 +4,8 @@ Axes: B batch, T tokens, V vocabulary, D model.
 """
 
 import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import spin_jax
 from spin_jax import convert, sharding
+from spin_jax.attention import Layout
 from spin_jax.model import (
     Decoder,
     Model,
@@ -23,9 +26,10 @@ from spin_jax.model import (
     forward,
     init_params,
     new_cache,
+    output_head,
     project,
     rope_frequencies,
-    unstacked,
+    sampling_params,
 )
 
 # float32 on both sides, sums in other orders: logits of size ~8 are seen to differ by 4e-5 at most.
@@ -67,14 +71,14 @@ def tokens_of(shape, seed=0, vocab_size=CONFIG.vocab_size):
 
 
 def whole_rows(tokens):
-    """(tokens, positions, segments) of rows without padding."""
+    """(tokens, layout) of rows without padding."""
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return tokens, positions, np.ones_like(tokens)
+    return tokens, Layout(positions, np.ones_like(tokens))
 
 
-def _run(decoder, params, tokens, positions, segments):
-    hidden, _ = forward(decoder, params, tokens, positions, segments)
-    return hidden, project(decoder, params, hidden)
+def _run(decoder, params, tokens, layout):
+    hidden, _ = forward(decoder, params, tokens, layout)
+    return hidden, project(hidden, output_head(decoder, params))
 
 
 run = jax.jit(_run, static_argnums=0)
@@ -168,7 +172,8 @@ def test_right_padding_equals_transformers(options, hf_model_dir, torch_logits, 
     mask = (np.arange(20) < lengths[:, None]).astype(np.int32)
     expected = torch_logits(reference, tokens, mask)
     with jax.set_mesh(mesh):
-        rows = sharding.put_batch(mesh, (tokens, whole_rows(tokens)[1], mask))
+        layout = whole_rows(tokens)[1]._replace(segments=mask)
+        rows = sharding.put_batch(mesh, (tokens, layout))
         _, logits = run(Decoder(model.config), model.params, *rows)
     real = mask.astype(bool)
     np.testing.assert_allclose(np.asarray(logits)[real], expected[real], rtol=0, atol=PARITY)
@@ -215,33 +220,34 @@ def test_norms_are_taken_in_float32():
 # --- the same sequence in other shapes -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("window", "prefill"), [(None, 7), (5, 7), (5, 1)])
-def test_cached_decoding_equals_the_full_forward(window, prefill, params):
-    """A prefill, then single tokens; the window is shorter than the text."""
+@pytest.mark.parametrize(("window", "prefill", "columns"), [(None, 7, 22), (5, 7, 22), (5, 1, 8)])
+def test_cached_decoding_equals_the_full_forward(window, prefill, columns, mesh):
+    """A prefill, then single tokens; the window is shorter than the text, and so is the last case's ring."""
     decoder = Decoder(dataclasses.replace(CONFIG, sliding_window=window))
-    tokens, positions, segments = whole_rows(tokens_of((3, 18)))
+    tokens, layout = whole_rows(tokens_of((3, 18)))
     step = jax.jit(forward, static_argnums=0)
-    expected, _ = run(decoder, params, tokens, positions, segments)
-    layers = unstacked(params, jnp.float32)
-    cache = new_cache(decoder.config, batch=3, slots=22, dtype=jnp.float32)  # more slots than tokens
+    weights = on(mesh, random_params(CONFIG))
+    layers = sampling_params(weights, decoder.config, jnp.float32, mesh)
     pieces = []
-    for first, last in [(0, prefill), *((i, i + 1) for i in range(prefill, 18))]:
-        part = (x[:, first:last] for x in (tokens, positions, segments))
-        hidden, cache = step(decoder, layers, *part, cache)
-        pieces.append(hidden)
-    assert int(cache.slot) == 18
+    with jax.set_mesh(mesh):
+        expected, _ = run(decoder, weights, tokens, layout)
+        cache = new_cache(decoder.config, rows=3, columns=columns, dtype=jnp.float32)
+        for first, last in [(0, prefill), *((i, i + 1) for i in range(prefill, 18))]:
+            part = jax.tree.map(lambda x, span=slice(first, last): x[:, span], (tokens, layout))
+            hidden, cache = step(decoder, layers, *sharding.put_batch(mesh, part), cache)
+            pieces.append(hidden)
+    assert int(cache.column) == 18 % columns
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=0, atol=SHAPES)
 
 
 def test_padding_changes_nothing(params):
     """Neither how much of it stands on the right nor what it holds."""
-    tokens, positions, segments = whole_rows(tokens_of((2, 12)))
-    expected, _ = run(Decoder(CONFIG), params, tokens, positions, segments)
+    tokens, layout = whole_rows(tokens_of((2, 12)))
+    expected, _ = run(Decoder(CONFIG), params, tokens, layout)
 
     def padded(filler):
-        extended = np.concatenate([tokens, filler], axis=1)
-        ids, places, ones = whole_rows(extended)
-        return run(Decoder(CONFIG), params, ids, places, ones * (places < 12))[0][:, :12]
+        ids, (places, ones, *_) = whole_rows(np.concatenate([tokens, filler], axis=1))
+        return run(Decoder(CONFIG), params, ids, Layout(places, ones * (places < 12)))[0][:, :12]
 
     zeros, noise = padded(np.zeros((2, 9), np.int32)), padded(tokens_of((2, 9), seed=1))
     np.testing.assert_allclose(zeros, expected, rtol=0, atol=SHAPES)
@@ -250,40 +256,55 @@ def test_padding_changes_nothing(params):
 
 def test_left_padding_changes_nothing(params):
     """As the sampler pads: positions start at the first token."""
-    tokens, positions, segments = whole_rows(tokens_of((2, 12)))
-    expected, _ = run(Decoder(CONFIG), params, tokens, positions, segments)
-    ids, places, ones = whole_rows(np.concatenate([tokens_of((2, 4), seed=1), tokens], axis=1))
-    hidden, _ = run(Decoder(CONFIG), params, ids, np.maximum(places - 4, 0), ones * (places >= 4))
+    tokens, layout = whole_rows(tokens_of((2, 12)))
+    expected, _ = run(Decoder(CONFIG), params, tokens, layout)
+    ids, (places, ones, *_) = whole_rows(np.concatenate([tokens_of((2, 4), seed=1), tokens], axis=1))
+    hidden, _ = run(Decoder(CONFIG), params, ids, Layout(np.maximum(places - 4, 0), ones * (places >= 4)))
     np.testing.assert_allclose(hidden[:, 4:], expected, rtol=0, atol=SHAPES)
 
 
 def test_segments_share_a_row_unseen_by_each_other(params):
-    """Two sequences in one row, positions restarting, equal the two alone."""
-    first, second = tokens_of((1, 9)), tokens_of((1, 7), seed=1)
-    packed = np.concatenate([first, second, np.zeros((1, 4), np.int32)], axis=1)
-    positions = np.r_[0:9, 0:7, 0:4][None]
-    segments = np.r_[[1] * 9, [2] * 7, [0] * 4][None]
-    hidden, _ = run(Decoder(CONFIG), params, packed, positions, segments)
-    for part, tokens in ((slice(0, 9), first), (slice(9, 16), second)):
-        alone, _ = run(Decoder(CONFIG), params, *whole_rows(tokens))
-        np.testing.assert_allclose(hidden[:, part], alone, rtol=0, atol=SHAPES)
+    """Two sequences in one row, positions restarting, equal the two alone.
+
+    The second is a prompt with two answers: each has its states with that prompt and without the other.
+    """
+    first, second, other = (tokens_of((1, n), seed) for seed, n in enumerate((9, 7, 4)))
+    row = np.concatenate([first, second, other, np.zeros((1, 4), np.int32)], axis=1)
+    layout = Layout(
+        positions=np.r_[0:9, 0:7, 3:7, 0:4][None],
+        segments=np.r_[[1] * 9, [2] * 11, [0] * 4][None],
+        branches=np.r_[[0] * 12, [1] * 4, [2] * 4, [0] * 4][None],
+    )
+    hidden, _ = run(Decoder(CONFIG), params, row, layout)
+    third = np.concatenate([second[:, :3], other], axis=1)
+    # In one batch, padded: what padding does not change, the tests above say.
+    alone, (positions, ones, *_) = whole_rows(np.zeros((3, 9), np.int32))
+    for line, tokens in zip(alone, (first, second, third), strict=True):
+        line[: tokens.shape[1]] = tokens[0]
+    lengths = np.array([[9], [7], [7]])
+    expected, _ = run(Decoder(CONFIG), params, alone, Layout(positions, ones * (positions < lengths)))
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=SHAPES)
+    close(hidden[0, :9], expected[0])
+    close(hidden[0, 9:16], expected[1, :7])
+    close(hidden[0, 16:20], expected[2, 3:7])
+    assert np.abs(expected[1, 3:7] - expected[2, 3:7]).max() > 0.1
 
 
 def test_a_negative_segment_sees_and_is_not_seen(params):
     """Token 4 stands in segment −1: the others are as if it were not there, itself reads those before."""
-    tokens, positions, segments = whole_rows(tokens_of((1, 10)))
-    segments[:, 4] = -1
+    tokens, layout = whole_rows(tokens_of((1, 10)))
+    layout.segments[:, 4] = -1
     decoder = Decoder(dataclasses.replace(CONFIG, sliding_window=None))
-    hidden, _ = run(decoder, params, tokens, positions, segments)
+    hidden, _ = run(decoder, params, tokens, layout)
 
     others = np.delete(np.arange(10), 4)
-    without = (np.delete(x, 4, axis=1) for x in (tokens, positions, np.ones_like(tokens)))
+    without = jax.tree.map(lambda x: np.delete(x, 4, axis=1), (tokens, layout))
     expected, _ = run(decoder, params, *without)
     np.testing.assert_allclose(hidden[:, others], expected, rtol=0, atol=SHAPES)
 
     changed = tokens.copy()
     changed[:, 2] = (changed[:, 2] + 1) % CONFIG.vocab_size
-    differs = np.abs(run(decoder, params, changed, positions, segments)[0] - hidden).max(axis=(0, 2))
+    differs = np.abs(run(decoder, params, changed, layout)[0] - hidden).max(axis=(0, 2))
     assert (differs[2:] > 1e-3).all()
     np.testing.assert_array_equal(differs[:2], 0)  # and nobody looks ahead
 
@@ -291,9 +312,9 @@ def test_a_negative_segment_sees_and_is_not_seen(params):
 # --- gradients and devices -------------------------------------------------------------------------
 
 
-def _loss(params, decoder, tokens, positions, segments):
+def _loss(params, decoder, tokens, layout):
     """The mean cross-entropy of the next tokens."""
-    _, logits = _run(decoder, params, tokens, positions, segments)
+    _, logits = _run(decoder, params, tokens, layout)
     logps = jax.nn.log_softmax(logits[:, :-1])
     targets = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1])
     return -jnp.mean(jnp.sum(logps * targets, axis=-1))
@@ -333,23 +354,52 @@ def on_eight(mesh8):
         return weights, hidden, logits, *gradient(weights, Decoder(CONFIG), *placed)
 
 
-def test_remat_changes_no_gradient(params, on_one):
+POLICIES = ("full", "attention", "attention+mlp", "none")  # by what they keep, the least first
+
+
+@pytest.fixture(scope="module")
+def rematerialized():
+    """policy → (bytes that the compiled gradient needs beside its results, loss, gradients)."""
+    # Layers enough for what they keep to outweigh what one of them computes.
+    deep, rows = dataclasses.replace(CONFIG, num_hidden_layers=8), whole_rows(tokens_of((4, 32)))
+    params = jax.tree.map(jnp.asarray, random_params(deep))
+    found = {}
+    for policy in POLICIES:
+        program = gradient.lower(params, Decoder(deep, remat=policy), *rows).compile()
+        found[policy] = program.memory_analysis().temp_size_in_bytes, *program(params, *rows)
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES[:-1])
+def test_remat_changes_no_gradient(policy, rematerialized):
     """Recomputed activations are the same numbers; XLA may fuse them otherwise (tolerance 1e-5)."""
-    _, kept_loss, kept = on_one
-    loss, recomputed = gradient(params, Decoder(CONFIG, remat=True), *BATCH)
+    _, kept_loss, kept = rematerialized["none"]
+    _, loss, recomputed = rematerialized[policy]
     np.testing.assert_allclose(loss, kept_loss, rtol=1e-6)
     assert_gradients_close(recomputed, kept, 1e-5)
 
 
-def test_remat_keeps_fewer_activations(params):
-    """What the forward pass leaves for the backward one, the parameters among it."""
+def test_remat_keeps_what_its_name_says(params):
+    """What the forward pass leaves for the backward one, in numbers a token and layer."""
+    rows = whole_rows(tokens_of((8, 12)))
 
-    def kept(remat):
-        decoder = Decoder(CONFIG, remat=remat)
-        backward = jax.eval_shape(lambda p: jax.vjp(lambda p: _loss(p, decoder, *BATCH), p)[1], params)
+    def kept(policy):
+        decoder = Decoder(CONFIG, remat=policy)
+        backward = jax.eval_shape(lambda p: jax.vjp(lambda p: _loss(p, decoder, *rows), p)[1], params)
         return sum(x.size for x in jax.tree.leaves(backward))
 
-    assert kept(remat=True) < 0.7 * kept(remat=False)
+    full, attention, mlp, none = map(kept, POLICIES)
+    numbers = 8 * 12 * CONFIG.num_hidden_layers
+    q, kv = CONFIG.num_attention_heads * CONFIG.head_dim, CONFIG.num_key_value_heads * CONFIG.head_dim
+    assert attention - full == numbers * (q + 2 * kv + q)
+    assert mlp - attention == numbers * (CONFIG.hidden_size + 2 * CONFIG.intermediate_size)
+    assert none > mlp + numbers * CONFIG.hidden_size
+
+
+def test_remat_saves_memory(rematerialized):
+    """As the compiled programs have it: each policy in turn needs a tenth less than what keeps more."""
+    memory = [rematerialized[policy][0] for policy in POLICIES]
+    assert all(less < 0.9 * more for less, more in itertools.pairwise(memory)), memory
 
 
 def test_eight_devices_equal_one(on_one, on_eight):

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from spin_jax.batches import RowShape, ScoredPair, pair_batch
+from spin_jax.batches import RowShape, packed, pair_group
 from spin_jax.chat import Chat, Lengths
 from spin_jax.official import OfficialChat
 
@@ -60,14 +60,14 @@ def test_second_eos(official, tokenizer):
 
 
 def test_eos_is_not_attended_to(official):
+    """Nor is the last one, which none comes after: only inside of a sequence it makes a difference."""
     pair = official.pair(example(official), 0, np.array([22557, EOS], np.int32))
-    rows = pair_batch([ScoredPair(pair, (0, 0))], 1, RowShape(64, 32), official.unattended).rows
-    for tokens, segments in zip(rows.tokens, rows.segments, strict=True):
-        length = int((segments != 0).sum())
-        inside = tokens[: length - 1] == EOS
-        assert inside.sum() == 3  # system, user, and the template's own after the answer
-        np.testing.assert_array_equal(segments[: length - 1] == -1, inside)
-        assert segments[length - 1] == 1  # but the last one is
+    (rows,) = packed([pair_group(pair)], RowShape(1, 64, 1), official.unattended)
+    tokens, layout = rows.tokens[0], rows.layout
+    length = len(pair.prompt) + len(pair.real) + len(pair.generated)
+    assert (tokens == EOS).sum() == 6  # system, user, and two after each answer
+    np.testing.assert_array_equal(layout.segments[0] < 0, tokens == EOS)
+    np.testing.assert_array_equal(np.abs(layout.segments[0]), np.arange(64) < length)
     assert Chat(official.tokenizer, [EOS]).unattended is None
 
 

@@ -1,24 +1,40 @@
-"""Sampling: greedy as transformers, draws by their law, answers that do not know their batch."""
+"""Sampling: greedy as transformers, draws by their law, answers that know nothing of one another."""
 
+import contextlib
 import dataclasses
 import itertools
 import shutil
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import simple_sampler
 from safetensors import numpy as safetensors_numpy
 from scipy import stats
 
 import spin_jax
 from spin_jax import convert, files, sample, sharding
+from spin_jax import slots as slots_lib
+from spin_jax.attention import Layout
 from spin_jax.chat import Chat
-from spin_jax.model import Decoder
-from spin_jax.sample import Sampling, answer_prompts, draw, prompt_keys, sampling_params, truncate_logits
+from spin_jax.draw import Sampling, draw, prompt_keys, truncate_logits
+from spin_jax.model import (
+    Decoder,
+    Model,
+    ModelConfig,
+    abstract_params,
+    forward,
+    init_params,
+    output_head,
+    project,
+    sampling_params,
+)
+from spin_jax.sample import answer_prompts
 
-# Prompts of 11 to 20 tokens, three more than characters: padded to 16 or, beside the long ones, to 24.
-# Most tests below decode up to 24 tokens for batches of these, and so share a few compiled programs.
+# Prompts of 11 to 20 tokens, three more than characters: two of them are read at a time, padded to 16 or 24.
+# Tests of the talker answer these in up to 24 tokens, and so share a few compiled programs.
 QUESTIONS = [
     "2+2, then +3?",
     "A dozen ducks",
@@ -30,6 +46,7 @@ QUESTIONS = [
     "é ☃ 27+4",
 ]
 LONG = "Two or three ducks"
+BRIEF = QUESTIONS[:6]  # 16 tokens at most: the longer prompts would only have more programs compiled
 
 
 def asked(questions):
@@ -41,25 +58,27 @@ def prompts_of(model, questions):
     return [chat.encode_prompt(messages) for messages in asked(questions)]
 
 
-def answers_of(model, prompts, keys, sampling, *, batch_size=8, stop_tokens=None, **options):
-    with jax.set_mesh(model.mesh):
-        params = sampling_params(model.params, model.dtype)
-    return answer_prompts(
+def answers_of(model, prompts, keys, sampling, *, slots=8, stop_tokens=None, mesh=None, **options):
+    """`answer_prompts` as lists; on another mesh than the model's where one is given."""
+    mesh = mesh or model.mesh
+    answers = answer_prompts(
         Decoder(model.config, dtype=model.dtype),
-        params,
+        sampling_params(model.params, model.config, model.dtype, mesh),
         prompts,
         keys,
-        mesh=model.mesh,
+        mesh=mesh,
         sampling=sampling,
         stop_tokens=model.stop_tokens if stop_tokens is None else stop_tokens,
-        batch_size=batch_size,
+        slots=slots,
         **options,
     )
+    assert all(answer.dtype == np.int32 for answer in answers)
+    return [answer.tolist() for answer in answers]
 
 
-def greedy(model, prompts, max_new_tokens, **options):
+def greedy(model, prompts, **options):
     keys = prompt_keys(0, 0, range(len(prompts)))
-    return answers_of(model, prompts, keys, Sampling(max_new_tokens, temperature=0.0), **options)
+    return answers_of(model, prompts, keys, Sampling(24, temperature=0.0), **options)
 
 
 # --- greedy ----------------------------------------------------------------------------------------
@@ -70,11 +89,24 @@ def ends(answers, stops):
     return [next((token for token in answer if token in stops), None) for answer in answers]
 
 
-@pytest.fixture(scope="module")
-def talker_dir(hf_model_dir, mesh, tmp_path_factory):
-    """A checkpoint that ends some greedy answers of 24 tokens in one EOS, some in another, some not at all.
+def torch_greedy(directory, prompts, stops):
+    """transformers' greedy answers of 24 tokens, prompt by prompt: its padding does not come into it."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
 
-    Which tokens these are is found by asking: its generation config then calls them EOS. The tokenizer's
+    def answer(prompt):
+        ids = torch.tensor(prompt[None])
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": stops, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+    return [answer(prompt) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def talker_and_answers(hf_model_dir, mesh, tmp_path_factory):
+    """A model, and transformers' answers: some end in one EOS, some in another, some in none.
+
+    Which tokens these are is found by asking: the generation config then calls them EOS. The tokenizer's
     </s>, of which a random model may say much or little, never is the likeliest token.
     """
     directory, _ = hf_model_dir("mistral", sliding_window=6)
@@ -82,48 +114,33 @@ def talker_dir(hf_model_dir, mesh, tmp_path_factory):
     tensors = safetensors_numpy.load_file(copy / "model.safetensors")
     tensors["lm_head.weight"][2] = 0
     safetensors_numpy.save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    model = convert.load(str(copy), mesh=mesh)
-    answers = [answer.tolist() for answer in greedy(model, prompts_of(model, QUESTIONS), 24)]
+    files.write_json(copy / "generation_config.json", {})
+    prompts = prompts_of(convert.load(str(copy), mesh=mesh), QUESTIONS)
+    answers = torch_greedy(copy, prompts, [2])
     said = sorted({token for answer in answers for token in answer[1:] if token > 5})
     stops = next(pair for pair in itertools.combinations(said, 2) if {*pair, None} == {*ends(answers, pair)})
     files.write_json(copy / "generation_config.json", {"eos_token_id": list(stops)})
-    return copy
+    model = convert.load(str(copy), mesh=mesh)
+    assert model.stop_tokens == (2, *stops)  # </s> joins the two
+    return model, torch_greedy(copy, prompts, list(model.stop_tokens))
 
 
 @pytest.fixture(scope="module")
-def talker(talker_dir, mesh):
-    model = convert.load(str(talker_dir), mesh=mesh)
-    assert len(model.stop_tokens) == 3  # </s> joins the two
-    return model
+def talker(talker_and_answers):
+    return talker_and_answers[0]
 
 
 @pytest.fixture(scope="module")
-def torch_answers(talker, talker_dir):
-    """transformers' greedy answers, prompt by prompt: its padding does not come into it."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(talker_dir, attn_implementation="eager")
-
-    def answer(prompt):
-        ids = torch.tensor(prompt[None])
-        out = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=24,
-            do_sample=False,
-            eos_token_id=list(talker.stop_tokens),
-            pad_token_id=0,
-        )
-        return out[0, len(prompt) :].tolist()
-
-    return [answer(prompt) for prompt in prompts_of(talker, QUESTIONS)]
+def torch_answers(talker_and_answers):
+    return talker_and_answers[1]
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 5, 24])
 def test_greedy_equals_transformers(max_new_tokens, talker, torch_answers):
-    """Token for token; the window is shorter than any prompt with its answer."""
+    """Token for token; the window is shorter than any prompt."""
     prompts = prompts_of(talker, QUESTIONS)
     assert len({len(prompt) for prompt in prompts}) > 4
-    answers = [answer.tolist() for answer in greedy(talker, prompts, max_new_tokens)]
+    answers = greedy(talker, prompts, limits=[max_new_tokens] * len(prompts))
     assert answers == [answer[:max_new_tokens] for answer in torch_answers]
     if max_new_tokens == 24:
         _, first, second = talker.stop_tokens
@@ -135,24 +152,6 @@ def test_generate_is_the_text_of_the_greedy_answers(talker, torch_answers):
     assert len(set(expected)) > 4
     assert spin_jax.generate(talker, asked(QUESTIONS), max_new_tokens=24) == expected
     assert spin_jax.generate(talker, []) == []
-
-
-def test_an_answer_keeps_its_stop_token_and_ends_there(talker):
-    """At temperature 1 with one token in twelve a stop token, so that they stand in many places."""
-    stops = (*talker.stop_tokens, *range(6, 262, 12))
-    prompts, keys = prompts_of(talker, QUESTIONS), prompt_keys(0, 0, range(8))
-    answers = answers_of(talker, prompts, keys, Sampling(24), stop_tokens=stops)
-    assert len({len(answer) for answer in answers}) > 3
-    for answer in answers:
-        assert answer.dtype == np.int32
-        assert (answer >= 0).all()
-        assert not np.isin(answer[:-1], stops).any()
-        assert np.isin(answer[-1], stops) or len(answer) == 24
-    # With fewer stop tokens, the same keys begin alike and go on.
-    longer = answers_of(talker, prompts, keys, Sampling(24))
-    assert sum(map(len, longer)) > sum(map(len, answers))
-    for answer, further in zip(answers, longer, strict=True):
-        np.testing.assert_array_equal(answer, further[: len(answer)])
 
 
 def saying_only(model, token):
@@ -173,15 +172,16 @@ def saying_only(model, token):
 def test_generate_strips_special_tokens(token, length, talker):
     """One is no stop token and fills the answer, the other ends it at once; neither is text."""
     model = saying_only(talker, token)
-    for answer in greedy(model, prompts_of(model, [LONG] * 8), 24):
-        assert answer.tolist() == [token] * length
+    assert greedy(model, prompts_of(model, [LONG] * 8)) == [[token] * length] * 8
     assert spin_jax.generate(model, asked([LONG] * 8), max_new_tokens=24) == [""] * 8
 
 
 # --- the laws of sampling --------------------------------------------------------------------------
 
 LOGITS = np.array([2.0, -1.0, 0.5, 1.5, 0.0, -3.0, 1.0, 0.7], np.float32)
-DRAWS = 20_000
+DRAWS = 10_000
+
+compiled_draw = jax.jit(draw, static_argnames="sampling")
 
 
 def law(temperature=1.0, top_k=None, top_p=None):
@@ -219,7 +219,7 @@ def test_draws_follow_their_law(options):
     """A chi-square test at fixed keys, p > 1e-3; what is left out is never drawn."""
     keys = jax.random.split(jax.random.key(0), DRAWS)
     logits = jnp.broadcast_to(LOGITS, (DRAWS, len(LOGITS)))
-    counts = np.bincount(draw(logits, keys, Sampling(1, **options)), minlength=len(LOGITS))
+    counts = np.bincount(compiled_draw(logits, keys, Sampling(1, **options)), minlength=len(LOGITS))
     expected = law(**options)
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -233,7 +233,63 @@ def test_draws_follow_their_law(options):
 def test_temperature_zero_is_the_largest_logit():
     logits = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 5)
-    np.testing.assert_array_equal(draw(logits, keys, Sampling(1, 0.0)), logits.argmax(axis=1))
+    np.testing.assert_array_equal(compiled_draw(logits, keys, Sampling(1, 0.0)), logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-6}, {"temperature": 1e-36}, {"top_k": 1}], ids=str)
+def test_what_leaves_one_token_draws_the_largest_logit(options):
+    """Logits of some hundreds at the temperatures too, where the quotient is beyond float32."""
+    logits = 100 * np.random.default_rng(0).normal(size=(500, 300)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 500)
+    np.testing.assert_array_equal(compiled_draw(logits, keys, Sampling(1, **options)), logits.argmax(axis=1))
+
+
+@pytest.fixture
+def draw_at(monkeypatch):
+    """draw_at(logits [V], points): the tokens drawn where the uniform random numbers are these points."""
+    monkeypatch.setattr(jax.random, "uniform", lambda point: point)
+
+    def tokens(logits, points):
+        rows = jnp.broadcast_to(logits, (len(points), len(logits)))
+        # A new function, which no other test has compiled with the true random numbers.
+        compiled = jax.jit(lambda *args: draw(*args, Sampling(1)))
+        return np.asarray(compiled(rows, jnp.asarray(points, jnp.float32)))
+
+    return tokens
+
+
+@pytest.mark.parametrize("vocabulary", [5, 256, 272, 1000])
+def test_draws_invert_the_distribution_function(vocabulary, draw_at):
+    """Less and more than a block of 256 or whole ones. Within 1e-6 of a step, rounding may choose a side."""
+    rng = np.random.default_rng(vocabulary)
+    logits = 2 * rng.normal(size=vocabulary).astype(np.float32)
+    steps = np.cumsum(np.exp(logits.astype(np.float64)))
+    steps /= steps[-1]
+    points = np.sort(np.concatenate([rng.random(4000), [0, 1 - 2**-24]]).astype(np.float32))
+    tokens = draw_at(logits, points)
+    for margin in (-1e-6, 1e-6):
+        exact = np.searchsorted(steps, points + margin, side="right").clip(0, vocabulary - 1)
+        assert ((tokens - exact) * margin <= 0).all()
+    assert tokens[0] == 0
+    assert tokens[-1] == vocabulary - 1
+
+
+def test_tokens_without_probability_are_never_drawn(draw_at):
+    """Points around every step, where sums in float32 are rounded past it; most tokens have logit −∞.
+
+    So do the first of each block of 256, the first of all and the last, beyond which there is only filler.
+    """
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=5000).astype(np.float32)
+    logits[rng.random(5000) < 0.9] = -np.inf
+    logits[::256] = -np.inf
+    logits[-1] = -np.inf
+    steps = np.cumsum(np.exp(logits.astype(np.float64)))
+    steps = np.unique((steps / steps[-1]).astype(np.float32))
+    points = np.concatenate([steps + k * np.spacing(steps) for k in range(-4, 5)])
+    tokens = draw_at(logits, [*points[points < 1], 0, 1 - 2**-24])
+    assert np.isfinite(logits[tokens]).all()  # an id past the end would raise
+    assert set(tokens) == set(np.flatnonzero(np.isfinite(logits)))
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 7, 64, 100])
@@ -268,24 +324,228 @@ def test_bad_sampling_raises(options, message):
         Sampling(**{"max_new_tokens": 1, **options})
 
 
-# --- answers and batches ---------------------------------------------------------------------------
+# --- answers and their company ---------------------------------------------------------------------
+
+# Prompts are padded to 16, 24 or 64, and with answers of up to 40 tokens want 48, 64 or 96 columns.
+# Tests of the small model answer these in 3 slots where they can, and so share a few compiled programs.
+NEW = 40
+SAMPLING = Sampling(NEW)
+LENGTHS = (3, 50, 7, 17, 8, 2, 24, 5, 56, 4, 20, 6)
+STOPS = (2,)
 
 
-def test_an_answer_does_not_depend_on_its_batch(talker):
-    """Batches of 1, 3 and 8, and prompts in another order: every answer the same to the token."""
-    prompts, sampling = prompts_of(talker, QUESTIONS), Sampling(24, temperature=1.0)
-    ids = np.array([11, 3, 500, 7, 0, 2, 90, 4])
-    expected = answers_of(talker, prompts, prompt_keys(1, 2, ids), sampling, batch_size=8)
-    assert len({tuple(answer) for answer in expected}) > 4
-    assert sum(map(len, expected)) > 50, "answers too short to differ"
-    for batch_size in (1, 3):
-        answers = answers_of(talker, prompts, prompt_keys(1, 2, ids), sampling, batch_size=batch_size)
-        assert [a.tolist() for a in answers] == [a.tolist() for a in expected]
-    order = np.random.default_rng(0).permutation(len(prompts))
-    answers = answers_of(
-        talker, [prompts[i] for i in order], prompt_keys(1, 2, ids[order]), sampling, batch_size=3
+@pytest.fixture(scope="module")
+def small(mesh):
+    """A model of one layer, without a window or a tokenizer, whose logits depend much on what it read."""
+    config = ModelConfig(
+        model_type="mistral",
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-3,
+        rope_theta=500.0,
+        rope_scaling=None,
+        sliding_window=None,
+        tie_word_embeddings=False,
+        max_position_embeddings=256,
+        initializer_range=1.0,
     )
-    assert [a.tolist() for a in answers] == [expected[i].tolist() for i in order]
+    params = init_params(config, jax.random.key(0), mesh)
+    return Model(config, params, None, jnp.float32, mesh, hf_config={}, generation_config={})
+
+
+def with_window(model, window):
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, sliding_window=window))
+
+
+def random_prompts(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 40, length).astype(np.int32) for length in lengths]
+
+
+PROMPTS = random_prompts(LENGTHS)
+IDS = np.arange(len(PROMPTS)) * 7 % 31
+SHORT = [i for i, length in enumerate(LENGTHS) if length <= 8]
+MIDDLE = [i for i, length in enumerate(LENGTHS) if length <= 24]  # and short
+
+
+def sampled(model, chosen=slice(None), *, sampling=SAMPLING, **options):
+    """What `answer_prompts` says to `PROMPTS`, or to those chosen, in their order."""
+    chosen = np.arange(len(PROMPTS))[chosen]
+    options = {"slots": 3, "stop_tokens": STOPS, **options}
+    prompts = [PROMPTS[i] for i in chosen]
+    return answers_of(model, prompts, prompt_keys(1, 1, IDS[chosen]), sampling, **options)
+
+
+def expected_of(model, chosen=slice(None), sampling=SAMPLING):
+    """The same from the simple sampler."""
+    keys = prompt_keys(1, 1, IDS)
+    return [
+        simple_sampler.answer(model, PROMPTS[i], keys[i], sampling, STOPS)
+        for i in np.arange(len(PROMPTS))[chosen]
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(small):
+    answers = expected_of(small)
+    lengths = {len(answer) for answer in answers}
+    assert {1, NEW} <= lengths
+    assert len(lengths) > 6
+    return answers
+
+
+class Call(NamedTuple):
+    """A run of `prefill` or `decode`."""
+
+    program: str
+    prompts: tuple[int, ...]  # shape of the prompts read
+    cache: jax.ShapeDtypeStruct  # keys of a layer
+    unfinished: int  # answers in progress before it
+    in_place: bool  # the old state is gone, and the new cache where the old one was
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The runs of both programs, as they go."""
+    made = []
+
+    def places(slots):
+        return [array.unsafe_buffer_pointer() for array in (*slots.cache.keys, *slots.cache.values)]
+
+    def watch(name):
+        program = getattr(sample, name)
+
+        def watched(decoder, params, slots, *arrays, **options):
+            keys, old = slots.cache.keys[0], places(slots)
+            unfinished = int((~slots.done).sum())
+            out = program(decoder, params, slots, *arrays, **options)
+            gone = all(x.is_deleted() for x in jax.tree.leaves(slots.cache))
+            in_place = gone and places(out[0]) == old
+            shape = jax.ShapeDtypeStruct(keys.shape, keys.dtype)
+            made.append(Call(name, arrays[0].shape if arrays else (), shape, unfinished, in_place))
+            return out
+
+        monkeypatch.setattr(sample, name, watched)
+
+    watch("prefill")
+    watch("decode")
+    return made
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, 16])
+def test_same_keys_same_answers_as_the_simple_sampler(slots, small, expected):
+    """Token for token, whatever the slots, the order and the company; 16 are more than there are prompts."""
+    order = np.random.default_rng(slots).permutation(MIDDLE)
+    assert sampled(small, order, slots=slots) == [expected[i] for i in order]
+    assert sampled(small, order[:5], slots=slots) == [expected[i] for i in order[:5]]
+
+
+def test_the_cache_widens_under_answers_in_progress(small, expected, calls):
+    """Twice in this call, and each time while another slot is in the middle of an answer."""
+    assert sampled(small) == expected
+    widths = [call.cache.shape[2] for call in calls]
+    assert sorted(set(widths)) == [48, 64, 96]
+    assert widths == sorted(widths)
+    for width in (64, 96):
+        assert calls[widths.index(width)].unfinished > 0
+
+
+@pytest.mark.parametrize(("steps", "chosen"), [(1, SHORT), (3, MIDDLE), (100, SHORT)])
+def test_answers_do_not_depend_on_the_chunks_they_are_decoded_in(steps, chosen, small, expected, monkeypatch):
+    """Chunks from one token to more than an answer has.
+
+    A prefill draws the first token, and an answer begins with a chunk: in chunks of 3, answers end with
+    the first token, at each place of a chunk, and some chunks later.
+    """
+    monkeypatch.setattr(sample, "_DECODE_STEPS", steps)
+    assert sampled(small, chosen) == [expected[i] for i in chosen]
+    ended = [len(expected[i]) for i in MIDDLE if expected[i][-1] in STOPS]
+    assert 1 in ended
+    assert {(length - 1) % 3 for length in ended if length > 1} == {0, 1, 2}
+    assert max(ended) > 10
+
+
+def test_an_answer_keeps_its_stop_token_and_ends_there(small, expected):
+    """With more stop tokens, the same keys begin alike."""
+    stops = (*STOPS, 5, 11, 17, 23, 29)
+    answers = sampled(small, SHORT, stop_tokens=stops)
+    assert len({len(answer) for answer in answers}) > 3
+    for i, answer in zip(SHORT, answers, strict=True):
+        first = next((n for n, token in enumerate(expected[i]) if token in stops), NEW - 1)
+        assert answer == expected[i][: first + 1]
+
+
+@pytest.mark.parametrize("window", [6, 16, 52])
+def test_the_ring_is_never_wider_than_the_window(window, small, expected, calls):
+    """Windows shorter than prompts or answers; at 52, the ring widens from 48 columns to the window.
+
+    Chunks write the same columns for all rows, one chunk after the other: the ring wraps again and again,
+    at 6 within every answer too.
+    """
+    model = with_window(small, window)
+    answers = expected_of(model, MIDDLE)
+    assert answers != [expected[i] for i in MIDDLE]
+    assert sampled(model, MIDDLE) == answers
+    widths = [call.cache.shape[2] for call in calls]
+    assert sorted(set(widths)) == ([48, 52] if window == 52 else [window])
+    assert widths == sorted(widths)
+    chunks = sum(call.program == "decode" for call in calls)
+    assert chunks * sample._DECODE_STEPS > 2 * window
+
+
+def test_limits_cut_answers_one_by_one(small, expected):
+    """A limit beyond `max_new_tokens` changes nothing, and no limit changes another answer."""
+    limits = [NEW, NEW, 1, NEW, 17, NEW + 5, 2, 16, 5, 7, 1, 39]
+    assert sampled(small, limits=limits) == [a[:n] for a, n in zip(expected, limits, strict=True)]
+    assert sum(len(a) > n for a, n in zip(expected, limits, strict=True)) > 4
+
+
+def test_slots_are_filled_again_and_again(small):
+    """Sixty prompts in three slots."""
+    prompts, keys = random_prompts([1 + i % 8 for i in range(60)], seed=1), prompt_keys(0, 0, range(60))
+    answers = answers_of(small, prompts, keys, SAMPLING, slots=3, stop_tokens=STOPS)
+    for prompt, key, answer in zip(prompts, keys, answers, strict=True):
+        assert answer == simple_sampler.answer(small, prompt, key, SAMPLING, STOPS)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(8, 1), (4096, 2)], ids=["less than a prompt", "many prompts"])
+def test_prompts_read_at_a_time(tokens, rows, small, expected, monkeypatch, calls):
+    """As many as have so many tokens, but never none, nor more than a quarter of the slots."""
+    monkeypatch.setattr(sample, "_PREFILL_TOKENS", tokens)
+    assert sampled(small, MIDDLE, slots=8) == [expected[i] for i in MIDDLE]
+    assert {call.prompts[0] for call in calls if call.program == "prefill"} == {rows}
+
+
+def test_bfloat16_answers_are_likeliest_up_to_its_rounding(small, calls):
+    """Held against float32 logits of the rounded weights.
+
+    Logits are up to 15, where a step of bfloat16 is 2⁻⁴, and the likeliest two of a token mostly 1 apart.
+    """
+    model = dataclasses.replace(small, dtype=jnp.bfloat16)
+    answers = sampled(model, SHORT, sampling=Sampling(NEW, temperature=0.0))
+    assert {call.cache.dtype for call in calls} == {jnp.dtype("bfloat16")}
+    tokens = np.zeros((len(SHORT), 48), np.int32)
+    for row, i, answer in zip(tokens, SHORT, answers, strict=True):
+        row[: LENGTHS[i] + len(answer)] = [*PROMPTS[i], *answer]
+
+    @jax.jit
+    def logits_of(params, tokens):
+        decoder = Decoder(model.config)
+        params = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), params)
+        layout = Layout(jnp.broadcast_to(jnp.arange(48), tokens.shape), jnp.ones_like(tokens))
+        return project(forward(decoder, params, tokens, layout)[0], output_head(decoder, params))
+
+    with jax.set_mesh(model.mesh):
+        logits = np.asarray(logits_of(model.params, tokens))
+    assert sum(map(len, answers)) > 100
+    for row, i, answer in zip(logits, SHORT, answers, strict=True):
+        before = row[LENGTHS[i] - 1 :][: len(answer)]
+        assert (before[np.arange(len(answer)), answer] > before.max(axis=1) - 0.1).all()
 
 
 def test_seed_iteration_prompt_and_sample_each_change_the_key():
@@ -310,45 +570,57 @@ def test_seed_iteration_prompt_and_sample_each_change_the_key():
 
 
 def test_generate_changes_with_the_seed_alone(talker):
-    def texts(questions, seed, **options):
-        return spin_jax.generate(talker, asked(questions), 24, 1.0, seed, **options)
+    def texts(questions, seed, batch_size=6):
+        return spin_jax.generate(talker, asked(questions), 24, 1.0, seed, batch_size=batch_size)
 
-    first = texts(QUESTIONS, 0)
-    assert texts(QUESTIONS, 0, batch_size=3) == first
-    assert sum(a != b for a, b in zip(texts(QUESTIONS, 1), first, strict=True)) > 4
+    first = texts(BRIEF, 0)
+    assert texts(BRIEF, 0, batch_size=3) == first
+    assert sum(a != b for a, b in zip(texts(BRIEF, 1), first, strict=True)) > 4
     # One conversation asked again and again gets other answers: a key knows its place in the list.
-    assert len(set(texts([LONG] * 8, 0))) > 4
+    assert len(set(texts(["Any duck?"] * 6, 0))) > 4
 
 
 def test_every_token_has_a_key_of_its_own(talker):
     """The n-th token of an answer is drawn with fold_in(key, n): here from equal logits."""
     flat = saying_only(talker, slice(None))
-    keys = prompt_keys(0, 0, range(8))
-    answers = answers_of(flat, prompts_of(flat, QUESTIONS), keys, Sampling(24))
-    assert sum(map(len, answers)) > 100
+    keys = prompt_keys(0, 0, range(6))
+    answers = answers_of(flat, prompts_of(flat, BRIEF), keys, Sampling(24), slots=6)
+    assert sum(map(len, answers)) > 90
     for key, answer in zip(keys, answers, strict=True):
-        expected = [jax.random.categorical(jax.random.fold_in(key, n), jnp.zeros(272)) for n in range(24)]
-        assert answer.tolist() == [int(token) for token in expected[: len(answer)]]
+        points = [jax.random.uniform(jax.random.fold_in(key, n)) for n in range(len(answer))]
+        assert answer == [int(272 * point) for point in points]
 
 
-def test_on_batch_is_told_and_may_stop(talker):
-    prompts, keys, told = prompts_of(talker, QUESTIONS), prompt_keys(0, 0, range(8)), []
+def test_on_chunk_is_told_and_may_stop(small, expected):
+    told = []
 
     def tell(*counts):
         told.append(counts)
 
-    answers = answers_of(talker, prompts, keys, Sampling(24), batch_size=3, on_batch=tell)
-    assert [count for count, _ in told] == [3, 3, 2]  # filler rows are not counted
-    assert sum(tokens for _, tokens in told) == sum(map(len, answers))
+    assert sampled(small, on_chunk=tell) == expected
+    prompts, tokens = (list(counts) for counts in zip(*told, strict=True))
+    assert sum(prompts) == len(PROMPTS)
+    assert sum(tokens) == sum(map(len, expected))
+    # A slot draws at most a chunk and the first token before it.
+    assert all(0 <= count <= 3 for count in prompts)
+    assert all(0 < count <= 3 * (sample._DECODE_STEPS + 1) for count in tokens)
 
     class Stop(Exception):
         pass
 
-    def stop(*_):
-        raise Stop
+    def stop(*counts):
+        tell(*counts)
+        if len(told) == 2:
+            raise Stop
 
+    told.clear()
     with pytest.raises(Stop):
-        answers_of(talker, prompts, keys, Sampling(24), batch_size=3, on_batch=stop)
+        sampled(small, on_chunk=stop)
+    assert len(told) == 2
+
+
+def test_no_prompts_no_answers(small):
+    assert sampled(small, []) == []
 
 
 # --- programs --------------------------------------------------------------------------------------
@@ -362,19 +634,19 @@ def test_decoding_stops_when_every_answer_has(talker, monkeypatch):
         jax.debug.callback(lambda: runs.append(1))
         return forward(*args)
 
-    forward = sample.forward
-    monkeypatch.setattr(sample, "forward", counted)
-    # A program of its own, which no other test finds compiled with the counter in it.
-    monkeypatch.setattr(
-        sample,
-        "decode",
-        jax.jit(sample.decode.__wrapped__, static_argnames=("decoder", "sampling", "stop_tokens")),
-    )
+    monkeypatch.setattr(slots_lib, "forward", counted)
+    # Programs of their own, which no other test finds compiled with the counter in them.
+    static = ("decoder", "sampling", "stop_tokens")
+    prefill = jax.jit(sample.prefill.__wrapped__, static_argnames=static)
+    decode = jax.jit(sample.decode.__wrapped__, static_argnames=(*static, "steps"))
+    monkeypatch.setattr(sample, "prefill", prefill)
+    monkeypatch.setattr(sample, "decode", decode)
 
     def lengths_and_runs(token):
         runs.clear()
         model = saying_only(talker, token)
-        answers = greedy(model, prompts_of(model, QUESTIONS[:3]), 10, batch_size=4)
+        # A quarter of the slots is read at a time: all three prompts at once.
+        answers = greedy(model, prompts_of(model, ["Any duck?"] * 3), slots=12, limits=[10] * 3)
         jax.effects_barrier()
         return [len(answer) for answer in answers], len(runs)
 
@@ -382,36 +654,101 @@ def test_decoding_stops_when_every_answer_has(talker, monkeypatch):
     assert lengths_and_runs(4) == ([10, 10, 10], 10)
 
 
-def test_filler_rows_say_nothing(talker):
-    """A row that starts where the prompts end: done from the start, it never keeps the others waiting."""
-    model = saying_only(talker, 4)
-    tokens, starts = np.full((2, 16), 7, np.int32), np.array([3, 16], np.int32)
+def program_arguments(model, slots, columns):
+    """(arguments of `prefill`, of `decode`): two prompts of 16 and 5 tokens, and where both would begin."""
+    decoder = Decoder(model.config)
+    params = sampling_params(model.params, model.config, model.dtype, model.mesh)
+    prompts = (np.full((2, 16), 9, np.int32), np.array([16, 5], np.int32), np.full(2, NEW, np.int32))
+    arrays = sharding.put_batch(model.mesh, prompts)
     with jax.set_mesh(model.mesh):
-        out = sample.decode(
-            Decoder(model.config),
-            sampling_params(model.params, model.dtype),
-            *sharding.put_batch(model.mesh, (tokens, starts)),
-            prompt_keys(0, 0, range(2)),
-            sampling=Sampling(5, temperature=0.0),
-            stop_tokens=(2,),
+        state = sample.new_slots(decoder, slots, columns)
+    return (decoder, params, state, *arrays, prompt_keys(0, 0, range(2))), (decoder, params, state)
+
+
+def test_filler_fills_no_slot(small):
+    """Of two rows, one is filler: its slot is past the end, and the other slots stay empty."""
+    how = {"sampling": SAMPLING, "stop_tokens": STOPS}
+    of_prefill, _ = program_arguments(small, 3, 48)
+    with jax.set_mesh(small.mesh):
+        slots, _ = sample.prefill(*of_prefill, np.array([1, 3], np.int32), **how)
+        np.testing.assert_array_equal(slots.done, [True, False, True])
+        np.testing.assert_array_equal(slots.cache.layout.segments.sum(axis=1), [0, 16, 0])
+        _, drawn = sample.decode(*of_prefill[:2], slots, steps=16, **how)
+    np.testing.assert_array_equal((drawn >= 0).any(axis=1), [False, True, False])
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that grows with every program compiled."""
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_prompts_of_one_length_range_share_their_programs(small):
+    """One of each, with five slots that no other test has; then nothing, whatever the prompts and keys."""
+
+    def answer(lengths, keys, seed):
+        prompts = random_prompts(lengths, seed)
+        answers_of(small, prompts, keys, SAMPLING, slots=5, stop_tokens=STOPS)
+
+    programs = (sample.prefill, sample.decode)
+    before = [program._cache_size() for program in programs]
+    answer([1, 5, 8, 3, 7, 2, 8, 4], prompt_keys(0, 0, range(8)), seed=2)
+    assert [program._cache_size() for program in programs] == [n + 1 for n in before]
+    keys = prompt_keys(5, 1, range(9))
+    with compilations() as compiled:
+        answer([4, 4, 1, 8, 6, 2, 3, 5, 7], keys, seed=3)
+        assert not compiled
+        jax.jit(lambda x: 3 * x)(1)
+        assert len(compiled) == 1
+
+
+def test_the_cache_is_updated_in_place(small, calls):
+    """A state is donated to the program that makes the next one, whose cache lies where the old one lay."""
+    sampled(small)
+    assert len(calls) > len(PROMPTS)
+    assert all(call.in_place for call in calls)
+
+
+def test_no_program_copies_the_cache(small):
+    """What a program holds beside its arguments is less than the keys of one layer, a large cache's."""
+    how = {"sampling": SAMPLING, "stop_tokens": STOPS}
+    of_prefill, of_decode = program_arguments(small, 16, 1024)
+    cache = of_prefill[2].cache
+    with jax.set_mesh(small.mesh):
+        lowered = (
+            sample.prefill.lower(*of_prefill, np.arange(2, dtype=np.int32), **how),
+            sample.decode.lower(*of_decode, steps=16, **how),
         )
-    np.testing.assert_array_equal(out, [[4] * 5, [-1] * 5])
+    for program in lowered:
+        memory = program.compile().memory_analysis()
+        assert memory.temp_size_in_bytes < cache.keys[0].nbytes
+        assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
-def test_batches_of_one_shape_share_a_program(talker):
-    """Prompts of 17 to 24 tokens are padded to 24, whatever the batch and the draws."""
-    prompts = [np.arange(length, dtype=np.int32) + 6 for length in (17, 20, 22, 23, 24, 18, 22)]
-    before = sample.decode._cache_size()
-    answers_of(talker, prompts, prompt_keys(0, 0, range(7)), Sampling(3), batch_size=2)
-    answers_of(talker, prompts[::-1], prompt_keys(5, 1, range(7)), Sampling(3), batch_size=2)
-    assert sample.decode._cache_size() == before + 1
-
-
-@pytest.mark.parametrize("sampling", [Sampling(24, temperature=0.0), Sampling(24, top_p=0.9)], ids=str)
-def test_eight_devices_answer_as_one(sampling, talker, talker_dir, mesh8):
-    """Five prompts on a mesh that splits batches in four: filler rows and split heads change no token."""
-    eight = convert.load(str(talker_dir), mesh=mesh8)
-    prompts, keys = prompts_of(talker, QUESTIONS)[3:], prompt_keys(0, 0, range(5))
-    expected, answers = (answers_of(model, prompts, keys, sampling) for model in (talker, eight))
-    assert len({tuple(answer) for answer in expected}) > 3
-    assert [a.tolist() for a in answers] == [a.tolist() for a in expected]
+@pytest.mark.parametrize(
+    ("stored", "used", "sampling", "chosen"),
+    [
+        ((2, 2, 2), (2, 2, 2), SAMPLING, MIDDLE),
+        ((2, 2, 2), (2, 2, 2), Sampling(NEW, temperature=0.0), SHORT),
+        ((1, 8, 1), (4, 1, 2), SAMPLING, SHORT),
+    ],
+    ids=["draws", "greedy", "weights from another mesh"],
+)
+@pytest.mark.usefixtures("mesh8")
+def test_eight_devices_answer_as_one(stored, used, sampling, chosen, small):
+    """Meshes that split the slots in four: filler rows, refilled slots and split heads change no token."""
+    stored, used = sharding.make_mesh(*stored), sharding.make_mesh(*used)
+    layouts = sharding.parameter_shardings(stored, abstract_params(small.config))
+    eight = dataclasses.replace(small, params=jax.device_put(small.params, layouts), mesh=stored)
+    answers = sampled(eight, chosen, sampling=sampling, mesh=used, slots=8)
+    assert answers == expected_of(small, chosen, sampling)

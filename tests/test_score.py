@@ -1,11 +1,20 @@
-"""Scores and logits against torch, on real conversations and in other batches."""
+"""Scores and logits against torch: packed rows and each answer alone, real conversations, other batches.
 
+Axes: N rows, G groups of a row, A answers of a group, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import spin_jax
-from spin_jax import convert
+from spin_jax import convert, scoring
+from spin_jax.batches import Group, RowShape, packed
+from spin_jax.model import Decoder
+from spin_jax.scoring import response_logps, score_groups
 
 # Both sides in float32; their log-probs differ by ~1e-6 a token, and differences of one sign add up.
 PER_TOKEN = 1e-5
@@ -47,6 +56,167 @@ def torch_score(reference, tokenizer, messages, stop=2):
     with torch.no_grad():
         logps = torch.log_softmax(reference(torch.tensor([ids])).logits[0].double(), dim=-1)
     return sum(logps[i - 1, ids[i]].item() for i in range(first, last + 1)), last + 1 - first
+
+
+# --- packed rows -----------------------------------------------------------------------------------
+
+SHAPE = RowShape(rows=4, length=96, groups=6)
+
+
+def random_groups(seed, count, answers, vocab_size=272, longest=18):
+    """Groups of random lengths; an answer may be a single token, or none."""
+    rng = np.random.default_rng(seed)
+
+    def some(least):
+        return rng.integers(3, vocab_size, rng.integers(least, longest + 1)).astype(np.int32)
+
+    return [Group(some(1), tuple(some(0) for _ in range(answers))) for _ in range(count)]
+
+
+def torch_logp(reference, prompt, answer, unattended=None):
+    """Σ log p of an answer alone after its prompt: no padding, no neighbours, float32 logits."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # calls this small are a hundred times slower where threads wait for cores
+    ids = torch.tensor(np.concatenate([prompt, answer])[None].astype(int))
+    mask = None if unattended is None else (ids != unattended).long()
+    with torch.no_grad():
+        logps = torch.log_softmax(reference(ids, attention_mask=mask).logits[0, :-1].double(), dim=-1)
+    return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item()
+
+
+def assert_scores_are_torchs(scores, groups, reference, unattended=None):
+    """Every answer within 1e-5 a token of torch's log-prob of it alone."""
+    assert scores.shape == (len(groups), len(groups[0].answers))
+    for group, found in zip(groups, scores, strict=True):
+        for answer, score in zip(group.answers, found, strict=True):
+            expected = torch_logp(reference, group.prompt, answer, unattended)
+            assert abs(score - expected) <= PER_TOKEN * len(answer), (len(group.prompt), len(answer))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("answers", [1, 2, 3])
+def test_packed_answers_score_as_if_alone(answers, window, hf_model_dir, mesh):
+    """Random lengths, packed; grouped queries, with and without a window; PER_TOKEN says what is allowed."""
+    directory, reference = hf_model_dir("mistral", sliding_window=window)
+    model = convert.load(str(directory), mesh=mesh)
+    for seed in range(8):
+        groups = random_groups(seed, 12, answers)
+        assert np.count_nonzero(packed(groups, SHAPE)[0].items) > SHAPE.rows, "no row holds two groups"
+        scores = score_groups(Decoder(model.config), model.params, groups, SHAPE, mesh)
+        assert_scores_are_torchs(scores, groups, reference)
+
+
+def test_packed_answers_on_eight_devices(hf_model_dir, mesh8):
+    """The same, with rows, heads and vocabulary split."""
+    directory, reference = hf_model_dir("mistral", sliding_window=5)
+    model = convert.load(str(directory), mesh=mesh8)
+    groups = random_groups(0, 24, 2)
+    scores = score_groups(Decoder(model.config, remat="full"), model.params, groups, SHAPE, mesh8)
+    assert_scores_are_torchs(scores, groups, reference)
+
+
+def test_what_none_attends_to(hf_model_dir, mesh):
+    """`official`: token 7 is in the sequence and masked, as torch's attention mask has it. PER_TOKEN."""
+    directory, reference = hf_model_dir("mistral")
+    model = convert.load(str(directory), mesh=mesh)
+    decoder = Decoder(model.config)
+    rng, groups = np.random.default_rng(0), random_groups(0, 12, 2)
+    for group in groups:
+        for ids in group.answers:
+            ids[rng.random(len(ids)) < 0.3] = 7
+        group.prompt[1:][rng.random(len(group.prompt) - 1) < 0.3] = 7  # the first token always sees itself
+    hidden = score_groups(decoder, model.params, groups, SHAPE, mesh, unattended=7)
+    assert_scores_are_torchs(hidden, groups, reference, unattended=7)
+    seen = score_groups(decoder, model.params, groups, SHAPE, mesh)
+    assert np.abs(hidden - seen).max() > 0.1
+
+
+def test_a_packed_pair_by_hand(tiny_model, mesh):
+    """Against log-softmax and a gather of `logits`, which knows no packing; 1e-6 relative (float32)."""
+    (group,) = random_groups(3, 1, 2)
+    (scores,) = score_groups(Decoder(tiny_model.config), tiny_model.params, [group], SHAPE, mesh)
+    length = max(len(group.prompt) + len(answer) for answer in group.answers)
+    for answer, score in zip(group.answers, scores, strict=True):
+        ids = np.concatenate([group.prompt, answer])
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(ids)] = ids
+        logps = jax.nn.log_softmax(spin_jax.logits(tiny_model, padded)[0])
+        expected = sum(float(logps[i - 1, ids[i]]) for i in range(len(group.prompt), len(ids)))
+        assert score == pytest.approx(expected, rel=1e-6)
+
+
+def test_scores_come_in_the_order_of_the_groups(tiny_model, mesh):
+    """Whatever rows they were packed into; sums in another order, so 1e-5 a token (of 18)."""
+    decoder, groups = Decoder(tiny_model.config), random_groups(1, 30, 2)
+    told = []
+    scores = score_groups(decoder, tiny_model.params, groups, SHAPE, mesh, on_batch=told.append)
+    assert len(told) > 1
+    assert sum(told) == 30
+    order = np.random.default_rng(0).permutation(30)
+    again = score_groups(decoder, tiny_model.params, [groups[i] for i in order], SHAPE, mesh)
+    np.testing.assert_allclose(again, scores[order], rtol=0, atol=18 * PER_TOKEN)
+    with pytest.raises(ValueError, match=r"takes \[\d+, \d+, 1\] .* of a row that holds \[20, "):
+        score_groups(decoder, tiny_model.params, groups, SHAPE._replace(length=20), mesh)
+
+
+# --- chunks of the vocabulary's projection ---------------------------------------------------------
+
+
+def compiled_gradient(decoder, params, rows):
+    """(params, rows) → ((_, log-probs [N, G, A]), gradient of a random combination), compiled anew."""
+    weights = np.random.default_rng(0).normal(size=rows.lengths.shape).astype(np.float32)
+
+    def combined(params, rows):
+        logps = response_logps(decoder, params, rows)
+        return jnp.sum(weights * logps), logps
+
+    return jax.jit(jax.value_and_grad(combined, has_aux=True)).lower(params, rows).compile()
+
+
+def test_chunks_without_answers_cost_and_change_nothing(tiny_model, monkeypatch):
+    """Chunks of 7 columns: answers cross their borders, the last ones hold none, one row holds no group.
+
+    Log-probs and gradients are those of one chunk for all; sums in another order, so 1e-5 of the largest.
+    Embedding and head are tied here; test_train has an untied head in chunks, against torch.
+    """
+    config = dataclasses.replace(tiny_model.config, tie_word_embeddings=True)
+    params = jax.tree.map(np.asarray, tiny_model.params)  # outside of any mesh
+    params = {name: leaf for name, leaf in params.items() if name != "head"}
+    (rows,) = packed(random_groups(2, 7, 2, longest=9), RowShape(4, 60, 4))
+    responses = (rows.owners > 0).sum(axis=1)
+    assert 7 < responses.max() <= 42  # of nine chunks, the last three are empty
+    assert responses.min() == 0
+    programs = []
+    for limit in (2**40, 4 * 7 * 272):
+        monkeypatch.setattr(scoring, "_CHUNK_LOGITS", limit)
+        programs.append(compiled_gradient(Decoder(config), params, rows))
+    assert scoring._chunks(rows, 272)[0].shape == (9, 4, 7)
+    assert " conditional(" in programs[1].as_text()
+    ((_, expected), wanted), ((_, found), gradients) = (program(params, rows) for program in programs)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_array_equal(found == 0, rows.lengths == 0)
+    for want, got in zip(jax.tree.leaves(wanted), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    # A micro-batch that is empty: zeros everywhere.
+    (_, none), gradients = programs[1](params, jax.tree.map(np.zeros_like, rows))
+    assert not any(np.any(array) for array in jax.tree.leaves((none, gradients)))
+
+
+def test_a_large_vocabulary_and_few_tokens(real, mesh):
+    """32,000 words, and answers in the first two of four chunks only, one across their border. PER_TOKEN."""
+    model, reference = real
+    rng, shape = np.random.default_rng(0), RowShape(1, 96, 2)
+    prompt, *answers = (rng.integers(0, 32000, n) for n in (5, 30, 2))
+    groups = [Group(prompt, tuple(answers))]
+    (rows,) = packed(groups, shape)
+    with jax.set_mesh(mesh):
+        _, _, owners = scoring._chunks(rows, 32000)
+    np.testing.assert_array_equal((owners > 0).any(axis=(1, 2)), [True, True, False, False])
+    scores = score_groups(Decoder(model.config), model.params, groups, shape, mesh)
+    assert_scores_are_torchs(scores, groups, reference)
+
+
+# --- conversations ---------------------------------------------------------------------------------
 
 
 def test_scores_of_real_conversations_equal_torch(real, conversations):
@@ -97,7 +267,7 @@ def test_stop_tokens_of_the_generation_config_end_the_answer(tiny_model):
     )
     whole = spin_jax.score(tiny_model, [short, long])
     assert abs(whole[0] - whole[1]) > 1
-    model = convert.dataclasses.replace(tiny_model, generation_config={"eos_token_id": [dot]})
+    model = dataclasses.replace(tiny_model, generation_config={"eos_token_id": [dot]})
     cut = spin_jax.score(model, [short, long])
     np.testing.assert_allclose(cut[0], cut[1], rtol=0, atol=1e-4)
     assert cut[0] > whole[0]  # one factor less, the </s> after the dot
@@ -129,6 +299,8 @@ def test_eight_devices_score_as_one(tiny_model, tiny_dir, mesh8):
         atol=1e-4,
     )
 
+
+# --- bad input and logits --------------------------------------------------------------------------
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 

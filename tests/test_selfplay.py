@@ -349,17 +349,17 @@ def test_one_device_equals_eight(command, finished, tmp_path):
 
 
 def test_programs_are_compiled_once(command, tmp_path):
-    """Two iterations, one program each for a step of SFT, a step of SPIN, scoring; two for decoding."""
+    """Two iterations, one program for each thing that is done, though lengths differ from step to step."""
     program = f"""
 import spin_jax
 from configs.tiny import get_config
-from spin_jax import opponent, sample, selfplay, train
+from spin_jax import sample, scoring, selfplay, train
 steps = []
 make = train.make_step
 selfplay.make_step = lambda *a: steps.append(make(*a)) or steps[-1]
 spin_jax.run(get_config("smoke"), {str(tmp_path)!r})
 print("compiled", [step._cache_size() for step in dict.fromkeys(steps)],
-      opponent.score_rows._cache_size(), sample.decode._cache_size())
+      scoring.score_rows._cache_size(), sample.prefill._cache_size(), sample.decode._cache_size())
 """
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -369,8 +369,8 @@ print("compiled", [step._cache_size() for step in dict.fromkeys(steps)],
         text=True,
         check=False,
     )
-    # decode: temperature 1, and greedy for evaluation
-    assert "compiled [1, 1] 1 2" in result.stdout, result.stdout + result.stderr
+    # Scoring: pairs, and human answers for the NLL. Sampling: temperature 1, and greedy for evaluation.
+    assert "compiled [1, 1] 2 2 2" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.fixture(scope="session")

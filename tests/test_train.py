@@ -2,21 +2,33 @@
 
 import dataclasses
 import math
+import re
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from spin_jax import batches, losses, sharding, tiny
-from spin_jax.batches import RowShape
-from spin_jax.chat import Chat, Pair
+from spin_jax import convert, losses, scoring, sharding, tiny
+from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, pair_group, stacked
+from spin_jax.chat import Pair
 from spin_jax.convert import new_model
-from spin_jax.data import load_examples
-from spin_jax.model import Decoder, init_params
-from spin_jax.scoring import response_logps, score_rows
-from spin_jax.train import SFT, SPIN, Optimization, evaluate, init_state, make_optimizer, make_step
+from spin_jax.losses import PairLogps
+from spin_jax.model import Decoder, abstract_params
+from spin_jax.scoring import score_groups, score_rows
+from spin_jax.train import (
+    SFT,
+    SPIN,
+    Loop,
+    Optimization,
+    TrainState,
+    evaluate,
+    fit,
+    init_state,
+    make_optimizer,
+    make_step,
+)
 
 RMSPROP = Optimization(
     optimizer="rmsprop",
@@ -29,11 +41,17 @@ RMSPROP = Optimization(
     eps=1e-8,
     clip_norm=None,
     batch_size=8,
-    microbatch_size=None,
+    tokens_per_device=80,
+    row_length=None,
     epochs=1,
     schedule_epochs=None,
 )
-SHAPE = RowShape(length=16, response=8)
+# Plain descent by learning_rate / 1e6: RMSProp's first step is ±lr/√0.01 whatever the gradient's size.
+DESCENT = dataclasses.replace(RMSPROP, eps=1e6)
+SHAPE = RowShape(rows=2, length=40, groups=3)
+MICROBATCHES = 4  # of a step of 8 pairs, which may need a row each
+ALONE = RowShape(rows=8, length=40, groups=1)  # a row a pair, one micro-batch a step
+SCORING = RowShape(rows=3, length=56, groups=4)  # the opponent's, so that its rows are others than training's
 ARCHITECTURE = {
     "model_type": "mistral",
     "vocab_size": 272,
@@ -43,14 +61,18 @@ ARCHITECTURE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
+    "sliding_window": 9,
     "initializer_range": 0.2,
     "max_position_embeddings": 64,
 }
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return sharding.make_mesh(devices=jax.devices()[:1])
+@pytest.fixture(scope="module", autouse=True)
+def several_chunks():
+    """Ten columns of a micro-batch are projected at a time: as it is with a large vocabulary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "_CHUNK_LOGITS", 2 * 10 * 272)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,38 +80,64 @@ def model(mesh):
     return new_model(ARCHITECTURE, tiny.tokenizer(), dtype="float32", mesh=mesh)
 
 
-def fresh(model, mesh):
-    return init_params(model.config, jax.random.key(0), mesh)
+def random_params(config, mesh):
+    """Without a compilation; the norms' scales are random too."""
+    rng, abstract = np.random.default_rng(0), abstract_params(config)
+
+    def weight(path, leaf):
+        around = 1.0 if path[-1].key == "scale" else 0.0
+        return rng.normal(around, config.initializer_range, leaf.shape).astype(np.float32)
+
+    host = jax.tree_util.tree_map_with_path(weight, sharding.unboxed(abstract))
+    return jax.device_put(host, sharding.parameter_shardings(mesh, abstract))
 
 
-def random_pairs(count, seed=0):
+@pytest.fixture(scope="module")
+def fresh(model):
+    """fresh(mesh) → parameters, the same ones every time: a step takes its own away."""
+    return lambda mesh: random_params(model.config, mesh)
+
+
+def random_pairs(count, seed=0, longest=6):
     rng = np.random.default_rng(seed)
 
     def ids():
-        return rng.integers(6, 262, rng.integers(2, 7)).astype(np.int32)
+        return rng.integers(6, 262, rng.integers(2, longest + 1)).astype(np.int32)
 
     return [Pair(i, 0, [], [], ids(), ids(), ids(), truncated=False) for i in range(count)]
 
 
-def scored_batch(decoder, params, mesh, pairs, size, offset=0.0):
-    """A batch whose opponent is `params` themselves; `offset` nats off for the human answers."""
-    unscored = [batches.ScoredPair(p, (0.0, 0.0)) for p in pairs]
-    rows = batches.pair_batch(unscored, size, SHAPE).rows
-    with jax.set_mesh(mesh):
-        logps = np.asarray(score_rows(decoder, params, sharding.put_batch(mesh, rows))).reshape(-1, 2)
-    logps = logps + np.where(np.arange(size) % 2, offset, -offset)[:, None] * [1.0, 0.0]
-    scored = [batches.ScoredPair(p, tuple(lp)) for p, lp in zip(pairs, logps, strict=False)]
-    return batches.pair_batch(scored, size, SHAPE)
+def scored_by(decoder, params, mesh, pairs, offset=0.0):
+    """Pairs whose opponent is `params` themselves; in turn, `offset` nats more and less for human answers."""
+    logps = score_groups(decoder, params, [pair_group(pair) for pair in pairs], SCORING, mesh)
+    logps = logps + offset * np.resize([[-1.0, 0.0], [1.0, 0.0]], logps.shape)
+    return [ScoredPair(pair, tuple(values)) for pair, values in zip(pairs, logps, strict=True)]
+
+
+def pair_step(scored, shape=SHAPE, count=MICROBATCHES):
+    """One step's batch of pairs."""
+    return stacked(pair_batches(scored, shape), count)
+
+
+def sft_step(pairs, shape=SHAPE, count=MICROBATCHES):
+    """One step's batch of the pairs' human answers."""
+    return stacked(packed([Group(pair.prompt, (pair.real,)) for pair in pairs], shape), count)
+
+
+def used(batch):
+    """How many micro-batches of a step hold something."""
+    items = batch.rows.items if hasattr(batch, "rows") else batch.items
+    return int((items > 0).any(axis=(1, 2)).sum())
 
 
 def run_step(objective, options, params, batch, mesh, steps=1, beta=0.1, learning_rate=1e-3):
+    """(parameters, each step's metrics) after steps on one batch."""
     state = init_state(params, options, mesh)
     step = make_step(objective, options)
-    split = batches.microbatches(batch, options.accumulation)
     history = []
     with jax.set_mesh(mesh):
         for _ in range(steps):
-            placed = sharding.put_batch(mesh, split, axis=1)
+            placed = sharding.put_batch(mesh, batch, axis=1)
             scalars = {"beta": np.float32(beta)} if isinstance(objective, SPIN) else {}
             state, metrics = step(state, placed, np.float32(learning_rate), scalars)
             history.append({k: float(v) for k, v in metrics.items()})
@@ -160,12 +208,23 @@ def test_schedules_are_transformers(schedule, warmup):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-def test_step_zero_is_ln_2(model, mesh):
-    """The opponent's scores are the policy's own at the start: loss ln 2, margin 0, to 1e-5 (float32)."""
-    params = fresh(model, mesh)
-    objective = SPIN(Decoder(model.config, remat=True), losses.logistic)
-    batch = scored_batch(objective.decoder, params, mesh, random_pairs(8), 8)
-    _, (first, second) = run_step(objective, RMSPROP, params, batch, mesh, steps=2)
+# --- the objective on packed rows ------------------------------------------------------------------
+
+
+def test_step_zero_is_ln_2(model, fresh, mesh):
+    """The opponent's scores are the policy's own at the start: loss ln 2, margin 0, to 1e-5 (float32).
+
+    Though it scored them in other rows, and the micro-batches are several.
+    """
+    params, pairs = fresh(mesh), random_pairs(8)
+    objective = SPIN(Decoder(model.config), losses.logistic)
+    batch = pair_step(scored_by(objective.decoder, params, mesh, pairs))
+    assert used(batch) == 2
+    of_scoring = packed([pair_group(pair) for pair in pairs], SCORING)
+    assert [row[row > 0].tolist() for part in of_scoring for row in part.items] != [
+        row[row > 0].tolist() for part in batch.rows.items for row in part
+    ]
+    _, (first, second) = run_step(objective, DESCENT, params, batch, mesh, steps=2, learning_rate=1e6)
     assert abs(first["loss"] - math.log(2)) < 1e-5
     assert abs(first["margin"]) < 1e-5
     assert second["loss"] < first["loss"]  # and the first step helps
@@ -173,71 +232,164 @@ def test_step_zero_is_ln_2(model, mesh):
     assert first["grad_norm"] > 0
 
 
-def test_identical_pairs_change_nothing(model, mesh):
-    params = fresh(model, mesh)
+def test_identical_pairs_change_nothing(model, fresh, mesh):
+    params = fresh(mesh)
     pairs = [dataclasses.replace(p, generated=p.real) for p in random_pairs(8)]
     objective = SPIN(Decoder(model.config), losses.logistic)
-    batch = scored_batch(objective.decoder, params, mesh, pairs, 8)
-    _, (metrics,) = run_step(objective, RMSPROP, params, batch, mesh)
+    batch = pair_step(scored_by(objective.decoder, params, mesh, pairs))
+    _, (metrics,) = run_step(objective, DESCENT, params, batch, mesh)
     assert metrics["identical"] == 1.0
-    # the two rows of a pair are the same numbers in another order of summation
+    # the two answers of a pair are the same numbers in another order of summation
     assert metrics["grad_norm"] < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["pairs", "sft"])
-def test_accumulation_equals_the_large_batch(model, mesh, kind):
-    """Short last batch included; float32 sums in another order, so 1e-5 of the largest."""
-    decoder, pairs = Decoder(model.config), random_pairs(7)
-    if kind == "pairs":
-        objective = SPIN(decoder, losses.logistic)
-        batch = scored_batch(decoder, fresh(model, mesh), mesh, pairs, 8, offset=2.0)
-    else:
-        objective = SFT(decoder)
-        chat = Chat(model.tokenizer, model.stop_tokens)
-        examples, _ = load_examples(tiny.problems(7), chat, path="tiny")
-        batch = batches.sft_batch(examples, 8, RowShape(24, 8))
-    # plain descent: RMSProp's first step is ±lr/√0.01 whatever the gradient, and would hide its size
-    options = dataclasses.replace(RMSPROP, eps=1e6)
-    results = [
-        run_step(
-            objective,
-            dataclasses.replace(options, microbatch_size=size),
-            fresh(model, mesh),
-            batch,
-            mesh,
-            steps=2,
-            learning_rate=1e5,
-        )
-        for size in (None, 4, 1)
-    ]
-    for params, history in results[1:]:
-        assert_trees_close(params, results[0][0], rtol=1e-4, atol=1e-5)
-        for ours, theirs in zip(history, results[0][1], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+def torch_gradient(kind, model, params, scored, tmp_path, mesh):
+    """(loss, gradient as our tree) of the mean over pairs or tokens, every sequence alone and unpadded."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
 
-
-def test_filler_does_not_count(model, mesh):
-    """A batch of 5 pairs padded to 8 has the metrics of those 5, and their gradient."""
-    objective, params = SPIN(Decoder(model.config), losses.logistic), fresh(model, mesh)
-    pairs = random_pairs(5)
-    short = dataclasses.replace(RMSPROP, batch_size=5)
-    exact = run_step(objective, short, params, scored_batch(objective.decoder, params, mesh, pairs, 5), mesh)
-    params = fresh(model, mesh)
-    padded = run_step(
-        objective, RMSPROP, params, scored_batch(objective.decoder, params, mesh, pairs, 8), mesh
+    torch.set_num_threads(1)  # calls this small are a hundred times slower where threads wait for cores
+    convert.save(dataclasses.replace(model, params=params), tmp_path / "weights")
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "weights", dtype=torch.float32, attn_implementation="eager"
     )
-    assert exact[1][0] == pytest.approx(padded[1][0], rel=1e-4, abs=1e-5)
+
+    def logp(prompt, answer):
+        ids = torch.tensor(np.concatenate([prompt, answer])[None].astype(int))
+        logps = torch.log_softmax(reference(ids).logits[0, :-1], dim=-1)
+        return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
+
+    if kind == "sft":
+        total = sum(logp(s.pair.prompt, s.pair.real) for s in scored)
+        loss = -total / sum(len(s.pair.real) for s in scored)
+    else:
+        margins = [
+            (logp(s.pair.prompt, s.pair.real) - s.opponent[0])
+            - (logp(s.pair.prompt, s.pair.generated) - s.opponent[1])
+            for s in scored
+        ]
+        loss = -torch.nn.functional.logsigmoid(0.1 * torch.stack(margins)).mean()
+    loss.backward()
+    for weight in reference.parameters():
+        weight.data = weight.grad
+    reference.save_pretrained(tmp_path / "gradient")
+    return loss.item(), convert.load_params(tmp_path / "gradient", model.config, mesh, jnp.float32)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "sft"])
+def test_gradient_is_that_of_separate_sequences(kind, model, fresh, mesh, tmp_path):
+    """Packed rows, several micro-batches and chunks; grouped queries and a window; against torch.
+
+    One step of plain descent by 100 gradients; each parameter's to 1e-4 of its largest entry, for both
+    sides compute in float32 and in another order.
+    """
+    decoder, params = Decoder(model.config), fresh(mesh)
+    scored = scored_by(decoder, params, mesh, random_pairs(7, seed=1, longest=9), offset=2.0)
+    loss, expected = torch_gradient(kind, model, params, scored, tmp_path, mesh)
+    if kind == "pairs":
+        objective, batch = SPIN(decoder, losses.logistic), pair_step(scored)
+    else:
+        objective, batch = SFT(decoder), sft_step([s.pair for s in scored])
+    assert used(batch) > 1
+    before = jax.device_get(params)
+    after, (metrics,) = run_step(objective, DESCENT, params, batch, mesh, learning_rate=1e8)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    moved = jax.tree.map(lambda a, b: (a - b) / 100, before, after)
+    for (path, want), got in zip(
+        jax.tree_util.tree_leaves_with_path(jax.device_get(expected)), jax.tree.leaves(moved), strict=True
+    ):
+        where = jax.tree_util.keystr(path)
+        assert np.abs(want).max() > 1e-5, where
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max(), err_msg=where)
+
+
+# --- micro-batches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pairs", "sft"])
+def test_any_number_of_microbatches_is_the_large_batch(kind, model, fresh, mesh):
+    """One pair, seven short ones, eight long ones: one program, and what a row a pair gives at once.
+
+    Two steps; float32 sums in another order, so 1e-5 of the largest.
+    """
+    decoder = Decoder(model.config)
+    objective = SPIN(decoder, losses.logistic) if kind == "pairs" else SFT(decoder)
+    step = make_step(objective, DESCENT)
+    counts, programs = [], set()
+    long = random_pairs(8, seed=2, longest=13 if kind == "pairs" else 20)
+    for pairs in (random_pairs(1), random_pairs(7), long):
+        if kind == "pairs":
+            scored = scored_by(decoder, fresh(mesh), mesh, pairs, offset=2.0)
+            batch, whole = pair_step(scored), pair_step(scored, ALONE, 1)
+        else:
+            batch, whole = sft_step(pairs), sft_step(pairs, ALONE, 1)
+        before = step._cache_size()
+        params, history = run_step(objective, DESCENT, fresh(mesh), batch, mesh, 2, learning_rate=1e5)
+        programs.add(step._cache_size())
+        counts.append(used(batch))
+        expected, at_once = run_step(objective, DESCENT, fresh(mesh), whole, mesh, 2, learning_rate=1e5)
+        assert_trees_close(params, expected, rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(history, at_once, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert len(set(counts)) == 3, counts
+    # After the first batches, one program for each of the two shapes, and no other ever.
+    assert step._cache_size() == before
+
+
+def test_empty_microbatches_change_nothing(model, fresh, mesh):
+    """Bit for bit: parameters and metrics of two micro-batches with two empty ones after them, and five.
+
+    Nor are they run: NaN in them, which would spread over every gradient, stays where it is.
+    """
+    objective = SPIN(Decoder(model.config), losses.logistic)
+    scored = scored_by(objective.decoder, fresh(mesh), mesh, random_pairs(8), offset=2.0)
+    exact, more, poisoned = (pair_step(scored, count=count) for count in (MICROBATCHES, 7, MICROBATCHES))
+    assert used(exact) == used(more) == 2
+    poisoned.opponent[2:], poisoned.rows.owners[2:] = np.nan, 1
+    params, history = run_step(objective, DESCENT, fresh(mesh), exact, mesh, 2, learning_rate=1e5)
+    for batch in (more, poisoned):
+        others, metrics = run_step(objective, DESCENT, fresh(mesh), batch, mesh, 2, learning_rate=1e5)
+        jax.tree.map(np.testing.assert_array_equal, others, params)
+        assert metrics == history
+
+
+def test_logits_are_never_kept(model, monkeypatch):
+    """The compiled step holds no array nearly as large as the logits of a micro-batch, nor all together.
+
+    Two rows of 512 tokens of 32,768 words: 128 MiB. Beside the chunks of 4 MiB that are asked for, the
+    largest are the head with its gradients, also 4 MiB each, and the scores of a layer's attention.
+    """
+    monkeypatch.setattr(scoring, "_CHUNK_LOGITS", 2**20)
+    config = dataclasses.replace(model.config, vocab_size=32768, num_attention_heads=2, num_key_value_heads=1)
+    objective = SPIN(Decoder(config, remat="full"), losses.logistic)
+    pair = Pair(0, 0, [], [], *np.ones((3, 100), np.int32), truncated=False)
+    batch = pair_step([ScoredPair(pair, (0.0, 0.0))] * 4, RowShape(2, 512, 3))
+    params = sharding.unboxed(abstract_params(config))
+    state = TrainState(params, jax.eval_shape(make_optimizer(RMSPROP).init, params))
+    step = make_step(objective, RMSPROP)
+    compiled = step.lower(state, batch, np.float32(0), {"beta": np.float32(0)}).compile()
+    logits = 2 * 512 * 32768
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * logits / 2
+    sizes = [
+        math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", compiled.as_text())
+    ]
+    assert 2**20 <= max(sizes) < logits / 8
+
+
+# --- meshes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)])
-def test_eight_devices_equal_one(model, mesh, sizes):
+def test_eight_devices_equal_one(model, fresh, mesh, sizes):
     """Three optimizer steps on 1 and 8 simulated devices; sums in another order, so 1e-4 relative."""
     wide = sharding.make_mesh(*sizes)
-    objective = SPIN(Decoder(model.config, remat=True), losses.logistic)
-    batch = scored_batch(objective.decoder, fresh(model, mesh), mesh, random_pairs(8), 8, offset=2.0)
+    objective = SPIN(Decoder(model.config, remat="attention+mlp"), losses.logistic)
+    scored = scored_by(Decoder(model.config), fresh(mesh), mesh, random_pairs(16, longest=13), offset=2.0)
+    batch = pair_step(scored, RowShape(8, 40, 3), 2)
+    assert used(batch) == 2
     adam = dataclasses.replace(RMSPROP, optimizer="adamw", decay=0.999, eps=1e-4, clip_norm=0.5)
-    one, history = run_step(objective, adam, fresh(model, mesh), batch, mesh, steps=3)
-    eight, histories = run_step(objective, adam, fresh(model, wide), batch, wide, steps=3)
+    one, history = run_step(objective, adam, fresh(mesh), batch, mesh, steps=3)
+    eight, histories = run_step(objective, adam, fresh(wide), batch, wide, steps=3)
     assert_trees_close(one, eight, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(history, histories, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
@@ -246,24 +398,24 @@ def test_eight_devices_equal_one(model, mesh, sizes):
 def test_a_vocabulary_that_the_mesh_does_not_divide():
     """263 rows over tensor=2: embedding and head stay whole, and the numbers are one device's."""
     values = []
+    (rows,) = packed([pair_group(p) for p in random_pairs(6)], RowShape(4, 40, 3))
     for sizes, devices in (((1, 1, 1), 1), ((1, 2, 2), 4)):
         mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
         for tied in (False, True):
             odd = ARCHITECTURE | {"vocab_size": 263, "tie_word_embeddings": tied}
-            model = new_model(odd, tiny.tokenizer(), dtype="float32", mesh=mesh)
-            rows = batches.pad_rows([(p.prompt, p.real) for p in random_pairs(4)], SHAPE)
-            params = fresh(model, mesh)
+            config = new_model(odd, tiny.tokenizer(), dtype="float32", mesh=mesh).config
+            params = random_params(config, mesh)
             with jax.set_mesh(mesh):
                 placed = sharding.put_batch(mesh, rows)
-                values.append(np.asarray(score_rows(Decoder(model.config), params, placed)))
+                values.append(np.asarray(score_rows(Decoder(config), params, placed)))
+    assert (values[0] < 0).sum() == 12
     np.testing.assert_allclose(values[0], values[2], rtol=1e-5)
     np.testing.assert_allclose(values[1], values[3], rtol=1e-5)
 
 
-def test_optimizer_state_is_split_like_the_parameters(model):
-    wide = sharding.make_mesh(2, 2, 2)
-    params = fresh(model, wide)
-    state = init_state(params, RMSPROP, wide)
+def test_optimizer_state_is_split_like_the_parameters(fresh, mesh8):
+    params = fresh(mesh8)
+    state = init_state(params, RMSPROP, mesh8)
     shardings = {leaf.sharding.spec for leaf in jax.tree.leaves(params)}
     assert len(shardings) > 3
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
@@ -271,11 +423,14 @@ def test_optimizer_state_is_split_like_the_parameters(model):
         assert moment.sharding.is_equivalent_to(param.sharding, param.ndim)
 
 
-def test_master_weights_move_at_the_papers_learning_rate(model, mesh):
+# --- numbers and programs --------------------------------------------------------------------------
+
+
+def test_master_weights_move_at_the_papers_learning_rate(model, fresh, mesh):
     """lr 5e-7 in bfloat16 compute: the float32 masters change, their bfloat16 roundings hardly do."""
     objective = SPIN(Decoder(model.config, dtype=jnp.bfloat16), losses.logistic)
-    params = fresh(model, mesh)
-    batch = scored_batch(objective.decoder, params, mesh, random_pairs(8), 8)
+    params = fresh(mesh)
+    batch = pair_step(scored_by(objective.decoder, params, mesh, random_pairs(8)))
     before = jax.device_get(params)
     after, _ = run_step(objective, RMSPROP, params, batch, mesh, learning_rate=5e-7)
     changed = jax.tree.map(lambda a, b: np.mean(a != b), before, after)
@@ -287,33 +442,29 @@ def test_master_weights_move_at_the_papers_learning_rate(model, mesh):
     assert rounded["layers"]["mlp"]["up"] < 0.05
 
 
-def test_beta_and_learning_rate_are_arguments(model, mesh):
+def test_beta_and_learning_rate_are_arguments(model, fresh, mesh):
     """Iterations that differ in β, learning rate or epochs run one compiled program."""
-    objective = SPIN(Decoder(model.config), losses.exponential)
-    first = make_step(objective, RMSPROP)
-    second = make_step(objective, dataclasses.replace(RMSPROP, learning_rate=1e-7, epochs=3))
-    assert first is second
-    batch = scored_batch(objective.decoder, fresh(model, mesh), mesh, random_pairs(8), 8)
-    values = []
-    for beta, learning_rate in ((0.1, 1e-3), (5.0, 1e-3), (5.0, 1e-5)):
-        params, history = run_step(
-            objective, RMSPROP, fresh(model, mesh), batch, mesh, 2, beta, learning_rate
-        )
+    objective = SPIN(Decoder(model.config), losses.logistic)
+    step = make_step(objective, DESCENT)
+    assert step is make_step(objective, dataclasses.replace(DESCENT, learning_rate=1e-7, epochs=3))
+    assert step is not make_step(objective, RMSPROP)
+    batch = pair_step(scored_by(objective.decoder, fresh(mesh), mesh, random_pairs(8)))
+    values, programs = [], set()
+    for beta, learning_rate in ((0.1, 1e5), (5.0, 1e5), (5.0, 1e3)):
+        params, history = run_step(objective, DESCENT, fresh(mesh), batch, mesh, 2, beta, learning_rate)
         values.append((history[1]["margin"], params["head"]))
-    assert first._cache_size() == 1
+        programs.add(step._cache_size())
+    assert len(programs) == 1
     assert values[1][0] > 10 * values[0][0]  # the margin is in units of β
     assert not np.array_equal(values[1][1], values[2][1])
 
 
-def test_clipping(model, mesh):
+def test_clipping(model, fresh, mesh):
     """Clipped plain descent moves by lr · clip_norm, whatever the gradient's norm."""
     options = dataclasses.replace(RMSPROP, eps=1e8, clip_norm=0.01)
-    objective = SFT(Decoder(model.config))
-    pairs = random_pairs(8)
-    rows = batches.pad_rows([(p.prompt, p.real) for p in pairs], SHAPE)
-    batch = batches.SFTBatch(rows, np.ones(8, np.float32))
-    before = jax.device_get(fresh(model, mesh))
-    after, (metrics,) = run_step(objective, options, fresh(model, mesh), batch, mesh, learning_rate=1e8)
+    objective, before = SFT(Decoder(model.config)), jax.device_get(fresh(mesh))
+    batch = sft_step(random_pairs(8))
+    after, (metrics,) = run_step(objective, options, fresh(mesh), batch, mesh, learning_rate=1e8)
     moved = math.sqrt(
         sum(np.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
     )
@@ -321,32 +472,67 @@ def test_clipping(model, mesh):
     assert moved == pytest.approx(0.01, rel=1e-2)
 
 
-def test_evaluation_is_the_mean_over_pairs(model, mesh):
-    """Held-out batches of 4, 4 and 2 (padded): the mean of all ten."""
-    decoder, pairs = Decoder(model.config), random_pairs(10)
-    params = fresh(model, mesh)
-    objective = SPIN(decoder, losses.hinge)
-    scored = [batches.ScoredPair(p, (-20.0, -30.0)) for p in pairs]
-    parts = [batches.pair_batch(scored[i : i + 4], 4, SHAPE) for i in range(0, 10, 4)]
-    together = evaluate(objective, params, [batches.pair_batch(scored, 10, SHAPE)], {"beta": 0.3}, mesh)
-    assert evaluate(objective, params, parts, {"beta": 0.3}, mesh) == pytest.approx(together, rel=1e-5)
+def test_adafactor_learns(model, fresh, mesh):
+    objective = SPIN(Decoder(model.config), losses.logistic)
+    params = fresh(mesh)
+    batch = pair_step(scored_by(objective.decoder, params, mesh, random_pairs(8)))
+    options = dataclasses.replace(RMSPROP, optimizer="adafactor")
+    _, history = run_step(objective, options, params, batch, mesh, steps=4)
+    assert history[-1]["loss"] < history[0]["loss"] - 1e-3
 
 
-def test_response_logps_by_hand(model, mesh):
-    """Against log-softmax and a gather, row by row, without padding."""
-    decoder, params = Decoder(model.config), fresh(model, mesh)
-    pair = random_pairs(1)[0]
-    ids = np.concatenate([pair.prompt, pair.real])
-    n = np.arange(len(ids), dtype=np.int32)
-    arguments = ids[None], n[None], np.ones_like(n)[None]
-    variables = {"params": params}
-    with jax.set_mesh(mesh):
-        hidden, _ = decoder.apply(variables, *arguments)
-        logps = nn.log_softmax(decoder.apply(variables, hidden, method="logits")[0])
-        expected = sum(float(logps[i - 1, ids[i]]) for i in range(len(pair.prompt), len(ids)))
-        rows = batches.pad_rows([(pair.prompt, pair.real)], SHAPE)
-        found = float(response_logps(decoder, params, rows)[0])
-    assert found == pytest.approx(expected, rel=1e-6)
+def test_evaluation_is_the_mean_over_pairs(model, fresh, mesh):
+    """Ten held-out pairs in several micro-batches, rows with and without room left: the mean of all ten."""
+    decoder, params, pairs = Decoder(model.config), fresh(mesh), random_pairs(10)
+    policy = score_groups(decoder, params, [pair_group(pair) for pair in pairs], SCORING, mesh)
+    opponent = np.random.default_rng(0).normal(-25, 5, policy.shape)
+    scored = [ScoredPair(pair, tuple(values)) for pair, values in zip(pairs, opponent, strict=True)]
+    parts = pair_batches(scored, SHAPE)
+    assert len(parts) > 1
+    assert any((part.rows.items == 0).any() for part in parts)
+    values = [PairLogps(*jnp.asarray(logps, jnp.float32).T) for logps in (policy, opponent)]
+    expected = {"loss": losses.hinge(*values, beta=0.3), **losses.metrics(*values, beta=0.3)}
+    expected = {name: float(jnp.mean(value)) for name, value in expected.items()} | {"identical": 0.0}
+    found = evaluate(SPIN(decoder, losses.hinge), params, parts, {"beta": 0.3}, mesh)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_fit_reports_tokens_and_waiting(mesh):
+    """Tokens a second count a shared prompt once and no padding; waiting for a batch is seen where it was."""
+    batch, reported = sft_step(random_pairs(8)), []
+
+    def source():
+        for seconds in (0.1, 0.3, 0.0, 0.0):
+            time.sleep(seconds)
+            yield batch
+
+    def step(state, batch, learning_rate, scalars):
+        time.sleep(0.1)  # what a device would take
+        return state, {"loss": learning_rate * scalars["beta"]}
+
+    began = time.perf_counter()
+    fit(
+        TrainState({}, None),
+        source(),
+        step,
+        start=1,
+        learning_rates=np.array([9.0, 1.0, 2.0, 3.0, 4.0]),
+        scalars={"beta": 0.5},
+        mesh=mesh,
+        checkpoints=None,
+        loop=Loop(5, 10, lambda *report: reported.append(report), lambda: False),
+    )
+    took = time.perf_counter() - began
+    tokens = sum(len(pair.prompt) + len(pair.real) for pair in random_pairs(8))
+    assert [number for number, _, _ in reported] == [1, 2, 3, 4]
+    assert [values["loss"] for _, values, _ in reported] == [0.5, 1.0, 1.5, 2.0]
+    assert [values["learning_rate"] for _, values, _ in reported] == [1.0, 2.0, 3.0, 4.0]
+    seconds = np.array([tokens / values["tokens_per_s"] for _, values, _ in reported])
+    assert seconds.sum() == pytest.approx(took, rel=0.1)
+    shares = np.array([share for _, _, share in reported])
+    assert 0.4 <= (seconds * shares).sum() < took - 0.4  # a step's own time is no waiting
+    assert shares.max() <= 1
+    assert np.sort(shares)[-2] < shares.max() / 2  # both fell between two reports
 
 
 def test_impossible_options():
@@ -356,19 +542,3 @@ def test_impossible_options():
         dataclasses.replace(RMSPROP, schedule="step")
     with pytest.raises(ValueError, match="schedule_epochs=1 is shorter than epochs=2"):
         dataclasses.replace(RMSPROP, epochs=2, schedule_epochs=1)
-
-
-@pytest.mark.parametrize(("most", "microbatch"), [(None, 8), (8, 8), (64, 8), (5, 4), (3, 2), (1, 1)])
-def test_microbatches_divide_the_batch(most, microbatch):
-    options = dataclasses.replace(RMSPROP, microbatch_size=most)
-    assert options.microbatch == microbatch
-    assert options.accumulation * microbatch == 8
-
-
-def test_adafactor_learns(model, mesh):
-    objective = SPIN(Decoder(model.config), losses.logistic)
-    params = fresh(model, mesh)
-    batch = scored_batch(objective.decoder, params, mesh, random_pairs(8), 8)
-    options = dataclasses.replace(RMSPROP, optimizer="adafactor")
-    _, history = run_step(objective, options, params, batch, mesh, steps=4)
-    assert history[-1]["loss"] < history[0]["loss"] - 1e-3

@@ -1,0 +1,174 @@
+"""Attention over packed rows, behind one function; which tokens see which is a `Layout`.
+
+    out = attend(q, k, v, queries, keys, window=None, kernel="plain")
+
+A row holds several groups, each a prompt with the answers that share it: prompt, real, generated. All
+that works on single tokens runs on that layout. In attention an answer sees its prompt and itself, never
+the other answer: `plain` says so with a mask, the kernels get the row `unshared` first, as
+[prompt + real | prompt + generated | …], which any causal kernel with segment ids understands.
+
+Axes: B rows, T queries, S keys, U tokens of an unshared row, N query heads, K key/value heads, G = N / K,
+H head dim.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from spin_jax import sharding
+
+KEPT = "attended"  # the name under which remat policies keep what attention computed
+
+
+class Layout(NamedTuple):
+    """Where each token of a row stands, and whom it may see.
+
+    A token sees those of its own segment that stand before it, are not of another branch, and lie within
+    the window. Segment 0 is padding; −s sees what s sees and is itself seen by none (`official` only).
+    """
+
+    positions: Any  # int32 [B, T]: within the token's own sequence, from 0
+    segments: Any  # int32 [B, T]: the group
+    branches: Any = None  # int32 [B, T]: 0 the prompt, 1 and up the answers to it; None: no answers
+    unshared: Any = None  # int32 [B, U]: the tokens, counted from 1, sequence by sequence; 0 fills up
+
+
+def matmul_precision(dtype: Any) -> lax.Precision | None:
+    """float32 means float32, on accelerators too (whose default is a shorter format)."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def kernel_for(platform: str, dtype: Any) -> str:
+    """What `attend` runs on a platform; float32 is always plain, for the kernels multiply in less."""
+    kernels = {"tpu": "splash", "gpu": "triton", "cuda": "triton"}
+    return "plain" if dtype == jnp.float32 else kernels.get(platform, "plain")
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    queries: Layout,
+    keys: Layout,
+    *,
+    window: int | None,
+    kernel: str = "plain",
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention over the keys that each query may see; softmax in float32.
+
+    Args:
+        window: a token sees itself and the window − 1 tokens before it; None: all.
+        kernel: "plain", "splash" (TPU) or "triton" (GPU). Kernels want queries and keys to be the same
+            tokens, `unshared` in multiples of 128, and no segments below zero. On CPU they are interpreted.
+    """
+    narrow = window is not None and window < queries.positions.shape[1]
+    if kernel == "plain" or (kernel == "triton" and narrow):  # Triton's knows no window
+        return checkpoint_name(plain(q, k.swapaxes(1, 2), v.swapaxes(1, 2), queries, keys, window), KEPT)
+    run = {"splash": splash, "triton": triton}[kernel]
+    run = functools.partial(run, window=window if narrow else None, interpret=_on_cpu())
+    run = functools.partial(_unshared, run)
+    return sharding.by_rows_and_heads(run)(q, k, v, queries.positions, queries.unshared)
+
+
+def visible(queries: Layout, keys: Layout, window: int | None) -> Bool[Array, "B T S"]:
+    """Which keys each query sees."""
+    behind = queries.positions[:, :, None] - keys.positions[:, None, :]
+    seen = (jnp.abs(queries.segments)[:, :, None] == keys.segments[:, None, :]) & (behind >= 0)
+    if queries.branches is not None and keys.branches is not None:
+        branch = keys.branches[:, None, :]
+        seen &= (branch == 0) | (branch == queries.branches[:, :, None])
+    return seen if window is None else seen & (behind < window)
+
+
+def plain(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    queries: Layout,
+    keys: Layout,
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Every score, masked: the reference, and what reads a cache, hence keys and values head by head."""
+    seen = visible(queries, keys, window)
+    precision = matmul_precision(q.dtype)
+    q = sharding.grouped_heads(q, k.shape[1])
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, precision=precision)
+    return sharding.merged_heads(jnp.moveaxis(out, 3, 1))
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+def _on_cpu() -> bool:
+    """Where kernels can only be interpreted. The mesh is asked, for a program may be compiled elsewhere."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "cpu"
+
+
+def _unshared(kernel, q, k, v, positions, unshared):
+    """Runs a kernel on rows of plain sequences, and brings the result back to the shared layout."""
+    T, U = positions.shape[1], unshared.shape[1]
+    there, slots = unshared > 0, jnp.maximum(unshared - 1, 0)
+    starts = jnp.take_along_axis(positions, slots, axis=1) == 0
+    segments = jnp.where(there, jnp.cumsum(starts, axis=1), 0)
+    take = jax.vmap(lambda x, index: x[index])
+    out = kernel(*(take(x, slots) for x in (q, k, v)), segments)
+    # A prompt's token is there once for every answer, with the same output: the first is taken.
+    first = jax.vmap(lambda t: jnp.full(T, U - 1).at[t].min(jnp.arange(U)))(slots)
+    return take(out, first)
+
+
+def splash(q, k, v, segments, window: int | None, interpret: bool = False) -> Float[Array, "B U N H"]:
+    """JAX's splash attention kernel for TPU."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    U, N = q.shape[1:3]
+    # Small blocks cost nearly as much as large ones: a row that none of these divides is rather filled up.
+    block = U if U <= 640 else min((512, 640, 384), key=lambda size: -U % size)
+    fill = -U % block
+    q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
+    segments = jnp.pad(segments, ((0, 0), (0, fill)))
+    shape = (U + fill, U + fill)
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * N),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=sizes,
+        residual_checkpoint_name=KEPT,
+        interpret=interpret,
+    )
+    heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
+    out: Any = jax.vmap(kernel)(*heads_first, kernels.SegmentIds(segments, segments))
+    return out.swapaxes(1, 2)[:, :U]
+
+
+def triton(q, k, v, segments, window: int | None, interpret: bool = False) -> Float[Array, "B U N H"]:
+    """JAX's Pallas/Triton flash attention for GPU, which knows no grouped heads and no window.
+
+    Nor does it name what its backward pass needs: under every remat policy the forward kernel runs again.
+    """
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    del window
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    out = mha(q, k, v, segments, sm_scale=q.shape[-1] ** -0.5, causal=True, interpret=interpret)
+    return checkpoint_name(out, KEPT)

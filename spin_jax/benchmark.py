@@ -1,0 +1,360 @@
+"""python -m spin_jax.benchmark --config=configs/zephyr.py, or --model=DIR --pairs=FILE --prompts=FILE
+
+How fast this machine samples, scores and trains, by the functions of a run. With --model and data, on
+those; with a config alone, on random weights of its architecture and pairs of `lengths.expected`, so that
+nothing is downloaded. The last line printed is one JSON object.
+"""
+
+import functools
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from spin_jax import config as config_lib
+from spin_jax import convert, data, losses, prepare, programs, roofline, sharding
+from spin_jax.batches import (
+    Rows,
+    RowShape,
+    ScoredPair,
+    batches,
+    pair_batches,
+    pair_group,
+    real_tokens,
+    sizes,
+)
+from spin_jax.chat import Ids, Pair
+from spin_jax.command import cache_compilations, explained, fail
+from spin_jax.draw import prompt_keys
+from spin_jax.model import Model, ModelConfig, Params, count_params, init_params, sampling_params
+from spin_jax.sample import answer_prompts
+from spin_jax.scoring import score_groups
+from spin_jax.train import SPIN, init_state, make_step
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
+_MODEL = flags.DEFINE_string("model", None, "Hugging Face directory; without it, random weights.")
+_PAIRS = flags.DEFINE_string("pairs", None, "Pairs to score and train on: JSONL or parquet.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "Rows whose prompts are answered.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Pairs a step; unset: the config's.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 5, "Training steps that are timed.", lower_bound=1)
+_NUM_PROMPTS = flags.DEFINE_integer(
+    "num_prompts", None, "Prompts to answer; unset: the slots.", lower_bound=1
+)
+_NEW_TOKENS = flags.DEFINE_integer(
+    "new_tokens", None, "Tokens of each answer; unset: the config's.", lower_bound=1
+)
+_DTYPE = flags.DEFINE_string("dtype", None, "Of computation; unset: the config's.")
+_REMAT = flags.DEFINE_string("remat", None, "train.remat; unset: the config's, without one none.")
+_PROFILE = flags.DEFINE_string("profile", None, "Directory to leave a trace in.")
+
+USAGE = (
+    "usage: python -m spin_jax.benchmark --config=FILE | --model=DIR --pairs=FILE --prompts=FILE "
+    "[--flag=value …]"
+)
+_PACKAGES = ("spin_jax", "jax", "jaxlib", "flax", "optax")
+
+
+class Workload(NamedTuple):
+    """What is measured, on what."""
+
+    config: Any
+    model: Model  # without weights
+    params: Callable[[], Params]  # makes float32 weights
+    pairs: list[Pair]
+    prompts: list[Ids]
+
+
+def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int, count: int) -> Workload:
+    """Reads the model and data that there are, and makes up the rest.
+
+    Args:
+        pairs: a file, or None for random ones, enough for `steps`.
+        prompts: a file, or None for random ones.
+        count: prompts.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the key, or the file and row.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if config.model.path:
+        model, params = prepare.open_model(config, mesh)
+    else:
+        options = config.model.architecture.to_dict()
+        model = convert.new_model(options, None, dtype=config.model.dtype, mesh=mesh)
+        params = functools.partial(init_params, model.config, jax.random.key(0), mesh)
+    programs.check_mesh(config, model)
+    vocab_size = model.config.vocab_size
+    if pairs:
+        rows, chat = data.load_rows(pairs, "train"), prepare.make_chat(config, model)
+        read, _ = data.load_pairs(rows, chat, path=pairs, vocab_size=vocab_size)
+    else:
+        read = random_pairs(config, vocab_size, steps * config.train.batch_size)
+    if prompts:
+        rows, chat = data.load_rows(prompts, "train"), prepare.make_chat(config, model)
+        examples, _ = data.load_examples(rows, chat, path=prompts)
+        asked = [chat.sampling_prompt(example) for example in examples[:count]]
+    else:
+        asked = [pair.prompt for pair in random_pairs(config, vocab_size, count)]
+    return Workload(config, model, params, read, asked)
+
+
+def random_pairs(config: Any, vocab_size: int, count: int) -> list[Pair]:
+    """Pairs of random ids, each length between half of `lengths.expected` and one and a half of it."""
+    rng = np.random.default_rng(0)
+    lengths = np.stack([rng.integers(n // 2, n + n // 2 + 1, count) for n in config.lengths.expected], axis=1)
+    lengths = np.maximum(lengths, 1)
+    lengths[:, 0] = np.minimum(lengths[:, 0], config.lengths.max_prompt)
+    room = config.lengths.max_length - lengths[:, 0]
+    lengths[:, 1] = np.minimum(lengths[:, 1], room)
+    lengths[:, 2] = np.minimum(lengths[:, 2], np.minimum(room, config.sampling.max_new_tokens))
+    ids = [[rng.integers(3, vocab_size, n).astype(np.int32) for n in row] for row in lengths]
+    return [Pair(number, 0, [], [], *row, truncated=False) for number, row in enumerate(ids)]
+
+
+def measure(work: Workload, steps: int, profile: str | None = None) -> dict[str, Any]:
+    """Samples, scores and trains, in that order, so that no optimizer state exists before training."""
+    compiled = _count_compilation()
+    devices = list(work.model.mesh.devices.flat)
+    params = work.params()
+    parameters = count_params(params)
+    sample = _measure_sampling(work, params, profile)
+    score, scored = _measure_scoring(work, params)
+    train = _measure_training(work, params, scored, steps, profile)
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices]
+    unit = 2**20 if sys.platform == "linux" else 2**30  # getrusage counts KiB on Linux, bytes on macOS
+    return {
+        "train": train,
+        "score": score,
+        "sample": sample,
+        "compile_s": sum(compiled),
+        "peak_host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+        "peak_device_gb": max(peaks) / 2**30 or None,  # a CPU does not say
+        "device": f"{len(devices)} × {devices[0].device_kind}",
+        "model": {"parameters": parameters, "dtype": str(work.model.dtype)},
+        "versions": {name: metadata.version(name) for name in _PACKAGES}
+        | {"python": platform.python_version()},
+    }
+
+
+def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[str, Any]:
+    model, c = work.model, work.config
+    mesh = programs.sampling_mesh(c, model.mesh)
+    weights = sampling_params(params, model.config, model.dtype, mesh)
+    slots = min(c.sampling.batch_size, len(work.prompts))
+    new = c.sampling.max_new_tokens
+
+    def answer() -> None:
+        answer_prompts(
+            programs.decoder(c, model),
+            weights,
+            work.prompts,
+            prompt_keys(0, 0, range(len(work.prompts))),
+            mesh=mesh,
+            sampling=programs.sampling(c),
+            stop_tokens=(),  # every answer has all its tokens: what is measured does not hang on the weights
+            slots=slots,
+        )
+
+    answer()
+    seconds = _timed(answer, profile and os.path.join(profile, "sample"))
+    tokens = new * len(work.prompts)
+    chip = roofline.chip(mesh.devices.flat[0].device_kind)
+    copies = mesh.size // c.sampling.tensor
+    share = None
+    if chip is not None:
+        context = sum(map(len, work.prompts)) / len(work.prompts) + new / 2
+        step = roofline.decode_step_s(
+            model.config, chip, -(-slots // copies), context, model.dtype.itemsize, c.sampling.tensor
+        )
+        share = tokens / seconds / (slots / step)
+    return {
+        "tokens_per_s": tokens / seconds,
+        "roofline": share,
+        "prompts": len(work.prompts),
+        "new_tokens": new,
+        "slots": slots,
+    }
+
+
+def _measure_scoring(work: Workload, params: Any) -> tuple[dict[str, Any], list]:
+    model, c = work.model, work.config
+    groups = [pair_group(pair) for pair in work.pairs]
+    shape, decoder = _shape(work), programs.decoder(c, model)
+    logps: Any = None
+
+    def score() -> None:
+        nonlocal logps
+        logps = score_groups(decoder, params, groups, shape, model.mesh)
+
+    score()
+    seconds = _timed(score)
+    tokens = sum(len(p.prompt) + len(p.real) + len(p.generated) for p in work.pairs)
+    scored = [ScoredPair(pair, tuple(row)) for pair, row in zip(work.pairs, logps, strict=True)]
+    return {"real_tokens_per_s": tokens / seconds, "pairs": len(work.pairs)}, scored
+
+
+def _measure_training(
+    work: Workload, params: Any, scored: list, steps: int, profile: str | None
+) -> dict[str, Any]:
+
+    model, c = work.model, work.config
+    options = programs.optimization(c, 0)
+    shape = _shape(work)
+    objective = SPIN(programs.decoder(c, model), losses.find(c.loss.name))
+    step = make_step(objective, options)
+    state = init_state(params, options, model.mesh)
+    scalars = {"beta": np.float32(c.loss.beta[0])}
+    source = iter(
+        batches(
+            scored,
+            lambda chosen: pair_batches(chosen, shape),
+            options.batch_size,
+            shape,
+            seed=0,
+            epochs=-(-(steps + 1) * options.batch_size // len(scored)),
+            start=0,
+        )
+    )
+    times, waits, tokens, flops, computed = [], [], [], [], []
+    with jax.set_mesh(model.mesh):
+        for number in range(steps + 1):  # the first compiles
+            began = time.perf_counter()
+            batch = next(source)
+            waits.append(time.perf_counter() - began)
+
+            def run(batch: Any = batch) -> None:
+                nonlocal state
+                placed = sharding.put_batch(model.mesh, batch, axis=1)
+                state, metrics = step(state, placed, np.float32(c.train.learning_rate[0]), scalars)
+                jax.block_until_ready((state, metrics))
+
+            last = number == steps
+            times.append(_timed(run, profile and last and os.path.join(profile, "train")))
+            tokens.append(real_tokens(batch))
+            used = int((batch.rows.items > 0).any(axis=(1, 2)).sum())
+            computed.append(used * shape.rows * shape.length)
+            flops.append(3 * _forward_flops(model.config, batch.rows))
+    seconds = statistics.median(times[1:])
+    chip = roofline.chip(model.mesh.devices.flat[0].device_kind)
+    rate = sum(flops[1:]) / sum(times[1:]) / model.mesh.size
+    return {
+        "step_s": seconds,
+        "pairs_per_s": min(options.batch_size, len(scored)) / seconds,
+        "real_tokens_per_s": sum(tokens[1:]) / sum(times[1:]),
+        "mfu": None if chip is None else rate / chip.flops,
+        "tflops_per_device": rate / 1e12,
+        "padding": 1 - sum(tokens[1:]) / sum(computed[1:]),
+        "microbatch": f"{shape.rows} × {shape.length}",
+        "input_wait": sum(waits[1:]) / (sum(waits[1:]) + sum(times[1:])),
+        "batch_size": options.batch_size,
+        "remat": c.train.remat,
+        "attention": objective.decoder.kernel,
+    }
+
+
+def _shape(work: Workload) -> RowShape:
+    """The micro-batches of a run that knew these pairs."""
+    measured = zip(*((len(p.prompt), len(p.real), len(p.generated)) for p in work.pairs), strict=True)
+    known = sizes(*measured)
+    return programs.row_shape(work.config.train, work.config, work.model, known, known.max(axis=0))
+
+
+def _forward_flops(config: ModelConfig, rows: Rows) -> float:
+    """Of a step's batch: every real token once, logits of responses only, and attention as it is causal."""
+    # A token sees its own sequence up to itself: its position, and one more.
+    seen = np.sum(rows.layout.positions + 1, where=rows.layout.segments != 0)
+    tokens = int(np.count_nonzero(rows.layout.segments))
+    return roofline.forward_flops(config, tokens, int(rows.lengths.sum()), int(seen))
+
+
+def _timed(run: Callable[[], None], profile: Any = None) -> float:
+    """Seconds, under the profiler where a directory is given."""
+
+    began = time.perf_counter()
+    if profile:
+        with jax.profiler.trace(str(profile)):
+            run()
+    else:
+        run()
+    return time.perf_counter() - began
+
+
+def _count_compilation() -> list[float]:
+    """A list that grows with the seconds of every compilation from here on."""
+
+    seconds: list[float] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)  # pyright: ignore[reportArgumentType]
+    return seconds
+
+
+def resolved_config() -> Any:
+    """The config that the flags ask for."""
+    c = _CONFIG.value
+    if c is None and not _MODEL.value:
+        raise ValueError(f"--config or --model is needed\n{USAGE}")
+    if c is None:
+        c = config_lib.default()
+        c.train.remat = "none"
+        c.lengths.max_prompt = c.lengths.max_length = 2**20  # the data's own lengths
+    if _MODEL.value:
+        c.model.path, c.model.architecture = _MODEL.value, ConfigDict()
+    elif _PAIRS.value or _PROMPTS.value:
+        raise ValueError("--pairs and --prompts need --model=DIR: without a tokenizer they are only text")
+    elif not c.model.architecture:
+        raise ValueError("the config states no model.architecture: give --model=DIR")
+    else:
+        with c.unlocked():
+            del c.model.path  # nothing is downloaded
+    c.data.path = _PROMPTS.value or _PAIRS.value or "random"
+    for section, key, value in (
+        ("train", "batch_size", _BATCH_SIZE.value),
+        ("sampling", "max_new_tokens", _NEW_TOKENS.value),
+        ("model", "dtype", _DTYPE.value),
+        ("train", "remat", _REMAT.value),
+    ):
+        if value is not None:
+            c[section][key] = value
+    return config_lib.resolve(c)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns its exit code: 2 bad input."""
+    argv = sys.argv if argv is None else argv
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        if rest:
+            raise ValueError(f"unexpected argument {rest[0]!r}")
+        config = resolved_config()
+        cache_compilations()
+        work = workload(
+            config,
+            pairs=_PAIRS.value,
+            prompts=_PROMPTS.value,
+            steps=_STEPS.value,
+            count=_NUM_PROMPTS.value or config.sampling.batch_size,
+        )
+        result = measure(work, _STEPS.value, _PROFILE.value)
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+        return fail(explained(error, argv))
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What a config makes of the compiled programs: the decoder, meshes, shapes of batches, optimizer, sampling.
+
+A run, `benchmark` and whatever else compiles them ask here, so that all of them mean the same programs.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from spin_jax import config as config_lib
+from spin_jax import roofline, sharding
+from spin_jax.attention import kernel_for
+from spin_jax.batches import RowShape, choose_shape, sizes
+from spin_jax.chat import Example, Pair
+from spin_jax.draw import Sampling
+from spin_jax.model import Decoder, Model
+from spin_jax.train import Optimization
+
+Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
+
+
+def decoder(config: Config, model: Model) -> Decoder:
+    """The model as a function, for policy and opponent alike."""
+    return Decoder(model.config, model.dtype, config.train.remat, kernel(config, model))
+
+
+def kernel(config: Config, model: Model) -> str:
+    """How attention is computed; only `plain` knows tokens that none attends to."""
+    if config.official:
+        return "plain"
+    return config.model.attention or kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
+
+
+def optimization(config: Config, t: int) -> Optimization:
+    """How iteration t is trained."""
+    values = config.train.to_dict()
+    del values["remat"]
+    for key in ("learning_rate", "epochs"):
+        values[key] = config_lib.per_iteration(values[key], t)
+    return Optimization(**values)
+
+
+def sft_optimization(config: Config, control: bool = False) -> Optimization:
+    """How the start is trained, or the control."""
+    values = config.sft.to_dict()
+    del values["control"]
+    rate = values.pop("control_learning_rate")
+    options = Optimization(**values)
+    return dataclasses.replace(options, learning_rate=rate) if control and rate else options
+
+
+def sampling(config: Config) -> Sampling:
+    """How answers are drawn."""
+    c = config.sampling
+    return Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p)
+
+
+# --- meshes --------------------------------------------------------------------------------------
+
+
+def sampling_mesh(config: Config, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The same devices, each with a copy of the model, or `sampling.tensor` of them sharing one."""
+    return sharding.make_mesh(-1, 1, config.sampling.tensor, list(mesh.devices.flat))
+
+
+def check_mesh(config: Config, model: Model) -> None:
+    """Raises ValueError for a mesh that the model cannot be split over."""
+    for name, tensor in (("mesh", model.mesh.shape["tensor"]), ("sampling", config.sampling.tensor)):
+        if model.config.num_key_value_heads % tensor:
+            raise ValueError(
+                f"{name}.tensor={tensor} does not divide the model's {model.config.num_key_value_heads} "
+                "key/value heads"
+            )
+    if model.mesh.size % config.sampling.tensor:
+        raise ValueError(
+            f"sampling.tensor={config.sampling.tensor} does not divide {model.mesh.size} devices"
+        )
+
+
+# --- shapes --------------------------------------------------------------------------------------
+
+
+def pair_shape(
+    config: Config, model: Model, examples: Sequence[Example], given: Mapping[int, Sequence[Pair]]
+) -> RowShape:
+    """A shape that every pair of the run fits, whatever will be sampled: one program for all.
+
+    It comes from the examples alone unless given pairs are longer than sampled ones can be, so that an
+    iteration on pairs of another run is that run's iteration to the bit.
+    """
+    prompts, real = np.array([(len(e.prompt), len(e.real)) for e in examples]).T
+    new, limit = config.sampling.max_new_tokens, config.lengths.max_length
+    # As far as one can know, answers are as long as the human ones; at most, as long as they may be.
+    expected = sizes(prompts, real, np.minimum(real, new))
+    largest = sizes(prompts, real, np.clip(limit - prompts, 1, new)).max(axis=0)
+    for pairs in given.values():
+        measured = zip(*((len(p.prompt), len(p.real), len(p.generated)) for p in pairs), strict=True)
+        largest = np.maximum(largest, sizes(*measured).max(axis=0))
+    if config.official:  # answers are tokenized anew, and can grow
+        largest = np.maximum(largest, sizes([0], [limit], [limit])[0])
+    return row_shape(config.train, config, model, expected, largest)
+
+
+def example_shape(config: Config, model: Model, examples: Sequence[Example]) -> RowShape:
+    expected = sizes(*zip(*((len(e.prompt), len(e.real)) for e in examples), strict=True))
+    return row_shape(config.sft, config, model, expected, expected.max(axis=0))
+
+
+def row_shape(
+    options: Config, config: Config, model: Model, expected: np.ndarray, largest: np.ndarray
+) -> RowShape:
+    """`choose_shape` for a section of options and what attention costs on this machine."""
+    plain = kernel(config, model) == "plain"
+    return choose_shape(
+        expected,
+        largest,
+        batch_size=options.batch_size,
+        shards=sharding.batch_shards(model.mesh),
+        tokens_per_device=options.tokens_per_device,
+        # A kernel skips what causality hides; plain scores cost their softmax beside the matmuls.
+        attention=roofline.score_share(model.config) * (3 if plain else 0.5),
+        # Accelerators: reading weights and adding up gradients takes as long as some hundred tokens. A CPU
+        # needs milliseconds to get going (2 at 100 GFLOP/s): all or nothing, by the size of the model.
+        overhead=2e8 / (3 * roofline.forward_flops(model.config, 1, 1, 0)) if plain else 256,
+        granule=16 if plain else 128,
+        row_length=options.row_length,
+        unshared=not plain,
+    )

@@ -1,0 +1,76 @@
+"""What a model costs and what a chip offers: FLOPs, bytes, and the least time that decoding can take.
+
+Axes: L layers, D model, N query heads, K key/value heads, H head dim, F mlp, V vocabulary.
+"""
+
+import dataclasses
+
+from spin_jax.model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as JAX counts them, by its maker's data sheet."""
+
+    flops: float  # dense bfloat16, a second
+    bandwidth: float  # bytes of device memory, a second
+
+
+CHIPS = {  # by the beginning of `device_kind`; the longest that fits
+    "NVIDIA A100": Chip(312e12, 2.04e12),
+    "NVIDIA H100": Chip(989e12, 3.35e12),
+    "NVIDIA H200": Chip(989e12, 4.8e12),
+    "TPU v4": Chip(275e12, 1.23e12),
+    "TPU v5 lite": Chip(197e12, 0.82e12),
+    "TPU v5p": Chip(459e12, 2.77e12),
+    "TPU v5": Chip(459e12, 2.77e12),
+    "TPU v6 lite": Chip(918e12, 1.64e12),
+}
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The chip of `jax.Device.device_kind`, or None for one that is not listed, a CPU among them."""
+    known = [name for name in CHIPS if device_kind.startswith(name)]
+    return CHIPS[max(known, key=len)] if known else None
+
+
+def layer_params(c: ModelConfig) -> int:
+    """Weights of one layer that multiply."""
+    heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
+    return c.hidden_size * (heads * c.head_dim + 3 * c.intermediate_size)
+
+
+def score_share(c: ModelConfig) -> float:
+    """What one token's look at another costs, in units of the rest of a layer's work on a token."""
+    return 2 * c.num_attention_heads * c.head_dim / layer_params(c)
+
+
+def forward_flops(c: ModelConfig, tokens: float, projected: float, seen: float) -> float:
+    """Of a forward pass; training takes three times as much. Multiplying and adding count as two.
+
+    Args:
+        tokens: real tokens, a shared prompt's once.
+        projected: those whose logits are needed.
+        seen: Σ over tokens of the tokens each one sees, itself among them: attention is causal.
+    """
+    linear = 2 * c.num_hidden_layers * layer_params(c) * tokens
+    head = 2 * c.hidden_size * c.vocab_size * projected
+    attention = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
+    return linear + head + attention
+
+
+def decode_step_s(
+    c: ModelConfig, chip: Chip, batch: int, context: float, itemsize: int, devices: int = 1
+) -> float:
+    """The least seconds a decode step takes: weights read once or multiplied, and the cache read.
+
+    Args:
+        batch: answers in progress on the devices that share one copy of the model.
+        context: tokens of each so far, on average.
+        itemsize: bytes of a weight and of a cached number.
+        devices: how many share that copy.
+    """
+    weights = c.num_hidden_layers * layer_params(c) + c.hidden_size * c.vocab_size
+    cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context * batch
+    compute = forward_flops(c, batch, batch, 0) / chip.flops
+    return (max(weights * itemsize / chip.bandwidth, compute) + cached * itemsize / chip.bandwidth) / devices

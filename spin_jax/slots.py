@@ -1,0 +1,177 @@
+"""Answers in progress, on the device: a fixed number of slots that share a ring cache.
+
+`prefill` puts prompts into free slots, `decode` draws some tokens for all of them. Every slot writes the
+same column of the cache at each step: no scatter, and no column is ever moved. Axes: B slots, b prompts of
+a prefill, P prompt tokens, S columns of the cache, V vocabulary.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from spin_jax import sharding
+from spin_jax.attention import Layout
+from spin_jax.draw import Sampling, draw
+from spin_jax.model import Cache, Decoder, Params, forward, new_cache, output_head, project
+
+NO_TOKEN = -1
+
+
+class Slots(NamedTuple):
+    """The answers in progress."""
+
+    cache: Cache
+    tokens: Int[Array, " B"]  # the last one of each, which the next step takes in
+    positions: Int[Array, " B"]  # of it
+    counts: Int[Array, " B"]  # tokens drawn so far
+    limits: Int[Array, " B"]  # tokens to be drawn at most
+    keys: Array  # [B]; the n-th token is drawn with fold_in(key, n)
+    done: Bool[Array, " B"]  # ended, or never begun
+
+
+def _next_token(head, hidden, counts, limits, keys, sampling: Sampling, stop_tokens: tuple[int, ...]):
+    """(the next token of each row, whether it is the last)."""
+    keys = jax.vmap(jax.random.fold_in)(keys, counts)
+    token = draw(project(hidden, head)[:, 0], keys, sampling)
+    stops = jnp.any(token[:, None] == jnp.array(stop_tokens, jnp.int32), axis=-1)
+    return token, stops | (counts + 1 >= limits)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("decoder", "sampling", "stop_tokens", "steps"), donate_argnames="slots"
+)
+def decode(
+    decoder: Decoder,
+    params: Params,
+    slots: Slots,
+    *,
+    sampling: Sampling,
+    stop_tokens: tuple[int, ...],
+    steps: int,
+) -> tuple[Slots, Int[Array, "B steps"]]:
+    """Draws up to `steps` tokens for every slot that is not done; fewer when all are.
+
+    Returns:
+        (the slots, the tokens drawn; −1 where a slot was done).
+    """
+    head = output_head(decoder, params)
+
+    def unfinished(state):
+        n, slots, _ = state
+        return (n < steps) & ~jnp.all(slots.done)
+
+    def advance(state):
+        n, slots, drawn = state
+        here = Layout(slots.positions[:, None], jnp.ones_like(slots.positions)[:, None])
+        hidden, cache = forward(decoder, params, slots.tokens[:, None], here, slots.cache)
+        token, last = _next_token(head, hidden, slots.counts, slots.limits, slots.keys, sampling, stop_tokens)
+        drawn = lax.dynamic_update_slice_in_dim(
+            drawn, jnp.where(slots.done, NO_TOKEN, token)[:, None], n, axis=1
+        )
+        slots = slots._replace(
+            cache=cache,
+            tokens=token,
+            positions=slots.positions + 1,
+            counts=slots.counts + 1,
+            done=slots.done | last,
+        )
+        return n + 1, slots, drawn
+
+    B = slots.tokens.shape[0]
+    drawn = jnp.full((B, steps), NO_TOKEN, out_sharding=sharding.spec("batch", None))
+    _, slots, drawn = lax.while_loop(unfinished, advance, (jnp.int32(0), slots, drawn))
+    return slots, drawn
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "sampling", "stop_tokens"), donate_argnames="slots")
+def prefill(
+    decoder: Decoder,
+    params: Params,
+    slots: Slots,
+    tokens: Int[Array, "b P"],
+    lengths: Int[Array, " b"],
+    limits: Int[Array, " b"],
+    keys: Array,
+    into: Int[Array, " b"],
+    *,
+    sampling: Sampling,
+    stop_tokens: tuple[int, ...],
+) -> tuple[Slots, Int[Array, " b"]]:
+    """Reads prompts, padded on the left, draws their first tokens, and puts them into slots.
+
+    Args:
+        into: the slot of each prompt; B for a row that is only filler.
+
+    Returns:
+        (the slots, the first token of each prompt's answer).
+    """
+    b, P = tokens.shape
+    positions = jnp.arange(P) - (P - lengths[:, None])
+    layout = Layout(jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32))
+    hidden, fresh = forward(decoder, params, tokens, layout, new_cache(decoder.config, b, P, decoder.dtype))
+    keys = sharding.reshard(keys, "batch")
+    zeros = jnp.zeros_like(lengths)
+    token, done = _next_token(
+        output_head(decoder, params), hidden[:, -1:], zeros, limits, keys, sampling, stop_tokens
+    )
+    ring = slots.cache
+    S = ring.layout.positions.shape[1]
+
+    def columns(new: Array, axis: int) -> Array:
+        """The prompt's last S columns, the ring's next column after them; all others empty."""
+        new = lax.slice_in_dim(new, max(P - S, 0), P, axis=axis)
+        before = [(0, 0)] * new.ndim
+        before[axis] = (max(S - P, 0), 0)
+        return jnp.roll(jnp.pad(new, before), ring.column, axis=axis)
+
+    def put(old: Array, new: Array) -> Array:
+        return sharding.put_rows(old, into, new)
+
+    cache = ring._replace(
+        keys=tuple(put(old, columns(new, 2)) for old, new in zip(ring.keys, fresh.keys, strict=True)),
+        values=tuple(put(old, columns(new, 2)) for old, new in zip(ring.values, fresh.values, strict=True)),
+        layout=Layout(
+            put(ring.layout.positions, columns(layout.positions, 1)),
+            put(ring.layout.segments, columns(layout.segments, 1)),
+        ),
+    )
+    # The first token comes after the prompt: its position is the prompt's length.
+    new = (token, lengths, zeros + 1, limits, keys, done)
+    return Slots(cache, *(put(old, value) for old, value in zip(slots[1:], new, strict=True))), token
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "slots", "columns"))
+def new_slots(decoder: Decoder, slots: int, columns: int) -> Slots:
+    def zeros(dtype: Any) -> Array:
+        return jnp.zeros(slots, dtype, out_sharding=sharding.spec("batch"))
+
+    keys = jax.random.wrap_key_data(
+        jnp.zeros((slots, 2), jnp.uint32, out_sharding=sharding.spec("batch", None))
+    )
+    cache = new_cache(decoder.config, slots, columns, decoder.dtype)
+    done = jnp.ones(slots, bool, out_sharding=sharding.spec("batch"))
+    return Slots(cache, zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32), keys, done)
+
+
+@functools.partial(jax.jit, static_argnames="columns")
+def widened(slots: Slots, columns: int) -> Slots:
+    """The same slots with more columns: the old ones come last, in the order they were written."""
+    cache = slots.cache
+    more = columns - cache.layout.positions.shape[1]
+
+    def widen(x: Array, axis: int) -> Array:
+        before = [(0, 0)] * x.ndim
+        before[axis] = (more, 0)
+        return jnp.pad(jnp.roll(x, -cache.column, axis=axis), before)
+
+    wider = Cache(
+        keys=tuple(widen(x, 2) for x in cache.keys),
+        values=tuple(widen(x, 2) for x in cache.values),
+        layout=Layout(widen(cache.layout.positions, 1), widen(cache.layout.segments, 1)),
+        column=jnp.zeros_like(cache.column),
+    )
+    return slots._replace(cache=wider)

@@ -1,0 +1,204 @@
+"""The benchmark command as its user runs it, and the arithmetic behind MFU and roofline."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spin_jax import benchmark, convert, roofline
+from spin_jax.attention import Layout
+from spin_jax.model import Decoder, abstract_params, forward, output_head, project
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*flags, cache):
+    """(exit code, the JSON object of the last line or None, stderr)."""
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(cache),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    command = [sys.executable, "-m", "spin_jax.benchmark", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    return done.returncode, json.loads(lines[-1]) if lines else None, done.stderr
+
+
+def test_on_a_config_alone(tmp_path):
+    """Random weights and pairs; a trace is left."""
+    code, result, error = run(
+        "--config=configs/tiny.py",
+        "--config.lengths.expected=(8,3,3)",
+        "--batch_size=16",
+        "--steps=2",
+        "--num_prompts=8",
+        f"--profile={tmp_path / 'trace'}",
+        cache=tmp_path,
+    )
+    assert code == 0, error
+    assert result["train"]["step_s"] > 0
+    assert result["train"]["pairs_per_s"] == pytest.approx(16 / result["train"]["step_s"])
+    assert 0 <= result["train"]["padding"] < 1
+    assert 0 <= result["train"]["input_wait"] < 1
+    assert result["train"]["mfu"] is None  # a CPU has no peak in the table
+    assert result["sample"]["roofline"] is None
+    assert result["sample"]["new_tokens"] == 4
+    assert result["score"]["real_tokens_per_s"] > 0
+    assert result["compile_s"] > 0
+    assert 0.1 < result["peak_host_gb"] < 24
+    assert result["versions"]["jax"] == jax.__version__
+    assert list((tmp_path / "trace" / "train").rglob("*.xplane.pb"))
+    assert list((tmp_path / "trace" / "sample").rglob("*.xplane.pb"))
+
+
+def test_on_a_model_and_data(tiny_dir, tmp_path):
+    """Pairs and prompts in the published format; every pair is scored."""
+    rows = [
+        {
+            "real": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b" * n}],
+            "generated": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "c"}],
+        }
+        for n in range(1, 7)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, result, error = run(
+        f"--model={tiny_dir}",
+        f"--pairs={data}",
+        f"--prompts={data}",
+        "--batch_size=4",
+        "--steps=2",
+        "--num_prompts=3",
+        "--new_tokens=5",
+        "--dtype=float32",
+        cache=tmp_path,
+    )
+    assert code == 0, error
+    assert result["score"]["pairs"] == 6
+    assert result["train"]["batch_size"] == 4
+    assert result["train"]["remat"] == "none"
+    assert (result["sample"]["prompts"], result["sample"]["new_tokens"]) == (3, 5)
+    assert result["model"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--config or --model is needed"),
+        (["--config=configs/small_gsm8k.py"], "states no model.architecture"),
+        (["--config=configs/tiny.py", "--pairs=x.jsonl"], "need --model"),
+        (["--config=configs/tiny.py", "--config.train.remt=full"], "did you mean config.train.remat?"),
+        (["--model=/nowhere"], "/nowhere"),
+        (["--model=/nowhere", "--batchsize=3"], "batch_size"),
+    ],
+)
+def test_what_it_cannot_run(flags, message, tmp_path):
+    code, result, error = run(*flags, cache=tmp_path)
+    assert code == 2
+    assert result is None
+    assert message in error
+    assert "Traceback" not in error
+
+
+# --- arithmetic ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mistral_7b():
+    from configs import zephyr
+
+    options = zephyr.get_config().model.architecture.to_dict()
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    return convert.new_model(options, None, dtype="bfloat16", mesh=mesh).config
+
+
+def test_flops_of_mistral_7b(mistral_7b):
+    """Training takes 42.7 GFLOP a token, 6 N without the embedding, and 0.79 MFLOP a token of context."""
+    parameters = abstract_params(mistral_7b)
+    count = sum(leaf.size for leaf in jax.tree.leaves(parameters)) - 32000 * 4096
+    norms = 65 * 4096
+    assert 3 * roofline.forward_flops(mistral_7b, 1, 1, 0) == 6 * (count - norms)
+    assert 3 * roofline.forward_flops(mistral_7b, 1, 1, 0) == pytest.approx(42.7e9, rel=1e-3)
+    T = 2048
+    attention = 3 * roofline.forward_flops(mistral_7b, 0, 0, T * (T + 1) / 2)
+    assert attention == pytest.approx(0.79e6 * T * T, rel=1e-2)
+
+
+def test_flops_are_those_of_the_program(tiny_model):
+    """Every dot of the traced forward pass; its attention is not causal: each token looks at all T."""
+    B, T = 2, 16
+    tokens = jnp.zeros((B, T), jnp.int32)
+    decoder = Decoder(tiny_model.config)
+
+    def logits(params):
+        hidden, _ = forward(decoder, params, tokens, Layout(tokens, tokens))
+        return project(hidden, output_head(decoder, params))
+
+    with jax.set_mesh(tiny_model.mesh):
+        counted = dots(jax.make_jaxpr(logits)(tiny_model.params).jaxpr)
+    assert counted == roofline.forward_flops(tiny_model.config, B * T, B * T, B * T * T)
+
+
+def dots(jaxpr, times=1):
+    """FLOPs of all dot_generals, those in a scan as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
+            total += 2 * times * int(inner * np.prod(equation.outvars[0].aval.shape))
+        repeated = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += dots(inner, repeated)
+    return total
+
+
+def test_decode_roofline(mistral_7b):
+    """Few answers: the weights are read. Very many: they are multiplied. The cache is read besides."""
+    h200 = roofline.chip("NVIDIA H200")
+    weights, cache = 7.11e9 * 2 / 4.8e12, 128 * 1024 * 330 / 4.8e12
+    assert roofline.decode_step_s(mistral_7b, h200, 64, 330, 2) == pytest.approx(
+        weights + 64 * cache, rel=1e-2
+    )
+    multiplied = 2 * 7.11e9 * 512 / 989e12
+    assert roofline.decode_step_s(mistral_7b, h200, 512, 330, 2) == pytest.approx(
+        multiplied + 512 * cache, rel=1e-2
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+    ],
+)
+def test_chips(kind, flops):
+    assert roofline.chip(kind).flops == flops
+
+
+def test_unknown_chips():
+    assert roofline.chip("cpu") is None
+
+
+def test_random_pairs_have_the_lengths_asked_for():
+    from configs import zephyr
+
+    config = zephyr.get_config()
+    pairs = benchmark.random_pairs(config, 32000, 400)
+    lengths = np.array([(len(p.prompt), len(p.real), len(p.generated)) for p in pairs])
+    np.testing.assert_allclose(lengths.mean(axis=0)[:2], (180, 300), rtol=0.05)
+    assert lengths[:, 2].max() == 256  # sampling.max_new_tokens
+    assert (lengths[:, 0] + lengths[:, 1]).max() <= 1024
