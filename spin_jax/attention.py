@@ -1,6 +1,6 @@
 """Attention over packed rows, behind one function; which tokens see which is a `Layout`.
 
-    out = attend(q, k, v, queries, keys, window=None, kernel="plain")
+    out = attend(q, k, v, layout, window=None, kernel="plain")
 
 A row holds several groups, each a prompt with the answers that share it: prompt, real, generated. All
 that works on single tokens runs on that layout. In attention an answer sees its prompt and itself, never
@@ -22,6 +22,8 @@ from jaxtyping import Array, Bool, Float
 
 from spin_jax import sharding
 
+_BLOCK = 96  # queries at a time, or more of a long row:
+_MOST_BLOCKS = 8  # each is compiled by itself
 KEPT = "attended"  # the name under which remat policies keep what attention computed
 
 
@@ -51,28 +53,28 @@ def kernel_for(platform: str, dtype: Any) -> str:
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    queries: Layout,
-    keys: Layout,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    layout: Layout,
     *,
     window: int | None,
     kernel: str = "plain",
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention over the keys that each query may see; softmax in float32.
+    """Grouped-query attention among the tokens of each row; softmax in float32.
 
     Args:
+        layout: of tokens that see none that stand behind them in the row.
         window: a token sees itself and the window − 1 tokens before it; None: all.
-        kernel: "plain", "splash" (TPU) or "triton" (GPU). Kernels want queries and keys to be the same
-            tokens, `unshared` in multiples of 128, and no segments below zero. On CPU they are interpreted.
+        kernel: "plain", "splash" (TPU) or "triton" (GPU). Kernels want the layout `unshared` in multiples
+            of 128, and no segments below zero. On CPU they are interpreted.
     """
-    narrow = window is not None and window < queries.positions.shape[1]
+    narrow = window is not None and window < layout.positions.shape[1]
     if kernel == "plain" or (kernel == "triton" and narrow):  # Triton's knows no window
-        return checkpoint_name(plain(q, k.swapaxes(1, 2), v.swapaxes(1, 2), queries, keys, window), KEPT)
+        return checkpoint_name(_in_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), layout, window), KEPT)
     run = {"splash": splash, "triton": triton}[kernel]
     run = functools.partial(run, window=window if narrow else None, interpret=_on_cpu())
     run = functools.partial(_unshared, run)
-    return sharding.by_rows_and_heads(run)(q, k, v, queries.positions, queries.unshared)
+    return sharding.by_rows_and_heads(run)(q, k, v, layout.positions, layout.unshared)
 
 
 def visible(queries: Layout, keys: Layout, window: int | None) -> Bool[Array, "B T S"]:
@@ -102,6 +104,22 @@ def plain(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, precision=precision)
     return sharding.merged_heads(jnp.moveaxis(out, 3, 1))
+
+
+def _in_blocks(q, k, v, layout: Layout, window: int | None) -> Float[Array, "B T N H"]:
+    """`plain` a block of queries at a time, without the keys behind it: half the scores, cache by cache."""
+    T = q.shape[1]
+    block = max(_BLOCK, -(-T // _MOST_BLOCKS))
+
+    def upto(end: int, start: int = 0) -> Layout:
+        return Layout(*(None if x is None else x[:, start:end] for x in layout[:3]))
+
+    parts = []
+    for start in range(0, T, block):
+        end = start + block
+        seen = k[:, :, :end], v[:, :, :end]
+        parts.append(plain(q[:, start:end], *seen, upto(end, start), upto(end), window))
+    return jnp.concatenate(parts, axis=1)
 
 
 # --- kernels -------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ class Attention(_Projections):
         q, k = rope(q, layout.positions, frequencies), rope(k, layout.positions, frequencies)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is None:
-            out = attend(q, k, v, layout, layout, window=c.sliding_window, kernel=self.kernel)
+            out = attend(q, k, v, layout, window=c.sliding_window, kernel=self.kernel)
         else:
             cached_k, cached_v, keys, column = cache
             k = lax.dynamic_update_slice_in_dim(cached_k, k.swapaxes(1, 2), column, axis=2)

@@ -121,7 +121,7 @@ def row_shape(
         shards=sharding.batch_shards(model.mesh),
         tokens_per_device=options.tokens_per_device,
         # A kernel skips what causality hides; plain scores cost their softmax beside the matmuls.
-        attention=roofline.score_share(model.config) * (3 if plain else 0.5),
+        attention=roofline.score_share(model.config) * (1.5 if plain else 0.5),
         # Accelerators: reading weights and adding up gradients takes as long as some hundred tokens. A CPU
         # needs milliseconds to get going (2 at 100 GFLOP/s): all or nothing, by the size of the model.
         overhead=2e8 / (3 * roofline.forward_flops(model.config, 1, 1, 0)) if plain else 256,

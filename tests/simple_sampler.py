@@ -14,7 +14,7 @@ from spin_jax.attention import Layout
 from spin_jax.draw import draw
 from spin_jax.model import Decoder, forward, output_head, project
 
-_LENGTH = 32  # sequences are filled up on the right to a multiple: fewer programs; nothing sees the filler
+_LENGTH = 96  # sequences are filled up on the right to a multiple: few programs; nothing sees the filler
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "sampling"))

@@ -1,10 +1,12 @@
-"""Packing: which groups share a row, what a row says of them, and the shapes that are chosen. NumPy alone."""
+"""Packing: which groups share a row, what a row says of them, and the shapes that are chosen."""
+
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
 
-from spin_jax import batches
+from spin_jax import batches, config, programs
 from spin_jax.batches import (
     Group,
     RowShape,
@@ -19,7 +21,8 @@ from spin_jax.batches import (
     sizes,
     stacked,
 )
-from spin_jax.chat import Example, Pair
+from spin_jax.chat import Example, Lengths, Pair
+from spin_jax.official import OfficialChat
 
 
 def ids(*values):
@@ -352,6 +355,52 @@ def test_equal_lengths_fill_their_rows():
     expected = sizes([20] * 256, [30] * 256, [14] * 256)
     shape = choose_shape(expected, expected.max(axis=0), **USUAL)
     assert efficiency(expected, shape) == 1.0
+
+
+@pytest.mark.parametrize("kernel", ["plain", "splash"])
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_sampled_fits(seed, kernel, tiny_model):
+    """The rows of a run hold each of its examples with the longest answer that the limits allow.
+
+    Nothing is cut for the rows' sake, and pairs that were given from elsewhere fit too.
+    """
+    rng, c = np.random.default_rng(seed), config.default()
+    c.model.attention, c.lengths.max_length, c.sampling.max_new_tokens = (
+        kernel,
+        *rng.integers(40, 90, 2).tolist(),
+    )
+    c.train.batch_size, c.train.tokens_per_device = 8, 1
+    limit = c.lengths.max_length
+    prompts = rng.integers(1, limit, 30)  # an answer has one token at least
+    real = rng.integers(1, limit - prompts + 1)
+    examples = [
+        Example(i, [], np.ones(p), np.ones(n)) for i, (p, n) in enumerate(zip(prompts, real, strict=True))
+    ]
+    worst = sizes(prompts, real, np.minimum(limit - prompts, c.sampling.max_new_tokens))
+    shape = programs.pair_shape(c, tiny_model, examples, {})
+    pack(worst, shape.capacity)
+    assert shape.length < worst[:, 0].max() + (16 if kernel == "plain" else 128)  # and not much longer
+    given = make_pair(0, [1] * 100, [1] * 120, [1] * 130)
+    pack(sizes([100], [120], [130]), programs.pair_shape(c, tiny_model, examples, {0: [given]}).capacity)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_official_pairs_fit(seed, tiny_model):
+    """Its answers are tokenized anew and can grow up to the limit; only then are they cut."""
+    rng, c = np.random.default_rng(seed), config.default()
+    c.official, c.lengths.max_prompt, c.lengths.max_length, c.sampling.max_new_tokens = True, 20, 64, 5
+    chat = OfficialChat(tiny_model.tokenizer, [2], lengths=Lengths(20, 64))
+    examples, pairs = [], []
+    for number in range(30):
+        question, answer, other = ("a" * int(n) for n in rng.integers(1, 70, 3))
+        turns = [
+            [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            for text in (answer, other)
+        ]
+        examples.append(chat.example(number, turns[0], Counter()))
+        pairs.append(chat.given_pair(number, 0, *turns, Counter()))
+    shape = programs.pair_shape(c, tiny_model, examples, {})
+    assert packed([pair_group(pair) for pair in pairs], shape)
 
 
 # --- steps -----------------------------------------------------------------------------------------
