@@ -5,6 +5,7 @@ them, and a few tokens are drawn for every slot at a time. A prompt's answer dep
 not on its slot or its company.
 """
 
+import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -64,7 +65,8 @@ def answer_prompts(
     answers: list[list[int]] = [[] for _ in prompts]
     holds = np.full(slots, -1)  # the prompt in each slot
     state: Any = None  # Slots, from the first prompts on
-    how = {"sampling": sampling, "stop_tokens": stop_tokens}
+    # How many tokens at most is data to the programs: other limits compile nothing.
+    how = {"sampling": dataclasses.replace(sampling, max_new_tokens=1), "stop_tokens": stop_tokens}
 
     with jax.set_mesh(mesh):
         while waiting or (holds >= 0).any():

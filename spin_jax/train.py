@@ -195,7 +195,8 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
             gradients, metrics = sums_of(0)
         else:
             # How many hold something differs from step to step: the count is data, not shape.
-            count = jnp.sum(jax.vmap(objective.size)(batch) > 0)
+            filled = jax.vmap(objective.size)(batch) > 0
+            count = jnp.max(jnp.where(filled, jnp.arange(1, microbatches + 1), 0))
             zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, 0))
             gradients, metrics = jax.lax.fori_loop(
                 0, count, lambda number, sums: jax.tree.map(jnp.add, sums, sums_of(number)), zeros
