@@ -24,7 +24,7 @@ def default() -> Any:
     m.revision = placeholder(str)  # branch, tag or commit of a hub id
     m.dtype = "bfloat16"  # of computation and exports; master weights are float32
     m.architecture = _section()  # config.json keys: without a path, of a model to initialize; with one,
-    #                              they are compared with the checkpoint's
+    #                              where the checkpoint differs it counts, and a note says so
     m.attention = placeholder(str)  # plain, splash (TPU), triton (GPU); unset: by platform and dtype
     m.tokenizer = placeholder(str)  # without a path: a directory, or module:function that makes one
 

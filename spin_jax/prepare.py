@@ -92,7 +92,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
     began = files.read_json(root / "config.json") if (root / "config.json").exists() else {}
     model, initial_params = open_model(config, mesh, began.get("model_revision"))
     programs.check_mesh(config, model)
-    notes: list[str] = []
+    notes = _other_architecture(config, model)
     chat = make_chat(config, model)
     given = _given(config, chat, model.config.vocab_size, notes)
     examples, fingerprint = _examples(config, chat, given, notes)
@@ -142,7 +142,6 @@ def open_model(
         model, directory = convert.describe(
             c.path, revision, dtype=c.dtype, mesh=mesh, chat_template=template
         )
-        _check_architecture(c, model)
         return model, lambda: convert.load_params(directory, model.config, mesh, jnp.float32)
     if not c.tokenizer:
         raise ValueError("model.architecture needs model.tokenizer: a directory, or module:function")
@@ -155,14 +154,17 @@ def open_model(
     return model, lambda: init_params(model.config, jax.random.key(config.seed), mesh)
 
 
-def _check_architecture(c: Config, model: Model) -> None:
-    """What the config states of the architecture must be the checkpoint's."""
-    for key, value in c.architecture.items():
-        if model.hf_config.get(key, value) != value:
-            raise ValueError(
-                f"model.architecture.{key}={value!r}, and config.json of {c.path} has "
-                f"{model.hf_config[key]!r}: leave the key out, or load another model"
-            )
+def _other_architecture(config: Config, model: Model) -> list[str]:
+    """A note where the checkpoint is not of the architecture that the config states: another was named."""
+    stated, theirs = config.model.architecture, model.hf_config
+    differing = [
+        f"{key} {value!r} ({theirs[key]!r})"
+        for key, value in stated.items()
+        if key in theirs and theirs[key] != value
+    ]
+    if not differing:
+        return []
+    return [f"the checkpoint, which counts, differs from model.architecture in {', '.join(differing)}"]
 
 
 def _check_options(prepared: Prepared) -> None:
