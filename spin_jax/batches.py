@@ -78,6 +78,11 @@ def bucket(length: int) -> int:
     return size
 
 
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not less than n."""
+    return -(-n // multiple) * multiple
+
+
 # --- packing -------------------------------------------------------------------------------------
 
 
@@ -93,6 +98,12 @@ def sizes(prompts: Any, *answers: Any) -> np.ndarray:
     """What groups take of a row: int [groups, (tokens, unshared tokens, 1)], from lengths [groups]."""
     prompts, own = np.asarray(prompts), np.sum(answers, axis=0)
     return np.stack([prompts + own, len(answers) * prompts + own, np.ones_like(prompts)], axis=1)
+
+
+def group_sizes(groups: Sequence[Group]) -> np.ndarray:
+    """`sizes` of groups that are there."""
+    answers = [[len(answer) for answer in group.answers] for group in groups]
+    return sizes([len(group.prompt) for group in groups], *zip(*answers, strict=True))
 
 
 def pack(wanted: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
@@ -133,8 +144,7 @@ def packed(groups: Sequence[Group], shape: RowShape, unattended: int | None = No
     Raises:
         ValueError: a group is longer than a row.
     """
-    answers = [[len(answer) for answer in group.answers] for group in groups]
-    wanted = sizes([len(group.prompt) for group in groups], *zip(*answers, strict=True))
+    wanted = group_sizes(groups)
     rows: list[list[int]] = []
     for first in range(0, len(groups), _WINDOW):  # looking through all rows for each group would be quadratic
         window = pack(wanted[first : first + _WINDOW], shape.capacity)
@@ -256,13 +266,13 @@ def choose_shape(
     Raises:
         ValueError: row_length is shorter than a group can be.
     """
-    shortest = _rounded(int(largest[0]), granule)
+    shortest = round_up(int(largest[0]), granule)
     if row_length is not None and row_length < largest[0]:
         raise ValueError(f"row_length={row_length}: a group can have {largest[0]} tokens")
     factors = (1, 1.0625, 1.125, 1.25, 1.375, 1.5, 1.75, 2, 2.5, 3, 4)
-    lengths = {_rounded(int(shortest * factor), granule) for factor in factors}
+    lengths = {round_up(int(shortest * factor), granule) for factor in factors}
     if row_length is not None:
-        lengths = {_rounded(row_length, granule)}
+        lengths = {round_up(row_length, granule)}
     rng, some = np.random.default_rng(0), min(batch_size, len(expected))
     steps = [expected[rng.choice(len(expected), some, replace=False)] for _ in range(_TRIALS)]
     fewest = max(int(expected[:, 0].min()), 1)
@@ -274,7 +284,7 @@ def choose_shape(
         rows = [pack(step, shape.capacity) for step in steps]
         if unshared:
             most = max(step[row, 1].sum() for step, packed in zip(steps, rows, strict=True) for row in packed)
-            shape = shape._replace(unshared=_rounded(max(int(most), int(largest[1])), granule))
+            shape = shape._replace(unshared=round_up(max(int(most), int(largest[1])), granule))
         counts = np.array([len(packed) for packed in rows])
         for each in range(1, max(1, tokens_per_device // T) + 1):
             N = each * shards
@@ -285,10 +295,6 @@ def choose_shape(
                 best = cost, shape._replace(rows=N)
     assert best is not None
     return best[1]
-
-
-def _rounded(length: int, granule: int) -> int:
-    return -(-length // granule) * granule
 
 
 # --- steps ---------------------------------------------------------------------------------------

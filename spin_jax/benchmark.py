@@ -23,24 +23,24 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spin_jax import config as config_lib
-from spin_jax import convert, data, losses, prepare, programs, roofline, sharding
+from spin_jax import convert, data, prepare, programs, roofline, sharding
 from spin_jax.batches import (
     Rows,
     RowShape,
     ScoredPair,
     batches,
+    group_sizes,
     pair_batches,
     pair_group,
     real_tokens,
-    sizes,
 )
 from spin_jax.chat import Ids, Pair
-from spin_jax.command import cache_compilations, explained, fail
+from spin_jax.command import cache_compilations, fail, parse
 from spin_jax.draw import prompt_keys
 from spin_jax.model import Model, ModelConfig, Params, count_params, init_params, sampling_params
 from spin_jax.sample import answer_prompts
 from spin_jax.scoring import score_groups
-from spin_jax.train import SPIN, init_state, make_step
+from spin_jax.train import init_state, make_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory; without it, random weights.")
@@ -207,11 +207,10 @@ def _measure_scoring(work: Workload, params: Any) -> tuple[dict[str, Any], list]
 def _measure_training(
     work: Workload, params: Any, scored: list, steps: int, profile: str | None
 ) -> dict[str, Any]:
-
     model, c = work.model, work.config
     options = programs.optimization(c, 0)
     shape = _shape(work)
-    objective = SPIN(programs.decoder(c, model), losses.find(c.loss.name))
+    objective = programs.spin(c, model)
     step = make_step(objective, options)
     state = init_state(params, options, model.mesh)
     scalars = {"beta": np.float32(c.loss.beta[0])}
@@ -265,8 +264,7 @@ def _measure_training(
 
 def _shape(work: Workload) -> RowShape:
     """The micro-batches of a run that knew these pairs."""
-    measured = zip(*((len(p.prompt), len(p.real), len(p.generated)) for p in work.pairs), strict=True)
-    known = sizes(*measured)
+    known = group_sizes([pair_group(pair) for pair in work.pairs])
     return programs.row_shape(work.config.train, work.config, work.model, known, known.max(axis=0))
 
 
@@ -274,13 +272,11 @@ def _forward_flops(config: ModelConfig, rows: Rows) -> float:
     """Of a step's batch: every real token once, logits of responses only, and attention as it is causal."""
     # A token sees its own sequence up to itself: its position, and one more.
     seen = np.sum(rows.layout.positions + 1, where=rows.layout.segments != 0)
-    tokens = int(np.count_nonzero(rows.layout.segments))
-    return roofline.forward_flops(config, tokens, int(rows.lengths.sum()), int(seen))
+    return roofline.forward_flops(config, real_tokens(rows), int(rows.lengths.sum()), int(seen))
 
 
 def _timed(run: Callable[[], None], profile: Any = None) -> float:
     """Seconds, under the profiler where a directory is given."""
-
     began = time.perf_counter()
     if profile:
         with jax.profiler.trace(str(profile)):
@@ -292,7 +288,6 @@ def _timed(run: Callable[[], None], profile: Any = None) -> float:
 
 def _count_compilation() -> list[float]:
     """A list that grows with the seconds of every compilation from here on."""
-
     seconds: list[float] = []
 
     def listen(event: str, duration: float, **_: Any) -> None:
@@ -337,10 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 2 bad input."""
     argv = sys.argv if argv is None else argv
     try:
-        rest = flags.FLAGS(argv)[1:]
-        if rest:
-            raise ValueError(f"unexpected argument {rest[0]!r}")
-        config = resolved_config()
+        config = parse(argv, resolved_config)
         cache_compilations()
         work = workload(
             config,
@@ -350,8 +342,8 @@ def main(argv: list[str] | None = None) -> int:
             count=_NUM_PROMPTS.value or config.sampling.batch_size,
         )
         result = measure(work, _STEPS.value, _PROFILE.value)
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-        return fail(explained(error, argv))
+    except (ValueError, FileNotFoundError) as error:
+        return fail(str(error))
     print(json.dumps(result))
     return 0
 

@@ -1,7 +1,30 @@
-"""What the commands share: the compilation cache, and errors without a traceback."""
+"""What the commands share: flags, the compilation cache, and errors without a traceback."""
 
 import os
 import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from absl import flags
+
+from spin_jax import config as config_lib
+
+Asked = TypeVar("Asked")
+
+
+def parse(argv: list[str], read: Callable[[], Asked]) -> Asked:
+    """What `read` makes of the command line's flags.
+
+    Raises:
+        ValueError: what is wrong with them, in the words of who typed them.
+    """
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        if rest:
+            raise ValueError(f"unexpected argument {rest[0]!r}")
+        return read()
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+        raise ValueError(_explained(error, argv)) from error
 
 
 def cache_compilations() -> None:
@@ -20,10 +43,8 @@ def fail(message: str) -> int:
     return 2
 
 
-def explained(error: Exception, argv: list[str]) -> str:
+def _explained(error: Exception, argv: list[str]) -> str:
     """For a mistyped --config.section.key, the nearest key; else what the error says."""
-    from spin_jax import config as config_lib
-
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
         if not argument.startswith("-") or not name.startswith("config."):

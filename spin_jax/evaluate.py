@@ -1,7 +1,4 @@
-"""Held-out evaluation: how likely the human answers are, and how many sampled answers are right.
-
-Axes: B sequences.
-"""
+"""Held-out evaluation: how likely the human answers are, and how many sampled answers are right."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -6,11 +6,13 @@ iteration, so that sampling and training can happen on different machines.
 
 import shlex
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from spin_jax.command import cache_compilations, explained, fail
+from spin_jax import config as config_lib
+from spin_jax.command import cache_compilations, fail, parse
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; the same one continues it.")
@@ -19,26 +21,22 @@ _ONLY = flags.DEFINE_enum("only", None, ["sample", "score", "train"], "Run one p
 USAGE = "usage: python -m spin_jax.main --config=configs/tiny.py --workdir=DIR [--config.key=value …]"
 
 
+def read_flags() -> tuple[Any, str]:
+    """The config and the workdir that the flags ask for."""
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise ValueError(f"--config and --workdir are needed\n{USAGE}")
+    return config_lib.resolve(_CONFIG.value), _WORKDIR.value
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 2 bad input, 130 interrupted."""
     argv = sys.argv if argv is None else argv
-    from spin_jax import config as config_lib  # jax is not imported until the flags are known to be good
-
     try:
-        rest = flags.FLAGS(argv)[1:]
-        if rest:
-            raise ValueError(f"unexpected argument {rest[0]!r}")
-        if _CONFIG.value is None or _WORKDIR.value is None:
-            raise ValueError(f"--config and --workdir are needed\n{USAGE}")
-        config = config_lib.resolve(_CONFIG.value)
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-        return fail(explained(error, argv))
-
-    try:
+        config, workdir = parse(argv, read_flags)
         cache_compilations()
-        from spin_jax import selfplay
+        from spin_jax import selfplay  # and jax: not imported until the flags are known to be good
 
-        selfplay.run(config, _WORKDIR.value, only=_ONLY.value)
+        selfplay.run(config, workdir, only=_ONLY.value)
     except KeyboardInterrupt:
         command = shlex.join(["python", "-m", "spin_jax.main", *argv[1:]])
         print(f"\ninterrupted; to continue: {command}", flush=True)

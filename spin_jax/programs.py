@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from spin_jax import config as config_lib
-from spin_jax import roofline, sharding
+from spin_jax import losses, roofline, sharding
 from spin_jax.attention import kernel_for
-from spin_jax.batches import RowShape, choose_shape, sizes
+from spin_jax.batches import RowShape, choose_shape, example_group, group_sizes, pair_group, sizes
 from spin_jax.chat import Example, Pair
 from spin_jax.draw import Sampling
 from spin_jax.model import Decoder, Model
-from spin_jax.train import Optimization
+from spin_jax.train import SPIN, Optimization
 
 Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
 
@@ -34,10 +34,15 @@ def kernel(config: Config, model: Model) -> str:
     return config.model.attention or kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
 
 
+def spin(config: Config, model: Model) -> SPIN:
+    """The config's loss on that model."""
+    c = config.loss
+    return SPIN(decoder(config, model), losses.with_nll(losses.find(c.name), c.nll_weight))
+
+
 def optimization(config: Config, t: int) -> Optimization:
     """How iteration t is trained."""
-    values = config.train.to_dict()
-    del values["remat"]
+    values = _optimization_keys(config.train)
     for key in ("learning_rate", "epochs"):
         values[key] = config_lib.per_iteration(values[key], t)
     return Optimization(**values)
@@ -45,11 +50,14 @@ def optimization(config: Config, t: int) -> Optimization:
 
 def sft_optimization(config: Config, control: bool = False) -> Optimization:
     """How the start is trained, or the control."""
-    values = config.sft.to_dict()
-    del values["control"]
-    rate = values.pop("control_learning_rate")
-    options = Optimization(**values)
-    return dataclasses.replace(options, learning_rate=rate) if control and rate else options
+    values, rate = _optimization_keys(config.sft), config.sft.control_learning_rate
+    if control and rate:
+        values["learning_rate"] = rate
+    return Optimization(**values)
+
+
+def _optimization_keys(section: Config) -> dict[str, Any]:
+    return {field.name: section[field.name] for field in dataclasses.fields(Optimization)}
 
 
 def sampling(config: Config) -> Sampling:
@@ -97,15 +105,14 @@ def pair_shape(
     expected = sizes(prompts, real, np.minimum(real, new))
     largest = sizes(prompts, real, np.clip(limit - prompts, 1, new)).max(axis=0)
     for pairs in given.values():
-        measured = zip(*((len(p.prompt), len(p.real), len(p.generated)) for p in pairs), strict=True)
-        largest = np.maximum(largest, sizes(*measured).max(axis=0))
+        largest = np.maximum(largest, group_sizes([pair_group(pair) for pair in pairs]).max(axis=0))
     if config.official:  # answers are tokenized anew, and can grow
         largest = np.maximum(largest, sizes([0], [limit], [limit])[0])
     return row_shape(config.train, config, model, expected, largest)
 
 
 def example_shape(config: Config, model: Model, examples: Sequence[Example]) -> RowShape:
-    expected = sizes(*zip(*((len(e.prompt), len(e.real)) for e in examples), strict=True))
+    expected = group_sizes([example_group(example) for example in examples])
     return row_shape(config.sft, config, model, expected, expected.max(axis=0))
 
 

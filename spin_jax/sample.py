@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from spin_jax import sharding
-from spin_jax.batches import bucket
+from spin_jax.batches import bucket, round_up
 from spin_jax.chat import Chat, Ids, Message
 from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.model import Decoder, Model, Params, sampling_params
@@ -54,10 +54,10 @@ def answer_prompts(
     if not len(prompts):
         return []
     shards = sharding.batch_shards(mesh)
-    slots = -(-slots // shards) * shards
+    slots = round_up(slots, shards)
     # Prompts read at a time: few, so that slots do not wait for company, but some thousand tokens' worth.
     longest = bucket(max(map(len, prompts)))
-    size = -(-max(1, min(slots // 4, _PREFILL_TOKENS // longest)) // shards) * shards
+    size = round_up(max(1, min(slots // 4, _PREFILL_TOKENS // longest)), shards)
     most = np.full(len(prompts), sampling.max_new_tokens)
     most = most if limits is None else np.minimum(most, limits)
     key_data = np.asarray(jax.random.key_data(keys))

@@ -14,12 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from spin_jax import sharding
 from spin_jax.attention import Layout
-from spin_jax.batches import Group, Rows, RowShape, bucket, packed
+from spin_jax.batches import Group, Rows, RowShape, bucket, packed, round_up
 from spin_jax.chat import Chat, Message
 from spin_jax.model import Decoder, Model, Params, forward, output_head, project
 
 _CHUNK_LOGITS = 2**25  # float32: 128 MiB, or 1,024 tokens of a vocabulary of 32,768
-_CHUNKS = 4  # at least, of a large vocabulary: those without a response's token cost nothing
+_FEW_LOGITS = 2**21  # 8 MiB: not worth a loop
+_CHUNKS = 4  # at least, where there are more: those without a response's token cost nothing
 
 
 def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "N G A"]:
@@ -60,7 +61,7 @@ def _chunks(rows: Rows, vocab_size: int) -> tuple[Array, Array, Array]:
     N, R = rows.owners.shape
     local = N // sharding.batch_shards()
     columns = max(1, min(_CHUNK_LOGITS // (local * vocab_size), R))
-    if local * R * vocab_size > _CHUNK_LOGITS // 16:
+    if local * R * vocab_size > _FEW_LOGITS:
         columns = min(columns, -(-R // _CHUNKS))
     count = -(-R // columns)
 
@@ -133,7 +134,7 @@ def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < model.config.vocab_size:
         raise ValueError(f"token ids must lie in [0, {model.config.vocab_size})")
     B, T = tokens.shape
-    filled = np.zeros((B + -B % sharding.batch_shards(model.mesh), T), np.int32)
+    filled = np.zeros((round_up(B, sharding.batch_shards(model.mesh)), T), np.int32)
     filled[:B] = tokens
     layout = Layout(np.broadcast_to(np.arange(T, dtype=np.int32), filled.shape), np.ones_like(filled))
     with jax.set_mesh(model.mesh):
@@ -164,5 +165,5 @@ def score(
     length = bucket(max(len(prompt) + len(response) for prompt, response in encoded))
     shards = sharding.batch_shards(model.mesh)
     batch_size = min(batch_size, len(groups))
-    shape = RowShape(-(-batch_size // shards) * shards, length, -(-length // 8))
+    shape = RowShape(round_up(batch_size, shards), length, -(-length // 8))
     return score_groups(_decoder(model), model.params, groups, shape, model.mesh)[:, 0]

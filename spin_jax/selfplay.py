@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import checkpoint, convert, evaluate, files, losses, report, sharding
+from spin_jax import checkpoint, convert, evaluate, files, programs, report, sharding
 from spin_jax import config as config_lib
 from spin_jax.batches import (
     PairBatch,
@@ -214,9 +214,7 @@ class SelfPlay:
 
     @functools.cached_property
     def spin(self) -> SPIN:
-        """The config's loss on the run's model."""
-        c = self.run.config.loss
-        return SPIN(self.run.decoder, losses.with_nll(losses.find(c.name), c.nll_weight))
+        return programs.spin(self.run.config, self.run.model)
 
     def _pairs(self, scored: Sequence[ScoredPair]) -> list[PairBatch]:
         return pair_batches(scored, self.run.pair_shape, self.run.chat.unattended)

@@ -87,16 +87,20 @@ def reshard(x: jax.Array, *logical: str | None) -> jax.Array:
     )
 
 
+def _heads_axis(kv_heads: int) -> str | None:
+    """What splits key/value heads, and the queries' with them; heads it does not divide stay whole."""
+    axis = RULES["kv_heads"]
+    assert isinstance(axis, str)
+    return axis if kv_heads % jax.sharding.get_abstract_mesh().shape[axis] == 0 else None
+
+
 def grouped_heads(q: jax.Array, kv_heads: int) -> jax.Array:
     """[B, T, N, H] queries → [B, T, K, N / K, H], split over tensor as keys and values are."""
     B, T, N, H = q.shape
     shape = (B, T, kv_heads, N // kv_heads, H)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return q.reshape(shape)
-    axis = RULES["kv_heads"]
-    assert isinstance(axis, str)
-    tensor = axis if kv_heads % mesh.shape[axis] == 0 else None
+    tensor = _heads_axis(kv_heads)
     q = jax.sharding.reshard(q, PartitionSpec(RULES["batch"], None, tensor, None))
     grouped = PartitionSpec(RULES["batch"], None, tensor, None, None)
     return jax.lax.reshape(q, shape, out_sharding=grouped)
@@ -131,19 +135,13 @@ def put_rows(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def by_rows_and_heads(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """f(q, k, v, *rows) run on each device's own rows and heads: what a kernel wants.
-
-    Key heads that tensor does not divide stay whole, and the queries' with them, as in `grouped_heads`.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    """f(q, k, v, *rows) run on each device's own rows and heads: what a kernel wants."""
+    if jax.sharding.get_abstract_mesh().empty:
         return attention
-    rows, axis = PartitionSpec(RULES["batch"]), RULES["kv_heads"]
-    assert isinstance(axis, str)
+    rows = PartitionSpec(RULES["batch"])
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, *others: jax.Array) -> jax.Array:
-        tensor = axis if k.shape[2] % mesh.shape[axis] == 0 else None
-        heads = PartitionSpec(RULES["batch"], None, tensor, None)
+        heads = PartitionSpec(RULES["batch"], None, _heads_axis(k.shape[2]), None)
         q, k, v = (jax.sharding.reshard(x, heads) for x in (q, k, v))
         specs = (heads, heads, heads, *[rows] * len(others))
         return jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, *others)

@@ -27,7 +27,7 @@ Metrics = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Optimization:
-    """How parameters follow gradients; every field is a config key of `train` and `sft`."""
+    """How parameters follow gradients; each field is a config key of `train` and `sft`."""
 
     optimizer: str
     learning_rate: float
@@ -39,8 +39,6 @@ class Optimization:
     eps: float
     clip_norm: float | None
     batch_size: int
-    tokens_per_device: int
-    row_length: int | None
     epochs: int
     schedule_epochs: int | None
 

@@ -14,12 +14,13 @@ import pytest
 from jax.interpreters import partial_eval
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from spin_jax import attention, losses, sharding
+from spin_jax import attention, losses, programs, sharding
+from spin_jax import config as spin_config
 from spin_jax.attention import Layout, attend, kernel_for, visible
 from spin_jax.batches import Group, PairBatch, Rows, RowShape, packed
 from spin_jax.model import Decoder, ModelConfig, abstract_params
 from spin_jax.scoring import response_logps
-from spin_jax.train import SPIN, Optimization, TrainState, make_optimizer, make_step
+from spin_jax.train import SPIN, TrainState, make_optimizer, make_step
 
 # float32 on both sides, in sums of at most some hundred terms of another order: results of up to ~10 were
 # seen to differ by 3e-6.
@@ -384,22 +385,7 @@ def test_training_with_triton_lowers_for_gpus(dim):
         jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for x in (rows.lengths, rows.items)
     ]
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    options = Optimization(
-        optimizer="rmsprop",
-        learning_rate=1e-3,
-        schedule="constant",
-        warmup_ratio=0.0,
-        weight_decay=0.0,
-        momentum=0.9,
-        decay=0.99,
-        eps=1e-8,
-        clip_norm=None,
-        batch_size=16,
-        tokens_per_device=2048,
-        row_length=None,
-        epochs=1,
-        schedule_epochs=None,
-    )
+    options = programs.optimization(spin_config.default(), 0)
     params = abstract_parameters(mesh, config)
     with jax.sharding.use_abstract_mesh(mesh):
         state = TrainState(params, jax.eval_shape(make_optimizer(options).init, params))

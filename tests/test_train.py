@@ -41,8 +41,6 @@ RMSPROP = Optimization(
     eps=1e-8,
     clip_norm=None,
     batch_size=8,
-    tokens_per_device=80,
-    row_length=None,
     epochs=1,
     schedule_epochs=None,
 )
