@@ -21,7 +21,7 @@ from spin_jax.chat import Example, Ids, Pair
 
 _MOST_GROUPS = 64  # of a row: it sizes arrays of single numbers
 _WINDOW = 1024  # groups packed together
-_TRIALS = 16  # steps packed for every length tried
+_TRIALS = 16, 512  # steps packed for every length tried, and groups: whichever is more
 
 
 class RowShape(NamedTuple):
@@ -274,7 +274,8 @@ def choose_shape(
     if row_length is not None:
         lengths = {round_up(row_length, granule)}
     rng, some = np.random.default_rng(0), min(batch_size, len(expected))
-    steps = [expected[rng.choice(len(expected), some, replace=False)] for _ in range(_TRIALS)]
+    trials = max(_TRIALS[0], _TRIALS[1] // some)
+    steps = [expected[rng.choice(len(expected), some, replace=False)] for _ in range(trials)]
     fewest = max(int(expected[:, 0].min()), 1)
     best: tuple[float, RowShape] | None = None
     for T in sorted(lengths):
