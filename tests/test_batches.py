@@ -316,6 +316,18 @@ def test_little_is_wasted_on_realistic_lengths(shards, granule):
     assert efficiency(realistic(rng, 2048), RowShape(shards, 2048, 1)) < 0.5
 
 
+@pytest.mark.parametrize("prompt", [20, 200])
+def test_cost_grows_as_the_tokens_of_a_pair(prompt):
+    """Ten times as many pairs cost each no more, and a prompt counts once, ten times its answers too."""
+    rng = np.random.default_rng(2)
+    lengths = rng.integers([prompt // 2, 10, 10], [prompt * 3 // 2, 31, 31], (10_000, 3))
+    wanted = sizes(*lengths.T)
+    shape = choose_shape(wanted[:500], wanted.max(axis=0), **USUAL)
+    few, many = (efficiency(wanted[:count], shape) for count in (1_000, 10_000))
+    assert few == pytest.approx(many, rel=0.05)
+    assert many > 0.8  # of P + R + G; P twice would be 0.5 to 0.7
+
+
 def test_expensive_attention_shortens_rows():
     expected = realistic(np.random.default_rng(0), 500)
     lengths = [
