@@ -99,27 +99,14 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
         rows, chat = data.load_rows(pairs, "train"), prepare.make_chat(config, model)
         read, _ = data.load_pairs(rows, chat, path=pairs, vocab_size=vocab_size)
     else:
-        read = random_pairs(config, vocab_size, steps * config.train.batch_size)
+        read = programs.expected_pairs(config, vocab_size, steps * config.train.batch_size)
     if prompts:
         rows, chat = data.load_rows(prompts, "train"), prepare.make_chat(config, model)
         examples, _ = data.load_examples(rows, chat, path=prompts)
         asked = [chat.sampling_prompt(example) for example in examples[:count]]
     else:
-        asked = [pair.prompt for pair in random_pairs(config, vocab_size, count)]
+        asked = [pair.prompt for pair in programs.expected_pairs(config, vocab_size, count)]
     return Workload(config, model, params, read, asked)
-
-
-def random_pairs(config: Any, vocab_size: int, count: int) -> list[Pair]:
-    """Pairs of random ids, each length between half of `lengths.expected` and one and a half of it."""
-    rng = np.random.default_rng(0)
-    lengths = np.stack([rng.integers(n // 2, n + n // 2 + 1, count) for n in config.lengths.expected], axis=1)
-    lengths = np.maximum(lengths, 1)
-    lengths[:, 0] = np.minimum(lengths[:, 0], config.lengths.max_prompt)
-    room = config.lengths.max_length - lengths[:, 0]
-    lengths[:, 1] = np.minimum(lengths[:, 1], room)
-    lengths[:, 2] = np.minimum(lengths[:, 2], np.minimum(room, config.sampling.max_new_tokens))
-    ids = [[rng.integers(3, vocab_size, n).astype(np.int32) for n in row] for row in lengths]
-    return [Pair(number, 0, [], [], *row, truncated=False) for number, row in enumerate(ids)]
 
 
 def measure(work: Workload, steps: int, profile: str | None = None) -> dict[str, Any]:

@@ -239,7 +239,7 @@ class Decoder(nn.Module):
         copied at every step.
         """
         out_sharding = sharding.spec("batch", None, None)
-        x = self.embed.at[tokens].get(out_sharding=out_sharding).astype(self.dtype)
+        x = sharding.gathered(self.embed).at[tokens].get(out_sharding=out_sharding).astype(self.dtype)
         if cache is None:
             x, _ = self.layers(x, layout)
         else:
@@ -279,7 +279,7 @@ def forward(
 def output_head(decoder: Decoder, params: Params) -> Float[Array, "D V"]:
     """What hidden states are projected with, gathered and in the compute dtype."""
     head = params["embed"].T if decoder.config.tie_word_embeddings else params["head"]
-    return sharding.reshard(head.astype(decoder.dtype), None, "vocab")
+    return sharding.gathered(head.astype(decoder.dtype))
 
 
 def project(hidden: Float[Array, "B T D"], head: Float[Array, "D V"]) -> Float[Array, "B T V"]:
@@ -306,9 +306,7 @@ def new_cache(config: ModelConfig, rows: int, columns: int, dtype: Any) -> Cache
 
 def sampling_params(params: Params, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Params:
     """Parameters as decoding wants them: one tree a layer, in the compute dtype, laid out on `mesh`."""
-    layouts = sharding.parameter_shardings(mesh, abstract_params(config))
-    of_layers = jax.tree.map(sharding.without_first, layouts["layers"])
-    layouts["layers"] = (of_layers,) * config.num_hidden_layers
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, sampling_params_on(mesh, config, dtype))
     with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
         cast = _unstacked(params, dtype)
     return jax.device_put(cast, layouts)
@@ -327,6 +325,29 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, Layout(tokens, tokens))["params"]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), boxed)
+
+
+def params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """Shapes, dtypes and shardings of the parameters on a mesh; nothing is allocated."""
+    boxed = abstract_params(config, dtype)
+    layouts = sharding.parameter_shardings(mesh, boxed)
+    return jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+        sharding.unboxed(boxed),
+        layouts,
+    )
+
+
+def sampling_params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any) -> Params:
+    """The same of what `sampling_params` makes."""
+
+    def of_one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        layout = sharding.without_first(leaf.sharding)
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=layout)
+
+    stacked = params_on(mesh, config, dtype)
+    layer = jax.tree.map(of_one, stacked["layers"])
+    return {**stacked, "layers": (layer,) * config.num_hidden_layers}
 
 
 def init_params(config: ModelConfig, key: Array, mesh: jax.sharding.Mesh) -> Params:

@@ -91,6 +91,22 @@ def check_mesh(config: Config, model: Model) -> None:
 # --- shapes --------------------------------------------------------------------------------------
 
 
+def expected_pairs(config: Any, vocab_size: int, count: int) -> list[Pair]:
+    """Pairs of random ids, each length between half of `lengths.expected` and one and a half of it.
+
+    What `benchmark` and `plan` take where there are no data.
+    """
+    rng = np.random.default_rng(0)
+    lengths = np.stack([rng.integers(n // 2, n + n // 2 + 1, count) for n in config.lengths.expected], axis=1)
+    lengths = np.maximum(lengths, 1)
+    lengths[:, 0] = np.minimum(lengths[:, 0], config.lengths.max_prompt)
+    room = config.lengths.max_length - lengths[:, 0]
+    lengths[:, 1] = np.minimum(lengths[:, 1], room)
+    lengths[:, 2] = np.minimum(lengths[:, 2], np.minimum(room, config.sampling.max_new_tokens))
+    ids = [[rng.integers(3, vocab_size, n).astype(np.int32) for n in row] for row in lengths]
+    return [Pair(number, 0, [], [], *row, truncated=False) for number, row in enumerate(ids)]
+
+
 def pair_shape(
     config: Config, model: Model, examples: Sequence[Example], given: Mapping[int, Sequence[Pair]]
 ) -> RowShape:

@@ -19,7 +19,7 @@ from spin_jax import sharding
 from spin_jax.batches import bucket, round_up
 from spin_jax.chat import Chat, Ids, Message
 from spin_jax.draw import Sampling, prompt_keys
-from spin_jax.model import Decoder, Model, Params, sampling_params
+from spin_jax.model import Decoder, Model, ModelConfig, Params, sampling_params
 from spin_jax.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widened
 
 _DECODE_STEPS = 16  # tokens between two looks at which slots are done
@@ -55,9 +55,7 @@ def answer_prompts(
         return []
     shards = sharding.batch_shards(mesh)
     slots = round_up(slots, shards)
-    # Prompts read at a time: few, so that slots do not wait for company, but some thousand tokens' worth.
-    longest = bucket(max(map(len, prompts)))
-    size = round_up(max(1, min(slots // 4, _PREFILL_TOKENS // longest)), shards)
+    size = prefill_rows(slots, max(map(len, prompts)), shards)
     most = np.full(len(prompts), sampling.max_new_tokens)
     most = most if limits is None else np.minimum(most, limits)
     key_data = np.asarray(jax.random.key_data(keys))
@@ -107,6 +105,11 @@ def answer_prompts(
     return [np.asarray(answer, np.int32) for answer in answers]
 
 
+def prefill_rows(slots: int, longest: int, shards: int) -> int:
+    """Prompts read at a time: few, so that slots do not wait for company, but some thousand tokens' worth."""
+    return round_up(max(1, min(slots // 4, _PREFILL_TOKENS // bucket(longest))), shards)
+
+
 def _prompt_arrays(prompts, most, key_data, group: list[int], size: int, P: int) -> tuple[np.ndarray, ...]:
     """(tokens [size, P] padded on the left, lengths, limits, key data); filler repeats the first prompt."""
     filled = [*group, *[group[0]] * (size - len(group))]
@@ -118,9 +121,14 @@ def _prompt_arrays(prompts, most, key_data, group: list[int], size: int, P: int)
 
 
 def _columns(decoder: Decoder, prompts, most, group: list[int]) -> int:
-    """Columns that the answers of a group need: never more than the model's window."""
-    columns = bucket(max(len(prompts[i]) + int(most[i]) for i in group))
-    return min(columns, decoder.config.sliding_window or columns)
+    """Columns that the answers of a group need."""
+    longest = max(len(prompts[i]) + int(most[i]) for i in group)
+    return cache_columns(decoder.config, longest)
+
+
+def cache_columns(config: ModelConfig, longest: int) -> int:
+    """Columns of a cache for so many tokens: never more than the model's window."""
+    return min(bucket(longest), config.sliding_window or bucket(longest))
 
 
 def _with_columns(state: Slots | None, decoder: Decoder, slots: int, columns: int) -> Slots:

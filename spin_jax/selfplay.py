@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import checkpoint, convert, evaluate, files, programs, report, sharding
+from spin_jax import checkpoint, convert, evaluate, files, programs, report
 from spin_jax import config as config_lib
 from spin_jax.batches import (
     PairBatch,
@@ -38,7 +37,7 @@ from spin_jax.batches import (
 from spin_jax.chat import Example
 from spin_jax.draw import Sampling
 from spin_jax.metrics import Metrics, compact, progress
-from spin_jax.model import Params, abstract_params
+from spin_jax.model import Params, params_on
 from spin_jax.opponent import BEFORE, Opponent
 from spin_jax.prepare import Prepared, plan, prepare
 from spin_jax.train import SFT, SPIN, Loop, Objective, Optimization, fit, init_state, make_step
@@ -168,13 +167,7 @@ class SelfPlay:
         return self.run.initial_params()
 
     def _restore(self, path: epath.Path) -> Params:
-        abstract = abstract_params(self.run.model.config)
-        like = jax.tree.map(
-            lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=layout),
-            sharding.unboxed(abstract),
-            sharding.parameter_shardings(self.run.mesh, abstract),
-        )
-        return checkpoint.restore(path, like)
+        return checkpoint.restore(path, params_on(self.run.mesh, self.run.model.config))
 
     # --- training --------------------------------------------------------------------------------
 

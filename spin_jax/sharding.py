@@ -152,15 +152,13 @@ def by_rows_and_heads(attention: Callable[..., jax.Array]) -> Callable[..., jax.
 def gathered(x: jax.Array) -> jax.Array:
     """A stored parameter made ready for use: the fsdp axis gathered, the tensor axis left split.
 
-    Its transpose, in the backward pass, is the reduce-scatter of FSDP.
+    `reduced` says what becomes of its gradient: each device's own share of it is left unsummed until this
+    function's transpose, so that one reduce-scatter does what would be an all-reduce and a slice.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.sharding.reshard(x, _without(jax.typeof(x).sharding.spec, "fsdp"))
-
-
-def _without(partition: PartitionSpec, axis: str) -> PartitionSpec:
-    return PartitionSpec(*(None if entry == axis else entry for entry in partition))
+    partition = [None if entry == "fsdp" else entry for entry in jax.typeof(x).sharding.spec]
+    return jax.sharding.reshard(x, PartitionSpec(*partition, reduced=frozenset(RULES["batch"])))
 
 
 def parameter_shardings(mesh: Mesh, abstract: Any) -> Any:
@@ -191,7 +189,12 @@ def unboxed(abstract: Any) -> Any:
     return nn.unbox(abstract)
 
 
+def batch_layout(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Split over the batch on dimension `axis`."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
+
+
 def put_batch(mesh: Mesh, batch: Any, *, axis: int = 0) -> Any:
     """Host arrays → device arrays, split over the batch on dimension `axis`."""
-    layout = NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
+    layout = batch_layout(mesh, axis)
     return jax.tree.map(lambda x: jax.device_put(x, layout), batch)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import benchmark, convert, roofline
+from spin_jax import convert, programs, roofline
 from spin_jax.attention import Layout
 from spin_jax.model import Decoder, abstract_params, forward, output_head, project
 
@@ -193,11 +193,11 @@ def test_unknown_chips():
     assert roofline.chip("cpu") is None
 
 
-def test_random_pairs_have_the_lengths_asked_for():
+def test_expected_pairs_have_the_lengths_asked_for():
     from configs import zephyr
 
     config = zephyr.get_config()
-    pairs = benchmark.random_pairs(config, 32000, 400)
+    pairs = programs.expected_pairs(config, 32000, 400)
     lengths = np.array([(len(p.prompt), len(p.real), len(p.generated)) for p in pairs])
     np.testing.assert_allclose(lengths.mean(axis=0)[:2], (180, 300), rtol=0.05)
     assert lengths[:, 2].max() == 256  # sampling.max_new_tokens
