@@ -12,6 +12,7 @@ Names are imported when first used: a mistyped flag must not cost seconds of imp
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from spin_jax.sample import generate
     from spin_jax.scoring import logits, score
     from spin_jax.selfplay import run
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch, each time
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load", "logits", "losses", "run", "save", "score"]

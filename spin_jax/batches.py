@@ -39,7 +39,7 @@ class RowShape(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A prompt and its answers."""
+    """A prompt, of one token or more, and its answers."""
 
     prompt: Ids
     answers: tuple[Ids, ...]
@@ -216,7 +216,7 @@ def pair_batches(
     return [PairBatch(part, opponent[part.items], identical[part.items]) for part in rows]
 
 
-def real_tokens(batch: Rows | PairBatch) -> int:
+def filled_tokens(batch: Rows | PairBatch) -> int:
     """Tokens that are no padding, a shared prompt's counted once."""
     rows = batch.rows if isinstance(batch, PairBatch) else batch
     return int(np.count_nonzero(rows.layout.segments))
@@ -245,6 +245,7 @@ def choose_shape(
     overhead: float,
     granule: int,
     row_length: int | None = None,
+    longest: int | None = None,
     unshared: bool = False,
 ) -> RowShape:
     """The micro-batch that wastes least, found by packing a few steps of groups as they are expected.
@@ -253,8 +254,8 @@ def choose_shape(
     last one empty, and read and add up the weights less often.
 
     Args:
-        expected: `sizes` of the groups as far as they are known.
-        largest: the most that any group can take.
+        expected: `sizes` of the groups as far as they are known, int [groups, 3].
+        largest: the most that any group can take, int [3].
         batch_size: groups of a step.
         shards: rows are a multiple of it.
         tokens_per_device: of one micro-batch, at most (unless one row is longer).
@@ -262,6 +263,8 @@ def choose_shape(
         overhead: what a micro-batch costs whatever is in it, in tokens a device.
         granule: lengths are multiples of it.
         row_length: takes the place of the search over lengths.
+        longest: rows are no longer, unless a group is.
+        unshared: the shape has `unshared`, for kernels.
 
     Raises:
         ValueError: row_length is shorter than a group can be.
@@ -279,14 +282,14 @@ def choose_shape(
     fewest = max(int(expected[:, 0].min()), 1)
     best: tuple[float, RowShape] | None = None
     for T in sorted(lengths):
-        if row_length is None and max(shortest, tokens_per_device) < T:
+        if row_length is None and max(shortest, min(tokens_per_device, longest or T)) < T:
             continue
         shape = RowShape(1, T, max(1, min(T // fewest, _MOST_GROUPS)))
-        rows = [pack(step, shape.capacity) for step in steps]
+        packings = [pack(step, shape.capacity) for step in steps]
         if unshared:
-            most = max(step[row, 1].sum() for step, packed in zip(steps, rows, strict=True) for row in packed)
+            most = max(step[row, 1].sum() for step, rows in zip(steps, packings, strict=True) for row in rows)
             shape = shape._replace(unshared=round_up(max(int(most), int(largest[1])), granule))
-        counts = np.array([len(packed) for packed in rows])
+        counts = np.array([len(rows) for rows in packings])
         for each in range(1, max(1, tokens_per_device // T) + 1):
             N = each * shards
             microbatches = -(-counts // N)
@@ -316,9 +319,9 @@ def batches(
     epochs: int,
     start: int,
 ) -> Iterator[Any]:
-    """The batches [A, N, …] of steps `start`, `start` + 1, …: a pure function of seed and step.
+    """The batches [M, N, …] of steps `start`, `start` + 1, …: a pure function of seed and step.
 
-    Every epoch is a new permutation of all items; grain's threads collate ahead of the steps. A is the most
+    Every epoch is a new permutation of all items; grain's threads collate ahead of the steps. M is the most
     micro-batches that `batch_size` groups can need; the step runs those that hold some.
     """
     most = -(-batch_size // shape.rows)

@@ -29,10 +29,10 @@ from spin_jax.batches import (
     RowShape,
     ScoredPair,
     batches,
+    filled_tokens,
     group_sizes,
     pair_batches,
     pair_group,
-    real_tokens,
 )
 from spin_jax.chat import Ids, Pair
 from spin_jax.command import cache_compilations, fail, parse
@@ -136,9 +136,9 @@ def measure(work: Workload, steps: int, profile: str | None = None) -> dict[str,
 
 def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[str, Any]:
     model, c = work.model, work.config
-    mesh = programs.sampling_mesh(c, model.mesh)
+    mesh = programs.sampling_mesh(c, model)
     weights = sampling_params(params, model.config, model.dtype, mesh)
-    slots = min(c.sampling.batch_size, len(work.prompts))
+    slots = min(programs.slots(c, model), len(work.prompts))
     new = c.sampling.max_new_tokens
 
     def answer() -> None:
@@ -154,15 +154,17 @@ def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[
         )
 
     answer()
-    seconds = _timed(answer, profile and os.path.join(profile, "sample"))
+    seconds = _timed(answer)
+    _traced(answer, profile, "sample")
     tokens = new * len(work.prompts)
     chip = roofline.chip(mesh.devices.flat[0].device_kind)
-    copies = mesh.size // c.sampling.tensor
+    tensor = programs.sampling_tensor(c, model)
+    copies = mesh.size // tensor
     share = None
     if chip is not None:
         context = sum(map(len, work.prompts)) / len(work.prompts) + new / 2
         step = roofline.decode_step_s(
-            model.config, chip, -(-slots // copies), context, model.dtype.itemsize, c.sampling.tensor
+            model.config, chip, -(-slots // copies), context, model.dtype.itemsize, tensor
         )
         share = tokens / seconds / (slots / step)
     return {
@@ -212,7 +214,7 @@ def _measure_training(
             start=0,
         )
     )
-    times, waits, tokens, flops, computed = [], [], [], [], []
+    times, waits, pairs, tokens, flops, computed = [], [], [], [], [], []
     with jax.set_mesh(model.mesh):
         for number in range(steps + 1):  # the first compiles
             began = time.perf_counter()
@@ -225,9 +227,11 @@ def _measure_training(
                 state, metrics = step(state, placed, np.float32(c.train.learning_rate[0]), scalars)
                 jax.block_until_ready((state, metrics))
 
-            last = number == steps
-            times.append(_timed(run, profile and last and os.path.join(profile, "train")))
-            tokens.append(real_tokens(batch))
+            times.append(_timed(run))
+            if number == steps:
+                _traced(run, profile, "train")
+            pairs.append(int(np.count_nonzero(batch.rows.items)))
+            tokens.append(filled_tokens(batch))
             used = int((batch.rows.items > 0).any(axis=(1, 2)).sum())
             computed.append(used * shape.rows * shape.length)
             flops.append(3 * _forward_flops(model.config, batch.rows))
@@ -236,14 +240,14 @@ def _measure_training(
     rate = sum(flops[1:]) / sum(times[1:]) / model.mesh.size
     return {
         "step_s": seconds,
-        "pairs_per_s": min(options.batch_size, len(scored)) / seconds,
+        "pairs_per_s": sum(pairs[1:]) / sum(times[1:]),
         "real_tokens_per_s": sum(tokens[1:]) / sum(times[1:]),
         "mfu": None if chip is None else rate / chip.flops,
         "tflops_per_device": rate / 1e12,
         "padding": 1 - sum(tokens[1:]) / sum(computed[1:]),
         "microbatch": f"{shape.rows} × {shape.length}",
         "input_wait": sum(waits[1:]) / (sum(waits[1:]) + sum(times[1:])),
-        "batch_size": options.batch_size,
+        "batch_size": max(pairs),
         "remat": c.train.remat,
         "attention": objective.decoder.kernel,
     }
@@ -258,19 +262,23 @@ def _shape(work: Workload) -> RowShape:
 def _forward_flops(config: ModelConfig, rows: Rows) -> float:
     """Of a step's batch: every real token once, logits of responses only, and attention as it is causal."""
     # A token sees its own sequence up to itself: its position, and one more.
-    seen = np.sum(rows.layout.positions + 1, where=rows.layout.segments != 0)
-    return roofline.forward_flops(config, real_tokens(rows), int(rows.lengths.sum()), int(seen))
+    window = config.sliding_window or rows.layout.positions.size
+    seen = np.sum(np.minimum(rows.layout.positions + 1, window), where=rows.layout.segments != 0)
+    return roofline.forward_flops(config, filled_tokens(rows), int(rows.lengths.sum()), int(seen))
 
 
-def _timed(run: Callable[[], None], profile: Any = None) -> float:
-    """Seconds, under the profiler where a directory is given."""
+def _timed(run: Callable[[], None]) -> float:
+    """Seconds."""
     began = time.perf_counter()
-    if profile:
-        with jax.profiler.trace(str(profile)):
-            run()
-    else:
-        run()
+    run()
     return time.perf_counter() - began
+
+
+def _traced(run: Callable[[], None], folder: str | None, name: str) -> None:
+    """Once more under the profiler, where a folder is given: tracing takes time of its own."""
+    if folder:
+        with jax.profiler.trace(os.path.join(folder, name)):
+            run()
 
 
 def _count_compilation() -> list[float]:
@@ -328,10 +336,9 @@ def main(argv: list[str] | None = None) -> int:
             steps=_STEPS.value,
             count=_NUM_PROMPTS.value or config.sampling.batch_size,
         )
-        result = measure(work, _STEPS.value, _PROFILE.value)
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
-    print(json.dumps(result))
+    print(json.dumps(measure(work, _STEPS.value, _PROFILE.value), ensure_ascii=False))
     return 0
 
 

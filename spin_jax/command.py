@@ -23,8 +23,12 @@ def parse(argv: list[str], read: Callable[[], Asked]) -> Asked:
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}")
         return read()
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-        raise ValueError(_explained(error, argv)) from error
+    except (flags.Error, ValueError, OSError) as error:
+        raise ValueError(_explained(argv) or str(error)) from error
+    except (AttributeError, KeyError, TypeError) as error:  # ConfigDict's, of a mistyped key; or a bug
+        if explained := _explained(argv):
+            raise ValueError(explained) from error
+        raise
 
 
 def cache_compilations() -> None:
@@ -43,8 +47,8 @@ def fail(message: str) -> int:
     return 2
 
 
-def _explained(error: Exception, argv: list[str]) -> str:
-    """For a mistyped --config.section.key, the nearest key; else what the error says."""
+def _explained(argv: list[str]) -> str | None:
+    """For a mistyped --config.section.key, the nearest key."""
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
         if not argument.startswith("-") or not name.startswith("config."):
@@ -60,4 +64,4 @@ def _explained(error: Exception, argv: list[str]) -> str:
                 hint = config_lib.nearest(key, list(section), f"config.{prefix}")
                 return f"no config key {prefix}{key} ({argument}){hint}"
             section = section[key]
-    return str(error)
+    return None

@@ -64,8 +64,8 @@ def default() -> Any:
     a.temperature = 1.0  # 0 is greedy
     a.top_k = placeholder(int)
     a.top_p = placeholder(float)
-    a.batch_size = 64  # slots: answers in progress at a time
-    a.tensor = 1  # devices that share one copy of the sampler's weights; the others hold copies
+    a.batch_size = 64  # slots: answers in progress at a time, for every copy of the weights
+    a.tensor = placeholder(int)  # devices that share one copy; unset: as few as have room for it
     a.shard_size = 1024  # prompts a file: what an interruption can cost
 
     c.loss = o = _section()

@@ -245,6 +245,10 @@ def _load_pair(
         return chat.given_pair(prompt_id, sample_id, real, generated, counts)
     columns = ("prompt_tokens", "real_tokens", "generated_tokens")
     ids = [np.asarray(row[name], np.int32) for name in columns]
+    if not len(ids[0]):
+        raise BadRow("prompt_tokens is empty: an answer needs a token before it")
+    if min(int(x.min(initial=0)) for x in ids) < 0:
+        raise BadRow("a token id is negative")
     if max(int(x.max(initial=0)) for x in ids) >= vocab_size:
         raise BadRow(
             f"a token id lies beyond the model's vocabulary of {vocab_size}: another tokenizer made "

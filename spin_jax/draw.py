@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from spin_jax import sharding
 
+KEYS = "threefry2x32"  # whatever JAX's default is: an answer is a function of seed and prompt
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -37,7 +39,7 @@ class Sampling:
 
 def prompt_keys(seed: int, iteration: int, prompt_ids: Sequence[int], sample_id: int = 0) -> Array:
     """One key a prompt: fold_in(seed, iteration, prompt, sample), whatever the batch."""
-    base = jax.random.fold_in(jax.random.key(seed), iteration)
+    base = jax.random.fold_in(jax.random.key(seed, impl=KEYS), iteration)
     ids = np.asarray(prompt_ids, np.int64).astype(np.uint64)
     low, high = (ids & 0xFFFFFFFF).astype(np.uint32), (ids >> 32).astype(np.uint32)
     return _fold(base, low, high, np.uint32(sample_id))

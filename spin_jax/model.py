@@ -151,6 +151,9 @@ class Attention(_Projections):
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is None:
             out = attend(q, k, v, layout, window=c.sliding_window, kernel=self.kernel)
+        elif cache[0].shape[2] == x.shape[1]:  # a prompt that fills a new cache: nothing else is to be seen
+            out = attend(q, k, v, layout, window=c.sliding_window)
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         else:
             cached_k, cached_v, keys, column = cache
             k = lax.dynamic_update_slice_in_dim(cached_k, k.swapaxes(1, 2), column, axis=2)
@@ -279,7 +282,8 @@ def forward(
 def output_head(decoder: Decoder, params: Params) -> Float[Array, "D V"]:
     """What hidden states are projected with, gathered and in the compute dtype."""
     head = params["embed"].T if decoder.config.tie_word_embeddings else params["head"]
-    return sharding.gathered(head.astype(decoder.dtype))
+    # A tied head is split the other way round: over the model's dimension by tensor.
+    return sharding.gathered(sharding.reshard(head.astype(decoder.dtype), "embed", "vocab"))
 
 
 def project(hidden: Float[Array, "B T D"], head: Float[Array, "D V"]) -> Float[Array, "B T V"]:

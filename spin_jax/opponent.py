@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from spin_jax import data, files
+from spin_jax import data, files, programs
 from spin_jax.batches import ScoredPair, pair_group
 from spin_jax.chat import Example, Ids, Pair, asked
 from spin_jax.draw import Sampling, prompt_keys
@@ -133,7 +133,7 @@ class Opponent:
             mesh=run.sampling_mesh,
             sampling=sampling,
             stop_tokens=run.model.stop_tokens,
-            slots=min(c.sampling.batch_size, len(run.examples) + len(run.held_out)),
+            slots=min(programs.slots(c, run.model), len(run.examples) + len(run.held_out)),
             limits=[max(c.lengths.max_length - len(prompt), 1) for prompt in prompts],
             on_chunk=on_chunk,
         )

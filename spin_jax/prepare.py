@@ -54,7 +54,7 @@ class Prepared:
     @functools.cached_property
     def sampling_mesh(self) -> jax.sharding.Mesh:
         """The mesh of the sampler, on the same devices."""
-        return programs.sampling_mesh(self.config, self.mesh)
+        return programs.sampling_mesh(self.config, self.model)
 
     def folder(self, t: int) -> epath.Path:
         """Where iteration t is kept; −1 is the start."""

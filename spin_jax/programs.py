@@ -17,6 +17,7 @@ from spin_jax.batches import RowShape, choose_shape, example_group, group_sizes,
 from spin_jax.chat import Example, Pair
 from spin_jax.draw import Sampling
 from spin_jax.model import Decoder, Model
+from spin_jax.sample import cache_columns
 from spin_jax.train import SPIN, Optimization
 
 Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
@@ -69,23 +70,55 @@ def sampling(config: Config) -> Sampling:
 # --- meshes --------------------------------------------------------------------------------------
 
 
-def sampling_mesh(config: Config, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-    """The same devices, each with a copy of the model, or `sampling.tensor` of them sharing one."""
-    return sharding.make_mesh(-1, 1, config.sampling.tensor, list(mesh.devices.flat))
+def sampling_tensor(config: Config, model: Model) -> int:
+    """How many devices share one copy of the sampler's weights: the config's, or as few as have room for it.
+
+    A device holds its part of the copy and of its slots' cache, beside its part of the float32 weights;
+    a fifth of its memory is left for all else.
+    """
+    if config.sampling.tensor is not None:
+        return config.sampling.tensor
+    chip = roofline.chip(model.mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return 1
+    heads, devices = model.config.num_key_value_heads, model.mesh.size
+    stored = 4 * roofline.all_params(model.config) / (devices // model.mesh.shape["data"])
+    copy = model.dtype.itemsize * (
+        roofline.all_params(model.config)
+        + roofline.cached_numbers(model.config, cache_columns(model.config, longest(config)))
+        * config.sampling.batch_size
+    )
+    shares = [n for n in range(1, heads + 1) if heads % n == 0 and devices % n == 0]
+    return next((n for n in shares if stored + copy / n < 0.8 * chip.memory), shares[-1])
+
+
+def sampling_mesh(config: Config, model: Model) -> jax.sharding.Mesh:
+    """The same devices, each with a copy of the model, or `sampling_tensor` of them sharing one."""
+    devices = list(model.mesh.devices.flat)
+    return sharding.make_mesh(-1, 1, sampling_tensor(config, model), devices)
+
+
+def slots(config: Config, model: Model) -> int:
+    """Answers in progress at a time, on all devices."""
+    return config.sampling.batch_size * (model.mesh.size // sampling_tensor(config, model))
+
+
+def longest(config: Config) -> int:
+    """Tokens of the longest prompt and its answer."""
+    return min(config.lengths.max_prompt + config.sampling.max_new_tokens, config.lengths.max_length)
 
 
 def check_mesh(config: Config, model: Model) -> None:
     """Raises ValueError for a mesh that the model cannot be split over."""
-    for name, tensor in (("mesh", model.mesh.shape["tensor"]), ("sampling", config.sampling.tensor)):
+    sampling = sampling_tensor(config, model)
+    for name, tensor in (("mesh", model.mesh.shape["tensor"]), ("sampling", sampling)):
         if model.config.num_key_value_heads % tensor:
             raise ValueError(
                 f"{name}.tensor={tensor} does not divide the model's {model.config.num_key_value_heads} "
                 "key/value heads"
             )
-    if model.mesh.size % config.sampling.tensor:
-        raise ValueError(
-            f"sampling.tensor={config.sampling.tensor} does not divide {model.mesh.size} devices"
-        )
+    if model.mesh.size % sampling:
+        raise ValueError(f"sampling.tensor={sampling} does not divide {model.mesh.size} devices")
 
 
 # --- shapes --------------------------------------------------------------------------------------
@@ -99,7 +132,7 @@ def expected_pairs(config: Any, vocab_size: int, count: int) -> list[Pair]:
     rng = np.random.default_rng(0)
     lengths = np.stack([rng.integers(n // 2, n + n // 2 + 1, count) for n in config.lengths.expected], axis=1)
     lengths = np.maximum(lengths, 1)
-    lengths[:, 0] = np.minimum(lengths[:, 0], config.lengths.max_prompt)
+    lengths[:, 0] = np.minimum(lengths[:, 0], min(config.lengths.max_prompt, config.lengths.max_length - 1))
     room = config.lengths.max_length - lengths[:, 0]
     lengths[:, 1] = np.minimum(lengths[:, 1], room)
     lengths[:, 2] = np.minimum(lengths[:, 2], np.minimum(room, config.sampling.max_new_tokens))
@@ -136,7 +169,9 @@ def row_shape(
     options: Config, config: Config, model: Model, expected: np.ndarray, largest: np.ndarray
 ) -> RowShape:
     """`choose_shape` for a section of options and what attention costs on this machine."""
-    plain = kernel(config, model) == "plain"
+    name, window = kernel(config, model), model.config.sliding_window
+    plain = name == "plain"
+    on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     return choose_shape(
         expected,
         largest,
@@ -147,8 +182,9 @@ def row_shape(
         attention=roofline.score_share(model.config) * (1.5 if plain else 0.5),
         # Accelerators: reading weights and adding up gradients takes as long as some hundred tokens. A CPU
         # needs milliseconds to get going (2 at 100 GFLOP/s): all or nothing, by the size of the model.
-        overhead=2e8 / (3 * roofline.forward_flops(model.config, 1, 1, 0)) if plain else 256,
+        overhead=2e8 / (3 * roofline.forward_flops(model.config, 1, 1, 0)) if on_cpu else 256,
         granule=16 if plain else 128,
         row_length=options.row_length,
+        longest=window if name == "triton" else None,  # which knows no window: longer rows would be plain
         unshared=not plain,
     )

@@ -14,17 +14,24 @@ class Chip:
 
     flops: float  # dense bfloat16, a second
     bandwidth: float  # bytes of device memory, a second
+    memory: float  # bytes
+    links: float  # bytes a second that come in from other devices: half of the two directions' sum
 
 
+_GIB = 2.0**30
 CHIPS = {  # by the beginning of `device_kind`; the longest that fits
-    "NVIDIA A100": Chip(312e12, 2.04e12),
-    "NVIDIA H100": Chip(989e12, 3.35e12),
-    "NVIDIA H200": Chip(989e12, 4.8e12),
-    "TPU v4": Chip(275e12, 1.23e12),
-    "TPU v5 lite": Chip(197e12, 0.82e12),
-    "TPU v5p": Chip(459e12, 2.77e12),
-    "TPU v5": Chip(459e12, 2.77e12),
-    "TPU v6 lite": Chip(918e12, 1.64e12),
+    "NVIDIA A100": Chip(312e12, 2.04e12, 80e9, 300e9),
+    "NVIDIA A100-PCIE-40GB": Chip(312e12, 1.555e12, 40e9, 300e9),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1.555e12, 40e9, 300e9),
+    "NVIDIA H100 NVL": Chip(835e12, 3.9e12, 94e9, 300e9),
+    "NVIDIA H100 PCIe": Chip(756e12, 2.0e12, 80e9, 300e9),
+    "NVIDIA H100": Chip(989e12, 3.35e12, 80e9, 450e9),
+    "NVIDIA H200": Chip(989e12, 4.8e12, 141e9, 450e9),
+    "TPU v4": Chip(275e12, 1.23e12, 32 * _GIB, 150e9),
+    "TPU v5 lite": Chip(197e12, 0.82e12, 16 * _GIB, 100e9),
+    "TPU v5p": Chip(459e12, 2.77e12, 95 * _GIB, 300e9),
+    "TPU v5": Chip(459e12, 2.77e12, 95 * _GIB, 300e9),
+    "TPU v6 lite": Chip(918e12, 1.64e12, 32 * _GIB, 224e9),
 }
 
 
@@ -38,6 +45,18 @@ def layer_params(c: ModelConfig) -> int:
     """Weights of one layer that multiply."""
     heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
     return c.hidden_size * (heads * c.head_dim + 3 * c.intermediate_size)
+
+
+def all_params(c: ModelConfig) -> int:
+    """All numbers of the parameter tree."""
+    tables = 1 if c.tie_word_embeddings else 2
+    norms = c.hidden_size * (2 * c.num_hidden_layers + 1)
+    return c.num_hidden_layers * layer_params(c) + tables * c.vocab_size * c.hidden_size + norms
+
+
+def cached_numbers(c: ModelConfig, columns: int) -> int:
+    """Keys and values of so many tokens."""
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * columns
 
 
 def score_share(c: ModelConfig) -> float:
@@ -71,6 +90,6 @@ def decode_step_s(
         devices: how many share that copy.
     """
     weights = c.num_hidden_layers * layer_params(c) + c.hidden_size * c.vocab_size
-    cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context * batch
+    cached = cached_numbers(c, 1) * context * batch
     compute = forward_flops(c, batch, batch, 0) / chip.flops
     return (max(weights * itemsize / chip.bandwidth, compute) + cached * itemsize / chip.bandwidth) / devices

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from spin_jax import sharding
 from spin_jax.batches import bucket, round_up
 from spin_jax.chat import Chat, Ids, Message
-from spin_jax.draw import Sampling, prompt_keys
+from spin_jax.draw import KEYS, Sampling, prompt_keys
 from spin_jax.model import Decoder, Model, ModelConfig, Params, sampling_params
 from spin_jax.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widened
 
@@ -81,7 +81,15 @@ def answer_prompts(
                 arrays = _prompt_arrays(prompts, most, key_data, group, size, P)
                 tokens, lengths, room, data = sharding.put_batch(mesh, arrays)
                 state, first = prefill(
-                    decoder, params, state, tokens, lengths, room, jax.random.wrap_key_data(data), into, **how
+                    decoder,
+                    params,
+                    state,
+                    tokens,
+                    lengths,
+                    room,
+                    jax.random.wrap_key_data(data, impl=KEYS),
+                    into,
+                    **how,
                 )
                 begun.append((group, first))
                 holds[into[: len(group)]] = group

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from spin_jax import sharding
 from spin_jax.attention import Layout
-from spin_jax.draw import Sampling, draw
+from spin_jax.draw import KEYS, Sampling, draw
 from spin_jax.model import Cache, Decoder, Params, forward, new_cache, output_head, project
 
 NO_TOKEN = -1
@@ -146,11 +146,13 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("decoder", "slots", "columns"))
 def new_slots(decoder: Decoder, slots: int, columns: int) -> Slots:
+    """Empty ones, with a cache of so many columns."""
+
     def zeros(dtype: Any) -> Array:
         return jnp.zeros(slots, dtype, out_sharding=sharding.spec("batch"))
 
     keys = jax.random.wrap_key_data(
-        jnp.zeros((slots, 2), jnp.uint32, out_sharding=sharding.spec("batch", None))
+        jnp.zeros((slots, 2), jnp.uint32, out_sharding=sharding.spec("batch", None)), impl=KEYS
     )
     cache = new_cache(decoder.config, slots, columns, decoder.dtype)
     done = jnp.ones(slots, bool, out_sharding=sharding.spec("batch"))

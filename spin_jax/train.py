@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array
 
 from spin_jax import checkpoint, losses, sharding
-from spin_jax.batches import PairBatch, Rows, real_tokens
+from spin_jax.batches import PairBatch, Rows, filled_tokens
 from spin_jax.losses import PairLogps
 from spin_jax.model import Decoder, Params
 from spin_jax.scoring import response_logps
@@ -279,13 +279,14 @@ def fit(
             # The device works on this step while the host reports the one before.
             if pending is not None:
                 report(pending)
-            pending = (number, metrics, real_tokens(batch))
+            pending = (number, metrics, filled_tokens(batch))
             done = number + 1
             stop = done < loop.steps and loop.should_stop()
             if stop or (done % loop.save_every == 0 and done < loop.steps):
                 report(pending)
                 pending = None
                 checkpoints.save(done, state)
+                clock = time.perf_counter()  # a step's speed is not the disk's
             if stop:
                 raise Interrupted
         if pending is not None:

@@ -18,7 +18,7 @@ from spin_jax import attention, losses, programs, sharding
 from spin_jax import config as spin_config
 from spin_jax.attention import Layout, attend, kernel_for, visible
 from spin_jax.batches import Group, PairBatch, Rows, RowShape, packed
-from spin_jax.model import Decoder, ModelConfig, abstract_params
+from spin_jax.model import Decoder, ModelConfig, abstract_params, params_on
 from spin_jax.scoring import response_logps
 from spin_jax.train import SPIN, TrainState, make_optimizer, make_step
 
@@ -346,20 +346,12 @@ def abstract_rows(mesh, *leading, rows=2, length=1024, unshared=1536, groups=8, 
     return Rows(ints(T), layout, ints(T), ints(T), ints(T), ints(G, 2), ints(G))
 
 
-def abstract_parameters(mesh, config):
-    abstract = abstract_params(config)
-    layouts = sharding.parameter_shardings(mesh, abstract)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sharding.unboxed(abstract), layouts
-    )
-
-
 def test_what_remat_keeps_of_splash(mesh):
     """With remat="attention" the forward kernel is not run again in the backward pass, with "full" it is.
 
     Counted in the program less what nothing depends on, which XLA leaves out as well.
     """
-    arguments = abstract_parameters(mesh, config_of()), abstract_rows(mesh)
+    arguments = params_on(mesh, config_of()), abstract_rows(mesh)
     for remat, times in {"attention": 1, "full": 2}.items():
         decoder = Decoder(config_of(), dtype=jnp.bfloat16, remat=remat, kernel="splash")
         gradient = jax.grad(lambda p, r, d=decoder: jnp.sum(response_logps(d, p, r)))
@@ -386,7 +378,7 @@ def test_training_with_triton_lowers_for_gpus(dim):
     ]
     number = jax.ShapeDtypeStruct((), jnp.float32)
     options = programs.optimization(spin_config.default(), 0)
-    params = abstract_parameters(mesh, config)
+    params = params_on(mesh, config)
     with jax.sharding.use_abstract_mesh(mesh):
         state = TrainState(params, jax.eval_shape(make_optimizer(options).init, params))
         step = make_step(SPIN(decoder, losses.find("logistic")), options)
@@ -410,7 +402,7 @@ def test_splash_compiles_for_tpus(monkeypatch):
     config = config_of(head_dim=128, hidden_size=512, intermediate_size=1024, vocab_size=1024)
     decoder = Decoder(config, dtype=jnp.bfloat16, remat="attention", kernel="splash")
     gradient = jax.jit(jax.grad(lambda params, rows: jnp.sum(response_logps(decoder, params, rows))))
-    arguments = abstract_parameters(mesh, config), abstract_rows(mesh, rows=8)
+    arguments = params_on(mesh, config), abstract_rows(mesh, rows=8)
     with jax.set_mesh(mesh):
         traced = gradient.trace(*arguments)
         text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()

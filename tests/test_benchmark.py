@@ -82,8 +82,11 @@ def test_on_a_model_and_data(tiny_dir, tmp_path):
     )
     assert code == 0, error
     assert result["score"]["pairs"] == 6
-    assert result["train"]["batch_size"] == 4
-    assert result["train"]["remat"] == "none"
+    train = result["train"]
+    assert train["batch_size"] == 4
+    assert train["remat"] == "none"
+    # Steps of four pairs and of two, in turn: the median is between, and three pairs are the mean.
+    assert train["pairs_per_s"] * train["step_s"] == pytest.approx(3, rel=1e-6)
     assert (result["sample"]["prompts"], result["sample"]["new_tokens"]) == (3, 5)
     assert result["model"]["dtype"] == "float32"
 

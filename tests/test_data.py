@@ -221,6 +221,10 @@ def test_given_pairs_are_checked(chat):
     foreign = row("4", prompt_tokens=[5], real_tokens=[99999], generated_tokens=[6])
     with pytest.raises(ValueError, match="beyond the model's vocabulary of 272: another tokenizer"):
         data.load_pairs([foreign], chat, path="x", vocab_size=272)
+    for prompt, message in (([], "prompt_tokens is empty"), ([5, -1], "a token id is negative")):
+        bad = row("4", prompt_tokens=prompt, real_tokens=[7], generated_tokens=[6])
+        with pytest.raises(ValueError, match=f"row 1: {message}"):
+            data.load_pairs([bad], chat, path="x", vocab_size=272)
 
 
 def test_own_pairs_keep_their_ids(chat, tmp_path):

@@ -27,6 +27,7 @@ from spin_jax.model import (
     init_params,
     new_cache,
     output_head,
+    params_on,
     project,
     rope_frequencies,
     sampling_params,
@@ -82,6 +83,22 @@ def _run(decoder, params, tokens, layout):
 
 
 run = jax.jit(_run, static_argnums=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_split_over_the_vocabulary(mesh8, tied):
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+    decoder = Decoder(config)
+
+    params, batch = params_on(mesh8, config), jax.sharding.PartitionSpec(("data", "fsdp"))
+
+    def logits(params):
+        hidden = jnp.zeros((4, 2, config.hidden_size), out_sharding=batch)
+        return project(hidden, output_head(decoder, params))
+
+    with jax.set_mesh(mesh8):
+        made = jax.eval_shape(logits, params)
+    assert made.sharding.spec[-1] == "tensor"
 
 
 def _shapes(config):

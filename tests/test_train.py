@@ -533,6 +533,27 @@ def test_fit_reports_tokens_and_waiting(mesh):
     assert np.sort(shares)[-2] < shares.max() / 2  # both fell between two reports
 
 
+def test_saving_is_no_part_of_a_steps_speed(mesh):
+    class Slow:
+        def save(self, done, state):
+            time.sleep(0.5)
+
+    reported = []
+    fit(
+        TrainState({}, None),
+        iter([sft_step(random_pairs(8))] * 2),
+        lambda state, batch, learning_rate, scalars: (state, {"loss": learning_rate}),
+        start=0,
+        learning_rates=np.ones(2),
+        scalars={},
+        mesh=mesh,
+        checkpoints=Slow(),
+        loop=Loop(2, 1, lambda *report: reported.append(report), lambda: False),
+    )
+    tokens = sum(len(pair.prompt) + len(pair.real) for pair in random_pairs(8))
+    assert [tokens / values["tokens_per_s"] < 0.4 for _, values, _ in reported] == [True, True]
+
+
 def test_impossible_options():
     with pytest.raises(ValueError, match="rmsprop, adamw, adafactor"):
         dataclasses.replace(RMSPROP, optimizer="sgd")
