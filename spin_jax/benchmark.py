@@ -25,7 +25,6 @@ from ml_collections import ConfigDict, config_flags
 from spin_jax import config as config_lib
 from spin_jax import convert, data, prepare, programs, roofline, sharding
 from spin_jax.batches import (
-    Rows,
     RowShape,
     ScoredPair,
     batches,
@@ -37,7 +36,7 @@ from spin_jax.batches import (
 from spin_jax.chat import Ids, Pair
 from spin_jax.command import cache_compilations, fail, parse
 from spin_jax.draw import prompt_keys
-from spin_jax.model import Model, ModelConfig, Params, count_params, init_params, sampling_params
+from spin_jax.model import Model, Params, count_params, init_params, sampling_params
 from spin_jax.sample import answer_prompts
 from spin_jax.scoring import score_groups
 from spin_jax.train import init_state, make_step
@@ -86,7 +85,7 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
     Raises:
         ValueError, FileNotFoundError: naming the key, or the file and row.
     """
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = programs.make_mesh(config)
     if config.model.path:
         model, params = prepare.open_model(config, mesh)
     else:
@@ -234,7 +233,7 @@ def _measure_training(
             tokens.append(filled_tokens(batch))
             used = int((batch.rows.items > 0).any(axis=(1, 2)).sum())
             computed.append(used * shape.rows * shape.length)
-            flops.append(3 * _forward_flops(model.config, batch.rows))
+            flops.append(3 * roofline.rows_flops(model.config, batch.rows))
     seconds = statistics.median(times[1:])
     chip = roofline.chip(model.mesh.devices.flat[0].device_kind)
     rate = sum(flops[1:]) / sum(times[1:]) / model.mesh.size
@@ -257,14 +256,6 @@ def _shape(work: Workload) -> RowShape:
     """The micro-batches of a run that knew these pairs."""
     known = group_sizes([pair_group(pair) for pair in work.pairs])
     return programs.row_shape(work.config.train, work.config, work.model, known, known.max(axis=0))
-
-
-def _forward_flops(config: ModelConfig, rows: Rows) -> float:
-    """Of a step's batch: every real token once, logits of responses only, and attention as it is causal."""
-    # A token sees its own sequence up to itself: its position, and one more.
-    window = config.sliding_window or rows.layout.positions.size
-    seen = np.sum(np.minimum(rows.layout.positions + 1, window), where=rows.layout.segments != 0)
-    return roofline.forward_flops(config, filled_tokens(rows), int(rows.lengths.sum()), int(seen))
 
 
 def _timed(run: Callable[[], None]) -> float:

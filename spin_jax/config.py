@@ -78,9 +78,10 @@ def default() -> Any:
     #                   attention (which keep what those compute), none (most memory, a quarter less work)
 
     c.mesh = h = _section()  # devices: data × fsdp × tensor; −1 takes what is left
-    h.data = 1  # replicas
+    h.data = placeholder(int)  # replicas; unset: one a TPU slice or GPU node, 1 where there is but one
     h.fsdp = -1  # splits parameters and batch
-    h.tensor = 1  # splits heads, MLP and vocabulary; at most the key/value heads
+    h.tensor = placeholder(int)  # splits heads, MLP and vocabulary; at most the key/value heads;
+    #                              unset: 1, or more where devices outnumber a step's pairs
 
     c.eval = e = _section()
     e.fraction = 0.1  # of the rows kept from training …
@@ -117,6 +118,7 @@ def _optimization(epochs: Any, learning_rate: Any) -> Any:
     o.decay = 0.99  # of squared gradients: RMSProp's α, AdamW's β2
     o.eps = 1e-8
     o.clip_norm = placeholder(float)  # clip gradients to this norm; unset: not
+    o.offload = False  # keep the optimizer's state in the hosts' memory between steps
     o.batch_size = 64  # pairs (SFT: conversations) an optimizer step
     o.tokens_per_device = 8192  # at most so many at a time (or one row); gradients are accumulated
     o.row_length = placeholder(int)  # of packed rows, in tokens; unset: what wastes least on this data

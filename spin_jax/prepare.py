@@ -88,7 +88,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
     losses.find(config.loss.name)
     if config.eval.verifier:
         evaluate.find_verifier(config.eval.verifier)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = programs.make_mesh(config)
     began = files.read_json(root / "config.json") if (root / "config.json").exists() else {}
     model, initial_params = open_model(config, mesh, began.get("model_revision"))
     programs.check_mesh(config, model)

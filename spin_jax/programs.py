@@ -70,6 +70,27 @@ def sampling(config: Config) -> Sampling:
 # --- meshes --------------------------------------------------------------------------------------
 
 
+def mesh_sizes(config: Config, devices: int, slices: int = 1) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) of the config on so many devices.
+
+    Raises:
+        ValueError: the sizes that it states are not those of so many devices.
+    """
+    data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    if tensor is None:
+        tensor = 1
+        while fsdp == -1 and devices % (2 * tensor) == 0 and devices // tensor > config.train.batch_size:
+            tensor *= 2
+    return sharding.mesh_sizes(data, fsdp, tensor, devices, slices)
+
+
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of training and scoring, of all devices or of those given."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices), sharding.slices_of(devices))
+    return sharding.make_mesh(*sizes, devices)
+
+
 def sampling_tensor(config: Config, model: Model) -> int:
     """How many devices share one copy of the sampler's weights: the config's, or as few as have room for it.
 

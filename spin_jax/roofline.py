@@ -5,6 +5,9 @@ Axes: L layers, D model, N query heads, K key/value heads, H head dim, F mlp, V 
 
 import dataclasses
 
+import numpy as np
+
+from spin_jax.batches import Rows, filled_tokens
 from spin_jax.model import ModelConfig
 
 
@@ -76,6 +79,14 @@ def forward_flops(c: ModelConfig, tokens: float, projected: float, seen: float) 
     head = 2 * c.hidden_size * c.vocab_size * projected
     attention = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
     return linear + head + attention
+
+
+def rows_flops(c: ModelConfig, rows: Rows) -> float:
+    """`forward_flops` of packed rows: every token once, logits of responses, causal attention."""
+    # A token sees its own sequence up to itself, or the window: its position, and one more.
+    window = c.sliding_window or rows.layout.positions.size
+    seen = np.sum(np.minimum(rows.layout.positions + 1, window), where=rows.layout.segments != 0)
+    return forward_flops(c, filled_tokens(rows), int(rows.lengths.sum()), int(seen))
 
 
 def decode_step_s(

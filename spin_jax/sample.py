@@ -22,7 +22,7 @@ from spin_jax.draw import KEYS, Sampling, prompt_keys
 from spin_jax.model import Decoder, Model, ModelConfig, Params, sampling_params
 from spin_jax.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widened
 
-_DECODE_STEPS = 16  # tokens between two looks at which slots are done
+DECODE_STEPS = 16  # tokens between two looks at which slots are done
 _PREFILL_TOKENS = 4096
 
 
@@ -95,7 +95,7 @@ def answer_prompts(
                 holds[into[: len(group)]] = group
                 for _ in group:
                     waiting.popleft()
-            state, drawn = decode(decoder, params, state, steps=_DECODE_STEPS, **how)
+            state, drawn = decode(decoder, params, state, steps=DECODE_STEPS, **how)
             sampled = 0
             for group, first in begun:
                 for i, token in zip(group, np.asarray(first), strict=False):

@@ -4,7 +4,7 @@ Model code speaks of logical axes (batch, embed, heads, …); `RULES` says which
 Meshes are in JAX's explicit mode: an array's sharding is part of its type, so a mistake fails while
 tracing, and whatever is derived from a parameter (gradient, optimizer state) is split as it is.
 
-    data     replicas of the model; splits the batch
+    data     replicas of the model; splits the batch. Slices of TPUs and nodes of GPUs are replicas first
     fsdp     splits the batch and every parameter; parameters are gathered layer by layer when used
     tensor   splits heads, the MLP and the vocabulary
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -35,28 +36,58 @@ RULES: dict[str, str | tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Builds the (data, fsdp, tensor) mesh; one size may be -1: whatever the devices leave.
+def mesh_sizes(
+    data: int | None, fsdp: int, tensor: int, devices: int, slices: int = 1
+) -> tuple[int, int, int]:
+    """The sizes of the mesh's axes; one may be -1: whatever the devices leave.
+
+    Args:
+        data: None for one replica a slice.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or do not suit the slices.
     """
-    devices = list(devices if devices is not None else jax.devices())
-    sizes = [data, fsdp, tensor]
+    sizes = [slices if data is None else data, fsdp, tensor]
     wanted = " × ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
     if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"mesh {wanted}: sizes are positive, and at most one is -1 (inferred)")
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if math.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = max(devices // known, 1)
+    if math.prod(sizes) != devices:
         raise ValueError(
-            f"mesh {wanted} asks for {math.prod(sizes)} devices and there are {len(devices)}: "
-            f"set config.mesh.* so that the product is {len(devices)}"
+            f"mesh {wanted} asks for {math.prod(sizes)} devices and there are {devices}: "
+            f"set config.mesh.* so that the product is {devices}"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3, devices=devices
-    )
+    if (devices // slices) % sizes[2]:
+        raise ValueError(f"mesh {wanted}: tensor does not divide the {devices // slices} devices of a slice")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def slices_of(devices: Sequence[Any]) -> int:
+    """How many TPU slices or GPU nodes these are: within one, links are fast."""
+    return len({getattr(device, "slice_index", None) or 0 for device in devices})
+
+
+def make_mesh(
+    data: int | None = None, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Builds the (data, fsdp, tensor) mesh of all devices, or of those given, by `mesh_sizes`.
+
+    Neighbours on an axis are neighbours on the machine; of several slices, data spans them as far as it
+    goes, and fsdp the rest.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    slices = slices_of(devices)
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices), slices)
+    if slices > 1:
+        replicas = math.gcd(sizes[0], slices)
+        across = replicas, slices // replicas, 1
+        within = tuple(size // count for size, count in zip(sizes, across, strict=True))
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
 
 
 def batch_shards(mesh: Mesh | None = None) -> int:
@@ -198,3 +229,23 @@ def put_batch(mesh: Mesh, batch: Any, *, axis: int = 0) -> Any:
     """Host arrays → device arrays, split over the batch on dimension `axis`."""
     layout = batch_layout(mesh, axis)
     return jax.tree.map(lambda x: jax.device_put(x, layout), batch)
+
+
+def to_host_memory(tree: Any) -> Any:
+    """Arrays, with their layout, into the memory of the hosts that their devices belong to."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, tree)
+
+
+def to_device(tree: Any) -> Any:
+    """The way back."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if x.ndim else x, tree)
+
+
+def in_host_memory(mesh: Mesh, abstract: Any) -> Any:
+    """What `to_host_memory` makes of arrays, of their shapes."""
+
+    def moved(x: Any) -> Any:
+        layout = NamedSharding(mesh, x.sharding.spec, memory_kind="pinned_host") if x.ndim else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+    return jax.tree.map(moved, abstract)

@@ -38,6 +38,7 @@ class Optimization:
     decay: float  # of the squared gradient: RMSProp's α, AdamW's β2
     eps: float
     clip_norm: float | None
+    offload: bool  # the optimizer's state waits in the hosts' memory
     batch_size: int
     epochs: int
     schedule_epochs: int | None
@@ -199,7 +200,9 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
             gradients, metrics = jax.lax.fori_loop(
                 0, count, lambda number, sums: jax.tree.map(jnp.add, sums, sums_of(number)), zeros
             )
-        directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        opt_state = sharding.to_device(state.opt_state) if options.offload else state.opt_state
+        directions, opt_state = optimizer.update(gradients, opt_state, state.params)
+        opt_state = sharding.to_host_memory(opt_state) if options.offload else opt_state
         params = jax.tree.map(lambda w, d: w - learning_rate * d, state.params, directions)
         metrics["grad_norm"] = optax.tree.norm(gradients)
         return TrainState(params, opt_state), metrics
@@ -210,7 +213,8 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
 def init_state(params: Params, options: Optimization, mesh: jax.sharding.Mesh) -> TrainState:
     """Parameters with a fresh optimizer state, laid out as they are."""
     with jax.set_mesh(mesh):
-        return TrainState(params, jax.jit(make_optimizer(options).init)(params))
+        opt_state = jax.jit(make_optimizer(options).init)(params)
+        return TrainState(params, sharding.to_host_memory(opt_state) if options.offload else opt_state)
 
 
 # --- the loop ------------------------------------------------------------------------------------

@@ -467,7 +467,7 @@ def test_answers_do_not_depend_on_the_chunks_they_are_decoded_in(steps, chosen, 
     A prefill draws the first token, and an answer begins with a chunk: in chunks of 3, answers end with
     the first token, at each place of a chunk, and some chunks later.
     """
-    monkeypatch.setattr(sample, "_DECODE_STEPS", steps)
+    monkeypatch.setattr(sample, "DECODE_STEPS", steps)
     assert sampled(small, chosen) == [expected[i] for i in chosen]
     ended = [len(expected[i]) for i in MIDDLE if expected[i][-1] in STOPS]
     assert 1 in ended
@@ -500,7 +500,7 @@ def test_the_ring_is_never_wider_than_the_window(window, chosen, small, expected
     assert sorted(set(widths)) == ([48, 52] if window == 52 else [window])
     assert widths == sorted(widths)
     chunks = sum(call.program == "decode" for call in calls)
-    assert chunks * sample._DECODE_STEPS > 2 * window
+    assert chunks * sample.DECODE_STEPS > 2 * window
 
 
 def test_limits_cut_answers_one_by_one(small, expected):
@@ -609,7 +609,7 @@ def test_on_chunk_is_told_and_may_stop(small, expected):
     assert sum(tokens) == sum(map(len, expected))
     # A slot draws at most a chunk and the first token before it.
     assert all(0 <= count <= 3 for count in prompts)
-    assert all(0 < count <= 3 * (sample._DECODE_STEPS + 1) for count in tokens)
+    assert all(0 < count <= 3 * (sample.DECODE_STEPS + 1) for count in tokens)
 
     class Stop(Exception):
         pass

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import convert, losses, scoring, sharding, tiny
+from spin_jax import checkpoint, convert, losses, scoring, sharding, tiny
 from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, pair_group, stacked
 from spin_jax.chat import Pair
 from spin_jax.convert import new_model
@@ -40,6 +40,7 @@ RMSPROP = Optimization(
     decay=0.99,
     eps=1e-8,
     clip_norm=None,
+    offload=False,
     batch_size=8,
     epochs=1,
     schedule_epochs=None,
@@ -422,6 +423,27 @@ def test_optimizer_state_is_split_like_the_parameters(fresh, mesh8):
 
 
 # --- numbers and programs --------------------------------------------------------------------------
+
+
+def test_offloaded_state_changes_no_bit(model, fresh, mesh, mesh8, tmp_path):
+    """Between steps the moments lie in the hosts' memory, through a checkpoint too."""
+    scored = scored_by(Decoder(model.config), fresh(mesh), mesh, random_pairs(8), offset=2.0)
+    batch = sharding.put_batch(mesh8, pair_step(scored, RowShape(8, 40, 3), 1), axis=1)
+    objective, ends = SPIN(Decoder(model.config), losses.logistic), []
+    for offload in (False, True):
+        options = dataclasses.replace(RMSPROP, optimizer="adamw", offload=offload)
+        state, step = init_state(fresh(mesh8), options, mesh8), make_step(objective, options)
+        with checkpoint.StepCheckpoints.open(tmp_path / str(offload), 1) as checkpoints:
+            for done in (1, 2):
+                with jax.set_mesh(mesh8):
+                    state, _ = step(state, batch, np.float32(1e-3), {"beta": np.float32(0.1)})
+                checkpoints.save(done, state)
+                state = checkpoints.restore(checkpoint.abstract(state))
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim}
+        assert kinds == {"pinned_host" if offload else "device"}
+        assert step._cache_size() == 1
+        ends.append(jax.device_get(state))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
 def test_master_weights_move_at_the_papers_learning_rate(model, fresh, mesh):

@@ -1,0 +1,125 @@
+"""What a compiled program sends between devices, read from its optimized HLO."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+class Collective(NamedTuple):
+    """One that a program runs."""
+
+    kind: str  # one of KINDS
+    bytes: int  # of the whole array on a device: what is gathered, or before it is reduced
+    times: int  # how often it runs, at most; loops without a known bound count once
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """All that a program runs, from `compiled.as_text()`. A conditional counts with all its branches.
+
+    TPU's compiler writes a reduce-scatter as a fusion called all-reduce-scatter around an all-reduce, and
+    starts an asynchronous collective in one fusion and ends it in another, both with its channel: such a
+    one is counted once.
+    """
+    computations, entry = _computations(hlo)
+    found: dict[tuple[str, str], Collective] = {}
+
+    def visit(name: str, times: int, outer: str) -> None:
+        for line in computations.get(name, ()):
+            operation = _operation(line)
+            if operation in KINDS:
+                kind = "reduce-scatter" if "all-reduce-scatter" in name else operation
+                channel = re.search(r"channel_id=(\d+)", line)
+                size = _size(line.split(" = ", 1)[1].split(f" {operation}", 1)[0])
+                if operation == "reduce-scatter":
+                    size *= _group(line)
+                key = (outer, f"{operation} {channel[1]}" if channel else line)
+                before = found.get(key, Collective(kind, 0, 0))
+                found[key] = Collective(kind, max(before.bytes, size), times)
+            elif operation == "while":
+                body = re.search(r"body=%?([\w.\-]+)", line)
+                condition = re.search(r"condition=%?([\w.\-]+)", line)
+                assert body
+                assert condition
+                test = computations.get(condition[1], [])
+                test = [
+                    *test,
+                    *(x for part in test for name in _called(part) for x in computations.get(name, ())),
+                ]
+                visit(body[1], times * _trips(test), body[1])
+            else:
+                for called in _called(line):
+                    visit(called, times, outer)
+
+    visit(entry, 1, entry)
+    return list(found.values())
+
+
+def totals(found: list[Collective]) -> dict[str, int]:
+    """Bytes of each kind."""
+    sums: Counter[str] = Counter()
+    for one in found:
+        sums[one.kind] += one.bytes * one.times
+    return dict(sums)
+
+
+def received(sums: Mapping[str, float]) -> float:
+    """Bytes that come to a device over its links; an all-reduce is a reduce-scatter and an all-gather."""
+    return sum(size * (2 if kind == "all-reduce" else 1) for kind, size in sums.items())
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    lines: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in hlo.splitlines():
+        if header := _HEADER.match(line):
+            name = header[2]
+            entry = name if header[1] else entry
+            lines[name] = []
+        elif " = " in line and name:
+            lines[name].append(line.strip())
+    return lines, entry
+
+
+def _operation(line: str) -> str:
+    """all-gather of `%x = bf16[8,4] all-gather-start(%y), …`."""
+    match = re.search(r"[\]})] ([a-z][a-z\-]*)\(", line.split(" = ", 1)[1])
+    return match[1].removesuffix("-start") if match else ""
+
+
+def _called(line: str) -> Iterator[str]:
+    if branches := _BRANCHES.search(line):
+        yield from (name.strip().lstrip("%") for name in branches[1].split(","))
+    yield from _CALLED.findall(line)
+
+
+def _trips(condition: list[str]) -> int:
+    """The n of `i < n`, where a loop's condition has it: how often it runs at most."""
+    constants = [int(n) for line in condition for n in re.findall(r"s32\[\][^=]* constant\((\d+)\)", line)]
+    known = len(constants) == 1 and any("direction=LT" in line for line in condition)
+    return constants[0] if known else 1
+
+
+def _size(shapes: str) -> int:
+    """Bytes of the largest of the arrays in an HLO type, or of all that a combined collective has."""
+    arrays = [
+        math.prod(map(int, filter(None, dims.split(",")))) * _BYTES.get(dtype, 4)
+        for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
+    ]
+    return sum(arrays)
+
+
+def _group(line: str) -> int:
+    """How many devices take part."""
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(iota[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return listed[1].count(",") + 1
+    return 1

@@ -1,0 +1,366 @@
+"""What a run takes of a machine that need not be there: memory by phase, and what devices send each other.
+
+For TPUs the run's own programs are compiled for a topology; for GPUs, and for settings that might fit,
+there is arithmetic.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spin_jax import collectives as traffic
+from spin_jax import convert, files, programs, roofline, sharding
+from spin_jax.batches import RowShape, ScoredPair, pair_batches, stacked
+from spin_jax.chat import Example, Pair
+from spin_jax.draw import KEYS
+from spin_jax.model import Model, params_on, sampling_params_on
+from spin_jax.sample import DECODE_STEPS, cache_columns, prefill_rows
+from spin_jax.scoring import score_rows
+from spin_jax.slots import decode, new_slots, prefill
+from spin_jax.train import TrainState, make_optimizer, make_step
+
+GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200"}
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+SIZES = {"v5e": _FLAT, "v6e": _FLAT, "v4": _DEEP, "v5p": _DEEP, **dict.fromkeys(GPUS, ("1", "2", "4", "8"))}
+_GIB = 2.0**30
+# libtpu asks where it runs, complains where that is nowhere, and else lets one process in at a time.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+class Described(NamedTuple):
+    """What is asked of a mesh, where there is nothing to make one of."""
+
+    devices: np.ndarray
+    shape: Mapping[str, int]
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gpu:
+    device_kind: str
+    platform: str = "gpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A config on a machine."""
+
+    config: Any
+    topology: str
+    model: Model  # without weights; its mesh is Described for GPUs
+    shape: RowShape
+    pairs: list[Pair]
+
+    @property
+    def compiles(self) -> bool:
+        return isinstance(self.model.mesh, jax.sharding.Mesh)
+
+    @property
+    def chip(self) -> roofline.Chip:
+        chip = roofline.chip(self.model.mesh.devices.flat[0].device_kind)
+        assert chip is not None
+        return chip
+
+
+@dataclasses.dataclass
+class Phase:
+    """What one phase takes of each device."""
+
+    parts: dict[str, float]  # bytes of device memory, by what fills them
+    traffic: dict[str, float]  # bytes a unit by kind of collective
+    unit: str  # what `seconds` is of
+    seconds: float = 0.0
+    units: float = 0.0  # of an iteration
+    tflops: float = 0.0  # the model's, a unit and device
+    tokens_per_s: float = 0.0  # of all devices
+    bottleneck: str = ""
+
+    @property
+    def memory(self) -> float:
+        return sum(self.parts.values())
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+def workload(config: Any, topology: str) -> Work:
+    """Reads the config for a machine.
+
+    Raises:
+        ValueError: an unknown machine, or a mesh that does not suit it.
+    """
+    family, _, size = topology.partition(":")
+    if family not in SIZES or not re.fullmatch(r"\d+(x\d+)*", size):
+        machines = ", ".join(f"{name}:{sizes[3]}" for name, sizes in SIZES.items())
+        raise ValueError(f"--topology={topology}: a machine such as {machines}")
+    if family in GPUS:
+        count = int(size)
+        axes = dict(zip(sharding.AXES, programs.mesh_sizes(config, count), strict=True))
+        mesh: Any = Described(np.array([_Gpu(GPUS[family])] * count), {**axes}, count)
+    else:
+        mesh = programs.make_mesh(config, _tpus(topology))
+    stated = config.model.architecture.to_dict()
+    if not stated:
+        if not config.model.path or not os.path.isdir(config.model.path):
+            raise ValueError("the config states no model.architecture: --config.model.path=DIR has one")
+        stated = files.read_json(os.path.join(config.model.path, "config.json"))
+    model = convert.new_model(stated, None, dtype=config.model.dtype, mesh=mesh)
+    programs.check_mesh(config, model)
+    pairs = programs.expected_pairs(config, model.config.vocab_size, 16 * config.train.batch_size)
+    examples = [Example(p.prompt_id, [], p.prompt, p.real) for p in pairs]
+    prompt = np.zeros(min(config.lengths.max_prompt, config.lengths.max_length - 1), np.int32)
+    answer = np.zeros(config.lengths.max_length - len(prompt), np.int32)
+    shape = programs.pair_shape(config, model, [*examples, Example(-1, [], prompt, answer)], {})
+    return Work(config, topology, model, shape, pairs)
+
+
+@functools.cache
+def _tpus(topology: str) -> list[Any]:
+    """The devices of a TPU topology that need not be there."""
+    from jax.experimental import topologies
+
+    for name, value in _NO_TPU.items():
+        os.environ.setdefault(name, value)
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # whatever kind it is, it says that libtpu is missing or the name is wrong
+        raise ValueError(
+            f"--topology={topology} cannot be compiled for here (pip install 'jax[tpu]'): {error}"
+        ) from error
+
+
+def limit(chip: roofline.Chip) -> float:
+    """Bytes of a device that a program may have: some are the runtime's own."""
+    return chip.memory * 63 / 64
+
+
+def fits(work: Work, phases: Mapping[str, Phase], margin: float = 1.0) -> bool:
+    return all(phase.memory <= margin * limit(work.chip) for phase in phases.values())
+
+
+# --- programs, compiled --------------------------------------------------------------------------
+
+
+def _numbers(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _abstract(mesh: Any, batch: Any, axis: int = 0) -> Any:
+    """A host batch without its contents, laid out as `put_batch` would."""
+    layout = sharding.batch_layout(mesh, axis)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), batch)
+
+
+def train_program(work: Work) -> tuple[Any, tuple]:
+    options, mesh = programs.optimization(work.config, 0), work.model.mesh
+    params = params_on(mesh, work.model.config)
+    with jax.set_mesh(mesh):
+        opt_state = jax.eval_shape(make_optimizer(options).init, params)
+    opt_state = sharding.in_host_memory(mesh, opt_state) if options.offload else opt_state
+    state = TrainState(params, opt_state)
+    some = [ScoredPair(pair, (0.0, 0.0)) for pair in work.pairs[: options.batch_size]]
+    batch = stacked(pair_batches(some, work.shape), -(-options.batch_size // work.shape.rows))
+    arguments = state, _abstract(mesh, batch, 1), _numbers(), {"beta": _numbers()}
+    return make_step(programs.spin(work.config, work.model), options), arguments
+
+
+def _score_program(work: Work) -> tuple[Any, tuple]:
+    (rows, *_) = pair_batches([ScoredPair(pair, (0.0, 0.0)) for pair in work.pairs[:1]], work.shape)
+    params = params_on(work.model.mesh, work.model.config)
+    decoder = programs.decoder(work.config, work.model)
+    return score_rows, (decoder, params, _abstract(work.model.mesh, rows.rows))
+
+
+def _sample_programs(work: Work) -> dict[str, tuple[Any, tuple, dict[str, Any]]]:
+    """Prefill and decode with the widest cache and the longest prompts."""
+    c, model = work.config, work.model
+    mesh, slots = programs.sampling_mesh(c, model), programs.slots(c, model)
+    decoder, params = programs.decoder(c, model), sampling_params_on(mesh, model.config, model.dtype)
+    how: dict[str, Any] = {"sampling": programs.sampling(c), "stop_tokens": (2,)}
+    rows = prefill_rows(slots, c.lengths.max_prompt, sharding.batch_shards(mesh))
+    prompts, row = np.zeros((rows, c.lengths.max_prompt), np.int32), np.zeros(rows, np.int32)
+    tokens, lengths = _abstract(mesh, (prompts, row))
+    with jax.set_mesh(mesh):
+        columns = cache_columns(model.config, programs.longest(c))
+        state = jax.eval_shape(lambda: new_slots(decoder, slots, columns))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl=KEYS), rows))
+    arguments = decoder, params, state
+    return {
+        "prefill": (prefill, (*arguments, tokens, lengths, lengths, keys, lengths), how),
+        "decode": (decode, arguments, {**how, "steps": DECODE_STEPS}),
+    }
+
+
+def compiled(mesh: Any, program: Any, arguments: tuple, keywords: Mapping[str, Any] | None = None) -> Any:
+    """The program, compiled for the mesh's devices.
+
+    Raises:
+        OutOfMemory: the compiler found no room.
+    """
+    platform = mesh.devices.flat[0].platform
+    with jax.set_mesh(mesh):
+        lowered = program.trace(*arguments, **keywords or {}).lower(lowering_platforms=(platform,))
+        try:
+            return lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if used := re.search(
+                r"(?:Used |temporaries \()([\d.]+)([GM])\)? .*hbm", str(error), re.IGNORECASE
+            ):
+                raise OutOfMemory(float(used[1]) * {"G": _GIB, "M": 2.0**20}[used[2]]) from error
+            raise
+
+
+class OutOfMemory(Exception):
+    def __init__(self, needed: float):
+        super().__init__(f"needs {needed / _GIB:.1f} GiB")
+        self.needed = needed
+
+
+def taken(program: Any) -> tuple[float, float]:
+    """Bytes of a device: (arguments, all else)."""
+    m = program.memory_analysis()
+    return m.argument_size_in_bytes, m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+
+
+def compiled_phases(work: Work, only: tuple[str, ...] = ("train", "score", "sample")) -> dict[str, Phase]:
+    """Memory and traffic as TPU's compiler has them."""
+    guess, weights = estimated_phases(work), 4 * _per_device(work)
+    mesh = work.model.mesh
+
+    def step(name: str, make: Callable[[Work], tuple[Any, tuple]]) -> Phase:
+        try:
+            program = compiled(mesh, *make(work))
+        except OutOfMemory as error:
+            known = {k: v for k, v in guess[name].parts.items() if k in ("weights", "optimizer")}
+            rest = error.needed - sum(known.values())
+            return dataclasses.replace(guess[name], parts={**known, "temporary": rest})
+        state, temporary = taken(program)
+        parts = {"weights": weights, "optimizer": max(state - weights, 0.0), "temporary": temporary}
+        found = traffic.collectives(program.as_text())
+        return dataclasses.replace(guess[name], parts=parts, traffic=traffic.totals(found))
+
+    def sample() -> Phase:
+        mesh = programs.sampling_mesh(work.config, work.model)
+        temporary, found = 0.0, {}
+        for name, (program, arguments, keywords) in _sample_programs(work).items():
+            try:
+                made = compiled(mesh, program, arguments, keywords)
+            except OutOfMemory as error:
+                known = sum(guess["sample"].parts.values()) - guess["sample"].parts["temporary"] - weights
+                temporary = max(temporary, error.needed - known)
+                continue
+            temporary = max(temporary, taken(made)[1])
+            if name == "decode":
+                of_call = traffic.totals(traffic.collectives(made.as_text()))
+                found = {kind: size / DECODE_STEPS for kind, size in of_call.items()}
+        parts = {**guess["sample"].parts, "temporary": temporary}
+        return dataclasses.replace(guess["sample"], parts=parts, traffic=found)
+
+    jobs = {
+        "train": lambda: step("train", train_program),
+        "score": lambda: step("score", _score_program),
+        "sample": sample,
+    }
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        running = {name: pool.submit(jobs[name]) for name in only}
+        return {name: job.result() for name, job in running.items()}
+
+
+# --- arithmetic ----------------------------------------------------------------------------------
+
+
+def _per_device(work: Work) -> float:
+    """Parameters that each device keeps in training."""
+    shape = work.model.mesh.shape
+    return roofline.all_params(work.model.config) / (shape["fsdp"] * shape["tensor"])
+
+
+def estimated_phases(work: Work) -> dict[str, Phase]:
+    """Memory and traffic by arithmetic: what GPUs are told, and what suggestions are made of."""
+    c, m, shape = work.config, work.model.config, work.shape
+    mesh, item = work.model.mesh, work.model.dtype.itemsize
+    tensor, mine = mesh.shape["tensor"], _per_device(work)
+    N, K, H, D, F = (
+        m.num_attention_heads,
+        m.num_key_value_heads,
+        m.head_dim,
+        m.hidden_size,
+        m.intermediate_size,
+    )
+    tokens = shape.rows // sharding.batch_shards(mesh) * shape.length
+    heads = (2 * N + 2 * K) * H / tensor
+    kept = {  # of a token and layer, beside the layer's input
+        "full": 0,
+        "attention": heads,
+        "attention+mlp": heads + D + 2 * F / tensor,
+        "none": 2 * heads + 6 * D + 4 * F / tensor,
+    }[c.train.remat]
+    moments = {"rmsprop": 1, "adamw": 2, "adafactor": 0}[c.train.optimizer]
+    microbatches = -(-c.train.batch_size // shape.rows)
+    layer, table = item * roofline.layer_params(m) / tensor, m.vocab_size * D / tensor
+    working = item * tokens * (3 * F / tensor + 6 * D + 2 * heads)
+    logits = 2 * 4 * min(2**25, tokens * m.vocab_size / 4) / tensor  # of a chunk, and their softmax
+    train = Phase(
+        {
+            "weights": 4 * mine,
+            "optimizer": 0.0 if c.train.offload else 4 * moments * mine,
+            "temporary": 4 * mine * (min(microbatches, 2) + (moments if c.train.offload else 0))
+            + m.num_hidden_layers * tokens * item * (kept + D)
+            + 3 * layer  # this one's weights, the next one's as they arrive, and a gradient
+            + working
+            + 14 * table  # the head in both dtypes, the embedding, and their gradients
+            + logits,
+        },
+        _estimated_traffic(work, tokens, passes=3),
+        "step",
+    )
+    score = Phase(
+        {"weights": 4 * mine, "optimizer": 0.0, "temporary": layer + working + item * table + logits},
+        _estimated_traffic(work, tokens, passes=1),
+        "micro-batch",
+    )
+    share = programs.sampling_tensor(c, work.model)
+    columns, prompt = cache_columns(m, programs.longest(c)), c.lengths.max_prompt
+    slots = programs.slots(c, work.model)
+    rows = prefill_rows(slots, prompt, mesh.size // share) // (mesh.size // share)
+    sample = Phase(
+        {
+            "weights": 4 * mine,
+            "copy": item * roofline.all_params(m) / share,
+            "cache": item * roofline.cached_numbers(m, columns) * c.sampling.batch_size / share,
+            "temporary": 4 * c.sampling.batch_size * m.vocab_size
+            + rows * (4 * N * prompt * prompt / share / 8 + item * prompt * (4 * D + 3 * F / share))
+            + item * rows * roofline.cached_numbers(m, prompt) / share,
+        },
+        {},
+        "token",
+    )
+    return {"train": train, "score": score, "sample": sample}
+
+
+def _estimated_traffic(work: Work, tokens: float, passes: int) -> dict[str, float]:
+    """A micro-batch's bytes: FSDP gathers for each pass over the weights, and scatters gradients."""
+    m, shape, item = work.model.config, work.model.mesh.shape, work.model.dtype.itemsize
+    weights = item * roofline.all_params(m) / shape["tensor"]
+    result = {}
+    if shape["fsdp"] > 1:
+        result["all-gather"] = weights * min(passes, 2)
+    if passes > 1 and sharding.batch_shards(work.model.mesh) > 1:
+        result["reduce-scatter"] = weights
+    if shape["tensor"] > 1:
+        result["all-reduce"] = 2 * passes * m.num_hidden_layers * tokens * m.hidden_size * item
+    return result

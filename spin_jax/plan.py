@@ -1,0 +1,281 @@
+"""python -m spin_jax.plan --config=configs/zephyr.py --topology=v5e:8x8 [--json]
+
+Whether a run fits a machine, and how long it takes, before the machine is rented. For TPUs (v4:2x2x4,
+v5e:8x8, v5p:2x2x2, v6e:4x4, …) the run's own programs are compiled for the topology, anywhere that jax[tpu]
+is installed; for GPUs (h200:1, h100:8, a100:8) memory comes from arithmetic. Lengths are those of
+`lengths.expected`, and the longest that `lengths` allows; times are a roofline's at stated efficiencies.
+"""
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from spin_jax import collectives as traffic
+from spin_jax import config as config_lib
+from spin_jax import programs, roofline
+from spin_jax.batches import ScoredPair, filled_tokens, pair_batches
+from spin_jax.command import fail, parse
+from spin_jax.footprint import SIZES, Phase, Work, compiled_phases, estimated_phases, fits, limit, workload
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:8x8, v5p:2x2x2 …; GPUs: h200:1, h100:8 …")
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object in place of the table.")
+_PAIRS = flags.DEFINE_integer("pairs", None, "Pairs of an iteration; unset: data.limit.", lower_bound=1)
+_MFU = flags.DEFINE_float(
+    "mfu", 0.45, "Share of the peak that training and scoring reach, padding counted as work."
+)
+_DECODE = flags.DEFINE_float("decode_efficiency", 0.5, "Share of its roofline that decoding reaches.")
+
+USAGE = "usage: python -m spin_jax.plan --config=configs/zephyr.py --topology=v5e:8x8 [--json]"
+_GIB = 2.0**30
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def _timed(work: Work, phases: dict[str, Phase], pairs: int, mfu: float, decoding: float) -> None:
+    """Fills in what each phase takes of an iteration."""
+    c, m, chip, mesh = work.config, work.model.config, work.chip, work.model.mesh
+    epochs = config_lib.per_iteration(c.train.epochs, 0)
+    size = c.train.batch_size
+    steps = [
+        pair_batches([ScoredPair(pair, (0.0, 0.0)) for pair in work.pairs[first : first + size]], work.shape)
+        for first in range(0, len(work.pairs), size)
+    ]
+    microbatches = sum(map(len, steps)) / len(steps)
+    filled = sum(filled_tokens(part) for step in steps for part in step) / len(steps)
+    forward = sum(roofline.rows_flops(m, part.rows) for step in steps for part in step) / len(steps)
+    padding = microbatches * work.shape.rows * work.shape.length / filled
+
+    def bound(phase: Phase, passes: int, per_unit: float) -> None:
+        """Compute and links overlap: the slower of the two is what it takes."""
+        flops = passes * forward * per_unit / mesh.size
+        phase.tflops = flops / 1e12
+        times = {
+            "compute": flops * padding / (chip.flops * mfu),
+            "collectives": traffic.received(phase.traffic) * microbatches * per_unit / chip.links,
+        }
+        phase.bottleneck = max(times, key=lambda name: times[name])
+        phase.seconds = times[phase.bottleneck]
+        phase.tokens_per_s = filled * per_unit / phase.seconds
+
+    train, score, sample = phases["train"], phases["score"], phases["sample"]
+    bound(train, 3, 1.0)
+    train.units = math.ceil(pairs / size) * epochs
+    bound(score, 1, 1 / microbatches)
+    score.units = math.ceil(pairs / size) * microbatches
+
+    prompt, _, new = c.lengths.expected
+    share = programs.sampling_tensor(c, work.model)
+    copies = mesh.size // share
+    step = roofline.decode_step_s(
+        m, chip, c.sampling.batch_size, prompt + new / 2, work.model.dtype.itemsize, share
+    )
+    links = traffic.received(sample.traffic) / chip.links
+    reading = roofline.forward_flops(m, prompt, 1, prompt * prompt / 2) / (share * chip.flops * mfu)
+    each = max(step / decoding, links) / c.sampling.batch_size + reading / new
+    sample.bottleneck = "collectives" if links > step / decoding else "memory bandwidth"
+    sample.tflops = roofline.forward_flops(m, 1, 1, prompt + new / 2) / share / 1e12
+    sample.seconds, sample.units = each / copies, pairs * new
+    sample.tokens_per_s = copies / each
+
+
+# --- what would fit ------------------------------------------------------------------------------
+
+
+# In the order in which they are tried, each key's values after the config's own.
+_REMATS = ("none", "attention+mlp", "attention", "full")
+_TOKENS = (4096, 2048)
+_SPLITS = (2, 4, 8)
+_ANSWERS = (64, 32, 16)
+
+
+def suggestion(work: Work) -> tuple[Work, list[str]] | None:
+    """The nearest settings that fit by arithmetic: what is computed again, accumulation, mesh, machine."""
+    family, _, size = work.topology.partition(":")
+    larger = SIZES[family][SIZES[family].index(size) :] if size in SIZES[family] else (size,)
+    c = work.config
+    choices = {
+        "sampling.batch_size": [n for n in _ANSWERS if n < c.sampling.batch_size],
+        "train.offload": [True] * (not c.train.offload),
+        "mesh.tensor": [n for n in _SPLITS if n > work.model.mesh.shape["tensor"]],
+        "train.tokens_per_device": [n for n in _TOKENS if n < c.train.tokens_per_device],
+        "train.remat": _REMATS[_REMATS.index(c.train.remat) + 1 :],
+    }
+    own = [_value(c, key) for key in choices]
+    options = [[mine, *more] for mine, more in zip(own, choices.values(), strict=True)]
+
+    def tried(machine: str, values: tuple) -> tuple[Work | None, dict[str, Any]]:
+        keys = {k: v for k, v, mine in zip(choices, values, own, strict=True) if v != mine}
+        try:
+            candidate = workload(_changed(c, keys), f"{family}:{machine}")
+        except ValueError:  # heads that the mesh does not divide, say
+            return None, keys
+        return candidate if fits(candidate, estimated_phases(candidate), 0.9) else None, keys
+
+    for machine in larger:
+        frugal = [
+            values if key == "mesh.tensor" else values[-1:]
+            for key, values in zip(choices, options, strict=True)
+        ]
+        if not any(tried(machine, values)[0] for values in itertools.product(*frugal)):
+            continue
+        for values in itertools.product(*options):
+            candidate, keys = tried(machine, values)
+            if candidate:
+                settings = [f"--config.{key}={str(value).lower()}" for key, value in keys.items()]
+                return candidate, [f"--topology={family}:{machine}"] * (machine != size) + settings
+    return None
+
+
+def _value(config: Any, key: str) -> Any:
+    section, name = key.split(".")
+    return config[section][name]
+
+
+def _changed(config: Any, keys: Mapping[str, Any]) -> Any:
+    other = config_lib.resolve(config.to_dict())
+    for key, value in keys.items():
+        section, name = key.split(".")
+        other[section][name] = value
+    return other
+
+
+# --- the answer ----------------------------------------------------------------------------------
+
+
+def plan(work: Work, *, pairs: int, mfu: float, decoding: float) -> dict[str, Any]:
+    """The whole answer, as --json prints it."""
+    phases = compiled_phases(work) if work.compiles else estimated_phases(work)
+    _timed(work, phases, pairs, mfu, decoding)
+    mesh, whole = work.model.mesh, fits(work, phases)
+    other = None if whole else suggestion(work)
+    confirmed = None
+    if other and other[0].compiles:
+        confirmed = fits(other[0], compiled_phases(other[0], ("train",)))
+    return {
+        "fits": whole,
+        "topology": work.topology,
+        "devices": f"{mesh.size} × {mesh.devices.flat[0].device_kind}",
+        "by": "compilation" if work.compiles else "arithmetic",
+        "mesh": dict(mesh.shape),
+        "sampling": {
+            "tensor": programs.sampling_tensor(work.config, work.model),
+            "slots": programs.slots(work.config, work.model),
+        },
+        "rows": {"rows": work.shape.rows, "length": work.shape.length},
+        "remat": work.config.train.remat,
+        "hbm_limit_gib": limit(work.chip) / _GIB,
+        "phases": {
+            name: {
+                "hbm_gib": phase.memory / _GIB,
+                "parts_gib": {part: size / _GIB for part, size in phase.parts.items()},
+                "collective_gib": {kind: size / _GIB for kind, size in phase.traffic.items()},
+                "tflops": phase.tflops,
+                "unit": phase.unit,
+                "unit_s": phase.seconds,
+                "iteration_s": phase.seconds * phase.units,
+                "tokens_per_s": phase.tokens_per_s,
+                "bottleneck": phase.bottleneck,
+            }
+            for name, phase in phases.items()
+        },
+        "iteration_s": sum(phase.seconds * phase.units for phase in phases.values()),
+        "assumed": {
+            "pairs": pairs,
+            "epochs": config_lib.per_iteration(work.config.train.epochs, 0),
+            "lengths": list(work.config.lengths.expected),
+            "mfu": mfu,
+            "decode_efficiency": decoding,
+        },
+        "suggestion": None if other is None else {"flags": other[1], "compiled": confirmed},
+    }
+
+
+def table(answer: Mapping[str, Any]) -> str:
+    """The answer for people."""
+    mesh = " × ".join(f"{name} {size}" for name, size in answer["mesh"].items())
+    sampling, assumed, room = answer["sampling"], answer["assumed"], answer["hbm_limit_gib"]
+    lines = [
+        f"{answer['topology']}: {answer['devices']}, mesh {mesh}; memory by {answer['by']}",
+        f"training   {answer['rows']['rows']} × {answer['rows']['length']} tokens a micro-batch, "
+        f"remat {answer['remat']}",
+        f"sampling   {sampling['slots']} answers at a time, {sampling['tensor']} devices a copy",
+        "",
+        f"{'':7}{f'GiB of {room:.1f}':>12}  {'time':>22}  {'iteration':>9}  {'tokens/s':>9}  bound by",
+    ]
+    for name, phase in answer["phases"].items():
+        mark = " " if phase["hbm_gib"] <= room else "!"
+        unit = f"{_duration(phase['unit_s'])} a {phase['unit']}"
+        lines.append(
+            f"{name:7}{phase['hbm_gib']:>11.1f}{mark}  {unit:>22}  {_duration(phase['iteration_s']):>9}  "
+            f"{phase['tokens_per_s']:>9.3g}  {phase['bottleneck']}"
+        )
+    for what, key in (("memory, GiB a device", "parts_gib"), ("collectives, GiB", "collective_gib")):
+        lines += ["", what]
+        for name, phase in answer["phases"].items():
+            sizes = ", ".join(f"{part} {size:.2f}" for part, size in phase[key].items() if size >= 0.005)
+            per = {"parts_gib": "", "collective_gib": f" (a {_unit_of_traffic(name)})"}[key]
+            lines.append(f"  {name:7}{sizes or 'none'}{per if sizes else ''}")
+    lines += [
+        "",
+        f"an iteration: {_duration(answer['iteration_s'])} for {assumed['pairs']:,} pairs and "
+        f"{assumed['epochs']} epoch(s) of {'/'.join(map(str, assumed['lengths']))} tokens",
+        f"(prompt/human/generated), at {assumed['mfu']:.0%} MFU, padding counted, and "
+        f"{assumed['decode_efficiency']:.0%} of the decode roofline",
+        "it fits" if answer["fits"] else "it does not fit",
+    ]
+    if not answer["fits"]:
+        other = answer["suggestion"]
+        if other is None:
+            lines.append("no setting was found that does, up to the largest machine of this family")
+        else:
+            checked = {True: ", compiled", False: ", though training did not when compiled", None: ""}
+            lines.append(f"this would{checked[other['compiled']]}: {' '.join(other['flags'])}")
+    return "\n".join(lines)
+
+
+def _unit_of_traffic(name: str) -> str:
+    return "decode step" if name == "sample" else "micro-batch"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def read_flags() -> tuple[Any, str, int]:
+    """(config, topology, pairs) that the flags ask for."""
+    if _CONFIG.value is None or _TOPOLOGY.value is None:
+        raise ValueError(f"--config and --topology are needed\n{USAGE}")
+    config = _CONFIG.value
+    config.data.path = config.data.path or "planned"
+    config = config_lib.resolve(config)
+    return config, _TOPOLOGY.value, _PAIRS.value or config.data.limit or 50_000
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns its exit code: 0 it fits, 1 it does not, 2 bad input."""
+    argv = sys.argv if argv is None else argv
+    try:
+        config, topology, pairs = parse(argv, read_flags)
+        jax.config.update("jax_platforms", "cpu")  # nothing runs; an accelerator here is left alone
+        work = workload(config, topology)
+    except (ValueError, FileNotFoundError) as error:
+        return fail(str(error))
+    answer = plan(work, pairs=pairs, mfu=_MFU.value, decoding=_DECODE.value)
+    print(json.dumps(answer, ensure_ascii=False) if _JSON.value else table(answer), flush=True)
+    return 0 if answer["fits"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""What a run takes of a machine that is not there: arithmetic for GPUs, libtpu's compiler for TPUs."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from spin_jax import collectives, config, footprint, plan, programs
+from spin_jax.collectives import Collective
+
+# Mistral's shape, small enough to be compiled in half a minute, large enough that weights exceed a MiB.
+SMALL = {
+    "model_type": "mistral",
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+}
+
+HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (input: bf16[1024,64]) -> bf16[128,64] {
+  %all-reduce.9 = bf16[1024,64]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=3, to_apply=%add
+  ROOT %slice = bf16[128,64]{1,0} dynamic-slice(%all-reduce.9, %x)
+}
+
+%started (p: bf16[128,64]) -> bf16[1024,64] {
+  ROOT %all-gather.1 = bf16[1024,64]{1,0} all-gather(%p), channel_id=4, dimensions={0}
+}
+
+%ended (p: bf16[128,64]) -> bf16[1024,64] {
+  ROOT %all-gather.2 = bf16[1024,64]{1,0} all-gather(%p), channel_id=4, dimensions={0}
+}
+
+%body (state: (s32[], bf16[128,64])) -> (s32[], bf16[128,64]) {
+  %s = bf16[1024,64]{1,0} fusion(%w), kind=kCustom, calls=%started
+  %e = bf16[1024,64]{1,0} fusion(%w), kind=kCustom, calls=%ended
+  %g = bf16[128,64]{1,0} fusion(%e), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+%condition (state: (s32[], bf16[128,64])) -> pred[] {
+  %n = s32[]{:T(128)} constant(32)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (w: bf16[128,64]) -> f32[] {
+  %loop = (s32[], bf16[128,64]{1,0}) while(%start), condition=%condition, body=%body
+  %norms = (f32[]{:T(128)}, f32[256]{0}) all-reduce(%x, %y), channel_id=7, to_apply=%add
+}
+"""
+
+
+def test_collectives_of_a_tpu_program_by_hand():
+    """Loops count, asynchronous halves are one, and a fusion called all-reduce-scatter is what it says."""
+    found = collectives.collectives(HLO)
+    assert sorted(found) == [
+        Collective("all-gather", 1024 * 64 * 2, 32),
+        Collective("all-reduce", 4 + 256 * 4, 1),
+        Collective("reduce-scatter", 1024 * 64 * 2, 32),
+    ]
+    sums = collectives.totals(found)
+    assert sums["all-gather"] == 32 * 1024 * 64 * 2
+    assert collectives.received(sums) == 2 * sums["all-gather"] + 2 * sums["all-reduce"]
+
+
+def test_collectives_of_a_compiled_program(mesh8):
+    """XLA's CPU compiler gathers and sums in the shapes asked for, once for every turn of a loop."""
+
+    def on_each(x):
+        def turn(_, mine):
+            whole = jax.lax.all_gather(mine, "data", tiled=True)
+            return mine + jax.lax.psum(jnp.sin(whole), "fsdp").sum(0)
+
+        return jax.lax.fori_loop(0, 5, turn, x)
+
+    split = PartitionSpec("data")
+    x = jax.ShapeDtypeStruct((16, 128), jnp.float32, sharding=jax.sharding.NamedSharding(mesh8, split))
+    run = jax.shard_map(on_each, mesh=mesh8, in_specs=split, out_specs=split, check_vma=False)
+    program = jax.jit(run).lower(x).compile()
+    sums = collectives.totals(collectives.collectives(program.as_text()))
+    assert sums == {"all-gather": 5 * 16 * 128 * 4, "all-reduce": 5 * 16 * 128 * 4}
+
+
+def zephyr(**changes):
+    c = config.default()
+    c.data.path = "planned"
+    c.model.architecture = dict(
+        SMALL,
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        sliding_window=4096,
+    )
+    for key, value in changes.items():
+        section, name = key.split("__")
+        c[section][name] = value
+    return config.resolve(c)
+
+
+def planned(c, topology):
+    return plan.plan(footprint.workload(c, topology), pairs=50_000, mfu=0.45, decoding=0.5)
+
+
+def test_one_h200_holds_a_7b():
+    """87 GB of weights, second moments and gradients, in float32: by hand, and less than 130 GiB in all."""
+    answer = planned(zephyr(), "h200:1")
+    assert answer["fits"]
+    assert answer["suggestion"] is None
+    train = answer["phases"]["train"]
+    parameters = 7_241_732_096
+    assert train["parts_gib"]["weights"] * 2**30 == parameters * 4
+    assert train["parts_gib"]["optimizer"] * 2**30 == parameters * 4
+    assert 3 * parameters * 4 / 2**30 < train["hbm_gib"] < 130
+    # 42.7 GFLOP a token and attention; a step has about 64 × 700.
+    assert train["tflops"] == pytest.approx(64 * 700 * 42.7e9 / 1e12, rel=0.1)
+    assert train["bottleneck"] == "compute"
+    # A token each for 64 answers reads 14.5 GB of weights and 290 tokens of each cache, 131 kB a token, at
+    # half of what the memory could do; a prompt of 180 tokens is read at 45% MFU for 220 new ones.
+    token = (14.5e9 + 64 * 290 * 131e3) / 4.8e12 / 0.5 / 64 + 180 * 14.5e9 / (989e12 * 0.45) / 220
+    assert answer["phases"]["sample"]["tokens_per_s"] == pytest.approx(1 / token, rel=0.05)
+    assert answer["iteration_s"] == pytest.approx(
+        sum(phase["iteration_s"] for phase in answer["phases"].values())
+    )
+
+
+def test_what_would_fit_is_suggested():
+    """One H100 has no room for a 7B's training, however it is done; two have."""
+    answer = planned(zephyr(), "h100:1")
+    assert not answer["fits"]
+    (machine, *_) = answer["suggestion"]["flags"]
+    assert machine == "--topology=h100:2"
+    # A card that is only short of activations is told to compute more of them again.
+    answer = planned(zephyr(train__remat="none", train__tokens_per_device=32768), "h200:1")
+    assert not answer["fits"]
+    assert any("train.remat" in flag for flag in answer["suggestion"]["flags"])
+    assert not any("topology" in flag for flag in answer["suggestion"]["flags"])
+    assert "it does not fit" in plan.table(answer)
+
+
+def test_links_bind_where_they_are_slow(monkeypatch):
+    quick = planned(zephyr(), "h100:8")
+    assert quick["phases"]["train"]["bottleneck"] == "compute"
+    assert quick["phases"]["train"]["collective_gib"]["all-gather"] == pytest.approx(2 * 13.5, rel=0.01)
+    slow = {
+        kind: chip.__class__(chip.flops, chip.bandwidth, chip.memory, 1e9)
+        for kind, chip in plan.roofline.CHIPS.items()
+    }
+    monkeypatch.setattr(plan.roofline, "CHIPS", slow)
+    assert planned(zephyr(), "h100:8")["phases"]["train"]["bottleneck"] == "collectives"
+
+
+@pytest.mark.parametrize(
+    ("topology", "changes", "message"),
+    [
+        ("v9:2x2", {}, "--topology=v9:2x2: a machine such as"),
+        ("h100", {}, "--topology=h100: a machine such as"),
+        ("h100:8", {"mesh__tensor": 3}, "asks for 6 devices and there are 8"),
+        ("h100:8", {"sampling__tensor": 3}, "sampling.tensor=3 does not divide"),
+    ],
+)
+def test_impossible_machines(topology, changes, message):
+    with pytest.raises(ValueError, match=message):
+        planned(zephyr(**changes), topology)
+
+
+def test_the_command(capsys):
+    code = plan.main(["plan", "--config=configs/zephyr.py", "--topology=h200:1", "--json"])
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == 0
+    assert answer["fits"] is True
+    assert {name: phase["hbm_gib"] > 0 for name, phase in answer["phases"].items()} == {
+        "train": True,
+        "score": True,
+        "sample": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def tpu():
+    """A small model on eight chips of v5e that are not there."""
+    pytest.importorskip("libtpu", reason="needs jax[tpu], though no TPU")
+    c = zephyr()
+    c.model.architecture = dict(SMALL)
+    return footprint.workload(config.resolve(c), "v5e:2x4")
+
+
+def test_a_tpu_program_moves_what_fsdp_must(tpu):
+    """Above a MiB: gathered weights and scattered gradients, each of either dtype's size and no more.
+
+    The step donates its state, all of it.
+    """
+    step, arguments = footprint.train_program(tpu)
+    program = footprint.compiled(tpu.model.mesh, step, arguments)
+    found = [one for one in collectives.collectives(program.as_text()) if one.bytes > 2**20]
+    sums = collectives.totals(found)
+    matrices = 2 * sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params) if leaf.ndim > 2)
+    tables = 2 * 2 * 8192 * 1024
+    # Each weight is gathered for the forward and for the backward pass, the tables once, all in bfloat16.
+    assert 2 * matrices <= sums["all-gather"] <= 2 * matrices + 2 * tables
+    # Gradients in bfloat16, the embedding's in float32. The compiler may write a reduce-scatter as an
+    # all-reduce of which each device keeps its part: on square topologies, and of small combined ones.
+    scattered = sums.pop("reduce-scatter") + sums.pop("all-reduce", 0)
+    assert scattered == pytest.approx(matrices + 1.5 * tables, rel=0.1)
+    # Halos between neighbours, where a combined scatter does not divide evenly.
+    assert sums.pop("collective-permute", 0) < 0.05 * scattered
+    assert set(sums) == {"all-gather"}
+
+    state = sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * 4 for leaf in jax.tree.leaves(arguments[0])
+    )
+    assert program.memory_analysis().alias_size_in_bytes == pytest.approx(state, rel=0.01)  # padded scales
+    estimate = footprint.estimated_phases(tpu)["train"].memory
+    # Within a quarter of a 7B's; here the arithmetic's fixed parts weigh more.
+    assert 0.8 < estimate / sum(footprint.taken(program)) < 2
+
+
+def test_sampling_shares_weights_only_where_it_must(tpu):
+    """A small model is copied to every chip; a 7B needs several of v5e's, and one H200 holds it."""
+    assert programs.sampling_tensor(tpu.config, tpu.model) == 1
+    large = footprint.workload(zephyr(), "v5e:2x4")
+    assert programs.sampling_tensor(large.config, large.model) > 1
+    card = footprint.workload(zephyr(), "h200:1")
+    assert programs.sampling_tensor(card.config, card.model) == 1
