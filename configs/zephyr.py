@@ -5,7 +5,8 @@
 Expected: the Open LLM Leaderboard average of the SFT model, 58.14, rises to 60.80, 62.12, 62.97 and
 63.16 in the paper's table. `configs/zephyr.py:official` runs it with the quirks of the released code.
 `--config.selfplay.pairs=UCLA-AGI/SPIN_iter0,UCLA-AGI/SPIN_iter1,…` trains on the published pairs
-instead of sampling.
+instead of sampling. `configs/zephyr.py:MACHINE` is the recipe with what suits one of MACHINES below: less is
+computed again where memory allows. What each takes: `python -m spin_jax.plan --config=… --topology=…`.
 """
 
 from typing import Any
@@ -14,10 +15,21 @@ from ml_collections import ConfigDict
 
 from spin_jax import config
 
+# plan's topologies, with - for the colon: pods of 8, 16 and 64 chips, one GPU and eight.
+MACHINES: dict[str, dict[str, Any]] = {
+    "v5p-2x2x2": {"train.remat": "attention+mlp"},
+    "v6e-2x4": {"train.remat": "full"},
+    "v5e-4x4": {"train.remat": "full"},
+    "v6e-4x4": {"train.remat": "attention+mlp"},
+    "v5e-8x8": {"train.remat": "attention+mlp"},
+    "h200-1": {"train.remat": "full", "sampling.batch_size": 256},
+    "h100-8": {"train.remat": "attention+mlp"},
+}
+
 
 def get_config(variant: str = "") -> Any:
-    if variant not in ("", "official"):
-        raise ValueError(f"configs/zephyr.py has the variant official, not {variant!r}")
+    if variant not in ("", "official", *MACHINES):
+        raise ValueError(f"configs/zephyr.py has no variant {variant!r}: official, {', '.join(MACHINES)}")
     c = config.default()
     c.seed = 42
     c.official = variant == "official"
@@ -61,4 +73,8 @@ def get_config(variant: str = "") -> Any:
     c.train.batch_size = 64
     c.train.epochs = (2,)  # of a schedule of six: the scripts stop as needed
     c.train.schedule_epochs = 6
+
+    for key, value in MACHINES.get(variant, {}).items():
+        section, name = key.split(".")
+        c[section][name] = value
     return c

@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spin_jax import config as config_lib
-from spin_jax import convert, data, prepare, programs, roofline, sharding
+from spin_jax import convert, data, hosts, prepare, programs, roofline, sharding
 from spin_jax.batches import (
     RowShape,
     ScoredPair,
@@ -34,7 +34,7 @@ from spin_jax.batches import (
     pair_group,
 )
 from spin_jax.chat import Ids, Pair
-from spin_jax.command import cache_compilations, fail, parse
+from spin_jax.command import fail, parse, set_up_jax
 from spin_jax.draw import prompt_keys
 from spin_jax.model import Model, Params, count_params, init_params, sampling_params
 from spin_jax.sample import answer_prompts
@@ -117,7 +117,7 @@ def measure(work: Workload, steps: int, profile: str | None = None) -> dict[str,
     sample = _measure_sampling(work, params, profile)
     score, scored = _measure_scoring(work, params)
     train = _measure_training(work, params, scored, steps, profile)
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices]
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     unit = 2**20 if sys.platform == "linux" else 2**30  # getrusage counts KiB on Linux, bytes on macOS
     return {
         "train": train,
@@ -319,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv if argv is None else argv
     try:
         config = parse(argv, resolved_config)
-        cache_compilations()
+        set_up_jax(config)
         work = workload(
             config,
             pairs=_PAIRS.value,
@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
-    print(json.dumps(measure(work, _STEPS.value, _PROFILE.value), ensure_ascii=False))
+    hosts.say(json.dumps(measure(work, _STEPS.value, _PROFILE.value), ensure_ascii=False))
     return 0
 
 

@@ -12,6 +12,8 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1 import options as ocp_options
 
+from spin_jax import hosts
+
 
 def _context() -> ocp.Context:
     context = ocp.Context()
@@ -27,7 +29,8 @@ def abstract(tree: Any) -> Any:
 def exists(path: epath.PathLike) -> bool:
     """Whether a whole checkpoint stands at `path`."""
     with _context():
-        return epath.Path(path).exists() and ocp.is_orbax_checkpoint(epath.Path(path))
+        whole = hosts.first() and epath.Path(path).exists() and ocp.is_orbax_checkpoint(epath.Path(path))
+    return bool(hosts.agreed(whole))
 
 
 def save(path: epath.PathLike, tree: Any) -> None:

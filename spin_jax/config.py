@@ -17,6 +17,7 @@ def default() -> Any:
     """The recipe of the paper where it has one, with nothing to train on yet."""
     c = _section()
     c.seed = 42  # of data order, sampling and initialization
+    c.compiler_flags = True  # XLA flags that are known to help (COMPILER_FLAGS in spin_jax/command.py)
     c.official = False  # reproduce the quirks of the authors' released code (spin_jax/official.py)
 
     c.model = m = _section()
@@ -66,7 +67,9 @@ def default() -> Any:
     a.top_p = placeholder(float)
     a.batch_size = 64  # slots: answers in progress at a time, for every copy of the weights
     a.tensor = placeholder(int)  # devices that share one copy; unset: as few as have room for it
-    a.shard_size = 1024  # prompts a file: what an interruption can cost
+    a.shard_size = (
+        1024  # prompts a file; an interruption costs a file, or four times the slots if that is more
+    )
 
     c.loss = o = _section()
     o.name = "logistic"  # logistic, hinge, exponential, correlation, or module:function

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from safetensors import numpy as safetensors_numpy
 
-from spin_jax import files, sharding
+from spin_jax import files, hosts, sharding
 from spin_jax.model import Model, ModelConfig, Params, RopeScaling, abstract_params
 
 # --- names ---------------------------------------------------------------------------------------
@@ -448,12 +448,13 @@ _SHARD_BYTES = 2 * 2**30
 
 
 def _tensors(params: Params, table: Mapping[str, Tensor], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """A checkpoint's tensors, one parameter in host memory at a time."""
+    """A checkpoint's tensors, one in host memory at a time; each process gets them all."""
     for path, leaf in _flatten(params).items():
-        names = _names(path, table[path], leaf)
-        host = np.asarray(leaf).astype(dtype or leaf.dtype, copy=False)
-        for name, array in zip(names, host if path.startswith("layers/") else [host], strict=True):
-            yield name, _to_hf(table[path], array)
+        stacked = path.startswith("layers/")
+        for layer, name in enumerate(_names(path, table[path], leaf)):
+            part = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
+            host = sharding.to_host(part).astype(dtype or leaf.dtype, copy=False)
+            yield name, _to_hf(table[path], host)
 
 
 def _plan_shards(params: Params, table: Mapping[str, Tensor], itemsize: int | None) -> dict[str, str]:
@@ -495,7 +496,7 @@ def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
 def save(model: Model, directory: epath.PathLike, *, dtype: Any = None) -> None:
     """Writes a Hugging Face checkpoint that transformers, vLLM and lm-eval open.
 
-    config.json is written last: a directory that has one is whole.
+    config.json is written last: a directory that has one is whole. Of several files each process writes some.
 
     Args:
         model: what to write.
@@ -503,31 +504,34 @@ def save(model: Model, directory: epath.PathLike, *, dtype: Any = None) -> None:
         dtype: of the weights in the files; None keeps each parameter's own (bit-equal).
     """
     directory, table = epath.Path(directory), TABLES[model.config.model_type]
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").unlink(missing_ok=True)
     dtype = None if dtype is None else jnp.dtype(dtype)
     plan = _plan_shards(model.params, table, dtype.itemsize if dtype else None)
+    if hosts.first():
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").unlink(missing_ok=True)
+        for stale in directory.glob("model*.safetensors*"):
+            if stale.name not in plan.values():
+                stale.unlink()
+    hosts.wait()
+    mine = {name for number, name in enumerate(dict.fromkeys(plan.values())) if hosts.turn(number)}
     pending: dict[str, np.ndarray] = {}
     total = 0
     remaining = list(plan.values())
     for name, array in _tensors(model.params, table, dtype):
-        pending[name] = array
+        file = plan[name]
         total += array.nbytes
-        remaining.remove(plan[name])
-        if plan[name] not in remaining:
-            files.write(directory / plan[name], safetensors_numpy.save(pending, {"format": "pt"}))
-            pending = {}
+        remaining.remove(file)
+        if file in mine:
+            pending[name] = array
+            if file not in remaining:
+                files.write_here(directory / file, safetensors_numpy.save(pending, {"format": "pt"}))
+                pending = {}
     if len(set(plan.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.items()))}
         files.write_json(directory / "model.safetensors.index.json", index)
-    for stale in directory.glob("model*.safetensors*"):
-        if stale.name not in plan.values() and not (
-            stale.name.endswith("index.json") and len(set(plan.values())) > 1
-        ):
-            stale.unlink()
     with tempfile.TemporaryDirectory() as scratch:
         model.tokenizer.save_pretrained(scratch)
-        for path in Path(scratch).iterdir():
+        for path in sorted(Path(scratch).iterdir()):
             if path.is_file():
                 files.write(directory / path.name, path.read_bytes())
     generation = {"eos_token_id": list(model.stop_tokens), **model.generation_config}

@@ -1,8 +1,8 @@
 """The one seam between this package and a file system: local disks and object stores alike.
 
-Everything that the loop writes for itself goes through `write`, so that a reader never sees half a file:
-on a disk the bytes are written beside the target, synced and renamed; an object store shows an object
-only when it is whole.
+Everything that the loop writes for itself goes through here, so that a reader never sees half a file: on a
+disk the bytes are written beside the target, synced and renamed; an object store shows an object only when
+it is whole. Of several processes one writes, and none goes on before the file is there.
 """
 
 import json
@@ -10,10 +10,38 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
+
+from spin_jax import hosts
+
+
+def exists(path: epath.PathLike) -> bool:
+    """Whether it is there, as process 0 sees it: all processes go on alike."""
+    return existing([path])[0]
+
+
+def existing(paths: Sequence[epath.PathLike]) -> list[bool]:
+    """`exists` of many."""
+    here = [epath.Path(path).exists() if hosts.first() else False for path in paths]
+    return hosts.agreed(np.array(here, bool)).tolist()
 
 
 def write(path: epath.PathLike, data: bytes) -> None:
+    """`write_here` by process 0; every process calls this, and comes back when the file is there."""
+    if hosts.first():
+        write_here(path, data)
+    hosts.wait()
+
+
+def remove(folder: epath.PathLike) -> None:
+    """Removes a folder with all that is in it, if it is there; as `write` does."""
+    if hosts.first() and epath.Path(folder).exists():
+        epath.Path(folder).rmtree()
+    hosts.wait()
+
+
+def write_here(path: epath.PathLike, data: bytes) -> None:
     """Writes `data` to `path` atomically, making its folder.
 
     Args:

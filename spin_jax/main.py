@@ -1,7 +1,9 @@
 """python -m spin_jax.main --config=configs/zephyr.py --workdir=DIR [--config.section.key=value …]
 
 Running again with the same workdir continues. --only=sample, score or train runs one phase of the next
-iteration, so that sampling and training can happen on different machines.
+iteration, so that sampling and training can happen on different machines. On several hosts, start it once on
+each (on GPUs, once a host or a GPU): they find each other on TPU pods, SLURM and GKE; elsewhere
+--coordinator=HOST:PORT --num_processes=N --process_id=I. The workdir is one that all of them see.
 """
 
 import shlex
@@ -12,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from spin_jax import config as config_lib
-from spin_jax.command import cache_compilations, fail, parse
+from spin_jax.command import fail, parse, set_up_jax
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; the same one continues it.")
@@ -33,13 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv if argv is None else argv
     try:
         config, workdir = parse(argv, read_flags)
-        cache_compilations()
-        from spin_jax import selfplay  # and jax: not imported until the flags are known to be good
+        set_up_jax(config)
+        from spin_jax import selfplay
 
         selfplay.run(config, workdir, only=_ONLY.value)
     except KeyboardInterrupt:
-        command = shlex.join(["python", "-m", "spin_jax.main", *argv[1:]])
-        print(f"\ninterrupted; to continue: {command}", flush=True)
+        from spin_jax import hosts
+
+        hosts.say(f"\ninterrupted; to continue: {shlex.join(['python', '-m', 'spin_jax.main', *argv[1:]])}")
         return 130
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))

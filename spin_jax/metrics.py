@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -11,13 +12,14 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from spin_jax import files
+from spin_jax import files, hosts
 
 Row = dict[str, Any]
+_REWRITE_S = 30  # an object store cannot append: it is sent the whole file, so often and at each summary
 
 
 class Metrics:
-    """Writes one row a line to metrics.jsonl: `phase`, `iteration`, `step` and values.
+    """Writes one row a line to metrics.jsonl: `phase`, `iteration`, `step` and values; process 0 does.
 
     Curves in TensorBoard and W&B go on from one iteration to the next: their step counts a phase's rows.
     """
@@ -31,14 +33,18 @@ class Metrics:
         config: Mapping[str, Any] | None = None,
     ):
         self.path = epath.Path(workdir) / "metrics.jsonl"
+        self._file = self._tensorboard = self._wandb = None
+        self._speaks = hosts.first()
+        if not self._speaks:
+            return
         self._remote = "://" in str(workdir)
+        self._written = time.monotonic()
         self._lines = self.path.read_text().splitlines() if self.path.exists() else []
         if self._lines and not _whole(self._lines[-1]):  # cut off in the middle of a write
             self._lines.pop()
             self._rewrite()
         self._rows_of_phase = Counter(json.loads(line)["phase"] for line in self._lines)
         self._file = self._open()
-        self._tensorboard = self._wandb = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -48,7 +54,7 @@ class Metrics:
 
             stored = epath.Path(workdir) / "wandb_id"  # the same run when this one goes on
             if not stored.exists():
-                files.write(stored, uuid.uuid4().hex.encode())
+                files.write_here(stored, uuid.uuid4().hex.encode())
             self._wandb = wandb.init(
                 project=wandb_project,
                 name=epath.Path(workdir).name,
@@ -59,12 +65,16 @@ class Metrics:
 
     def write(self, phase: str, iteration: int, step: int, values: Mapping[str, float]) -> None:
         """Appends a row; a value that is not finite is written as null."""
+        if not self._speaks:
+            return
         numbers = {k: v if math.isfinite(v) else None for k, v in values.items()}
         line = json.dumps({"phase": phase, "iteration": iteration, "step": step, **numbers})
         self._lines.append(line)
         if self._file:
             self._file.write(line + "\n")
             self._file.flush()
+        elif time.monotonic() - self._written > _REWRITE_S:
+            self._rewrite()
         count = self._rows_of_phase[phase]
         self._rows_of_phase[phase] += 1
         finite = {f"{phase}/{k}": v for k, v in numbers.items() if v is not None}
@@ -76,6 +86,8 @@ class Metrics:
 
     def rewind(self, phase: str, iteration: int, step: int = 0) -> None:
         """Drops the rows from `step` on: an interrupted run wrote them, and they are to come again."""
+        if not self._speaks:
+            return
 
         def stays(row: Row) -> bool:
             return (row["phase"], row["iteration"]) != (phase, iteration) or row["step"] < step
@@ -91,7 +103,7 @@ class Metrics:
         self._file = self._open()
 
     def flush(self) -> None:
-        if self._remote:  # an object store cannot append
+        if self._speaks and self._remote:
             self._rewrite()
         if self._tensorboard:
             self._tensorboard.flush()
@@ -109,7 +121,8 @@ class Metrics:
         return None if self._remote else self.path.open("a")
 
     def _rewrite(self) -> None:
-        files.write(self.path, "".join(line + "\n" for line in self._lines).encode())
+        files.write_here(self.path, "".join(line + "\n" for line in self._lines).encode())
+        self._written = time.monotonic()
 
 
 def _whole(line: str) -> bool:
@@ -131,6 +144,7 @@ def progress(description: str, total: int, done: int = 0, unit: str = "step") ->
         ncols=None if live else 120,
         mininterval=0.2 if live else 30,
         leave=True,
+        disable=not hosts.first(),
     )
 
 

@@ -6,7 +6,7 @@ the log-probs of all pairs that iteration trains on. A file that is there is not
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,33 +60,47 @@ class Opponent:
     def sample(self, t: int, params: Params) -> None:
         """Answers every prompt of iteration t, or writes the pairs given for it."""
         shards = self.pair_files(t)
-        missing = [(number, *shard) for number, shard in enumerate(shards) if not shard[0].exists()]
-        if not missing:
+        done = files.existing([path for path, _ in shards])
+        if all(done):
             return
         if t in self.run.given:
-            for _, path, pairs in missing:
-                files.write(path, data.pairs_to_parquet(pairs))
+            for (path, pairs), there in zip(shards, done, strict=True):
+                if not there:
+                    files.write(path, data.pairs_to_parquet(pairs))
             return
-        weights = self.weights(params)
-        total = sum(len(examples) for _, examples in shards)
-        done = total - sum(len(examples) for _, _, examples in missing)
-        self.metrics.rewind("sample", t, missing[0][0])
-        with progress(f"iteration {t}: sample", total, done, unit="prompt") as bar:
-            for number, path, examples in missing:
+        weights, rounds = self.weights(params), list(self._rounds(shards, done))
+        sizes = [len(examples) for _, examples in shards]
+        left = sum(sizes[number] for chosen in rounds for number in chosen)
+        self.metrics.rewind("sample", t, done.index(False))
+        with progress(f"iteration {t}: sample", sum(sizes), sum(sizes) - left, unit="prompt") as bar:
+            for chosen in rounds:
                 began = time.perf_counter()
+                examples = [example for number in chosen for example in shards[number][1]]
                 answers = self.answer(weights, examples, self.run.sampling(), iteration=t, bar=bar)
-                pairs = [self.run.chat.pair(e, 0, a) for e, a in zip(examples, answers, strict=True)]
-                files.write(path, data.pairs_to_parquet(pairs))
-                tokens = sum(map(len, answers))
-                values = {
-                    "prompts": len(pairs),
-                    "response_tokens": tokens / len(pairs),
-                    "truncated": sum(pair.truncated for pair in pairs) / len(pairs),
-                    "identical": sum(pair.identical for pair in pairs) / len(pairs),
-                    "tokens_per_s": tokens / (time.perf_counter() - began),
-                }
-                self.metrics.write("sample", t, number, values)
+                rate = sum(map(len, answers)) / (time.perf_counter() - began)
+                rest = iter(answers)
+                for number in chosen:
+                    path, asked_here = shards[number]
+                    pairs = [self.run.chat.pair(e, 0, next(rest)) for e in asked_here]
+                    if not done[number]:
+                        files.write(path, data.pairs_to_parquet(pairs))
+                        self.metrics.write("sample", t, number, {**_described(pairs), "tokens_per_s": rate})
                 self._stop_here()
+
+    def _rounds(
+        self, shards: Sequence[tuple[epath.Path, list]], done: Sequence[bool]
+    ) -> Iterator[tuple[int, ...]]:
+        """The shards that are answered together: enough to keep all slots busy, however many those are.
+
+        Slots drain at the end of a round. One that an interruption broke off is repeated as a whole, in the
+        same company, so that its answers are the same to the bit.
+        """
+        busy = 4 * programs.slots(self.run.config, self.run.model)
+        count = max(1, busy // self.run.config.sampling.shard_size)
+        for first in range(0, len(shards), count):
+            chosen = tuple(range(first, min(first + count, len(shards))))
+            if not all(done[number] for number in chosen):
+                yield chosen
 
     def weights(self, params: Params) -> Params:
         """The parameters as sampling wants them: made once, and kept until `release`."""
@@ -161,14 +175,15 @@ class Opponent:
             if source in self.run.given:
                 self.sample(source, params)
         shards = self.score_files(t)
-        missing = [(number, *shard) for number, shard in enumerate(shards) if not shard[0].exists()]
+        done = files.existing([path for path, *_ in shards])
+        missing = [(number, *shard) for number, shard in enumerate(shards) if not done[number]]
         if not missing:
             return
         need([path for _, _, path, _ in shards], f"iteration {t} has no pairs yet", "sample")
         self.metrics.rewind("score", t, missing[0][0])
         total = sum(count for *_, count in shards)
-        done = total - sum(count for *_, count in missing)
-        with progress(f"iteration {t}: score", total, done, unit="pair") as bar:
+        scored = total - sum(count for *_, count in missing)
+        with progress(f"iteration {t}: score", total, scored, unit="pair") as bar:
             for number, path, source, pair_path, _ in missing:
                 began = time.perf_counter()
                 pairs = data.pairs_from_parquet(pair_path.read_bytes())
@@ -220,7 +235,20 @@ class Opponent:
             raise Interrupted
 
 
+def _described(pairs: Sequence[Pair]) -> dict[str, float]:
+    """What metrics.jsonl says of sampled pairs."""
+    count = len(pairs)
+    return {
+        "prompts": count,
+        "response_tokens": sum(len(pair.generated) for pair in pairs) / count,
+        "truncated": sum(pair.truncated for pair in pairs) / count,
+        "identical": sum(pair.identical for pair in pairs) / count,
+    }
+
+
 def need(paths: Sequence[epath.Path], problem: str, phase: str) -> None:
     """Raises FileNotFoundError, naming the phase to run first, when a path is not there."""
-    if absent := [path for path in paths if not path.exists()]:
-        raise FileNotFoundError(f"{problem} ({absent[0]} is missing): run --only={phase} first")
+    there = files.existing(paths)
+    if not all(there):
+        absent = paths[there.index(False)]
+        raise FileNotFoundError(f"{problem} ({absent} is missing): run --only={phase} first")

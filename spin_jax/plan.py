@@ -21,7 +21,7 @@ from spin_jax import collectives as traffic
 from spin_jax import config as config_lib
 from spin_jax import programs, roofline
 from spin_jax.batches import ScoredPair, filled_tokens, pair_batches
-from spin_jax.command import fail, parse
+from spin_jax.command import fail, parse, set_compiler_flags
 from spin_jax.footprint import SIZES, Phase, Work, compiled_phases, estimated_phases, fits, limit, workload
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
@@ -109,6 +109,7 @@ def suggestion(work: Work) -> tuple[Work, list[str]] | None:
         "train.tokens_per_device": [n for n in _TOKENS if n < c.train.tokens_per_device],
         "train.remat": _REMATS[_REMATS.index(c.train.remat) + 1 :],
     }
+    margin = 0.9 if work.compiles else 1.0  # compilation will have the last word
     own = [_value(c, key) for key in choices]
     options = [[mine, *more] for mine, more in zip(own, choices.values(), strict=True)]
 
@@ -118,7 +119,7 @@ def suggestion(work: Work) -> tuple[Work, list[str]] | None:
             candidate = workload(_changed(c, keys), f"{family}:{machine}")
         except ValueError:  # heads that the mesh does not divide, say
             return None, keys
-        return candidate if fits(candidate, estimated_phases(candidate), 0.9) else None, keys
+        return candidate if fits(candidate, estimated_phases(candidate), margin) else None, keys
 
     for machine in larger:
         frugal = [
@@ -172,7 +173,7 @@ def plan(work: Work, *, pairs: int, mfu: float, decoding: float) -> dict[str, An
         },
         "rows": {"rows": work.shape.rows, "length": work.shape.length},
         "remat": work.config.train.remat,
-        "hbm_limit_gib": limit(work.chip) / _GIB,
+        "hbm_limit_gib": limit(work) / _GIB,
         "phases": {
             name: {
                 "hbm_gib": phase.memory / _GIB,
@@ -268,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv if argv is None else argv
     try:
         config, topology, pairs = parse(argv, read_flags)
+        set_compiler_flags(config)
         jax.config.update("jax_platforms", "cpu")  # nothing runs; an accelerator here is left alone
         work = workload(config, topology)
     except (ValueError, FileNotFoundError) as error:

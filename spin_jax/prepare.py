@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from spin_jax import config as config_lib
-from spin_jax import convert, data, evaluate, files, losses, programs, sharding
+from spin_jax import convert, data, evaluate, files, hosts, losses, programs, sharding
 from spin_jax.batches import RowShape
 from spin_jax.chat import Chat, Example, Lengths, Pair, asked
 from spin_jax.draw import Sampling
@@ -85,11 +85,19 @@ def prepare(config: Config, workdir: str) -> Prepared:
         ValueError, FileNotFoundError: naming the key, or the file and row.
     """
     root = epath.Path(workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir)))
+    began = files.read_json(root / "config.json") if files.exists(root / "config.json") else {}
+    prepared = hosts.together(lambda: _read(config, root, began))
+    hosts.check_same("config or data", _content(prepared))
+    _record(prepared, began)
+    return prepared
+
+
+def _read(config: Config, root: epath.Path, began: Mapping[str, Any]) -> Prepared:
+    """What each process reads and checks for itself."""
     losses.find(config.loss.name)
     if config.eval.verifier:
         evaluate.find_verifier(config.eval.verifier)
     mesh = programs.make_mesh(config)
-    began = files.read_json(root / "config.json") if (root / "config.json").exists() else {}
     model, initial_params = open_model(config, mesh, began.get("model_revision"))
     programs.check_mesh(config, model)
     notes = _other_architecture(config, model)
@@ -122,8 +130,15 @@ def prepare(config: Config, workdir: str) -> Prepared:
         notes=notes,
     )
     _check_options(prepared)
-    _record(prepared)
     return prepared
+
+
+def _content(prepared: Prepared) -> bytes:
+    """What processes must have alike."""
+    pairs = [(pair.prompt, pair.real, pair.generated) for pairs in prepared.given.values() for pair in pairs]
+    examples = [(e.prompt, e.real) for e in (*prepared.examples, *prepared.held_out)]
+    ids = [row.tobytes() for rows in (*examples, *pairs) for row in rows]
+    return b"|".join([repr(prepared.config).encode(), *ids])
 
 
 def open_model(
@@ -240,16 +255,18 @@ _FREE = (
     "logging.",
     "sampling.batch_size",
     "sft.control",  # and its learning rate
+    "sft.offload",
+    "train.offload",
 )
 _PACKAGES = ("spin_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain")
 
 
-def _record(prepared: Prepared) -> None:
+def _record(prepared: Prepared, began: Mapping[str, Any]) -> None:
     """Writes config.json; refuses the workdir of another run, with the difference."""
     path = prepared.workdir / "config.json"
     config = prepared.config.to_dict()
-    if path.exists():
-        theirs = _flat(files.read_json(path)["config"])
+    if began:
+        theirs = _flat(began["config"])
         both = range(min(theirs["selfplay.iterations"], prepared.config.selfplay.iterations))
         for name, value in _flat(config).items():
             old, new = theirs.get(name, value), value

@@ -68,18 +68,21 @@ def answer_prompts(
 
     with jax.set_mesh(mesh):
         while waiting or (holds >= 0).any():
-            begun: list[tuple[list[int], Array]] = []
+            begun: list[tuple[list[int], np.ndarray, Array]] = []
             while waiting:
-                group = list(itertools.islice(waiting, size))
-                P = bucket(len(prompts[group[-1]]))
-                free = np.flatnonzero(holds < 0)
-                if len(free) < len(group):
+                rows, into = _places(holds < 0, size, shards)
+                group = list(itertools.islice(waiting, len(rows)))
+                if len(group) < min(len(waiting), 0.75 * size):
                     break
+                rows = rows[: len(group)]
+                P = bucket(len(prompts[group[-1]]))
                 state = _with_columns(state, decoder, slots, _columns(decoder, prompts, most, group))
-                into = np.full(size, slots, np.int32)
-                into[: len(group)] = free[: len(group)]
-                arrays = _prompt_arrays(prompts, most, key_data, group, size, P)
-                tokens, lengths, room, data = sharding.put_batch(mesh, arrays)
+                places = np.full(size, slots, np.int32)
+                places[rows] = into[: len(group)]
+                filled = np.full(size, group[0])  # a filler row reads the first prompt
+                filled[rows] = group
+                arrays = (*_prompt_arrays(prompts, most, key_data, filled, P), places)
+                tokens, lengths, room, data, placed = sharding.put_batch(mesh, arrays)
                 state, first = prefill(
                     decoder,
                     params,
@@ -88,21 +91,21 @@ def answer_prompts(
                     lengths,
                     room,
                     jax.random.wrap_key_data(data, impl=KEYS),
-                    into,
+                    placed,
                     **how,
                 )
-                begun.append((group, first))
-                holds[into[: len(group)]] = group
+                begun.append((group, rows, first))
+                holds[rows // (size // shards) * (slots // shards) + places[rows]] = group
                 for _ in group:
                     waiting.popleft()
             state, drawn = decode(decoder, params, state, steps=DECODE_STEPS, **how)
             sampled = 0
-            for group, first in begun:
-                for i, token in zip(group, np.asarray(first), strict=False):
+            for group, rows, first in begun:
+                for i, token in zip(group, sharding.to_host(first)[rows], strict=True):
                     answers[i].append(int(token))
                 sampled += len(group)
-            done = np.asarray(state.done)
-            for slot, row in enumerate(np.asarray(drawn)):
+            done = sharding.to_host(state.done)
+            for slot, row in enumerate(sharding.to_host(drawn)):
                 if holds[slot] >= 0:
                     new = row[row != NO_TOKEN].tolist()
                     answers[holds[slot]] += new
@@ -118,10 +121,25 @@ def prefill_rows(slots: int, longest: int, shards: int) -> int:
     return round_up(max(1, min(slots // 4, _PREFILL_TOKENS // bucket(longest))), shards)
 
 
-def _prompt_arrays(prompts, most, key_data, group: list[int], size: int, P: int) -> tuple[np.ndarray, ...]:
-    """(tokens [size, P] padded on the left, lengths, limits, key data); filler repeats the first prompt."""
-    filled = [*group, *[group[0]] * (size - len(group))]
-    tokens = np.zeros((size, P), np.int32)
+def _places(free: np.ndarray, size: int, shards: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows of a prefill, the free slot that each goes to, counted within its shard), to be filled in order.
+
+    A row stays on its device: its cache need not travel. The shards with most free slots come first.
+    """
+    free = free.reshape(shards, -1)
+    each = size // shards
+    order = np.argsort(-free.sum(axis=1), kind="stable")
+    slots = [np.flatnonzero(own)[:each] for own in free]
+    chosen = [
+        (s * each + turn, slots[s][turn]) for turn in range(each) for s in order if turn < len(slots[s])
+    ]
+    rows, into = np.array(chosen, np.int32).reshape(-1, 2).T
+    return rows, into
+
+
+def _prompt_arrays(prompts, most, key_data, filled: np.ndarray, P: int) -> tuple[np.ndarray, ...]:
+    """(tokens [rows, P] padded on the left, lengths, limits, key data) of the prompts of those numbers."""
+    tokens = np.zeros((len(filled), P), np.int32)
     for row, i in enumerate(filled):
         tokens[row, P - len(prompts[i]) :] = prompts[i]
     lengths = np.array([len(prompts[i]) for i in filled], np.int32)

@@ -99,7 +99,7 @@ def score_groups(
     scores = np.zeros((len(groups), len(groups[0].answers)), np.float32)
     with jax.set_mesh(mesh):
         for rows in packed(groups, shape, unattended):
-            logps = np.asarray(score_rows(decoder, params, sharding.put_batch(mesh, rows)))
+            logps = sharding.to_host(score_rows(decoder, params, sharding.put_batch(mesh, rows)))
             there = rows.items > 0
             scores[rows.items[there] - 1] = logps[there]
             on_batch(int(there.sum()))
@@ -139,7 +139,7 @@ def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
     layout = Layout(np.broadcast_to(np.arange(T, dtype=np.int32), filled.shape), np.ones_like(filled))
     with jax.set_mesh(model.mesh):
         placed = sharding.put_batch(model.mesh, (filled, layout))
-        host = np.asarray(_logits(_decoder(model), model.params, *placed))[:B]
+        host = sharding.to_host(_logits(_decoder(model), model.params, *placed))[:B]
     # On one device, hence outside of the mesh: what a user does with it next is not the mesh's business.
     return jnp.asarray(host)
 

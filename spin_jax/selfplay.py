@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import checkpoint, convert, evaluate, files, programs, report
+from spin_jax import checkpoint, convert, evaluate, files, hosts, programs, report
 from spin_jax import config as config_lib
 from spin_jax.batches import (
     PairBatch,
@@ -60,7 +60,8 @@ def run(
         config: what `spin_jax.config.default` lists; missing keys keep their defaults.
         workdir: a directory or object store URL; one run, and what is already there is not redone.
         only: `sample`, `score` or `train`: just this phase of the next iteration.
-        should_stop: asked between units of work; None listens to Ctrl-C and SIGTERM.
+        should_stop: asked between units of work; None listens to Ctrl-C and SIGTERM. Of several processes,
+            one that is to stop stops all.
 
     Raises:
         ValueError, FileNotFoundError: bad config or input, before anything is computed.
@@ -70,9 +71,10 @@ def run(
         raise ValueError(f"only={only!r}: choose from {', '.join(PHASES)}")
     with contextlib.ExitStack() as stack:
         stop = should_stop or stack.enter_context(_signals())
-        play = SelfPlay(prepare(config_lib.resolve(config), workdir), stop)
+        prepared = prepare(config_lib.resolve(config), workdir)
+        play = SelfPlay(prepared, lambda: hosts.any_of(stop()))
         stack.callback(play.metrics.close)
-        print(plan(play.run, sum(map(play.finished, play.run.iterations))), flush=True)
+        hosts.say(plan(play.run, sum(map(play.finished, play.run.iterations))))
 
         params = play.start()
         for t in play.run.iterations:
@@ -120,7 +122,7 @@ class SelfPlay:
         logging, summary = run.config.logging, run.workdir / "summary.json"
         self.run = run
         self.should_stop = should_stop
-        self.summary: list[Row] = files.read_json(summary) if summary.exists() else []
+        self.summary: list[Row] = files.read_json(summary) if files.exists(summary) else []
         self.metrics = Metrics(
             run.workdir,
             tensorboard=logging.tensorboard,
@@ -280,11 +282,10 @@ class SelfPlay:
     def _keep(self, folder: epath.Path, params: Params) -> None:
         """Saves a phase's parameters; its step checkpoints have then served."""
         checkpoint.save(folder / "checkpoint", params)
-        if (folder / "train").exists():
-            (folder / "train").rmtree()
+        files.remove(folder / "train")
 
     def _export(self, folder: epath.Path, params: Params) -> None:
-        if not (folder / "model" / "config.json").exists():
+        if not files.exists(folder / "model" / "config.json"):
             model = dataclasses.replace(self.run.model, params=params)
             convert.save(model, folder / "model", dtype=model.dtype)
 
@@ -379,10 +380,10 @@ class SelfPlay:
 
     def report(self) -> None:
         """Prints the table; draws summary.png."""
-        print(f"\n{report.table(self.summary)}\n")
+        hosts.say(f"\n{report.table(self.summary)}\n")
         if self.run.config.logging.plot:
             files.write(self.run.workdir / "summary.png", report.plot(self.summary))
-        print(f"models, metrics and pairs are in {self.run.workdir}", flush=True)
+        hosts.say(f"models, metrics and pairs are in {self.run.workdir}")
 
     def _add_row(self, row: Row, step: int) -> None:
         t = row["iteration"]
@@ -423,7 +424,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
-        print("\nstopping after this step or batch; what is done is kept", flush=True)
+        hosts.say("\nstopping after this step or batch; what is done is kept")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -9,11 +9,13 @@ tracing, and whatever is derived from a parameter (gradient, optimizer state) is
     tensor   splits heads, the MLP and the vocabulary
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -155,14 +157,17 @@ def merged_rows(x: jax.Array) -> jax.Array:
 
 
 def put_rows(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
-    """`old` with `new` for the rows of that index; an index past the end drops its row."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """`old` with `new` for some rows; an index counts its own device's rows, and past them drops its row."""
+
+    def put(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[index].set(new, mode="drop")
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return put(old, index, new)
     target = jax.typeof(old).sharding.spec
-    # Any device may hold any row's place: the new ones go to all, and each takes its own.
-    new = jax.sharding.reshard(new, PartitionSpec(None, *target[1:]))
-    index = jax.sharding.reshard(index, PartitionSpec(None))
-    return old.at[index].set(new, mode="drop", out_sharding=target)
+    specs = target, PartitionSpec(RULES["batch"]), target
+    index, new = jax.sharding.reshard(index, specs[1]), jax.sharding.reshard(new, target)
+    return jax.shard_map(put, in_specs=specs, out_specs=target, check_vma=False)(old, index, new)
 
 
 def by_rows_and_heads(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -226,9 +231,28 @@ def batch_layout(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, batch: Any, *, axis: int = 0) -> Any:
-    """Host arrays → device arrays, split over the batch on dimension `axis`."""
+    """Host arrays, the same in every process → device arrays, split over the batch on dimension `axis`."""
     layout = batch_layout(mesh, axis)
-    return jax.tree.map(lambda x: jax.device_put(x, layout), batch)
+
+    def put(x: np.ndarray) -> jax.Array:
+        if layout.is_fully_addressable:
+            return jax.device_put(x, layout)
+        return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
+
+    return jax.tree.map(put, batch)
+
+
+def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array, in every process."""
+    if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    assert isinstance(x.sharding, NamedSharding)
+    return np.asarray(_replicated(x.sharding.mesh)(x))
+
+
+@functools.cache
+def _replicated(mesh: Any) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def to_host_memory(tree: Any) -> Any:

@@ -104,7 +104,7 @@ def prefill(
     """Reads prompts, padded on the left, draws their first tokens, and puts them into slots.
 
     Args:
-        into: the slot of each prompt; B for a row that is only filler.
+        into: the slot of each prompt, counted among those of its own device; B for a row that is only filler.
 
     Returns:
         (the slots, the first token of each prompt's answer).

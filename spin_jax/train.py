@@ -232,7 +232,9 @@ class Loop:
     save_every: int  # steps between checkpoints; an interruption makes one too
     # Told each step's metrics, in order, and the share of its time that was spent waiting for the batch.
     on_step: Callable[[int, dict[str, float], float], None]
-    should_stop: Callable[[], bool]  # asked between steps
+    should_stop: Callable[
+        [], Any
+    ]  # asked before a step; what several processes agree on is looked at after it
 
 
 def fit(
@@ -278,6 +280,7 @@ def fit(
             began = time.perf_counter()
             batch = next(source)
             waited += time.perf_counter() - began
+            asked = loop.should_stop()
             placed = sharding.put_batch(mesh, batch, axis=1)
             state, metrics = step(state, placed, learning_rates[number], arguments)
             # The device works on this step while the host reports the one before.
@@ -285,7 +288,7 @@ def fit(
                 report(pending)
             pending = (number, metrics, filled_tokens(batch))
             done = number + 1
-            stop = done < loop.steps and loop.should_stop()
+            stop = done < loop.steps and bool(asked)
             if stop or (done % loop.save_every == 0 and done < loop.steps):
                 report(pending)
                 pending = None

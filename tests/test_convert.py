@@ -122,7 +122,7 @@ def test_a_broken_off_save_leaves_no_config(tiny_model, tmp_path, monkeypatch):
         written.append(path.name)
         raise OSError("disk full")
 
-    monkeypatch.setattr(files, "write", write)
+    monkeypatch.setattr(files, "write_here", write)
     with pytest.raises(OSError, match="disk full"):
         spin_jax.save(tiny_model, tmp_path)
     assert written == ["model.safetensors"]

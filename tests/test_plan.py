@@ -1,6 +1,8 @@
 """What a run takes of a machine that is not there: arithmetic for GPUs, libtpu's compiler for TPUs."""
 
 import json
+import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -187,6 +189,24 @@ def test_the_command(capsys):
         "score": True,
         "sample": True,
     }
+
+
+def config_file(name, variant=""):
+    path = pathlib.Path(__file__).parent.parent / "configs" / name
+    module = runpy.run_path(str(path))
+    return module["get_config"](*[variant] * bool(variant)), module.get("MACHINES", {})
+
+
+def test_each_machine_of_the_recipe_has_room():
+    """By arithmetic, which compilation agrees with to a quarter; the 70B on 64 chips of v5p too."""
+    pytest.importorskip("libtpu", reason="needs jax[tpu], though no TPU")
+    _, machines = config_file("zephyr.py")
+    cases = [("zephyr.py", name, name.replace("-", ":")) for name in machines]
+    for file, variant, topology in [*cases, ("llama2_70b.py", "", "v5p:4x4x4")]:
+        work = footprint.workload(config.resolve(config_file(file, variant)[0]), topology)
+        assert footprint.fits(work, footprint.estimated_phases(work)), topology
+    with pytest.raises(ValueError, match="no variant 'v5e'"):
+        config_file("zephyr.py", "v5e")
 
 
 @pytest.fixture(scope="module")

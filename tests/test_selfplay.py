@@ -8,10 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
+from spin_jax import config
+from spin_jax.opponent import Opponent
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -272,6 +276,19 @@ def test_phases_out_of_order_say_what_to_run(command, tmp_path):
     assert "run --only=sample first" in command(tmp_path, "--only=score", expect=2)
     command(tmp_path, "--only=sample")
     assert "run --only=score first" in command(tmp_path, "--only=train", expect=2)
+
+
+def test_enough_files_are_sampled_together_to_keep_all_slots_busy(mesh):
+    """Four times the slots, however small the files; a round that lacks a file is repeated as a whole."""
+    c = config.default()
+    c.sampling.shard_size, c.sampling.batch_size, c.sampling.tensor = 8, 4, 1
+    model = types.SimpleNamespace(mesh=mesh)
+    opponent = Opponent(types.SimpleNamespace(config=c, model=model), None, None)
+    shards = [(None, [])] * 5
+    assert list(opponent._rounds(shards, [False] * 5)) == [(0, 1), (2, 3), (4,)]
+    assert list(opponent._rounds(shards, [True, True, True, False, True])) == [(2, 3)]
+    c.sampling.shard_size = 1024
+    assert list(opponent._rounds(shards, [True, False, True, True, True])) == [(1,)]
 
 
 def test_start_from_a_given_model_and_pairs(command, finished, tmp_path):
