@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin_jax import hosts
 from spin_jax.chat import BadRow, Chat, Example, Message, Pair, checked
 from spin_jax.config import import_function
 
@@ -173,7 +174,7 @@ def load_examples(
     limit: int | None = None,
     seed: int = 0,
 ) -> tuple[list[Example], Counter]:
-    """Encodes a seeded choice of `limit` rows, in the rows' order.
+    """Encodes a seeded choice of `limit` rows, in the rows' order; of several processes each its share.
 
     Returns:
         the examples, and counts of what was dropped or cut.
@@ -181,18 +182,25 @@ def load_examples(
     Raises:
         ValueError: naming path, row and field; or saying that nothing is left.
     """
-    chosen = np.random.default_rng(seed).permutation(len(rows))[:limit]
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])
     counts: Counter = Counter()
-    examples = []
-    for number in sorted(map(int, chosen)):
+    encoded: dict[int, Example | None] = {}
+    problem: tuple[int, str] | None = None
+    for number in (int(n) for place, n in enumerate(chosen) if hosts.turn(place)):
         try:
             row = rows[number]
             messages = conversation(row, prompt_column, answer_column)
-            example = chat.example(_integer(row.get("prompt_id"), number), messages, counts)
+            encoded[number] = chat.example(_integer(row.get("prompt_id"), number), messages, counts)
         except BadRow as error:
-            raise ValueError(f"{path}, row {number + 1}: {error}") from error
-        if example is not None:
-            examples.append(example)
+            problem = number, str(error)
+            break
+    shares = hosts.exchanged((encoded, counts, problem))
+    if problems := [problem for *_, problem in shares if problem]:
+        number, error = min(problems)
+        raise ValueError(f"{path}, row {number + 1}: {error}")
+    everything = {number: example for encoded, *_ in shares for number, example in encoded.items()}
+    counts = sum((counts for _, counts, _ in shares), Counter())
+    examples = [example for number in sorted(everything) if (example := everything[number]) is not None]
     if not examples:
         raise ValueError(f"{path}: none of {len(chosen)} rows is left ({dict(counts)})")
     return examples, +counts

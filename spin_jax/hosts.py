@@ -8,6 +8,7 @@ all of this costs nothing.
 
 import functools
 import hashlib
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -70,6 +71,18 @@ def agreed(value: Any) -> np.ndarray:
     if jax.process_count() == 1:
         return np.asarray(value)
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def exchanged(value: Any) -> list[Any]:
+    """Each process's value, in every process; values are what pickle takes."""
+    if jax.process_count() == 1:
+        return [value]
+    mine = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(mine.size)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: mine.size] = mine
+    everyones = np.asarray(multihost_utils.process_allgather(padded))
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(everyones, sizes, strict=True)]
 
 
 def any_of(flag: bool) -> Any:

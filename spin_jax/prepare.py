@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,24 +86,10 @@ def prepare(config: Config, workdir: str) -> Prepared:
     """
     root = epath.Path(workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir)))
     began = files.read_json(root / "config.json") if files.exists(root / "config.json") else {}
-    prepared = hosts.together(lambda: _read(config, root, began))
-    hosts.check_same("config or data", _content(prepared))
-    _record(prepared, began)
-    return prepared
-
-
-def _read(config: Config, root: epath.Path, began: Mapping[str, Any]) -> Prepared:
-    """What each process reads and checks for itself."""
-    losses.find(config.loss.name)
-    if config.eval.verifier:
-        evaluate.find_verifier(config.eval.verifier)
-    mesh = programs.make_mesh(config)
-    model, initial_params = open_model(config, mesh, began.get("model_revision"))
-    programs.check_mesh(config, model)
-    notes = _other_architecture(config, model)
-    chat = make_chat(config, model)
-    given = _given(config, chat, model.config.vocab_size, notes)
-    examples, fingerprint = _examples(config, chat, given, notes)
+    read = hosts.together(lambda: _read(config, began.get("model_revision")))
+    hosts.check_same("config or data", _seen(config, read))
+    model, chat, given, notes = read.model, read.chat, read.given, read.notes
+    examples = _examples(config, read)
     held_out = data.split_held_out(
         [example.prompt_id for example in examples],
         fraction=config.eval.fraction,
@@ -119,26 +105,52 @@ def _read(config: Config, root: epath.Path, began: Mapping[str, Any]) -> Prepare
         config=config,
         workdir=root,
         model=model,
-        initial_params=initial_params,
+        initial_params=read.initial_params,
         chat=chat,
         examples=[example for example in examples if example.prompt_id not in held_out],
         held_out=[example for example in examples if example.prompt_id in held_out],
         given=given,
         pair_shape=programs.pair_shape(config, model, examples, given),
         example_shape=programs.example_shape(config, model, examples),
-        fingerprint=fingerprint,
+        fingerprint=read.rows._fingerprint if config.data.path else "",
         notes=notes,
     )
     _check_options(prepared)
+    _record(prepared, began)
     return prepared
 
 
-def _content(prepared: Prepared) -> bytes:
-    """What processes must have alike."""
-    pairs = [(pair.prompt, pair.real, pair.generated) for pairs in prepared.given.values() for pair in pairs]
-    examples = [(e.prompt, e.real) for e in (*prepared.examples, *prepared.held_out)]
-    ids = [row.tobytes() for rows in (*examples, *pairs) for row in rows]
-    return b"|".join([repr(prepared.config).encode(), *ids])
+class _Read(NamedTuple):
+    """What a process reads for itself, before processes share the work."""
+
+    model: Model
+    initial_params: Callable[[], Params]
+    chat: Chat
+    given: dict[int, list[Pair]]
+    rows: Any  # a dataset; None where the given pairs are the data
+    notes: list[str]
+
+
+def _read(config: Config, revision: str | None) -> _Read:
+    losses.find(config.loss.name)
+    if config.eval.verifier:
+        evaluate.find_verifier(config.eval.verifier)
+    model, initial_params = open_model(config, programs.make_mesh(config), revision)
+    programs.check_mesh(config, model)
+    notes = _other_architecture(config, model)
+    chat = make_chat(config, model)
+    given = _given(config, chat, model.config.vocab_size, notes)
+    c = config.data
+    rows = data.load_rows(c.path, c.split, name=c.name, revision=c.revision) if c.path else None
+    return _Read(model, initial_params, chat, given, rows, notes)
+
+
+def _seen(config: Config, read: _Read) -> bytes:
+    """What processes must have alike: the config, given pairs, and some of the rows."""
+    pairs = [ids for pairs in read.given.values() for p in pairs for ids in (p.prompt, p.real, p.generated)]
+    rows = [] if read.rows is None else read.rows
+    some = [rows[number] for number in range(0, len(rows), max(len(rows) // 64, 1))]
+    return b"|".join([repr((config, len(rows), some)).encode(), *(ids.tobytes() for ids in pairs)])
 
 
 def open_model(
@@ -214,30 +226,27 @@ def _given(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dic
     return given
 
 
-def _examples(
-    config: Config, chat: Chat, given: dict[int, list[Pair]], notes: list[str]
-) -> tuple[list[Example], str]:
-    """Prompts with their human answers, and a fingerprint of the dataset."""
+def _examples(config: Config, read: _Read) -> list[Example]:
+    """Prompts with their human answers."""
     c = config.data
     if not c.path:  # the given pairs are the data
         wanted = range(config.selfplay.start, config.selfplay.iterations)
-        if absent := [t for t in wanted if t not in given]:
+        if absent := [t for t in wanted if t not in read.given]:
             raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")
-        unique = {asked(p.real_messages): p for t in sorted(given, reverse=True) for p in given[t]}
+        unique = {asked(p.real_messages): p for t in sorted(read.given, reverse=True) for p in read.given[t]}
         pairs = sorted(unique.values(), key=lambda pair: pair.prompt_id)
-        return [Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs], ""
-    rows = data.load_rows(c.path, c.split, name=c.name, revision=c.revision)
+        return [Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs]
     examples, counts = data.load_examples(
-        rows,
-        chat,
+        read.rows,
+        read.chat,
         path=c.path,
         prompt_column=c.prompt_column,
         answer_column=c.answer_column,
         limit=c.limit,
         seed=config.seed,
     )
-    notes += _counted(c.path, counts)
-    return examples, rows._fingerprint
+    read.notes.extend(_counted(c.path, counts))
+    return examples
 
 
 def _counted(path: str, counts: Counter) -> list[str]:
