@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"  # by way of the hosts and the data-centre network
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -16,7 +17,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 class Collective(NamedTuple):
     """One that a program runs."""
 
-    kind: str  # one of KINDS
+    kind: str  # one of KINDS, or BETWEEN_SLICES
     bytes: int  # of the whole array on a device: what is gathered, or before it is reduced
     times: int  # how often it runs, at most; loops without a known bound count once
 
@@ -43,6 +44,10 @@ def collectives(hlo: str) -> list[Collective]:
                 key = (outer, f"{operation} {channel[1]}" if channel else line)
                 before = found.get(key, Collective(kind, 0, 0))
                 found[key] = Collective(kind, max(before.bytes, size), times)
+            elif operation == "send" and "megascale" in line:
+                found[name, line] = Collective(
+                    BETWEEN_SLICES, _size(line.split(" = ", 1)[1].split(" send(")[0]), times
+                )
             elif operation == "while":
                 body = re.search(r"body=%?([\w.\-]+)", line)
                 condition = re.search(r"condition=%?([\w.\-]+)", line)
@@ -71,8 +76,8 @@ def totals(found: list[Collective]) -> dict[str, int]:
 
 
 def received(sums: Mapping[str, float]) -> float:
-    """Bytes that come to a device over its links; an all-reduce is a reduce-scatter and an all-gather."""
-    return sum(size * (2 if kind == "all-reduce" else 1) for kind, size in sums.items())
+    """Bytes that come to a device over its slice's links; an all-reduce scatters and gathers."""
+    return sum(size * (2 if kind == "all-reduce" else 1) for kind, size in sums.items() if kind in KINDS)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:

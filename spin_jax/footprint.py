@@ -62,6 +62,7 @@ class Work:
 
     config: Any
     topology: str
+    slices: int
     model: Model  # without weights; its mesh is Described for GPUs
     shape: RowShape
     pairs: list[Pair]
@@ -84,6 +85,7 @@ class Phase:
     parts: dict[str, float]  # bytes of device memory, by what fills them
     traffic: dict[str, float]  # bytes a unit by kind of collective
     unit: str  # what `seconds` is of
+    offloaded: float = 0.0  # bytes of each device's that wait in the host's memory
     seconds: float = 0.0
     units: float = 0.0  # of an iteration
     tflops: float = 0.0  # the model's, a unit and device
@@ -104,16 +106,13 @@ def workload(config: Any, topology: str) -> Work:
     Raises:
         ValueError: an unknown machine, or a mesh that does not suit it.
     """
-    family, _, size = topology.partition(":")
-    if family not in SIZES or not re.fullmatch(r"\d+(x\d+)*", size):
-        machines = ", ".join(f"{name}:{sizes[3]}" for name, sizes in SIZES.items())
-        raise ValueError(f"--topology={topology}: a machine such as {machines}")
+    family, size, slices = parsed(topology)
     if family in GPUS:
-        count = int(size)
-        axes = dict(zip(sharding.AXES, programs.mesh_sizes(config, count), strict=True))
+        count = int(size) * slices
+        axes = dict(zip(sharding.AXES, programs.mesh_sizes(config, count, slices), strict=True))
         mesh: Any = Described(np.array([_Gpu(GPUS[family])] * count), {**axes}, count)
     else:
-        mesh = programs.make_mesh(config, _tpus(topology))
+        mesh = programs.make_mesh(config, _tpus(f"{family}:{size}", slices))
     stated = config.model.architecture.to_dict()
     if not stated:
         if not config.model.path or not os.path.isdir(config.model.path):
@@ -126,18 +125,28 @@ def workload(config: Any, topology: str) -> Work:
     prompt = np.zeros(min(config.lengths.max_prompt, config.lengths.max_length - 1), np.int32)
     answer = np.zeros(config.lengths.max_length - len(prompt), np.int32)
     shape = programs.pair_shape(config, model, [*examples, Example(-1, [], prompt, answer)], {})
-    return Work(config, topology, model, shape, pairs)
+    return Work(config, topology, slices, model, shape, pairs)
+
+
+def parsed(topology: str) -> tuple[str, str, int]:
+    """(family, size of a slice, slices) of `v5e:8x8`, or of `v5e:8x8*2`: two slices, or nodes of GPUs."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*([1-9]\d*))?", topology)
+    if not found or found[1] not in SIZES:
+        machines = ", ".join(f"{name}:{sizes[3]}" for name, sizes in SIZES.items())
+        raise ValueError(f"--topology={topology}: a machine such as {machines}; v5e:8x8*2 is two slices")
+    return found[1], found[2], int(found[3] or 1)
 
 
 @functools.cache
-def _tpus(topology: str) -> list[Any]:
-    """The devices of a TPU topology that need not be there."""
+def _tpus(topology: str, slices: int) -> list[Any]:
+    """The devices of TPU slices that need not be there."""
     from jax.experimental import topologies
 
     for name, value in _NO_TPU.items():
         os.environ.setdefault(name, value)
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices)
+        return list(described.devices)
     except Exception as error:  # whatever kind it is, it says that libtpu is missing or the name is wrong
         raise ValueError(
             f"--topology={topology} cannot be compiled for here (pip install 'jax[tpu]'): {error}"
@@ -338,6 +347,7 @@ def estimated_phases(work: Work) -> dict[str, Phase]:
         },
         _estimated_traffic(work, tokens, passes=3),
         "step",
+        offloaded=4 * moments * mine if c.train.offload else 0.0,
     )
     score = Phase(
         {"weights": 4 * mine, "optimizer": 0.0, "temporary": layer + working + item * table + logits},
@@ -372,6 +382,8 @@ def _estimated_traffic(work: Work, tokens: float, passes: int) -> dict[str, floa
         result["all-gather"] = weights * min(passes, 2)
     if passes > 1 and sharding.batch_shards(work.model.mesh) > 1:
         result["reduce-scatter"] = weights
+    if passes > 1 and work.slices > 1:
+        result[traffic.BETWEEN_SLICES] = 2 * (1 - 1 / work.slices) * weights / shape["fsdp"]
     if shape["tensor"] > 1:
         result["all-reduce"] = 2 * passes * m.num_hidden_layers * tokens * m.hidden_size * item
     return result

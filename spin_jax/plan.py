@@ -1,8 +1,8 @@
 """python -m spin_jax.plan --config=configs/zephyr.py --topology=v5e:8x8 [--json]
 
 Whether a run fits a machine, and how long it takes, before the machine is rented. For TPUs (v4:2x2x4,
-v5e:8x8, v5p:2x2x2, v6e:4x4, …) the run's own programs are compiled for the topology, anywhere that jax[tpu]
-is installed; for GPUs (h200:1, h100:8, a100:8) memory comes from arithmetic. Lengths are those of
+v5e:8x8, v5p:2x2x2, v6e:4x4, …; v5e:8x8*2 is two slices) the run's own programs are compiled for the topology,
+anywhere that jax[tpu] is installed; for GPUs (h200:1, h100:8, h100:8*2: two nodes) memory comes from arithmetic. Lengths are those of
 `lengths.expected`, and the longest that `lengths` allows; times are a roofline's at stated efficiencies.
 """
 
@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -22,7 +22,17 @@ from spin_jax import config as config_lib
 from spin_jax import programs, roofline
 from spin_jax.batches import ScoredPair, filled_tokens, pair_batches
 from spin_jax.command import fail, parse, set_compiler_flags
-from spin_jax.footprint import SIZES, Phase, Work, compiled_phases, estimated_phases, fits, limit, workload
+from spin_jax.footprint import (
+    SIZES,
+    Phase,
+    Work,
+    compiled_phases,
+    estimated_phases,
+    fits,
+    limit,
+    parsed,
+    workload,
+)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:8x8, v5p:2x2x2 …; GPUs: h200:1, h100:8 …")
@@ -33,6 +43,8 @@ _MFU = flags.DEFINE_float(
 )
 _DECODE = flags.DEFINE_float("decode_efficiency", 0.5, "Share of its roofline that decoding reaches.")
 
+_DCN = flags.DEFINE_float("dcn_gbit_s", 50.0, "Gbit a second that a device gets from other slices.")
+
 USAGE = "usage: python -m spin_jax.plan --config=configs/zephyr.py --topology=v5e:8x8 [--json]"
 _GIB = 2.0**30
 
@@ -40,7 +52,17 @@ _GIB = 2.0**30
 # --- time ----------------------------------------------------------------------------------------
 
 
-def _timed(work: Work, phases: dict[str, Phase], pairs: int, mfu: float, decoding: float) -> None:
+class Assumed(NamedTuple):
+    """What times are computed from, beside the config."""
+
+    pairs: int
+    mfu: float = 0.45
+    decode_efficiency: float = 0.5
+    dcn_gbit_s: float = 50.0
+    host_gb_s: float = 16.0  # between a device and its host's memory
+
+
+def _timed(work: Work, phases: dict[str, Phase], assumed: Assumed) -> None:
     """Fills in what each phase takes of an iteration."""
     c, m, chip, mesh = work.config, work.model.config, work.chip, work.model.mesh
     epochs = config_lib.per_iteration(c.train.epochs, 0)
@@ -55,22 +77,25 @@ def _timed(work: Work, phases: dict[str, Phase], pairs: int, mfu: float, decodin
     padding = microbatches * work.shape.rows * work.shape.length / filled
 
     def bound(phase: Phase, passes: int, per_unit: float) -> None:
-        """Compute and links overlap: the slower of the two is what it takes."""
+        """What overlaps: the slowest is what it takes."""
         flops = passes * forward * per_unit / mesh.size
         phase.tflops = flops / 1e12
         times = {
-            "compute": flops * padding / (chip.flops * mfu),
+            "compute": flops * padding / (chip.flops * assumed.mfu),
             "collectives": traffic.received(phase.traffic) * microbatches * per_unit / chip.links,
         }
+        between = phase.traffic.get(traffic.BETWEEN_SLICES, 0)
+        times["network between slices"] = between * microbatches * per_unit * 8 / (assumed.dcn_gbit_s * 1e9)
+        times["host memory"] = 2 * phase.offloaded / (assumed.host_gb_s * 1e9)  # there and back
         phase.bottleneck = max(times, key=lambda name: times[name])
         phase.seconds = times[phase.bottleneck]
         phase.tokens_per_s = filled * per_unit / phase.seconds
 
     train, score, sample = phases["train"], phases["score"], phases["sample"]
     bound(train, 3, 1.0)
-    train.units = math.ceil(pairs / size) * epochs
+    train.units = math.ceil(assumed.pairs / size) * epochs
     bound(score, 1, 1 / microbatches)
-    score.units = math.ceil(pairs / size) * microbatches
+    score.units = math.ceil(assumed.pairs / size) * microbatches
 
     prompt, _, new = c.lengths.expected
     share = programs.sampling_tensor(c, work.model)
@@ -79,11 +104,11 @@ def _timed(work: Work, phases: dict[str, Phase], pairs: int, mfu: float, decodin
         m, chip, c.sampling.batch_size, prompt + new / 2, work.model.dtype.itemsize, share
     )
     links = traffic.received(sample.traffic) / chip.links
-    reading = roofline.forward_flops(m, prompt, 1, prompt * prompt / 2) / (share * chip.flops * mfu)
-    each = max(step / decoding, links) / c.sampling.batch_size + reading / new
-    sample.bottleneck = "collectives" if links > step / decoding else "memory bandwidth"
+    reading = roofline.forward_flops(m, prompt, 1, prompt * prompt / 2) / (share * chip.flops * assumed.mfu)
+    each = max(step / assumed.decode_efficiency, links) / c.sampling.batch_size + reading / new
+    sample.bottleneck = "collectives" if links > step / assumed.decode_efficiency else "memory bandwidth"
     sample.tflops = roofline.forward_flops(m, 1, 1, prompt + new / 2) / share / 1e12
-    sample.seconds, sample.units = each / copies, pairs * new
+    sample.seconds, sample.units = each / copies, assumed.pairs * new
     sample.tokens_per_s = copies / each
 
 
@@ -99,8 +124,9 @@ _ANSWERS = (64, 32, 16)
 
 def suggestion(work: Work) -> tuple[Work, list[str]] | None:
     """The nearest settings that fit by arithmetic: what is computed again, accumulation, mesh, machine."""
-    family, _, size = work.topology.partition(":")
+    family, size, slices = parsed(work.topology)
     larger = SIZES[family][SIZES[family].index(size) :] if size in SIZES[family] else (size,)
+    several = f"*{slices}" if slices > 1 else ""
     c = work.config
     choices = {
         "sampling.batch_size": [n for n in _ANSWERS if n < c.sampling.batch_size],
@@ -116,7 +142,7 @@ def suggestion(work: Work) -> tuple[Work, list[str]] | None:
     def tried(machine: str, values: tuple) -> tuple[Work | None, dict[str, Any]]:
         keys = {k: v for k, v, mine in zip(choices, values, own, strict=True) if v != mine}
         try:
-            candidate = workload(_changed(c, keys), f"{family}:{machine}")
+            candidate = workload(_changed(c, keys), f"{family}:{machine}{several}")
         except ValueError:  # heads that the mesh does not divide, say
             return None, keys
         return candidate if fits(candidate, estimated_phases(candidate), margin) else None, keys
@@ -132,7 +158,7 @@ def suggestion(work: Work) -> tuple[Work, list[str]] | None:
             candidate, keys = tried(machine, values)
             if candidate:
                 settings = [f"--config.{key}={str(value).lower()}" for key, value in keys.items()]
-                return candidate, [f"--topology={family}:{machine}"] * (machine != size) + settings
+                return candidate, [f"--topology={family}:{machine}{several}"] * (machine != size) + settings
     return None
 
 
@@ -152,10 +178,10 @@ def _changed(config: Any, keys: Mapping[str, Any]) -> Any:
 # --- the answer ----------------------------------------------------------------------------------
 
 
-def plan(work: Work, *, pairs: int, mfu: float, decoding: float) -> dict[str, Any]:
+def plan(work: Work, assumed: Assumed) -> dict[str, Any]:
     """The whole answer, as --json prints it."""
     phases = compiled_phases(work) if work.compiles else estimated_phases(work)
-    _timed(work, phases, pairs, mfu, decoding)
+    _timed(work, phases, assumed)
     mesh, whole = work.model.mesh, fits(work, phases)
     other = None if whole else suggestion(work)
     confirmed = None
@@ -179,6 +205,7 @@ def plan(work: Work, *, pairs: int, mfu: float, decoding: float) -> dict[str, An
                 "hbm_gib": phase.memory / _GIB,
                 "parts_gib": {part: size / _GIB for part, size in phase.parts.items()},
                 "collective_gib": {kind: size / _GIB for kind, size in phase.traffic.items()},
+                "offloaded_gib": phase.offloaded / _GIB,
                 "tflops": phase.tflops,
                 "unit": phase.unit,
                 "unit_s": phase.seconds,
@@ -190,11 +217,9 @@ def plan(work: Work, *, pairs: int, mfu: float, decoding: float) -> dict[str, An
         },
         "iteration_s": sum(phase.seconds * phase.units for phase in phases.values()),
         "assumed": {
-            "pairs": pairs,
+            **assumed._asdict(),
             "epochs": config_lib.per_iteration(work.config.train.epochs, 0),
             "lengths": list(work.config.lengths.expected),
-            "mfu": mfu,
-            "decode_efficiency": decoding,
         },
         "suggestion": None if other is None else {"flags": other[1], "compiled": confirmed},
     }
@@ -225,6 +250,8 @@ def table(answer: Mapping[str, Any]) -> str:
             sizes = ", ".join(f"{part} {size:.2f}" for part, size in phase[key].items() if size >= 0.005)
             per = {"parts_gib": "", "collective_gib": f" (a {_unit_of_traffic(name)})"}[key]
             lines.append(f"  {name:7}{sizes or 'none'}{per if sizes else ''}")
+    if away := answer["phases"]["train"]["offloaded_gib"]:
+        lines += ["", f"{away:.2f} GiB of each device's optimizer state wait in the hosts' memory"]
     lines += [
         "",
         f"an iteration: {_duration(answer['iteration_s'])} for {assumed['pairs']:,} pairs and "
@@ -274,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         work = workload(config, topology)
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
-    answer = plan(work, pairs=pairs, mfu=_MFU.value, decoding=_DECODE.value)
+    answer = plan(work, Assumed(pairs, _MFU.value, _DECODE.value, _DCN.value))
     print(json.dumps(answer, ensure_ascii=False) if _JSON.value else table(answer), flush=True)
     return 0 if answer["fits"] else 1
 

@@ -114,7 +114,7 @@ def zephyr(**changes):
 
 
 def planned(c, topology):
-    return plan.plan(footprint.workload(c, topology), pairs=50_000, mfu=0.45, decoding=0.5)
+    return plan.plan(footprint.workload(c, topology), plan.Assumed(pairs=50_000))
 
 
 def test_one_h200_holds_a_7b():
@@ -165,11 +165,36 @@ def test_links_bind_where_they_are_slow(monkeypatch):
     assert planned(zephyr(), "h100:8")["phases"]["train"]["bottleneck"] == "collectives"
 
 
+def test_offloaded_state_is_told_and_takes_its_time():
+    answer = planned(zephyr(train__offload=True), "h200:1")
+    train = answer["phases"]["train"]
+    assert train["parts_gib"]["optimizer"] == 0
+    assert train["offloaded_gib"] * 2**30 == 4 * 7_241_732_096
+    assert "26.98 GiB of each device's optimizer state" in plan.table(answer)
+    slow = plan.Assumed(pairs=50_000, host_gb_s=1.0)
+    slow = plan.plan(footprint.workload(zephyr(train__offload=True), "h200:1"), slow)["phases"]["train"]
+    assert slow["bottleneck"] == "host memory"
+    assert slow["unit_s"] == pytest.approx(2 * 4 * 7.241732096)
+
+
+def test_nodes_exchange_gradients_over_their_network():
+    """Two nodes are two replicas: each GPU exchanges its share of the gradients with another."""
+    answer = planned(zephyr(), "h100:8*2")
+    assert answer["mesh"] == {"data": 2, "fsdp": 8, "tensor": 1}
+    across = answer["phases"]["train"]["collective_gib"]["between slices"]
+    assert across == pytest.approx(2 * 7.24e9 / 8 / 2**30, rel=0.01)
+    assert answer["phases"]["train"]["bottleneck"] == "compute"
+    slow = plan.Assumed(pairs=50_000, dcn_gbit_s=10.0)
+    slow = plan.plan(footprint.workload(zephyr(), "h100:8*2"), slow)["phases"]["train"]
+    assert slow["bottleneck"] == "network between slices"
+
+
 @pytest.mark.parametrize(
     ("topology", "changes", "message"),
     [
         ("v9:2x2", {}, "--topology=v9:2x2: a machine such as"),
         ("h100", {}, "--topology=h100: a machine such as"),
+        ("h100:8*0", {}, "--topology=h100:8\\*0: a machine such as"),
         ("h100:8", {"mesh__tensor": 3}, "asks for 6 devices and there are 8"),
         ("h100:8", {"sampling__tensor": 3}, "sampling.tensor=3 does not divide"),
     ],
@@ -224,7 +249,7 @@ def test_a_tpu_program_moves_what_fsdp_must(tpu):
     The step donates its state, all of it.
     """
     step, arguments = footprint.train_program(tpu)
-    program = footprint.compiled(tpu.model.mesh, step, arguments)
+    program = footprint.compiled(tpu.model.mesh, step, arguments, effort=-1.0)  # in a third of the time
     found = [one for one in collectives.collectives(program.as_text()) if one.bytes > 2**20]
     sums = collectives.totals(found)
     matrices = 2 * sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params) if leaf.ndim > 2)
@@ -246,6 +271,19 @@ def test_a_tpu_program_moves_what_fsdp_must(tpu):
     estimate = footprint.estimated_phases(tpu)["train"].memory
     # Within a quarter of a 7B's; here the arithmetic's fixed parts weigh more.
     assert 0.8 < estimate / sum(footprint.taken(program)) < 2
+
+
+def test_slices_exchange_gradients_alone():
+    """Two slices of four chips, compiled: a chip sends the quarter that it keeps, once."""
+    pytest.importorskip("libtpu", reason="needs jax[tpu], though no TPU")
+    c = zephyr()
+    c.model.architecture = dict(SMALL)
+    work = footprint.workload(config.resolve(c), "v5e:2x2*2")
+    assert dict(work.model.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    step, arguments = footprint.train_program(work)
+    program = footprint.compiled(work.model.mesh, step, arguments, effort=-1.0)
+    sums = collectives.totals(collectives.collectives(program.as_text()))
+    assert sums[collectives.BETWEEN_SLICES] == pytest.approx(sums["reduce-scatter"] / 4, rel=0.01)
 
 
 def test_sampling_shares_weights_only_where_it_must(tpu):
