@@ -38,7 +38,7 @@ def save(path: epath.PathLike, tree: Any) -> None:
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _context():
-        ocp.save_pytree(path, tree, overwrite=True)
+        ocp.save(path, tree, overwrite=True)
 
 
 def restore(path: epath.PathLike, like: Any) -> Any:
@@ -48,9 +48,9 @@ def restore(path: epath.PathLike, like: Any) -> Any:
         ValueError: the checkpoint does not fit, with orbax's reason.
     """
     with _context():
-        stored = ocp.pytree_metadata(epath.Path(path)).metadata
+        stored = ocp.metadata(epath.Path(path)).metadata
         _check(path, stored, like)
-        return ocp.load_pytree(epath.Path(path), like)
+        return ocp.load(epath.Path(path), like)
 
 
 def _check(path: epath.PathLike, stored: Any, like: Any) -> None:
@@ -92,8 +92,8 @@ class StepCheckpoints:
 
     def restore(self, like: Any) -> Any:
         """The newest checkpoint's state."""
-        return self._checkpointer.load_pytree(self._checkpointer.latest, like)
+        return self._checkpointer.load(self._checkpointer.latest, like)
 
     def save(self, steps_done: int, state: Any) -> None:
         if self.steps_done() < steps_done:
-            self._checkpointer.save_pytree(steps_done, state, force=True)
+            self._checkpointer.save(steps_done, state, force=True)
