@@ -2,8 +2,9 @@
 
 Whether a run fits a machine, and how long it takes, before the machine is rented. For TPUs (v4:2x2x4,
 v5e:8x8, v5p:2x2x2, v6e:4x4, …; v5e:8x8*2 is two slices) the run's own programs are compiled for the topology,
-anywhere that jax[tpu] is installed; for GPUs (h200:1, h100:8, h100:8*2: two nodes) memory comes from arithmetic. Lengths are those of
-`lengths.expected`, and the longest that `lengths` allows; times are a roofline's at stated efficiencies.
+anywhere that jax[tpu] is installed; for GPUs (h200:1, h100:8; h100:8*2 is two nodes) memory comes from
+arithmetic. Lengths are those of `lengths.expected`, and the longest that `lengths` allows; times are a
+roofline's at stated efficiencies.
 """
 
 import itertools
@@ -112,6 +113,18 @@ def _timed(work: Work, phases: dict[str, Phase], assumed: Assumed) -> None:
     sample.tokens_per_s = copies / each
 
 
+def _run(work: Work, phases: Mapping[str, Phase]) -> dict[str, float]:
+    """What all iterations take; a later one scores and trains on pairs of those before as well."""
+    c, hours = work.config, 0.0
+    seconds = {name: phase.seconds * phase.units for name, phase in phases.items()}
+    for t in range(c.selfplay.start, c.selfplay.iterations):
+        sources = 1 + min(t - c.selfplay.start, c.selfplay.mix_previous)
+        epochs = config_lib.per_iteration(c.train.epochs, t) / config_lib.per_iteration(c.train.epochs, 0)
+        hours += (seconds["sample"] + sources * (seconds["score"] + epochs * seconds["train"])) / 3600
+    iterations = c.selfplay.iterations - c.selfplay.start
+    return {"iterations": iterations, "hours": hours, "device_hours": hours * work.model.mesh.size}
+
+
 # --- what would fit ------------------------------------------------------------------------------
 
 
@@ -216,6 +229,7 @@ def plan(work: Work, assumed: Assumed) -> dict[str, Any]:
             for name, phase in phases.items()
         },
         "iteration_s": sum(phase.seconds * phase.units for phase in phases.values()),
+        "run": _run(work, phases),
         "assumed": {
             **assumed._asdict(),
             "epochs": config_lib.per_iteration(work.config.train.epochs, 0),
@@ -229,6 +243,7 @@ def table(answer: Mapping[str, Any]) -> str:
     """The answer for people."""
     mesh = " × ".join(f"{name} {size}" for name, size in answer["mesh"].items())
     sampling, assumed, room = answer["sampling"], answer["assumed"], answer["hbm_limit_gib"]
+    run = answer["run"]
     lines = [
         f"{answer['topology']}: {answer['devices']}, mesh {mesh}; memory by {answer['by']}",
         f"training   {answer['rows']['rows']} × {answer['rows']['length']} tokens a micro-batch, "
@@ -254,10 +269,12 @@ def table(answer: Mapping[str, Any]) -> str:
         lines += ["", f"{away:.2f} GiB of each device's optimizer state wait in the hosts' memory"]
     lines += [
         "",
-        f"an iteration: {_duration(answer['iteration_s'])} for {assumed['pairs']:,} pairs and "
+        f"the first iteration: {_duration(answer['iteration_s'])} for {assumed['pairs']:,} pairs and "
         f"{assumed['epochs']} epoch(s) of {'/'.join(map(str, assumed['lengths']))} tokens",
         f"(prompt/human/generated), at {assumed['mfu']:.0%} MFU, padding counted, and "
         f"{assumed['decode_efficiency']:.0%} of the decode roofline",
+        f"all {run['iterations']}, with the pairs mixed in: {_duration(3600 * run['hours'])}, "
+        f"{run['device_hours']:.3g} device-hours",
         "it fits" if answer["fits"] else "it does not fit",
     ]
     if not answer["fits"]:

@@ -165,6 +165,16 @@ def test_links_bind_where_they_are_slow(monkeypatch):
     assert planned(zephyr(), "h100:8")["phases"]["train"]["bottleneck"] == "collectives"
 
 
+def test_the_run_trains_on_the_pairs_before_as_well():
+    """Three iterations of two sets of pairs but for the first; the last for twice the epochs."""
+    c = zephyr()
+    c.selfplay.iterations, c.train.epochs = 3, (1, 1, 2)
+    answer = planned(c, "h100:8")
+    train, score, sample = (answer["phases"][name]["iteration_s"] for name in ("train", "score", "sample"))
+    assert answer["run"]["hours"] * 3600 == pytest.approx(3 * sample + 5 * score + (1 + 2 + 4) * train)
+    assert answer["run"]["device_hours"] == 8 * answer["run"]["hours"]
+
+
 def test_offloaded_state_is_told_and_takes_its_time():
     answer = planned(zephyr(train__offload=True), "h200:1")
     train = answer["phases"]["train"]
