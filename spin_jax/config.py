@@ -84,7 +84,7 @@ def default() -> Any:
     h.data = placeholder(int)  # replicas; unset: one a TPU slice or GPU node, 1 where there is but one
     h.fsdp = -1  # splits parameters and batch
     h.tensor = placeholder(int)  # splits heads, MLP and vocabulary; at most the key/value heads;
-    #                              unset: 1, or more where devices outnumber a step's pairs
+    #                              unset: 1, or up to 8 where a step has not two pairs for each device
 
     c.eval = e = _section()
     e.fraction = 0.1  # of the rows kept from training …

@@ -4,6 +4,7 @@ A run, `benchmark` and whatever else compiles them ask here, so that all of them
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from spin_jax.model import Decoder, Model
 from spin_jax.sample import cache_columns
 from spin_jax.train import SPIN, Optimization
 
+_WIDEST = 8  # tensor where a config leaves it open: the key/value heads of most models
 Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
 
 
@@ -78,9 +80,10 @@ def mesh_sizes(config: Config, devices: int, slices: int = 1) -> tuple[int, int,
     """
     data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     if tensor is None:
-        tensor = 1
-        while fsdp == -1 and devices % (2 * tensor) == 0 and devices // tensor > config.train.batch_size:
+        tensor = 1  # two pairs for a part of the batch: a row of one is half empty
+        while fsdp == -1 and tensor < _WIDEST and 2 * devices // tensor > config.train.batch_size:
             tensor *= 2
+        tensor = math.gcd(tensor, devices // slices)
     return sharding.mesh_sizes(data, fsdp, tensor, devices, slices)
 
 

@@ -31,10 +31,11 @@ def sizes(devices, slices=1, **mesh):
     ("devices", "slices", "stated", "expected"),
     [
         (1, 1, {}, (1, 1, 1)),
-        (64, 1, {}, (1, 64, 1)),  # a pair of each step for every device
-        (128, 1, {}, (1, 64, 2)),  # more devices than pairs: a layer is split too
+        (32, 1, {}, (1, 32, 1)),  # two pairs of each step for every device
+        (64, 1, {}, (1, 32, 2)),  # fewer: a layer is split too
         (512, 1, {}, (1, 64, 8)),
-        (128, 2, {}, (2, 32, 2)),  # a replica a slice
+        (96, 1, {}, (1, 24, 4)),
+        (128, 2, {}, (2, 16, 4)),  # a replica a slice
         (16, 2, {"data": 1}, (1, 16, 1)),
         (8, 1, {"data": -1, "fsdp": 2}, (4, 2, 1)),
         (8, 1, {"tensor": -1, "fsdp": 2}, (1, 2, 4)),
