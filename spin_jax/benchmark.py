@@ -5,6 +5,7 @@ those; with a config alone, on random weights of its architecture and pairs of `
 nothing is downloaded. The last line printed is one JSON object.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -85,12 +86,12 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
     Raises:
         ValueError, FileNotFoundError: naming the key, or the file and row.
     """
-    mesh = programs.make_mesh(config)
     if config.model.path:
-        model, params = prepare.open_model(config, mesh)
+        model, params = prepare.open_model(config)
     else:
-        options = config.model.architecture.to_dict()
-        model = convert.new_model(options, None, dtype=config.model.dtype, mesh=mesh)
+        model = convert.new_model(config.model.architecture.to_dict(), None, dtype=config.model.dtype)
+        mesh = programs.make_mesh(config, model.config)
+        model = dataclasses.replace(model, mesh=mesh)
         params = functools.partial(init_params, model.config, jax.random.key(0), mesh)
     programs.check_mesh(config, model)
     vocab_size = model.config.vocab_size

@@ -3,7 +3,7 @@
 Every checkpoint is committed by a file written last, so that an interrupted save leaves no false one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,9 +28,12 @@ def abstract(tree: Any) -> Any:
 
 def exists(path: epath.PathLike) -> bool:
     """Whether a whole checkpoint stands at `path`."""
-    with _context():
-        whole = hosts.first() and epath.Path(path).exists() and ocp.is_orbax_checkpoint(epath.Path(path))
-    return bool(hosts.agreed(whole))
+
+    def whole() -> bool:
+        with _context():
+            return hosts.first() and epath.Path(path).exists() and ocp.is_orbax_checkpoint(epath.Path(path))
+
+    return bool(hosts.agreed(hosts.together(whole)))
 
 
 def save(path: epath.PathLike, tree: Any) -> None:
@@ -72,28 +75,34 @@ def _check(path: epath.PathLike, stored: Any, like: Any) -> None:
 class StepCheckpoints:
     """Checkpoints within one training phase, pruned to the newest `keep`."""
 
-    def __init__(self, checkpointer: Any):
+    def __init__(self, checkpointer: Any, on_save: Callable[[], None]):
         self._checkpointer = checkpointer
+        self._on_save = on_save
 
     @classmethod
     @contextmanager
-    def open(cls, path: epath.PathLike, keep: int) -> Iterator["StepCheckpoints"]:
+    def open(
+        cls, path: epath.PathLike, keep: int, on_save: Callable[[], None] = lambda: None
+    ) -> Iterator["StepCheckpoints"]:
+        """`on_save` comes before each checkpoint: what a run must not have less of than of steps."""
         policy: Any = ocp.training.preservation_policies.LatestN(keep)
         with _context():
             opened = ocp.training.Checkpointer(
                 epath.Path(path), preservation_policy=policy, context=_context()
             )
             with opened as checkpointer:
-                yield cls(checkpointer)
+                yield cls(checkpointer, on_save)
 
     def steps_done(self) -> int:
         """Steps behind the newest checkpoint; 0 where there is none."""
-        return self._checkpointer.latest.step if self._checkpointer.latest else 0
+        latest = self._checkpointer.latest
+        return int(hosts.agreed(latest.step if latest else 0))
 
     def restore(self, like: Any) -> Any:
         """The newest checkpoint's state."""
-        return self._checkpointer.load(self._checkpointer.latest, like)
+        return self._checkpointer.load(self.steps_done(), like)
 
     def save(self, steps_done: int, state: Any) -> None:
         if self.steps_done() < steps_done:
+            self._on_save()
             self._checkpointer.save(steps_done, state, force=True)

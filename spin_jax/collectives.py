@@ -38,27 +38,26 @@ def collectives(hlo: str) -> list[Collective]:
             if operation in KINDS:
                 kind = "reduce-scatter" if "all-reduce-scatter" in name else operation
                 channel = re.search(r"channel_id=(\d+)", line)
-                size = _size(line.split(" = ", 1)[1].split(f" {operation}", 1)[0])
+                size = _size(line, operation)
                 if operation == "reduce-scatter":
                     size *= _group(line)
                 key = (outer, f"{operation} {channel[1]}" if channel else line)
                 before = found.get(key, Collective(kind, 0, 0))
                 found[key] = Collective(kind, max(before.bytes, size), times)
             elif operation == "send" and "megascale" in line:
-                found[name, line] = Collective(
-                    BETWEEN_SLICES, _size(line.split(" = ", 1)[1].split(" send(")[0]), times
-                )
+                found[name, line] = Collective(BETWEEN_SLICES, _size(line, "send"), times)
             elif operation == "while":
                 body = re.search(r"body=%?([\w.\-]+)", line)
                 condition = re.search(r"condition=%?([\w.\-]+)", line)
                 assert body
                 assert condition
+                known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
                 test = computations.get(condition[1], [])
                 test = [
                     *test,
                     *(x for part in test for name in _called(part) for x in computations.get(name, ())),
                 ]
-                visit(body[1], times * _trips(test), body[1])
+                visit(body[1], times * (int(known[1]) if known else _trips(test)), body[1])
             else:
                 for called in _called(line):
                     visit(called, times, outer)
@@ -112,12 +111,15 @@ def _trips(condition: list[str]) -> int:
     return constants[0] if known else 1
 
 
-def _size(shapes: str) -> int:
-    """Bytes of the largest of the arrays in an HLO type, or of all that a combined collective has."""
+def _size(line: str, operation: str) -> int:
+    """Bytes of an operation's result, of all arrays that a combined one has."""
+    shapes = line.split(" = ", 1)[1].split(f" {operation}", 1)[0]
     arrays = [
         math.prod(map(int, filter(None, dims.split(",")))) * _BYTES.get(dtype, 4)
         for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
     ]
+    if f" {operation}-start(" in line and operation in ("all-gather", "collective-permute"):
+        arrays = arrays[len(arrays) // 2 :]  # the operands stand before the results
     return sum(arrays)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+GPU_MEMORY = "0.92"  # of a GPU, for JAX, which takes three quarters when not told
+
 
 def default() -> Any:
     """The recipe of the paper where it has one, with nothing to train on yet."""
@@ -84,7 +86,7 @@ def default() -> Any:
     h.data = placeholder(int)  # replicas; unset: one a TPU slice or GPU node, 1 where there is but one
     h.fsdp = -1  # splits parameters and batch
     h.tensor = placeholder(int)  # splits heads, MLP and vocabulary; at most the key/value heads;
-    #                              unset: 1, or up to 8 where a step has not two pairs for each device
+    #                              unset: 1, or more where a step has not two pairs for each device
 
     c.eval = e = _section()
     e.fraction = 0.1  # of the rows kept from training …

@@ -281,6 +281,12 @@ def _load_leaf(path: str, tensor: Tensor, leaf: Any, tensors, layout, dtype) -> 
     return jax.make_array_from_callback(leaf.shape, layout, part, dtype=dtype)
 
 
+def check_weights(directory: epath.PathLike, config: ModelConfig) -> None:
+    """Reads the headers of a checkpoint's files; raises what `load_params` would."""
+    flat = _flatten(sharding.unboxed(abstract_params(config)))
+    _check(flat, TABLES[config.model_type], _map_checkpoint(Path(directory)))
+
+
 def load_params(
     directory: epath.PathLike, config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any = None
 ) -> Params:
@@ -417,14 +423,16 @@ def load(
     return dataclasses.replace(model, params=params, dtype=jnp.dtype(dtype or params["embed"].dtype))
 
 
-def new_model(options: Mapping[str, Any], tokenizer: Any, *, dtype: Any, mesh: jax.sharding.Mesh) -> Model:
+def new_model(
+    options: Mapping[str, Any], tokenizer: Any, *, dtype: Any, mesh: jax.sharding.Mesh | None = None
+) -> Model:
     """A model that is still to be initialized (`params` is empty).
 
     Args:
         options: config.json's keys, `model_type` among them.
         tokenizer: whose special token ids the config takes over; None where no text is involved.
         dtype: to compute in.
-        mesh: where the parameters will be.
+        mesh: where the parameters will be; None splits them over all devices.
     """
     from transformers import AutoConfig
 
@@ -439,6 +447,7 @@ def new_model(options: Mapping[str, Any], tokenizer: Any, *, dtype: Any, mesh: j
     config = model_config(hf_config)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, "model.tokenizer")
+    mesh = mesh or sharding.make_mesh()
     return Model(config, {}, tokenizer, jnp.dtype(dtype), mesh, hf_config, generation_config={})
 
 
@@ -447,14 +456,13 @@ def new_model(options: Mapping[str, Any], tokenizer: Any, *, dtype: Any, mesh: j
 _SHARD_BYTES = 2 * 2**30
 
 
-def _tensors(params: Params, table: Mapping[str, Tensor], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """A checkpoint's tensors, one in host memory at a time; each process gets them all."""
+def _tensors(params: Params, table: Mapping[str, Tensor], dtype: Any) -> Iterator[tuple[str, Tensor, Any]]:
+    """(name, how it is stored, array) of a checkpoint's tensors, a layer at a time; all have all."""
     for path, leaf in _flatten(params).items():
         stacked = path.startswith("layers/")
         for layer, name in enumerate(_names(path, table[path], leaf)):
             part = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
-            host = sharding.to_host(part).astype(dtype or leaf.dtype, copy=False)
-            yield name, _to_hf(table[path], host)
+            yield name, table[path], sharding.everywhere(part.astype(dtype or leaf.dtype))
 
 
 def _plan_shards(params: Params, table: Mapping[str, Tensor], itemsize: int | None) -> dict[str, str]:
@@ -493,6 +501,11 @@ def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
     return config
 
 
+def _raise_any(errors: list[Exception]) -> None:
+    for error in errors:
+        raise error
+
+
 def save(model: Model, directory: epath.PathLike, *, dtype: Any = None) -> None:
     """Writes a Hugging Face checkpoint that transformers, vLLM and lm-eval open.
 
@@ -506,26 +519,33 @@ def save(model: Model, directory: epath.PathLike, *, dtype: Any = None) -> None:
     directory, table = epath.Path(directory), TABLES[model.config.model_type]
     dtype = None if dtype is None else jnp.dtype(dtype)
     plan = _plan_shards(model.params, table, dtype.itemsize if dtype else None)
-    if hosts.first():
+
+    def begin() -> None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").unlink(missing_ok=True)
         for stale in directory.glob("model*.safetensors*"):
             if stale.name not in plan.values():
                 stale.unlink()
-    hosts.wait()
+
+    hosts.by_first(begin)
     mine = {name for number, name in enumerate(dict.fromkeys(plan.values())) if hosts.turn(number)}
     pending: dict[str, np.ndarray] = {}
+    unwritten: list[Exception] = []  # told when all processes can be: here, some would wait for this one
     total = 0
     remaining = list(plan.values())
-    for name, array in _tensors(model.params, table, dtype):
+    for name, tensor, array in _tensors(model.params, table, dtype):
         file = plan[name]
         total += array.nbytes
         remaining.remove(file)
-        if file in mine:
-            pending[name] = array
+        if file in mine and not unwritten:
+            pending[name] = _to_hf(tensor, np.asarray(array))
             if file not in remaining:
-                files.write_here(directory / file, safetensors_numpy.save(pending, {"format": "pt"}))
+                try:
+                    files.write_here(directory / file, safetensors_numpy.save(pending, {"format": "pt"}))
+                except Exception as error:
+                    unwritten.append(error)
                 pending = {}
+    hosts.together(lambda: _raise_any(unwritten))
     if len(set(plan.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.items()))}
         files.write_json(directory / "model.safetensors.index.json", index)

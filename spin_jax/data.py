@@ -183,18 +183,21 @@ def load_examples(
         ValueError: naming path, row and field; or saying that nothing is left.
     """
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])
-    counts: Counter = Counter()
-    encoded: dict[int, Example | None] = {}
-    problem: tuple[int, str] | None = None
-    for number in (int(n) for place, n in enumerate(chosen) if hosts.turn(place)):
-        try:
-            row = rows[number]
-            messages = conversation(row, prompt_column, answer_column)
-            encoded[number] = chat.example(_integer(row.get("prompt_id"), number), messages, counts)
-        except BadRow as error:
-            problem = number, str(error)
-            break
-    shares = hosts.exchanged((encoded, counts, problem))
+
+    def share() -> tuple[dict[int, Example | None], Counter, tuple[int, str] | None]:
+        """This process's examples by row number, what it counted, and the bad row that stopped it."""
+        encoded: dict[int, Example | None] = {}
+        counts: Counter = Counter()
+        for number in (int(n) for place, n in enumerate(chosen) if hosts.turn(place)):
+            try:
+                row = rows[number]
+                messages = conversation(row, prompt_column, answer_column)
+                encoded[number] = chat.example(_integer(row.get("prompt_id"), number), messages, counts)
+            except BadRow as error:
+                return encoded, counts, (number, str(error))
+        return encoded, counts, None
+
+    shares = hosts.exchanged(hosts.together(share))
     if problems := [problem for *_, problem in shares if problem]:
         number, error = min(problems)
         raise ValueError(f"{path}, row {number + 1}: {error}")

@@ -23,22 +23,24 @@ def exists(path: epath.PathLike) -> bool:
 
 def existing(paths: Sequence[epath.PathLike]) -> list[bool]:
     """`exists` of many."""
-    here = [epath.Path(path).exists() if hosts.first() else False for path in paths]
+    here = hosts.together(lambda: [hosts.first() and epath.Path(path).exists() for path in paths])
     return hosts.agreed(np.array(here, bool)).tolist()
+
+
+def read_agreed(path: epath.PathLike) -> Any:
+    """What process 0 reads of a JSON file, in every process; None where there is no file."""
+    there = hosts.together(lambda: hosts.first() and epath.Path(path).exists())
+    return hosts.exchanged(hosts.together(lambda: read_json(path) if there else None))[0]
 
 
 def write(path: epath.PathLike, data: bytes) -> None:
     """`write_here` by process 0; every process calls this, and comes back when the file is there."""
-    if hosts.first():
-        write_here(path, data)
-    hosts.wait()
+    hosts.by_first(lambda: write_here(path, data))
 
 
 def remove(folder: epath.PathLike) -> None:
     """Removes a folder with all that is in it, if it is there; as `write` does."""
-    if hosts.first() and epath.Path(folder).exists():
-        epath.Path(folder).rmtree()
-    hosts.wait()
+    hosts.by_first(lambda: epath.Path(folder).rmtree() if epath.Path(folder).exists() else None)
 
 
 def write_here(path: epath.PathLike, data: bytes) -> None:

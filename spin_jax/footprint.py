@@ -7,6 +7,7 @@ there is arithmetic.
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,13 +21,13 @@ from spin_jax import collectives as traffic
 from spin_jax import convert, files, programs, roofline, sharding
 from spin_jax.batches import RowShape, ScoredPair, pair_batches, stacked
 from spin_jax.chat import Example, Pair
-from spin_jax.command import GPU_MEMORY
+from spin_jax.config import GPU_MEMORY
 from spin_jax.draw import KEYS
 from spin_jax.model import Model, params_on, sampling_params_on
 from spin_jax.sample import DECODE_STEPS, cache_columns, prefill_rows
 from spin_jax.scoring import score_rows
 from spin_jax.slots import decode, new_slots, prefill
-from spin_jax.train import TrainState, make_optimizer, make_step
+from spin_jax.train import MOMENTS, TrainState, make_optimizer, make_step
 
 GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200"}
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -107,18 +108,20 @@ def workload(config: Any, topology: str) -> Work:
         ValueError: an unknown machine, or a mesh that does not suit it.
     """
     family, size, slices = parsed(topology)
+    stated = config.model.architecture.to_dict()
+    if config.model.path and os.path.isdir(config.model.path):  # where the two differ, the checkpoint counts
+        stated = files.read_json(os.path.join(config.model.path, "config.json"))
+    if not stated:
+        raise ValueError("the config states no model.architecture: --config.model.path=DIR has one")
+    model = convert.new_model(stated, None, dtype=config.model.dtype)
     if family in GPUS:
         count = int(size) * slices
-        axes = dict(zip(sharding.AXES, programs.mesh_sizes(config, count, slices), strict=True))
+        sizes = programs.mesh_sizes(config, model.config, count, slices)
+        axes = dict(zip(sharding.AXES, sizes, strict=True))
         mesh: Any = Described(np.array([_Gpu(GPUS[family])] * count), {**axes}, count)
     else:
-        mesh = programs.make_mesh(config, _tpus(f"{family}:{size}", slices))
-    stated = config.model.architecture.to_dict()
-    if not stated:
-        if not config.model.path or not os.path.isdir(config.model.path):
-            raise ValueError("the config states no model.architecture: --config.model.path=DIR has one")
-        stated = files.read_json(os.path.join(config.model.path, "config.json"))
-    model = convert.new_model(stated, None, dtype=config.model.dtype, mesh=mesh)
+        mesh = programs.make_mesh(config, model.config, _tpus(f"{family}:{size}", slices))
+    model = dataclasses.replace(model, mesh=mesh)
     programs.check_mesh(config, model)
     pairs = programs.expected_pairs(config, model.config.vocab_size, 16 * config.train.batch_size)
     examples = [Example(p.prompt_id, [], p.prompt, p.real) for p in pairs]
@@ -131,7 +134,7 @@ def workload(config: Any, topology: str) -> Work:
 def parsed(topology: str) -> tuple[str, str, int]:
     """(family, size of a slice, slices) of `v5e:8x8`, or of `v5e:8x8*2`: two slices, or nodes of GPUs."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*([1-9]\d*))?", topology)
-    if not found or found[1] not in SIZES:
+    if not found or found[1] not in SIZES or (found[1] in GPUS and "x" in found[2]):
         machines = ", ".join(f"{name}:{sizes[3]}" for name, sizes in SIZES.items())
         raise ValueError(f"--topology={topology}: a machine such as {machines}; v5e:8x8*2 is two slices")
     return found[1], found[2], int(found[3] or 1)
@@ -311,66 +314,91 @@ def _per_device(work: Work) -> float:
 
 def estimated_phases(work: Work) -> dict[str, Phase]:
     """Memory and traffic by arithmetic: what GPUs are told, and what suggestions are made of."""
-    c, m, shape = work.config, work.model.config, work.shape
-    mesh, item = work.model.mesh, work.model.dtype.itemsize
-    tensor, mine = mesh.shape["tensor"], _per_device(work)
-    N, K, H, D, F = (
-        m.num_attention_heads,
-        m.num_key_value_heads,
-        m.head_dim,
-        m.hidden_size,
-        m.intermediate_size,
+    return {"train": _training(work), "score": _scoring(work), "sample": _sampling(work)}
+
+
+class _Layer(NamedTuple):
+    """Of a micro-batch on a device."""
+
+    tokens: int
+    heads: float  # numbers of a token's queries, keys, values and attended values
+    weights: float  # bytes of a layer, gathered
+    working: float  # bytes that a layer works on
+    logits: float  # bytes of a chunk's, and of their softmax
+
+
+def _layer(work: Work) -> _Layer:
+    m, shape, item = work.model.config, work.shape, work.model.dtype.itemsize
+    tensor = work.model.mesh.shape["tensor"]
+    tokens = shape.rows // sharding.batch_shards(work.model.mesh) * shape.length
+    heads = 2 * (m.num_attention_heads + m.num_key_value_heads) * m.head_dim / tensor
+    return _Layer(
+        tokens,
+        heads,
+        weights=item * roofline.layer_params(m) / tensor,
+        working=item * tokens * (3 * m.intermediate_size / tensor + 6 * m.hidden_size + 2 * heads),
+        logits=2 * 4 * min(2**25, tokens * m.vocab_size / 4) / tensor,  # scoring's chunks: a quarter at most
     )
-    tokens = shape.rows // sharding.batch_shards(mesh) * shape.length
-    heads = (2 * N + 2 * K) * H / tensor
-    kept = {  # of a token and layer, beside the layer's input
+
+
+def _training(work: Work) -> Phase:
+    c, m, layer, mine = work.config, work.model.config, _layer(work), 4 * _per_device(work)
+    tensor, D = work.model.mesh.shape["tensor"], m.hidden_size
+    kept = {  # numbers of a token and layer, beside the layer's input
         "full": 0,
-        "attention": heads,
-        "attention+mlp": heads + D + 2 * F / tensor,
-        "none": 2 * heads + 6 * D + 4 * F / tensor,
+        "attention": layer.heads,
+        "attention+mlp": layer.heads + D + 2 * m.intermediate_size / tensor,
+        "none": 2 * layer.heads + 6 * D + 4 * m.intermediate_size / tensor,
     }[c.train.remat]
-    moments = {"rmsprop": 1, "adamw": 2, "adafactor": 0}[c.train.optimizer]
-    microbatches = -(-c.train.batch_size // shape.rows)
-    layer, table = item * roofline.layer_params(m) / tensor, m.vocab_size * D / tensor
-    working = item * tokens * (3 * F / tensor + 6 * D + 2 * heads)
-    logits = 2 * 4 * min(2**25, tokens * m.vocab_size / 4) / tensor  # of a chunk, and their softmax
-    train = Phase(
+    moments = MOMENTS[c.train.optimizer] * mine
+    gradients = mine * (2 if c.train.batch_size > work.shape.rows else 1)  # the sum, and a micro-batch's
+    # The head in both dtypes, the embedding, and their gradients; a layer's weights, the next one's as they
+    # arrive, and a gradient.
+    gathered = 14 * m.vocab_size * D / tensor + 3 * layer.weights
+    activations = m.num_hidden_layers * layer.tokens * work.model.dtype.itemsize * (kept + D)
+    temporary = gradients + gathered + activations + layer.working + layer.logits
+    return Phase(
         {
-            "weights": 4 * mine,
-            "optimizer": 0.0 if c.train.offload else 4 * moments * mine,
-            "temporary": 4 * mine * (min(microbatches, 2) + (moments if c.train.offload else 0))
-            + m.num_hidden_layers * tokens * item * (kept + D)
-            + 3 * layer  # this one's weights, the next one's as they arrive, and a gradient
-            + working
-            + 14 * table  # the head in both dtypes, the embedding, and their gradients
-            + logits,
+            "weights": mine,
+            "optimizer": 0.0 if c.train.offload else moments,
+            "temporary": temporary + (moments if c.train.offload else 0.0),
         },
-        _estimated_traffic(work, tokens, passes=3),
+        _estimated_traffic(work, layer.tokens, passes=3),
         "step",
-        offloaded=4 * moments * mine if c.train.offload else 0.0,
+        offloaded=moments if c.train.offload else 0.0,
     )
-    score = Phase(
-        {"weights": 4 * mine, "optimizer": 0.0, "temporary": layer + working + item * table + logits},
-        _estimated_traffic(work, tokens, passes=1),
+
+
+def _scoring(work: Work) -> Phase:
+    m, layer, item = work.model.config, _layer(work), work.model.dtype.itemsize
+    table = item * m.vocab_size * m.hidden_size / work.model.mesh.shape["tensor"]
+    temporary = layer.weights + layer.working + table + layer.logits
+    return Phase(
+        {"weights": 4 * _per_device(work), "optimizer": 0.0, "temporary": temporary},
+        _estimated_traffic(work, layer.tokens, passes=1),
         "micro-batch",
     )
+
+
+def _sampling(work: Work) -> Phase:
+    c, m, item = work.config, work.model.config, work.model.dtype.itemsize
     share = programs.sampling_tensor(c, work.model)
+    copies = work.model.mesh.size // share
     columns, prompt = cache_columns(m, programs.longest(c)), c.lengths.max_prompt
-    slots = programs.slots(c, work.model)
-    rows = prefill_rows(slots, prompt, mesh.size // share) // (mesh.size // share)
-    sample = Phase(
+    rows = prefill_rows(programs.slots(c, work.model), prompt, copies) // copies
+    scores = 4 * m.num_attention_heads * prompt * prompt / share / 8  # of a block of queries
+    states = item * prompt * (4 * m.hidden_size + 3 * m.intermediate_size / share)
+    read = rows * (scores + states + item * roofline.cached_numbers(m, prompt) / share)
+    return Phase(
         {
-            "weights": 4 * mine,
+            "weights": 4 * _per_device(work),
             "copy": item * roofline.all_params(m) / share,
             "cache": item * roofline.cached_numbers(m, columns) * c.sampling.batch_size / share,
-            "temporary": 4 * c.sampling.batch_size * m.vocab_size
-            + rows * (4 * N * prompt * prompt / share / 8 + item * prompt * (4 * D + 3 * F / share))
-            + item * rows * roofline.cached_numbers(m, prompt) / share,
+            "temporary": 4 * c.sampling.batch_size * m.vocab_size + read,
         },
         {},
         "token",
     )
-    return {"train": train, "score": score, "sample": sample}
 
 
 def _estimated_traffic(work: Work, tokens: float, passes: int) -> dict[str, float]:
@@ -382,8 +410,13 @@ def _estimated_traffic(work: Work, tokens: float, passes: int) -> dict[str, floa
         result["all-gather"] = weights * min(passes, 2)
     if passes > 1 and sharding.batch_shards(work.model.mesh) > 1:
         result["reduce-scatter"] = weights
-    if passes > 1 and work.slices > 1:
-        result[traffic.BETWEEN_SLICES] = 2 * (1 - 1 / work.slices) * weights / shape["fsdp"]
+    replicas = math.gcd(shape["data"], work.slices)
+    between = 2 * (1 - 1 / replicas) * weights / shape["fsdp"] if passes > 1 else 0.0
+    if parts := work.slices // replicas - 1:  # fsdp spans slices: each gets what the others hold
+        mine = work.model.mesh.size / work.slices
+        between += min(passes, 3) * weights * parts / (parts + 1) / mine
+    if between:
+        result[traffic.BETWEEN_SLICES] = between
     if shape["tensor"] > 1:
         result["all-reduce"] = 2 * passes * m.num_hidden_layers * tokens * m.hidden_size * item
     return result

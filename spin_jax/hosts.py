@@ -21,7 +21,7 @@ Made = TypeVar("Made")
 
 
 def connect(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    """Finds the other processes: those named, or those that JAX sees around it (TPU pods, SLURM, GKE, MPI).
+    """Finds the other processes: those named, or those that JAX sees around it (TPU pods, SLURM, Open MPI).
 
     To be called before anything asks for a device.
 
@@ -38,7 +38,9 @@ def connect(coordinator: str | None, processes: int | None, process_id: int | No
         return
     try:
         jax.distributed.initialize()
-    except ValueError:
+    except ValueError as error:
+        if "coordinator_address" not in str(error):
+            raise
         return  # there are no others
     except RuntimeError as error:
         if "before any JAX" not in str(error):  # a notebook, say, has used JAX already: it is alone
@@ -46,8 +48,8 @@ def connect(coordinator: str | None, processes: int | None, process_id: int | No
 
 
 def first() -> bool:
-    """Whether this is the process that writes and prints."""
-    return jax.process_index() == 0
+    """Whether this is the process that writes and prints. One that is alone asks no device for that."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def turn(number: int) -> bool:
@@ -64,6 +66,11 @@ def wait() -> None:
     """Until all are here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("spin_jax")
+
+
+def by_first(action: Callable[[], object]) -> None:
+    """`action()` by process 0; all come back when it is done, and where it fails all do."""
+    together(lambda: action() if first() else None)
 
 
 def agreed(value: Any) -> np.ndarray:
@@ -86,7 +93,7 @@ def exchanged(value: Any) -> list[Any]:
 
 
 def any_of(flag: bool) -> Any:
-    """Whether it is so in any process, for `bool`: which waits for the devices, this function does not."""
+    """Whether it is so in any process: a bool, or what becomes one once the devices have come to it."""
     if jax.process_count() == 1:
         return flag
     mesh, count = _all_devices(), jax.device_count()
@@ -108,18 +115,21 @@ def _any(flags: jax.Array) -> jax.Array:
 
 
 def together(make: Callable[[], Made]) -> Made:
-    """`make()` in every process; where it fails in one, it fails in all.
+    """`make()` in every process; where it fails in one, it fails in all. In it, no process waits for others.
 
     Raises:
-        ValueError, FileNotFoundError: this process's, or that another one failed.
+        Exception: this process's own.
+        ValueError: another process failed.
     """
+    if jax.process_count() == 1:
+        return make()
     error, made = None, None
     try:
         made = make()
-    except (ValueError, FileNotFoundError) as raised:
+    except Exception as raised:  # whatever it is: the others must not wait for this process
         error = raised
     if bool(any_of(error is not None)):
-        raise error or ValueError("another process could not start: it says why")
+        raise error or ValueError("another process failed: it says why")
     return made  # pyright: ignore[reportReturnType]
 
 

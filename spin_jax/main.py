@@ -2,7 +2,7 @@
 
 Running again with the same workdir continues. --only=sample, score or train runs one phase of the next
 iteration, so that sampling and training can happen on different machines. On several hosts, start it once on
-each (on GPUs, once a host or a GPU): they find each other on TPU pods, SLURM and GKE; elsewhere
+each (on SLURM once a GPU): they find each other on TPU pods, SLURM and Open MPI; elsewhere
 --coordinator=HOST:PORT --num_processes=N --process_id=I. The workdir is one that all of them see.
 """
 

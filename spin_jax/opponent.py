@@ -82,9 +82,10 @@ class Opponent:
                 for number in chosen:
                     path, asked_here = shards[number]
                     pairs = [self.run.chat.pair(e, 0, next(rest)) for e in asked_here]
-                    if not done[number]:
-                        files.write(path, data.pairs_to_parquet(pairs))
+                    if not done[number]:  # the row first: a file that is there is not made again
                         self.metrics.write("sample", t, number, {**_described(pairs), "tokens_per_s": rate})
+                        self.metrics.flush()
+                        files.write(path, data.pairs_to_parquet(pairs))
                 self._stop_here()
 
     def _rounds(
@@ -188,7 +189,6 @@ class Opponent:
                 began = time.perf_counter()
                 pairs = data.pairs_from_parquet(pair_path.read_bytes())
                 logps = self._score(params, pairs, bar)
-                files.write(path, data.scores_to_parquet(source, pairs, logps))
                 tokens = sum(len(p.prompt) + len(p.real) + len(p.generated) for p in pairs)
                 values = {
                     "source_iteration": source,
@@ -198,6 +198,8 @@ class Opponent:
                     "tokens_per_s": tokens / (time.perf_counter() - began),
                 }
                 self.metrics.write("score", t, number, values)
+                self.metrics.flush()
+                files.write(path, data.scores_to_parquet(source, pairs, logps))
                 bar.set_postfix({"tok/s": compact(values["tokens_per_s"])}, refresh=False)
 
     def _score(self, params: Params, pairs: Sequence[Pair], bar: Any) -> np.ndarray:

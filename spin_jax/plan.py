@@ -34,6 +34,7 @@ from spin_jax.footprint import (
     parsed,
     workload,
 )
+from spin_jax.metrics import compact
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:8x8, v5p:2x2x2 …; GPUs: h200:1, h100:8 …")
@@ -108,7 +109,7 @@ def _timed(work: Work, phases: dict[str, Phase], assumed: Assumed) -> None:
     reading = roofline.forward_flops(m, prompt, 1, prompt * prompt / 2) / (share * chip.flops * assumed.mfu)
     each = max(step / assumed.decode_efficiency, links) / c.sampling.batch_size + reading / new
     sample.bottleneck = "collectives" if links > step / assumed.decode_efficiency else "memory bandwidth"
-    sample.tflops = roofline.forward_flops(m, 1, 1, prompt + new / 2) / share / 1e12
+    sample.tflops = roofline.forward_flops(m, 1, 1, prompt + new / 2) / mesh.size / 1e12
     sample.seconds, sample.units = each / copies, assumed.pairs * new
     sample.tokens_per_s = copies / each
 
@@ -195,7 +196,7 @@ def plan(work: Work, assumed: Assumed) -> dict[str, Any]:
     """The whole answer, as --json prints it."""
     phases = compiled_phases(work) if work.compiles else estimated_phases(work)
     _timed(work, phases, assumed)
-    mesh, whole = work.model.mesh, fits(work, phases)
+    model, mesh, whole = work.model.config, work.model.mesh, fits(work, phases)
     other = None if whole else suggestion(work)
     confirmed = None
     if other and other[0].compiles:
@@ -206,6 +207,7 @@ def plan(work: Work, assumed: Assumed) -> dict[str, Any]:
         "devices": f"{mesh.size} × {mesh.devices.flat[0].device_kind}",
         "by": "compilation" if work.compiles else "arithmetic",
         "mesh": dict(mesh.shape),
+        "model": f"{model.model_type}, {compact(roofline.all_params(model))} parameters",
         "sampling": {
             "tensor": programs.sampling_tensor(work.config, work.model),
             "slots": programs.slots(work.config, work.model),
@@ -246,6 +248,7 @@ def table(answer: Mapping[str, Any]) -> str:
     run = answer["run"]
     lines = [
         f"{answer['topology']}: {answer['devices']}, mesh {mesh}; memory by {answer['by']}",
+        f"model      {answer['model']}",
         f"training   {answer['rows']['rows']} × {answer['rows']['length']} tokens a micro-batch, "
         f"remat {answer['remat']}",
         f"sampling   {sampling['slots']} answers at a time, {sampling['tensor']} devices a copy",

@@ -20,7 +20,7 @@ from spin_jax.draw import Sampling
 from spin_jax.metrics import compact
 from spin_jax.model import Decoder, Model, Params, abstract_params, count_params, init_params
 from spin_jax.official import OfficialChat
-from spin_jax.train import Optimization
+from spin_jax.train import MOMENTS, Optimization
 
 Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
 
@@ -85,7 +85,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
         ValueError, FileNotFoundError: naming the key, or the file and row.
     """
     root = epath.Path(workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir)))
-    began = files.read_json(root / "config.json") if files.exists(root / "config.json") else {}
+    began = files.read_agreed(root / "config.json") or {}
     read = hosts.together(lambda: _read(config, began.get("model_revision")))
     hosts.check_same("config or data", _seen(config, read))
     model, chat, given, notes = read.model, read.chat, read.given, read.notes
@@ -135,7 +135,7 @@ def _read(config: Config, revision: str | None) -> _Read:
     losses.find(config.loss.name)
     if config.eval.verifier:
         evaluate.find_verifier(config.eval.verifier)
-    model, initial_params = open_model(config, programs.make_mesh(config), revision)
+    model, initial_params = open_model(config, revision)
     programs.check_mesh(config, model)
     notes = _other_architecture(config, model)
     chat = make_chat(config, model)
@@ -146,16 +146,16 @@ def _read(config: Config, revision: str | None) -> _Read:
 
 
 def _seen(config: Config, read: _Read) -> bytes:
-    """What processes must have alike: the config, given pairs, and some of the rows."""
+    """What processes must have alike: the config, the model's description, given pairs, some of the rows."""
     pairs = [ids for pairs in read.given.values() for p in pairs for ids in (p.prompt, p.real, p.generated)]
     rows = [] if read.rows is None else read.rows
     some = [rows[number] for number in range(0, len(rows), max(len(rows) // 64, 1))]
-    return b"|".join([repr((config, len(rows), some)).encode(), *(ids.tobytes() for ids in pairs)])
+    m = read.model
+    alike = config, m.hf_config, m.generation_config, m.stop_tokens, m.revision, len(rows), some
+    return b"|".join([repr(alike).encode(), *(ids.tobytes() for ids in pairs)])
 
 
-def open_model(
-    config: Config, mesh: jax.sharding.Mesh, began_with: str | None = None
-) -> tuple[Model, Callable[[], Params]]:
+def open_model(config: Config, began_with: str | None = None) -> tuple[Model, Callable[[], Params]]:
     """The model without weights, and what makes them.
 
     Args:
@@ -166,9 +166,10 @@ def open_model(
     template = config.data.chat_template
     if c.path:
         revision = c.revision or began_with
-        model, directory = convert.describe(
-            c.path, revision, dtype=c.dtype, mesh=mesh, chat_template=template
-        )
+        model, directory = convert.describe(c.path, revision, dtype=c.dtype, chat_template=template)
+        convert.check_weights(directory, model.config)
+        mesh = programs.make_mesh(config, model.config)
+        model = dataclasses.replace(model, mesh=mesh)
         return model, lambda: convert.load_params(directory, model.config, mesh, jnp.float32)
     if not c.tokenizer:
         raise ValueError("model.architecture needs model.tokenizer: a directory, or module:function")
@@ -177,7 +178,9 @@ def open_model(
         tokenizer = convert.with_chat_template(made, template)
     else:
         tokenizer = convert.load_tokenizer(c.tokenizer, template)
-    model = convert.new_model(c.architecture.to_dict(), tokenizer, dtype=c.dtype, mesh=mesh)
+    model = convert.new_model(c.architecture.to_dict(), tokenizer, dtype=c.dtype)
+    mesh = programs.make_mesh(config, model.config)
+    model = dataclasses.replace(model, mesh=mesh)
     return model, lambda: init_params(model.config, jax.random.key(config.seed), mesh)
 
 
@@ -266,6 +269,9 @@ _FREE = (
     "sft.control",  # and its learning rate
     "sft.offload",
     "train.offload",
+    "train.remat",
+    "sampling.tensor",
+    "compiler_flags",
 )
 _PACKAGES = ("spin_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain")
 
@@ -295,6 +301,15 @@ def _record(prepared: Prepared, began: Mapping[str, Any]) -> None:
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         },
     )
+    hosts.together(lambda: _see(path))
+
+
+def _see(path: epath.Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}, which process 0 has written, is not here: processes need one workdir, on a shared disk "
+            "or in an object store"
+        )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -313,7 +328,7 @@ def plan(prepared: Prepared, finished: int) -> str:
     device = jax.devices()[0]
     count = count_params(sharding.unboxed(abstract_params(model.config)))
     # float32 weights and gradients, and the optimizer's moments
-    copies = 2 + {"rmsprop": 1, "adamw": 2, "adafactor": 0}[c.train.optimizer]
+    copies = 2 + MOMENTS[c.train.optimizer]
     gib = count * 4 * copies / (model.mesh.shape["fsdp"] * model.mesh.shape["tensor"]) / 2**30
     mesh = " × ".join(f"{name} {size}" for name, size in model.mesh.shape.items())
     source = c.model.path or "initialized here"

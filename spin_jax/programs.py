@@ -17,11 +17,10 @@ from spin_jax.attention import kernel_for
 from spin_jax.batches import RowShape, choose_shape, example_group, group_sizes, pair_group, sizes
 from spin_jax.chat import Example, Pair
 from spin_jax.draw import Sampling
-from spin_jax.model import Decoder, Model
+from spin_jax.model import Decoder, Model, ModelConfig
 from spin_jax.sample import cache_columns
 from spin_jax.train import SPIN, Optimization
 
-_WIDEST = 8  # tensor where a config leaves it open: the key/value heads of most models
 Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
 
 
@@ -72,25 +71,26 @@ def sampling(config: Config) -> Sampling:
 # --- meshes --------------------------------------------------------------------------------------
 
 
-def mesh_sizes(config: Config, devices: int, slices: int = 1) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) of the config on so many devices.
+def mesh_sizes(config: Config, model: ModelConfig, devices: int, slices: int = 1) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) of the config for a model on so many devices.
 
     Raises:
         ValueError: the sizes that it states are not those of so many devices.
     """
     data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     if tensor is None:
-        tensor = 1  # two pairs for a part of the batch: a row of one is half empty
-        while fsdp == -1 and tensor < _WIDEST and 2 * devices // tensor > config.train.batch_size:
-            tensor *= 2
-        tensor = math.gcd(tensor, devices // slices)
+        # Two pairs for each part of the batch, where heads allow it: a row of one pair is half empty.
+        widest = math.gcd(model.num_key_value_heads, devices // slices)
+        fitting = [n for n in range(1, widest + 1) if widest % n == 0]
+        few = [n for n in fitting if 2 * devices // n <= config.train.batch_size]
+        tensor = 1 if fsdp != -1 else few[0] if few else widest
     return sharding.mesh_sizes(data, fsdp, tensor, devices, slices)
 
 
-def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+def make_mesh(config: Config, model: ModelConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh of training and scoring, of all devices or of those given."""
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(config, len(devices), sharding.slices_of(devices))
+    sizes = mesh_sizes(config, model, len(devices), sharding.slices_of(devices))
     return sharding.make_mesh(*sizes, devices)
 
 

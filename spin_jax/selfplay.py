@@ -70,7 +70,7 @@ def run(
     if only is not None and only not in PHASES:
         raise ValueError(f"only={only!r}: choose from {', '.join(PHASES)}")
     with contextlib.ExitStack() as stack:
-        stop = should_stop or stack.enter_context(_signals())
+        stop = should_stop or stack.enter_context(_signals(hosts.first()))
         prepared = prepare(config_lib.resolve(config), workdir)
         play = SelfPlay(prepared, lambda: hosts.any_of(stop()))
         stack.callback(play.metrics.close)
@@ -122,12 +122,14 @@ class SelfPlay:
         logging, summary = run.config.logging, run.workdir / "summary.json"
         self.run = run
         self.should_stop = should_stop
-        self.summary: list[Row] = files.read_json(summary) if files.exists(summary) else []
-        self.metrics = Metrics(
-            run.workdir,
-            tensorboard=logging.tensorboard,
-            wandb_project=logging.wandb_project,
-            config=run.config.to_dict(),
+        self.summary: list[Row] = files.read_agreed(summary) or []
+        self.metrics = hosts.together(
+            lambda: Metrics(
+                run.workdir,
+                tensorboard=logging.tensorboard,
+                wandb_project=logging.wandb_project,
+                config=run.config.to_dict(),
+            )
         )
         self.opponent = Opponent(run, self.metrics, should_stop)
 
@@ -241,7 +243,9 @@ class SelfPlay:
         steps_per_epoch = training_steps(len(training.items), options.batch_size, 1)
         state = init_state(params, options, run.mesh)
         keep, every = run.config.checkpoint.keep, run.config.checkpoint.every_steps
-        with checkpoint.StepCheckpoints.open(training.folder / "train", keep) as checkpoints:
+        with checkpoint.StepCheckpoints.open(
+            training.folder / "train", keep, self.metrics.flush
+        ) as checkpoints:
             start = checkpoints.steps_done()
             if start:
                 like = checkpoint.abstract(state)
@@ -412,7 +416,7 @@ def _data_seed(seed: int, phase: str, t: int) -> int:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
+def _signals(speaks: bool) -> Iterator[Callable[[], bool]]:
     """A question whether to stop: yes after Ctrl-C or SIGTERM. A second Ctrl-C stops at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -424,7 +428,8 @@ def _signals() -> Iterator[Callable[[], bool]]:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
-        hosts.say("\nstopping after this step or batch; what is done is kept")
+        if speaks:  # known before: a handler must not ask JAX, which may be starting
+            print("\nstopping after this step or batch; what is done is kept", flush=True)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -244,10 +244,15 @@ def put_batch(mesh: Mesh, batch: Any, *, axis: int = 0) -> Any:
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array, in every process."""
+    return np.asarray(everywhere(x))
+
+
+def everywhere(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """`x` so that every process can read all of it."""
     if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
+        return x
     assert isinstance(x.sharding, NamedSharding)
-    return np.asarray(_replicated(x.sharding.mesh)(x))
+    return _replicated(x.sharding.mesh)(x)
 
 
 @functools.cache

@@ -159,16 +159,17 @@ def new_slots(decoder: Decoder, slots: int, columns: int) -> Slots:
     return Slots(cache, zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32), keys, done)
 
 
-@functools.partial(jax.jit, static_argnames="columns")
 def widened(slots: Slots, columns: int) -> Slots:
-    """The same slots with more columns: the old ones come last, in the order they were written."""
+    """The same slots with more columns: the old ones come last, in the order they were written.
+
+    `slots` are used up, a layer at a time: there is no room for two caches.
+    """
     cache = slots.cache
-    more = columns - cache.layout.positions.shape[1]
 
     def widen(x: Array, axis: int) -> Array:
-        before = [(0, 0)] * x.ndim
-        before[axis] = (more, 0)
-        return jnp.pad(jnp.roll(x, -cache.column, axis=axis), before)
+        wider = _widened(x, cache.column, columns=columns, axis=axis)
+        x.delete()
+        return wider
 
     wider = Cache(
         keys=tuple(widen(x, 2) for x in cache.keys),
@@ -177,3 +178,10 @@ def widened(slots: Slots, columns: int) -> Slots:
         column=jnp.zeros_like(cache.column),
     )
     return slots._replace(cache=wider)
+
+
+@functools.partial(jax.jit, static_argnames=("columns", "axis"))
+def _widened(x: Array, column: Array, *, columns: int, axis: int) -> Array:
+    before = [(0, 0)] * x.ndim
+    before[axis] = (columns - x.shape[axis], 0)
+    return jnp.pad(jnp.roll(x, -column, axis=axis), before)

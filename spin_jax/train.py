@@ -147,6 +147,10 @@ OPTIMIZERS: dict[str, Callable[[Optimization], list[optax.GradientTransformation
 }
 
 
+# Numbers that it keeps for each parameter, near enough.
+MOMENTS = {"rmsprop": 1, "adamw": 2, "adafactor": 0}
+
+
 class TrainState(NamedTuple):
     params: Params  # float32 master weights
     opt_state: Any
@@ -232,9 +236,7 @@ class Loop:
     save_every: int  # steps between checkpoints; an interruption makes one too
     # Told each step's metrics, in order, and the share of its time that was spent waiting for the batch.
     on_step: Callable[[int, dict[str, float], float], None]
-    should_stop: Callable[
-        [], Any
-    ]  # asked before a step; what several processes agree on is looked at after it
+    should_stop: Callable[[], Any]  # asked while a step runs: a bool, or what will be one
 
 
 def fit(
@@ -274,13 +276,12 @@ def fit(
         share, waited = waited / (clock - before), 0.0
         loop.on_step(number, values, share)
 
-    source = iter(batches)
+    source, asked = iter(batches), False
     with jax.set_mesh(mesh):
         for number in range(start, loop.steps):
             began = time.perf_counter()
             batch = next(source)
             waited += time.perf_counter() - began
-            asked = loop.should_stop()
             placed = sharding.put_batch(mesh, batch, axis=1)
             state, metrics = step(state, placed, learning_rates[number], arguments)
             # The device works on this step while the host reports the one before.
@@ -288,7 +289,8 @@ def fit(
                 report(pending)
             pending = (number, metrics, filled_tokens(batch))
             done = number + 1
-            stop = done < loop.steps and bool(asked)
+            before, asked = asked, loop.should_stop()  # several processes come to an answer a step later
+            stop = done < loop.steps and (bool(before) or asked is True)
             if stop or (done % loop.save_every == 0 and done < loop.steps):
                 report(pending)
                 pending = None

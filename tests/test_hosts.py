@@ -161,7 +161,7 @@ def test_an_object_store_serves_as_workdir(start, whole, bucket, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "first", "second"),
     [
-        ("--config.data.path=absent.jsonl", "another process could not start", "absent.jsonl"),
+        ("--config.data.path=absent.jsonl", "another process failed", "absent.jsonl"),
         ("--config.data.limit=100", "config or data differ between processes", "not that of process 0"),
     ],
 )
@@ -171,6 +171,24 @@ def test_processes_that_differ_stop_before_anything_is_made(flag, first, second,
     assert first in texts[0]
     assert second in texts[1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_only_one_process_sees_is_an_error(start, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    texts = ended(start(folders[0], 2, of_each=lambda number: [f"--workdir={folders[number]}"]), 2)
+    assert "another process failed" in texts[0]
+    assert "processes need one workdir" in texts[1]
+
+
+def test_a_process_that_cannot_write_stops_all(start, tmp_path):
+    """Where process 0's workdir is a file, both end, and soon."""
+    (tmp_path / "run").write_text("")
+    first, second = start(tmp_path / "run" / "deeper", 2)
+    texts = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert first.returncode
+    assert second.returncode == 2
+    assert "NotADirectoryError" in texts[0]
+    assert "another process failed" in texts[1]
 
 
 def test_incomplete_flags_are_an_error():

@@ -1,6 +1,7 @@
 """Meshes: what a config asks of so many devices, and where neighbours lie."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -20,11 +21,11 @@ class Chip:
     platform: str = "cpu"
 
 
-def sizes(devices, slices=1, **mesh):
+def sizes(devices, slices=1, heads=8, **mesh):
     c = config.default()
     for key, value in mesh.items():
         c.mesh[key] = value
-    return programs.mesh_sizes(c, devices, slices)
+    return programs.mesh_sizes(c, types.SimpleNamespace(num_key_value_heads=heads), devices, slices)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,8 @@ def sizes(devices, slices=1, **mesh):
         (32, 1, {}, (1, 32, 1)),  # two pairs of each step for every device
         (64, 1, {}, (1, 32, 2)),  # fewer: a layer is split too
         (512, 1, {}, (1, 64, 8)),
+        (512, 1, {"heads": 3}, (1, 512, 1)),  # as far as heads allow
+        (512, 1, {"heads": 4}, (1, 128, 4)),
         (96, 1, {}, (1, 24, 4)),
         (128, 2, {}, (2, 16, 4)),  # a replica a slice
         (16, 2, {"data": 1}, (1, 16, 1)),
