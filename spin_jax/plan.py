@@ -251,7 +251,8 @@ def table(answer: Mapping[str, Any]) -> str:
         f"model      {answer['model']}",
         f"training   {answer['rows']['rows']} × {answer['rows']['length']} tokens a micro-batch, "
         f"remat {answer['remat']}",
-        f"sampling   {sampling['slots']} answers at a time, {sampling['tensor']} devices a copy",
+        f"sampling   {sampling['slots']} answers at a time, a copy of the weights for every "
+        f"{'device' if sampling['tensor'] == 1 else str(sampling['tensor']) + ' devices'}",
         "",
         f"{'':7}{f'GiB of {room:.1f}':>12}  {'time':>22}  {'iteration':>9}  {'tokens/s':>9}  bound by",
     ]
