@@ -74,7 +74,5 @@ def get_config(variant: str = "") -> Any:
     c.train.epochs = (2,)  # of a schedule of six: the scripts stop as needed
     c.train.schedule_epochs = 6
 
-    for key, value in MACHINES.get(variant, {}).items():
-        section, name = key.split(".")
-        c[section][name] = value
+    c.update_from_flattened_dict(MACHINES.get(variant, {}))
     return c

@@ -5,7 +5,6 @@ those; with a config alone, on random weights of its architecture and pairs of `
 nothing is downloaded. The last line printed is one JSON object.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -90,9 +89,8 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
         model, params = prepare.open_model(config)
     else:
         model = convert.new_model(config.model.architecture.to_dict(), None, dtype=config.model.dtype)
-        mesh = programs.make_mesh(config, model.config)
-        model = dataclasses.replace(model, mesh=mesh)
-        params = functools.partial(init_params, model.config, jax.random.key(0), mesh)
+        model = programs.placed(config, model)
+        params = functools.partial(init_params, model.config, jax.random.key(0), model.mesh)
     programs.check_mesh(config, model)
     vocab_size = model.config.vocab_size
     if pairs:

@@ -69,9 +69,8 @@ def default() -> Any:
     a.top_p = placeholder(float)
     a.batch_size = 64  # slots: answers in progress at a time, for every copy of the weights
     a.tensor = placeholder(int)  # devices that share one copy; unset: as few as have room for it
-    a.shard_size = (
-        1024  # prompts a file; an interruption costs a file, or four times the slots if that is more
-    )
+    a.shard_size = 1024  # prompts a file; an interruption costs a file, or four times the slots
+    #                      where those are more
 
     c.loss = o = _section()
     o.name = "logistic"  # logistic, hinge, exponential, correlation, or module:function

@@ -29,8 +29,8 @@ def existing(paths: Sequence[epath.PathLike]) -> list[bool]:
 
 def read_agreed(path: epath.PathLike) -> Any:
     """What process 0 reads of a JSON file, in every process; None where there is no file."""
-    there = hosts.together(lambda: hosts.first() and epath.Path(path).exists())
-    return hosts.exchanged(hosts.together(lambda: read_json(path) if there else None))[0]
+    read = hosts.together(lambda: read_json(path) if hosts.first() and epath.Path(path).exists() else None)
+    return hosts.exchanged(read)[0]
 
 
 def write(path: epath.PathLike, data: bytes) -> None:

@@ -117,11 +117,11 @@ def workload(config: Any, topology: str) -> Work:
     if family in GPUS:
         count = int(size) * slices
         sizes = programs.mesh_sizes(config, model.config, count, slices)
-        axes = dict(zip(sharding.AXES, sizes, strict=True))
-        mesh: Any = Described(np.array([_Gpu(GPUS[family])] * count), {**axes}, count)
+        axes: dict[str, int] = dict(zip(sharding.AXES, sizes, strict=True))
+        mesh: Any = Described(np.array([_Gpu(GPUS[family])] * count), axes, count)
+        model = dataclasses.replace(model, mesh=mesh)
     else:
-        mesh = programs.make_mesh(config, model.config, _tpus(f"{family}:{size}", slices))
-    model = dataclasses.replace(model, mesh=mesh)
+        model = programs.placed(config, model, _tpus(f"{family}:{size}", slices))
     programs.check_mesh(config, model)
     pairs = programs.expected_pairs(config, model.config.vocab_size, 16 * config.train.batch_size)
     examples = [Example(p.prompt_id, [], p.prompt, p.real) for p in pairs]

@@ -62,12 +62,6 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def wait() -> None:
-    """Until all are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("spin_jax")
-
-
 def by_first(action: Callable[[], object]) -> None:
     """`action()` by process 0; all come back when it is done, and where it fails all do."""
     together(lambda: action() if first() else None)
@@ -95,7 +89,7 @@ def exchanged(value: Any) -> list[Any]:
 def any_of(flag: bool) -> Any:
     """Whether it is so in any process: a bool, or what becomes one once the devices have come to it."""
     if jax.process_count() == 1:
-        return flag
+        return bool(flag)
     mesh, count = _all_devices(), jax.device_count()
     with jax.set_mesh(mesh):
         flags = jax.make_array_from_callback(

@@ -44,7 +44,6 @@ _MFU = flags.DEFINE_float(
     "mfu", 0.45, "Share of the peak that training and scoring reach, padding counted as work."
 )
 _DECODE = flags.DEFINE_float("decode_efficiency", 0.5, "Share of its roofline that decoding reaches.")
-
 _DCN = flags.DEFINE_float("dcn_gbit_s", 50.0, "Gbit a second that a device gets from other slices.")
 
 USAGE = "usage: python -m spin_jax.plan --config=configs/zephyr.py --topology=v5e:8x8 [--json]"
@@ -183,9 +182,7 @@ def _value(config: Any, key: str) -> Any:
 
 def _changed(config: Any, keys: Mapping[str, Any]) -> Any:
     other = config_lib.resolve(config.to_dict())
-    for key, value in keys.items():
-        section, name = key.split(".")
-        other[section][name] = value
+    other.update_from_flattened_dict(keys)
     return other
 
 

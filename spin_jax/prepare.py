@@ -168,9 +168,8 @@ def open_model(config: Config, began_with: str | None = None) -> tuple[Model, Ca
         revision = c.revision or began_with
         model, directory = convert.describe(c.path, revision, dtype=c.dtype, chat_template=template)
         convert.check_weights(directory, model.config)
-        mesh = programs.make_mesh(config, model.config)
-        model = dataclasses.replace(model, mesh=mesh)
-        return model, lambda: convert.load_params(directory, model.config, mesh, jnp.float32)
+        model = programs.placed(config, model)
+        return model, lambda: convert.load_params(directory, model.config, model.mesh, jnp.float32)
     if not c.tokenizer:
         raise ValueError("model.architecture needs model.tokenizer: a directory, or module:function")
     if ":" in c.tokenizer:
@@ -179,9 +178,8 @@ def open_model(config: Config, began_with: str | None = None) -> tuple[Model, Ca
     else:
         tokenizer = convert.load_tokenizer(c.tokenizer, template)
     model = convert.new_model(c.architecture.to_dict(), tokenizer, dtype=c.dtype)
-    mesh = programs.make_mesh(config, model.config)
-    model = dataclasses.replace(model, mesh=mesh)
-    return model, lambda: init_params(model.config, jax.random.key(config.seed), mesh)
+    model = programs.placed(config, model)
+    return model, lambda: init_params(model.config, jax.random.key(config.seed), model.mesh)
 
 
 def _other_architecture(config: Config, model: Model) -> list[str]:

@@ -94,6 +94,11 @@ def make_mesh(config: Config, model: ModelConfig, devices: Sequence[Any] | None 
     return sharding.make_mesh(*sizes, devices)
 
 
+def placed(config: Config, model: Model, devices: Sequence[Any] | None = None) -> Model:
+    """A model without weights, on the mesh that `make_mesh` makes for it."""
+    return dataclasses.replace(model, mesh=make_mesh(config, model.config, devices))
+
+
 def sampling_tensor(config: Config, model: Model) -> int:
     """How many devices share one copy of the sampler's weights: the config's, or as few as have room for it.
 
