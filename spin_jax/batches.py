@@ -9,6 +9,7 @@ Axes: N rows of a micro-batch, T tokens, R response tokens (as many as tokens), 
 of a group. The fields of a batch are NumPy arrays on the host and JAX arrays in a step.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -229,6 +230,17 @@ def stacked(parts: Sequence[Any], count: int) -> Any:
         return np.stack([*arrays, *[np.zeros_like(arrays[0])] * (count - len(arrays))])
 
     return jax.tree.map(stack, *parts)
+
+
+def as_npz(batch: Any, decode: Callable[[list[list[int]]], list[str]]) -> bytes:
+    """A step's batch for people and numpy.load: its arrays [M, N, …], and each row's `text`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(batch)
+    arrays = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+    tokens = next(array for name, array in arrays.items() if name.endswith("tokens"))
+    texts = decode(tokens.reshape(-1, tokens.shape[-1]).tolist())
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, text=np.array(texts).reshape(tokens.shape[:-1]), **arrays)
+    return buffer.getvalue()
 
 
 # --- shapes --------------------------------------------------------------------------------------

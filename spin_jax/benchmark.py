@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spin_jax import config as config_lib
-from spin_jax import convert, data, hosts, prepare, programs, roofline, sharding
+from spin_jax import convert, data, hosts, prepare, programs, roofline, sharding, sources
 from spin_jax.batches import (
     RowShape,
     ScoredPair,
@@ -86,7 +86,7 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
         ValueError, FileNotFoundError: naming the key, or the file and row.
     """
     if config.model.path:
-        model, params = prepare.open_model(config)
+        model, params, _ = prepare.open_model(config)
     else:
         model = convert.new_model(config.model.architecture.to_dict(), None, dtype=config.model.dtype)
         model = programs.placed(config, model)
@@ -94,12 +94,12 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
     programs.check_mesh(config, model)
     vocab_size = model.config.vocab_size
     if pairs:
-        rows, chat = data.load_rows(pairs, "train"), prepare.make_chat(config, model)
+        rows, chat = sources.load_rows(pairs, "train"), prepare.make_chat(config, model)
         read, _ = data.load_pairs(rows, chat, path=pairs, vocab_size=vocab_size)
     else:
         read = programs.expected_pairs(config, vocab_size, steps * config.train.batch_size)
     if prompts:
-        rows, chat = data.load_rows(prompts, "train"), prepare.make_chat(config, model)
+        rows, chat = sources.load_rows(prompts, "train"), prepare.make_chat(config, model)
         examples, _ = data.load_examples(rows, chat, path=prompts)
         asked = [chat.sampling_prompt(example) for example in examples[:count]]
     else:

@@ -9,14 +9,15 @@ import functools
 import itertools
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
-Message = dict[str, str]
+from spin_jax.template import BadRow, Message, Template
+
 Ids = np.ndarray  # int32 [n]
 
 
@@ -64,22 +65,31 @@ class Lengths:
 UNLIMITED = Lengths(max_prompt=2**31 - 1, max_length=2**31 - 1)
 
 
-class BadRow(ValueError):
-    """A row that makes no conversation; the message says why, the caller adds where."""
+class EmptyAnswer(BadRow):
+    """A row whose answer is null, empty or white space."""
 
 
 def checked(messages: Any, field: str) -> list[Message]:
+    """A conversation that ends with the assistant's last turn, whose content may be empty.
+
+    Raises:
+        BadRow: naming the field.
+    """
     if not isinstance(messages, list | tuple) or not messages:
-        raise BadRow(f"{field}: expected a list of messages")
+        found = "an empty list" if isinstance(messages, list | tuple) else type(messages).__name__
+        parse = ", and JSON in a string is to be parsed first" if isinstance(messages, str) else ""
+        raise BadRow(f"{field}: expected a list of messages, and found {found}{parse}")
     result = []
     for number, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
+        name = f"{field}[{number}]"
+        if not isinstance(message, dict):
+            raise BadRow(f"{name} is {type(message).__name__}: expected a role and content")
+        role = message.get("role")
         if role not in ("system", "user", "assistant"):
-            raise BadRow(f"{field}[{number}].role is {role!r}: expected system, user or assistant")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and role == "assistant"):
-            raise BadRow(f"{field}[{number}].content is {type(content).__name__}: expected text")
-        result.append({"role": role, "content": content or ""})
+            raise BadRow(f"{name}.role is {reprlib.repr(role)}: expected system, user or assistant")
+        nothing = role == "assistant" and message.get("content") is None
+        content = "" if nothing else checked_text(message.get("content"), f"{name}.content")
+        result.append({"role": role, "content": content})
     while result and result[-1]["role"] != "assistant":
         result.pop()
     if len(result) < 2:
@@ -87,6 +97,18 @@ def checked(messages: Any, field: str) -> list[Message]:
     if any(a["role"] == b["role"] == "assistant" for a, b in itertools.pairwise(result)):
         raise BadRow(f"{field}: two assistant turns in a row")
     return result
+
+
+def checked_text(value: Any, field: str) -> str:
+    """`value`, which a tokenizer will take; else BadRow."""
+    if not isinstance(value, str):
+        raise BadRow(f"{field} is {type(value).__name__}: expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise BadRow(f"{field} has half a character ({half!a} at {error.start}): no UTF-8 text") from error
+    return value
 
 
 class Encoded(NamedTuple):
@@ -126,6 +148,7 @@ class Chat:
         tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json come with limits switched on
         tokenizer.backend_tokenizer.no_padding()
         self.tokenizer = tokenizer
+        self._template = Template(tokenizer)
         self.stop_tokens = tuple(stop_tokens)
         self.lengths = lengths
         self.system_message = system_message
@@ -147,11 +170,13 @@ class Chat:
         return [{"role": "system", "content": self.system_message}, *messages]
 
     def render(self, messages: list[Message], *, prompt: bool) -> str:
-        """The template's text; with `prompt`, it ends in the generation prompt."""
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except jinja2.TemplateError as error:
-            raise BadRow(f"the chat template refuses the conversation: {error}") from error
+        """The template's text; with `prompt`, it ends in the generation prompt.
+
+        Raises:
+            BadRow: the template refuses the conversation.
+            BadTemplate: it takes too long.
+        """
+        return self._template.render(messages, prompt=prompt)
 
     def encode(self, messages: list[Message]) -> Encoded:
         """Ids of a conversation that ends with an answer, cut at the answer.
@@ -203,8 +228,19 @@ class Chat:
         return ids[: stops[0] + 1] if len(stops) else ids
 
     def _needs_guard(self, messages: list[Message]) -> bool:
-        """Whether a message contains the string of a control token."""
-        return self._control is not None and any(self._control.search(m["content"]) for m in messages)
+        """Whether a message contains the string of a control token.
+
+        Raises:
+            BadRow: and characters too by which the guard tells control tokens from text.
+        """
+        control = self._control
+        if control is None or not any(control.search(m["content"]) for m in messages):
+            return False
+        if any(max(m["content"], default="") >= _PRIVATE for m in messages):
+            raise BadRow(
+                "a message has a control token's text and characters for private use (plane 15 or 16)"
+            )
+        return True
 
     def _text(self, messages: list[Message], *, prompt: bool, guard: bool) -> str:
         """The rendering; guarded, the template's control tokens stand in it under private names.
@@ -257,11 +293,21 @@ class Chat:
     # examples and pairs
 
     def example(self, prompt_id: int, messages: list[Message], counts: Counter) -> Example | None:
-        """Encodes one conversation; None when it is dropped, and `counts` says why."""
+        """Encodes one conversation; None when it is dropped as too long, and `counts` says so.
+
+        Raises:
+            EmptyAnswer, BadRow: what is wrong with the conversation.
+        """
         if not messages[-1]["content"].strip():
-            counts["dropped: empty answer"] += 1
+            raise EmptyAnswer("the answer is empty")
+        if self._far_too_long(messages):
+            counts["dropped: prompt too long"] += 1
             return None
         encoded = self.encode(messages)
+        if not len(encoded.prompt):
+            raise BadRow("the chat template makes no token of the prompt: an answer needs one before it")
+        if not len(encoded.response):
+            raise EmptyAnswer("the answer has no token")
         room = self.lengths.max_length - len(encoded.prompt)
         if len(encoded.prompt) > self.lengths.max_prompt or room < 1:
             counts["dropped: prompt too long"] += 1
@@ -269,6 +315,17 @@ class Chat:
         counts["tokens across the boundary"] += encoded.straddled
         counts["cut: answer too long"] += len(encoded.response) > room
         return Example(prompt_id, messages, encoded.prompt, encoded.response[:room])
+
+    def _far_too_long(self, messages: list[Message]) -> bool:
+        """Whether a prompt's first part alone has twice the tokens that are allowed.
+
+        A tokenizer takes seconds for megabytes, which would come to nothing.
+        """
+        limit = self.lengths.max_prompt
+        if sum(len(m["content"]) for m in messages[:-1]) <= 100 * limit:
+            return False
+        beginning = self.render(self.with_system(messages)[:-1], prompt=True)[: 100 * limit]
+        return len(self.tokenizer.backend_tokenizer.encode(beginning, add_special_tokens=False)) > 2 * limit
 
     def sampling_prompt(self, example: Example) -> Ids:
         """What the opponent is asked."""
@@ -291,9 +348,12 @@ class Chat:
     def given_pair(
         self, prompt_id: int, sample_id: int, real: list[Message], generated: list[Message], counts: Counter
     ) -> Pair | None:
-        """A pair that came as text; None when it is dropped.
+        """A pair that came as text; None when it is dropped as too long.
 
         Where the two prompts tokenize differently at their end, the prompt is what they share.
+
+        Raises:
+            EmptyAnswer, BadRow: what is wrong with the two conversations.
         """
         if asked(real) != asked(generated):
             raise BadRow("real and generated do not answer the same prompt")
@@ -301,11 +361,16 @@ class Chat:
         if first is None:
             return None
         of_generated: Counter = Counter()
-        second = self.example(prompt_id, generated, of_generated)
+        try:
+            second = self.example(prompt_id, generated, of_generated)
+        except EmptyAnswer as error:
+            raise EmptyAnswer(f"generated: {error}") from error
         counts.update({f"generated: {what}": number for what, number in of_generated.items()})
         if second is None:
             return None
         shared = _common_prefix(first.prompt, second.prompt)
+        if not shared:
+            raise BadRow("the prompts of real and generated share no token: an answer needs one before it")
         return Pair(
             prompt_id=prompt_id,
             sample_id=sample_id,
@@ -316,6 +381,9 @@ class Chat:
             generated=np.concatenate([second.prompt[shared:], second.real]),
             truncated=not self.stopped(second.real),
         )
+
+
+_PRIVATE = chr(0xF0000)  # planes 15 and 16, for private use, begin here
 
 
 def _private(token: str) -> str:

@@ -1,10 +1,11 @@
-"""Orbax checkpoints: the parameters an iteration ends with, and the steps within one.
+"""Orbax checkpoints: the parameters a phase ends with, and the steps within one.
 
-Every checkpoint is committed by a file written last, so that an interrupted save leaves no false one.
+Orbax writes the arrays; a checkpoint counts once its folder is sealed (files.py), and is compared with its
+seal before it is read: orbax itself would load a flipped bit, and cast a wrong dtype, without a word.
 """
 
+import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -12,12 +13,14 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1 import options as ocp_options
 
-from spin_jax import hosts
+from spin_jax import files, hosts
+
+_SLACK = 2**20  # bytes that a checkpoint takes beside its arrays
 
 
 def _context() -> ocp.Context:
     context = ocp.Context()
-    context.atomicity.mode = ocp_options.AtomicityMode.COMMIT_FILE
+    context.atomicity.mode = ocp_options.AtomicityMode.COMMIT_FILE  # no renaming: object stores have none
     return context
 
 
@@ -26,83 +29,135 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
+def size(tree: Any) -> int:
+    """Bytes that a checkpoint of a tree of arrays takes on disk, at most."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) + _SLACK
+
+
 def exists(path: epath.PathLike) -> bool:
     """Whether a whole checkpoint stands at `path`."""
-
-    def whole() -> bool:
-        with _context():
-            return hosts.first() and epath.Path(path).exists() and ocp.is_orbax_checkpoint(epath.Path(path))
-
-    return bool(hosts.agreed(hosts.together(whole)))
+    return files.sealed(path)
 
 
 def save(path: epath.PathLike, tree: Any) -> None:
-    """Writes a tree of arrays, replacing what stands there."""
+    """Writes a tree of arrays, replacing what stands there.
+
+    Raises:
+        files.NoRoom: the disk is full, or would be.
+    """
     path = epath.Path(path)
+    files.remove(path)
+    files.check_room(path, size(tree), f"the checkpoint {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _context():
-        ocp.save(path, tree, overwrite=True)
+    try:
+        with _context():
+            ocp.save(path, tree)
+    except Exception as error:
+        files.remove_here(path)  # a part of it would keep a full disk full
+        if any("No space left" in reason or "quota exceeded" in reason for reason in _reasons(error)):
+            raise files.NoRoom(
+                errno.ENOSPC, f"the disk is full: {path} cannot be written; make room"
+            ) from error
+        raise
+    files.seal(path)
 
 
 def restore(path: epath.PathLike, like: Any) -> Any:
     """Reads a tree of arrays into the shapes, dtypes and shardings of `like`.
 
     Raises:
+        files.Damaged: files differ from what was written.
         ValueError: the checkpoint does not fit, with orbax's reason.
     """
-    with _context():
-        stored = ocp.metadata(epath.Path(path)).metadata
-        _check(path, stored, like)
-        return ocp.load(epath.Path(path), like)
+    files.check_seal(path)
+    return _load(path, like)
 
 
-def _check(path: epath.PathLike, stored: Any, like: Any) -> None:
+def _load(path: epath.PathLike, like: Any) -> Any:
+    try:
+        with _context():
+            stored = ocp.metadata(epath.Path(path)).metadata
+            _check(stored, like)
+            return ocp.load(epath.Path(path), like)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {[*_reasons(error)][-1]}") from error
+
+
+def _reasons(error: BaseException | None) -> Iterator[str]:
+    """What orbax says, and in the causes of it what has happened."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__
+
+
+def _name(key: Any) -> str:
+    """A leaf's path, alike for named tuples and for the dicts that orbax makes of them."""
+    return jax.tree_util.keystr(key, simple=True, separator="/")
+
+
+def _check(stored: Any, like: Any) -> None:
     """Orbax would cast a wrong dtype without a word."""
 
     def leaves(tree: Any) -> dict[str, Any]:
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return {jax.tree_util.keystr(key): (tuple(x.shape), str(x.dtype)) for key, x in flat}
+        return {_name(key): (tuple(x.shape), str(x.dtype)) for key, x in flat}
 
     ours, theirs = leaves(like), leaves(stored)
     if ours != theirs:
         names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         raise ValueError(
-            f"{path} does not fit this run: {names[0]} is {theirs.get(names[0])} there and "
-            f"{ours.get(names[0])} here ({len(names)} parameters differ)"
+            f"it does not fit this run: {names[0]} is {theirs.get(names[0])} there and "
+            f"{ours.get(names[0])} here{f'; {len(names) - 1} more differ' if len(names) > 1 else ''}"
         )
 
 
 class StepCheckpoints:
     """Checkpoints within one training phase, pruned to the newest `keep`."""
 
-    def __init__(self, checkpointer: Any, on_save: Callable[[], None]):
-        self._checkpointer = checkpointer
+    def __init__(self, path: epath.PathLike, keep: int, on_save: Callable[[], None] = lambda: None):
+        """`on_save` comes before each checkpoint: what a run must not have less of than of steps."""
+        self._path = epath.Path(path)
+        self._keep = keep
         self._on_save = on_save
 
-    @classmethod
-    @contextmanager
-    def open(
-        cls, path: epath.PathLike, keep: int, on_save: Callable[[], None] = lambda: None
-    ) -> Iterator["StepCheckpoints"]:
-        """`on_save` comes before each checkpoint: what a run must not have less of than of steps."""
-        policy: Any = ocp.training.preservation_policies.LatestN(keep)
-        with _context():
-            opened = ocp.training.Checkpointer(
-                epath.Path(path), preservation_policy=policy, context=_context()
-            )
-            with opened as checkpointer:
-                yield cls(checkpointer, on_save)
+    def _steps(self) -> list[tuple[int, bool]]:
+        """Steps that have a checkpoint, and whether it is whole; as process 0 sees them."""
+
+        def steps() -> list[list[int]]:
+            there = self._path.iterdir() if hosts.first() and self._path.exists() else []
+            return sorted([int(p.name), (p / files.SUMS).exists()] for p in there if p.name.isdigit())
+
+        return [(step, bool(whole)) for step, whole in hosts.exchanged(hosts.together(steps))[0]]
 
     def steps_done(self) -> int:
-        """Steps behind the newest checkpoint; 0 where there is none."""
-        latest = self._checkpointer.latest
-        return int(hosts.agreed(latest.step if latest else 0))
+        """Steps behind the newest checkpoint that is as it was written; 0 where there is none.
 
-    def restore(self, like: Any) -> Any:
-        """The newest checkpoint's state."""
-        return self._checkpointer.load(self.steps_done(), like)
+        Those after it are removed: what a kill left half written, and what is damaged.
+        """
+        for step, whole in reversed(self._steps()):
+            try:
+                if whole:
+                    files.check_seal(self._path / str(step))
+                    return step
+            except files.Damaged as error:
+                hosts.say(
+                    f"\nWARNING: {error}\n"
+                    "It is removed; the one before it is used, or the phase begins anew.\n"
+                )
+            files.remove(self._path / str(step))
+        return 0
+
+    def restore(self, steps_done: int, like: Any) -> Any:
+        """The state behind so many steps: one that `steps_done` names."""
+        return _load(self._path / str(steps_done), like)
+
+    def check_room(self, state: Any) -> None:
+        """Raises files.NoRoom where the next checkpoint would not fit."""
+        files.check_room(self._path, size(state), f"the next checkpoint in {self._path}")
 
     def save(self, steps_done: int, state: Any) -> None:
-        if self.steps_done() < steps_done:
-            self._on_save()
-            self._checkpointer.save(steps_done, state, force=True)
+        """Writes one, and removes those that are not needed any more: not before."""
+        self._on_save()
+        save(self._path / str(steps_done), state)
+        for step, _ in self._steps()[: -self._keep]:
+            files.remove(self._path / str(step))

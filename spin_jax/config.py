@@ -6,6 +6,9 @@ tuples: one value serves all iterations, a longer tuple gives one to each.
 
 import difflib
 import importlib
+import os
+import re
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +23,10 @@ def default() -> Any:
     c = _section()
     c.seed = 42  # of data order, sampling and initialization
     c.compiler_flags = True  # XLA flags that are known to help (COMPILER_FLAGS in spin_jax/command.py)
+    c.deterministic = (
+        False  # on GPUs: XLA's deterministic operations, so that a run repeats to the bit, slower
+    )
+    c.resume_anyway = False  # go on though config, data, model or code differ from what the run began with
     c.official = False  # reproduce the quirks of the authors' released code (spin_jax/official.py)
 
     c.model = m = _section()
@@ -41,6 +48,8 @@ def default() -> Any:
     d.answer_column = placeholder(str)
     d.chat_template = placeholder(str)  # Jinja text or a file of it; unset: the tokenizer's
     d.system_message = placeholder(str)  # put before conversations that have none
+    d.bad_rows = "error"  # of rows that make no conversation; or drop, which counts them
+    d.max_bad = 0.1  # of all rows: more that are dropped so, or for an empty answer, are an error
 
     c.lengths = n = _section()
     n.max_prompt = 512  # tokens; longer prompts are dropped and counted
@@ -78,6 +87,7 @@ def default() -> Any:
     o.nll_weight = 0.0  # adds this times −log p(human answer)
 
     c.train = t = _optimization(epochs=(1,), learning_rate=(5e-7,))  # both per iteration
+    t.most_skipped = 5  # a step that is not finite is skipped; so many in a row stop the run
     t.remat = "full"  # what the backward pass computes again: full (least memory), attention+mlp or
     #                   attention (which keep what those compute), none (most memory, a quarter less work)
 
@@ -97,7 +107,9 @@ def default() -> Any:
 
     c.checkpoint = k = _section()
     k.every_steps = 200  # training steps between checkpoints within an iteration
-    k.keep = 1  # how many of those to keep
+    k.keep = 2  # how many of those to keep, until the iteration is done
+    k.best = placeholder(str)  # copy the model of the best iteration to best/: by nll, loss, margin,
+    #                            greedy_accuracy or another number of summary.json
 
     c.logging = g = _section()
     g.tensorboard = True
@@ -147,6 +159,10 @@ def resolve(config: Mapping[str, Any] | ConfigDict) -> Any:
     Raises:
         ConfigError: an unknown key (naming the nearest), a wrong type, an impossible value.
     """
+    if not isinstance(config, Mapping | ConfigDict):
+        raise ConfigError(
+            f"the config is {config!r}, and should be a ConfigDict: start from config.default()"
+        )
     given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     resolved = default()
     _lay_over(resolved, given, "")
@@ -157,7 +173,9 @@ def resolve(config: Mapping[str, Any] | ConfigDict) -> Any:
 def _lay_over(config: Any, given: Mapping[str, Any], prefix: str) -> None:
     for key, value in given.items():
         name = f"{prefix}{key}"
-        if name.startswith("model.architecture."):
+        if not isinstance(key, str) or "." in key:
+            raise ConfigError(f"config has no key {name}: keys are names, and sections hold them")
+        if prefix == "model.architecture.":
             with config.unlocked():
                 config[key] = value
         elif key not in config:
@@ -166,14 +184,35 @@ def _lay_over(config: Any, given: Mapping[str, Any], prefix: str) -> None:
             if not isinstance(value, Mapping):
                 raise ConfigError(f"config.{name} is a section, and got {value!r}")
             _lay_over(config[key], value, f"{name}.")
-        else:
+        elif value is not None or config[key] is not None:
             if isinstance(config[key], tuple):
                 value = tuple(value) if isinstance(value, list | tuple) else (value,)
+                fits = all(_is(type(config[key][0]), one) for one in value)
+            else:
+                fits = _is(config.get_type(key), value)
+            if not fits:
+                raise ConfigError(f"{name}={value!r}: {wanted(config, key)}")
             try:
                 config[key] = value
-            except TypeError as error:
-                expected = config.get_type(key).__name__
-                raise ConfigError(f"config.{name} is {value!r}, and should be {expected}") from error
+            except (TypeError, ValueError, OverflowError) as error:  # 10**400 for a float
+                raise ConfigError(f"{name}={value!r}: {error}") from error
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Whether a value is of a key's type: whole numbers are numbers, and truth values are not."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def wanted(section: Any, key: str) -> str:
+    """What a key's values have to be, in words."""
+    if isinstance(section[key], tuple):
+        return f"{_KINDS[type(section[key][0])]} is wanted, or several: (1, 2)"
+    return f"{_KINDS[section.get_type(key)]} is wanted"
 
 
 def nearest(key: str, keys: list[str], prefix: str = "") -> str:
@@ -185,12 +224,43 @@ def nearest(key: str, keys: list[str], prefix: str = "") -> str:
 
 
 def import_function(path: str) -> Callable:
-    """The function behind `module:function`; ValueError when it cannot be imported."""
+    """The function behind `module:function`; ValueError when there is none, or its module fails."""
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path!r} cannot be imported: {error}") from error
+        function = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:  # a module can raise anything
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
+        raise ValueError(f"{path!r} cannot be imported: {type(error).__name__}: {error}{place}") from error
+    if not callable(function):
+        raise ValueError(f"{path!r} is no function, but {function!r:.80}")
+    return function
+
+
+def called(path: str) -> Any:
+    """What the function behind `module:function` returns; ValueError when it raises anything."""
+    function = import_function(path)
+    try:
+        return function()
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        raise ValueError(f"{path!r} failed: {reason}") from error
+
+
+# Tokens of Hugging Face, GitHub, OpenAI and its like, AWS and Google; passwords in URLs.
+_SECRETS = re.compile(
+    r"\b(hf_\w{8,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35})"
+    r"|(?<=://)[^/@\s]+(?=@)"
+)
+
+
+def redacted(text: str) -> str:
+    """`text` without secrets: of known forms, or from environment variables that are named like one."""
+    for name, value in os.environ.items():
+        if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name) and len(value) >= 8:
+            text = text.replace(value, f"[{name}]")
+    return _SECRETS.sub("[secret]", text)
 
 
 def per_iteration(values: tuple, iteration: int) -> Any:
@@ -198,65 +268,102 @@ def per_iteration(values: tuple, iteration: int) -> Any:
     return values[min(iteration, len(values) - 1)]
 
 
+# What numbers can be, by their key's whole name or its last part: [ and ] take the end in, ( and ) do not.
+# Of a tuple, each. Floats stay clear of what float32 rounds to 0 or infinity.
+_RANGES = {
+    "[0, 2147483647]": ("seed", "fixed_prompts"),
+    "[1, 2147483647]": (
+        "data.limit",
+        "expected",
+        "every_steps",
+        "keep",
+        "max_new_tokens",
+        "max_prompt",
+        "most_skipped",
+        "row_length",
+        "sampling.tensor",
+        "shard_size",
+        "top_k",
+    ),
+    "[2, 2147483647]": ("max_length",),  # a prompt and an answer
+    "[1, 1048576]": ("batch_size", "tokens_per_device"),
+    "[-1, 1048576]": ("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    "[0, 10000]": ("iterations", "start", "mix_previous", "sft.epochs"),
+    "[1, 10000]": ("train.epochs", "samples", "schedule_epochs"),
+    "[0, 500]": ("eval.limit",),
+    "[0, 0.1]": ("eval.fraction",),
+    "[0, 1]": ("max_bad", "warmup_ratio"),
+    "[0, 1)": ("momentum", "decay"),
+    "(0, 1]": ("top_p",),
+    "[1e-37, 1]": ("eps",),
+    "[0, 1e30]": ("nll_weight", "temperature", "weight_decay"),
+    "(0, 1e30]": ("beta", "clip_norm", "control_learning_rate", "learning_rate"),
+}
+_RANGE_OF = {name: interval for interval, names in _RANGES.items() for name in names}
+_CHOICES = {
+    "train.remat": ("none", "attention", "attention+mlp", "full"),
+    "model.attention": ("plain", "splash", "triton"),
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "data.bad_rows": ("error", "drop"),
+}
+
+
+def _check_ranges(section: Any, prefix: str = "") -> None:
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        interval = _RANGE_OF.get(name, _RANGE_OF.get(key))
+        if isinstance(value, ConfigDict):
+            if name != "model.architecture":
+                _check_ranges(value, f"{name}.")
+        elif interval and value is not None:
+            low, high = map(float, interval[1:-1].split(","))
+            for number in value if isinstance(value, tuple) else (value,):
+                above = low <= number if interval[0] == "[" else low < number
+                if not (above and (number <= high if interval[-1] == "]" else number < high)):
+                    raise ConfigError(f"{name}={value}: {_in_words(interval, number)}")
+        if name in _CHOICES and value is not None and value not in _CHOICES[name]:
+            raise ConfigError(f"{name}={value!r}: one of {', '.join(_CHOICES[name])}")
+
+
+def _in_words(interval: str, number: float) -> str:
+    low, high = interval[1:-1].split(", ")
+    words = f"at least {low}" if interval[0] == "[" else f"above {low}"
+    if float(high) < 1e6 or number >= float(high):  # an end far off goes without saying
+        words += f" and at most {high}" if interval[-1] == "]" else f" and below {high}"
+    return words
+
+
 def _check(c: Any) -> None:
     def need(condition: bool, message: str) -> None:
         if not condition:
             raise ConfigError(message)
 
+    _check_ranges(c)
     iterations = c.selfplay.iterations
-    need(iterations >= 0, f"selfplay.iterations={iterations}: at least 0")
     need(
-        0 <= c.selfplay.start <= iterations,
-        f"selfplay.start={c.selfplay.start}: between 0 and selfplay.iterations={iterations}",
+        c.selfplay.start <= iterations,
+        f"selfplay.start={c.selfplay.start}: at most selfplay.iterations={iterations}",
     )
     for name in PER_ITERATION:
         section, key = name.split(".")
         values = c[section][key]
-        kind = int if key == "epochs" else (int, float)
-        need(
-            all(isinstance(v, kind) and not isinstance(v, bool) and v > 0 for v in values),
-            f"{name}={values}: positive {'whole ' if kind is int else ''}numbers are wanted",
-        )
         need(
             len(values) == 1 or len(values) >= max(iterations, 1),
             f"{name} has {len(values)} values for {iterations} iterations: give one, or one each",
         )
-    for name in (
-        "train.batch_size",
-        "train.tokens_per_device",
-        "train.row_length",
-        "sft.batch_size",
-        "sft.tokens_per_device",
-        "sft.row_length",
-        "sampling.batch_size",
-        "sampling.tensor",
-        "sampling.shard_size",
-        "sampling.max_new_tokens",
-        "lengths.max_prompt",
-        "lengths.max_length",
-        "data.limit",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-    ):
-        section, key = name.split(".")
-        value = c[section][key]
-        need(value is None or value >= 1, f"{name}={value}: at least 1")
-    need(0 <= c.eval.fraction <= 0.1, f"eval.fraction={c.eval.fraction}: between 0 and 0.1")
-    need(0 <= c.eval.limit <= 500, f"eval.limit={c.eval.limit}: between 0 and 500")
-    need(c.selfplay.mix_previous >= 0, f"selfplay.mix_previous={c.selfplay.mix_previous}: at least 0")
     need(
-        len(c.lengths.expected) == 3 and all(isinstance(n, int) and n > 0 for n in c.lengths.expected),
-        f"lengths.expected={c.lengths.expected}: three positive whole numbers (prompt, human, generated)",
+        len(c.lengths.expected) == 3,
+        f"lengths.expected={c.lengths.expected}: three numbers (prompt, human, generated)",
     )
-    remat = ("none", "attention", "attention+mlp", "full")
-    need(c.train.remat in remat, f"train.remat={c.train.remat!r}: one of {', '.join(remat)}")
-    kernels = (None, "plain", "splash", "triton")
-    need(c.model.attention in kernels, f"model.attention={c.model.attention!r}: plain, splash or triton")
-    dtypes = ("float32", "bfloat16", "float16")
-    need(c.model.dtype in dtypes, f"model.dtype={c.model.dtype!r}: one of {', '.join(dtypes)}")
+    sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
+    need(
+        0 not in sizes and sizes.count(-1) < 2,
+        f"mesh.data, mesh.fsdp, mesh.tensor = {', '.join(map(str, sizes))}: at least 1, and at most one of "
+        "them -1 (what is left)",
+    )
     need(
         bool(c.model.path) or bool(c.model.architecture),
-        "model.path is not set: --config.model.path=DIRECTORY or a hub id",
+        "model.path is not set, nor model.architecture: --config.model.path=DIRECTORY or a hub id",
     )
     need(
         bool(c.data.path) or bool(c.selfplay.pairs),

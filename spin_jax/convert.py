@@ -7,11 +7,11 @@ device's part is copied out of the map, so the model never stands twice in host 
 To add a family: a name table in `TABLES`, and a mapping of its config in `CONFIGS`.
 """
 
+import contextlib
 import dataclasses
-import json
+import math
 import os
 import re
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from etils import epath
 from safetensors import numpy as safetensors_numpy
 
-from spin_jax import files, hosts, sharding
-from spin_jax.model import Model, ModelConfig, Params, RopeScaling, abstract_params
+from spin_jax import files, hosts, sharding, weights
+from spin_jax.config import nearest
+from spin_jax.model import Model, ModelConfig, Params, RopeScaling, abstract_params, check_constants
 
 # --- names ---------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ TABLES = {"mistral": LLAMA, "llama": LLAMA}
 def _hf_shape(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     if not tensor.inputs:
         return shape
-    return (int(np.prod(shape[tensor.inputs :])), int(np.prod(shape[: tensor.inputs])))
+    return (math.prod(shape[tensor.inputs :]), math.prod(shape[: tensor.inputs]))
 
 
 def _from_hf(tensor: Tensor, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -99,28 +99,29 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    if kind == "linear":
-        return RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    raise ValueError(f"RoPE scaling {kind!r} is not supported; supported: default, linear, llama3")
+    names = {
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }.get(kind if isinstance(kind, str) else "")
+    if names is None:
+        raise ValueError(f"RoPE scaling {kind!r} is not supported; supported: default, linear, llama3")
+    if absent := [name for name in names if rope.get(name) is None]:
+        raise ValueError(f"RoPE scaling {kind!r} has no {', '.join(absent)}")
+    return RopeScaling(kind, **{name: rope[name] for name in names})
 
 
 def _llama_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Maps config.json of Llama and Mistral, with the keys of transformers 4 or 5."""
     for key, supported in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if hf.get(key, supported) != supported:
-            raise ValueError(f"config.json: {key}={hf[key]!r} is not supported (only {supported!r})")
+            raise ValueError(f"{key}={hf[key]!r} is not supported (only {supported!r})")
     rope = hf.get("rope_parameters") or {
         "rope_theta": hf["rope_theta"],
         **(hf.get("rope_scaling") or {}),
     }
+    if rope.get("rope_theta") is None:
+        raise ValueError("rope_theta: missing")
+    check_constants({"rope_theta": rope["rope_theta"]})
     heads = hf["num_attention_heads"]
     return ModelConfig(
         model_type=hf["model_type"],
@@ -135,7 +136,7 @@ def _llama_config(hf: Mapping[str, Any]) -> ModelConfig:
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=_rope_scaling(rope),
         sliding_window=hf.get("sliding_window") if hf["model_type"] == "mistral" else None,
-        tie_word_embeddings=bool(hf["tie_word_embeddings"]),
+        tie_word_embeddings=hf["tie_word_embeddings"],
         max_position_embeddings=hf["max_position_embeddings"],
         initializer_range=hf["initializer_range"],
     )
@@ -151,12 +152,29 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     """The architecture in a config.json (as a dict, transformers' defaults filled in).
 
     Raises:
-        ValueError: the family, or an option of it, is not supported.
+        ValueError: the family, or an option of it, is not supported or impossible; names the key.
     """
+    return CONFIGS[_family(hf)](hf)
+
+
+def _family(hf: Mapping[str, Any]) -> str:
     family = hf.get("model_type")
-    if family not in CONFIGS:
+    if not isinstance(family, str) or family not in CONFIGS:
         raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(CONFIGS)}")
-    return CONFIGS[family](hf)
+    return family
+
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@contextlib.contextmanager
+def _at(place: object) -> Iterator[None]:
+    """Errors come out as a ValueError that begins with `place`: transformers raises all kinds of them."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{place}: {kind}{' '.join(str(error).split())[:500]}") from error
 
 
 def _read_hf_config(directory: Path) -> dict[str, Any]:
@@ -165,93 +183,38 @@ def _read_hf_config(directory: Path) -> dict[str, Any]:
 
     path = directory / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: is {directory} a Hugging Face checkpoint?")
-    raw = files.read_json(path)
-    if raw.get("model_type") not in CONFIGS:
-        model_config(raw)  # raises, naming what is supported
-    full = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+        raise FileNotFoundError(
+            weights.adapter(directory) or f"{path} is missing: is {directory} a Hugging Face checkpoint?"
+        )
+    raw = files.read_object(path)
+    with _at(path):
+        _family(raw)
+        if absent := [name for name in _SIZES if raw.get(name) is None]:
+            raise ValueError(f"{', '.join(absent)}: missing")
+        check_constants({name: value for name, value in raw.items() if name != "sliding_window"})
+        dtype = raw.get("dtype", raw.get("torch_dtype"))
+        known = [dtype.name for dtype in weights.DTYPES.values()]
+        if dtype not in (None, *known):
+            raise ValueError(f"dtype={dtype!r}: one of {', '.join(known)}")
+        full = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
     # A window that is written off (`use_sliding_window: false`) and one that is absent differ.
     if "sliding_window" in raw:
         full["sliding_window"] = raw["sliding_window"]
-    full["dtype"] = raw.get("dtype", raw.get("torch_dtype"))
+    full["dtype"] = dtype
     full["architectures"] = raw.get("architectures")
     return full
 
 
 # --- reading -------------------------------------------------------------------------------------
 
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-_MAX_HEADER = 100 * 2**20
 
-
-def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Memory-maps every tensor of a safetensors file; ValueError says what is wrong with the file."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if start.startswith(b"version "):
-            raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
-        if length > min(_MAX_HEADER, size - 8):
-            raise ValueError(f"{path} ({size} bytes) is truncated or not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} has a damaged header: {error}") from error
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES:
-            continue  # buffers of integers and the like are not parameters
-        if 8 + length + last > size:
-            raise ValueError(f"{path} is truncated: {name} ends past its {size} bytes")
-        tensors[name] = np.memmap(
-            path, _DTYPES[entry["dtype"]], "r", 8 + length + first, tuple(entry["shape"])
-        )
-    return tensors
-
-
-def _map_checkpoint(directory: Path) -> dict[str, np.ndarray]:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(files.read_json(index)["weight_map"].values()))
-        if any("/" in name or name.startswith("..") for name in names):
-            raise ValueError(f"{index} names files outside of its directory")
-    elif (directory / "model.safetensors").exists():
-        names = ["model.safetensors"]
-    else:
-        pickles = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-        hint = f" ({pickles[0]} is a pickle, which is not read: convert it to safetensors)" if pickles else ""
-        raise FileNotFoundError(f"{directory} has no model.safetensors{hint}")
-    if missing := [name for name in names if not (directory / name).exists()]:
-        raise FileNotFoundError(f"{directory}: {index.name} names {', '.join(missing)}, not there")
-    tensors: dict[str, np.ndarray] = {}
-    for name in names:
-        tensors.update(_map_safetensors(directory / name))
-    return tensors
-
-
-def _check(flat: Mapping[str, Any], table: Mapping[str, Tensor], tensors: Mapping[str, np.ndarray]) -> None:
-    """One error that lists everything missing or misshapen."""
-    problems = []
+def _wanted(flat: Mapping[str, Any], table: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The checkpoint's tensors behind our parameters, and their shapes there."""
+    wanted = {}
     for path, leaf in flat.items():
-        shape = leaf.shape[1:] if path.startswith("layers/") else leaf.shape
-        wanted = _hf_shape(table[path], shape)
-        for name in _names(path, table[path], leaf):
-            if name not in tensors:
-                problems.append(f"{name}: missing")
-            elif tensors[name].shape != wanted:
-                problems.append(f"{name}: {tensors[name].shape}, and config.json asks for {wanted}")
-    if problems:
-        shown = "\n  ".join(problems[:20])
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"the weights do not match config.json:\n  {shown}{more}")
+        shape = _hf_shape(table[path], leaf.shape[1:] if path.startswith("layers/") else leaf.shape)
+        wanted |= dict.fromkeys(_names(path, table[path], leaf), shape)
+    return wanted
 
 
 def _names(path: str, tensor: Tensor, leaf: Any) -> list[str]:
@@ -284,7 +247,7 @@ def _load_leaf(path: str, tensor: Tensor, leaf: Any, tensors, layout, dtype) -> 
 def check_weights(directory: epath.PathLike, config: ModelConfig) -> None:
     """Reads the headers of a checkpoint's files; raises what `load_params` would."""
     flat = _flatten(sharding.unboxed(abstract_params(config)))
-    _check(flat, TABLES[config.model_type], _map_checkpoint(Path(directory)))
+    weights.locate(Path(directory), _wanted(flat, TABLES[config.model_type]))
 
 
 def load_params(
@@ -299,13 +262,15 @@ def load_params(
         dtype: of the parameters; None keeps each as it is in the checkpoint.
 
     Raises:
-        ValueError, FileNotFoundError: everything that is missing or misshapen, in one message.
+        ValueError, FileNotFoundError: everything that is missing, damaged or misshapen, in one message.
     """
-    tensors, table = _map_checkpoint(Path(directory)), TABLES[config.model_type]
+    files.check_seal_here(directory)
+    table = TABLES[config.model_type]
     abstract = abstract_params(config)
     flat = _flatten(sharding.unboxed(abstract))
     layouts = _flatten(sharding.parameter_shardings(mesh, abstract))
-    _check(flat, table, tensors)
+    located = weights.locate(Path(directory), _wanted(flat, table))
+    tensors = {name: stored.map() for name, stored in located.items()}
     dtype = None if dtype is None else jnp.dtype(dtype)
     return _unflatten(
         {
@@ -319,10 +284,17 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
     """A local directory for a path or hub id, and the commit it is pinned to (None for a directory).
 
     A token for private repositories comes from the environment (HF_TOKEN), as huggingface_hub reads it.
+
+    Raises:
+        ValueError, FileNotFoundError: a path or revision that is none, before anything is downloaded.
     """
+    if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision, re.ASCII) or ".." in revision):
+        raise ValueError(
+            f"model revision {revision!r}: a branch, tag or commit has letters, digits and ._/- only"
+        )
     if os.path.isdir(path):
         return Path(path), None
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or ".." in path:
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path, re.ASCII) or ".." in path:
         raise FileNotFoundError(f"model path {path!r}: no such directory, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -331,7 +303,7 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
     twice = ["consolidated*", "*/*"]  # the same weights in another layout
     try:
         snapshot = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=twice)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         pinned = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
             f"model path {path!r} is no directory here, and the hub did not give it{pinned}: {error}"
@@ -345,29 +317,72 @@ def load_tokenizer(path: epath.PathLike, chat_template: str | None = None) -> An
     Args:
         path: holds tokenizer.json.
         chat_template: Jinja text, or the path of a file of it; None keeps the tokenizer's own.
+
+    Raises:
+        ValueError, FileNotFoundError: names the directory, or the file in it that is damaged.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    directory = Path(path)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"tokenizer {str(path)!r}: no such directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # of any kind: JSON's, tokenizers' own, what follows from an odd value
+        for file in sorted(directory.glob("*.json")):
+            files.read_object(file)  # where one is damaged, that is why
+        absent = "" if (directory / "tokenizer.json").exists() else "no tokenizer.json, and "
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(
+            f"{path}: {absent}transformers cannot load the tokenizer ({reason}). Take tokenizer.json and "
+            "tokenizer_config.json as the model's authors published them"
+        ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"{path}: this tokenizer has no tokenizer.json (a fast tokenizer is needed)")
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise ValueError(f"{path}: chat_template is {tokenizer.chat_template!r}, and should be Jinja text")
     return with_chat_template(tokenizer, chat_template)
 
 
 def with_chat_template(tokenizer: Any, chat_template: str | None) -> Any:
-    if chat_template is not None:
-        is_file = "{" not in chat_template and os.path.exists(chat_template)
-        tokenizer.chat_template = Path(chat_template).read_text() if is_file else chat_template
+    """The tokenizer with that template: Jinja text, or the path of a file of it; None keeps its own."""
+    if chat_template is None:
+        return tokenizer
+    if "{" not in chat_template:  # no Jinja, then
+        try:
+            chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"chat_template {chat_template!r} is no Jinja text, nor a file of it: {error}"
+            ) from error
+    tokenizer.chat_template = chat_template
     return tokenizer
 
 
 def check_vocabulary(tokenizer: Any, config: ModelConfig, path: epath.PathLike) -> None:
     """Raises ValueError when the tokenizer knows ids that the embedding has no row for."""
-    largest = max(tokenizer.get_vocab().values())
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest < 0:
+        raise ValueError(f"{path}: the tokenizer's vocabulary is empty")
     if largest >= config.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer's largest id is {largest} and the embedding has {config.vocab_size} rows"
+            f"{path}: the tokenizer's largest id is {largest} and the embedding has {config.vocab_size} rows "
+            "(vocab_size)"
         )
+
+
+def _read_generation_config(path: Path, vocab_size: int) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    content = files.read_object(path)
+    stops = content.get("eos_token_id")
+    for stop in stops if isinstance(stops, list) else [] if stops is None else [stops]:
+        if not weights.whole(stop) or stop >= vocab_size:
+            raise ValueError(
+                f"{path}: eos_token_id={stops!r}: an id, or a list of ids, below vocab_size={vocab_size} is "
+                "wanted; without the key, the tokenizer's EOS counts"
+            )
+    return content
 
 
 def describe(
@@ -381,10 +396,10 @@ def describe(
     """A checkpoint's model without its weights (`params` is empty), and its local directory."""
     directory, commit = resolve(path, revision)
     hf_config = _read_hf_config(directory)
-    config = model_config(hf_config)
+    with _at(directory / "config.json"):
+        config = model_config(hf_config)
     tokenizer = load_tokenizer(directory, chat_template)
     check_vocabulary(tokenizer, config, path)
-    generation = directory / "generation_config.json"
     model = Model(
         config=config,
         params={},
@@ -392,7 +407,7 @@ def describe(
         dtype=jnp.dtype(dtype or hf_config["dtype"] or jnp.float32),
         mesh=mesh or sharding.make_mesh(),
         hf_config=hf_config,
-        generation_config=files.read_json(generation) if generation.exists() else {},
+        generation_config=_read_generation_config(directory / "generation_config.json", config.vocab_size),
         revision=commit,
     )
     return model, directory
@@ -433,22 +448,53 @@ def new_model(
         tokenizer: whose special token ids the config takes over; None where no text is involved.
         dtype: to compute in.
         mesh: where the parameters will be; None splits them over all devices.
+
+    Raises:
+        ValueError: names the key that is unknown, of a wrong type, or impossible.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedTokenizerBase
 
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     if tokenizer is not None:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"model.tokenizer made a {type(tokenizer).__name__}, not a tokenizer of transformers"
+            )
         options = {name: getattr(tokenizer, name) for name in names} | dict(options)
-    options = dict(options)
-    family = options.pop("model_type", None)
-    if family not in CONFIGS:
-        raise ValueError(f"model.architecture.model_type is {family!r}; supported: {', '.join(CONFIGS)}")
-    hf_config = AutoConfig.for_model(family, **options).to_dict()
-    config = model_config(hf_config)
+    with _at("model.architecture"):
+        family = check_architecture(options)
+        options = {
+            name: float(value)
+            if name in ("rms_norm_eps", "initializer_range") and weights.whole(value)
+            else value
+            for name, value in options.items()
+            if name != "model_type"
+        }
+        hf_config = AutoConfig.for_model(family, **options).to_dict()
+        config = model_config(hf_config)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, "model.tokenizer")
     mesh = mesh or sharding.make_mesh()
     return Model(config, {}, tokenizer, jnp.dtype(dtype), mesh, hf_config, generation_config={})
+
+
+def check_architecture(options: Mapping[str, Any]) -> str:
+    """The family of an architecture that a user wrote down, where transformers would take any key.
+
+    Raises:
+        ValueError: a key that the family's config class does not know, naming the nearest; a wrong value.
+    """
+    from transformers import CONFIG_MAPPING
+
+    family = _family(options)
+    fields = [field.name for field in dataclasses.fields(CONFIG_MAPPING[family])]
+    known = [*fields, "model_type", "rope_theta", "rope_scaling", "torch_dtype"]  # the last: transformers 4
+    for name in options:
+        # A whole config.json says which transformers wrote it, and has keys of that version.
+        if name not in known and "transformers_version" not in options:
+            raise ValueError(f"{family} has no {name!r}{nearest(str(name), known)}")
+    check_constants(options)
+    return family
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -506,15 +552,25 @@ def _raise_any(errors: list[Exception]) -> None:
         raise error
 
 
-def save(model: Model, directory: epath.PathLike, *, dtype: Any = None) -> None:
+def save(
+    model: Model,
+    directory: epath.PathLike,
+    *,
+    dtype: Any = None,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> None:
     """Writes a Hugging Face checkpoint that transformers, vLLM and lm-eval open.
 
-    config.json is written last: a directory that has one is whole. Of several files each process writes some.
+    Sealed when it is whole: SHA256SUMS is written last. Of several files each process writes some.
 
     Args:
         model: what to write.
         directory: where; made if absent.
         dtype: of the weights in the files; None keeps each parameter's own (bit-equal).
+        on_tensor: comes after each tensor; may raise to stop.
+
+    Raises:
+        files.NoRoom: the disk has no room for it.
     """
     directory, table = epath.Path(directory), TABLES[model.config.model_type]
     dtype = None if dtype is None else jnp.dtype(dtype)
@@ -522,11 +578,15 @@ def save(model: Model, directory: epath.PathLike, *, dtype: Any = None) -> None:
 
     def begin() -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / files.SUMS).unlink(missing_ok=True)
         (directory / "config.json").unlink(missing_ok=True)
         for stale in directory.glob("model*.safetensors*"):
             if stale.name not in plan.values():
                 stale.unlink()
 
+    leaves = jax.tree.leaves(model.params)
+    size = sum(leaf.size * (dtype or leaf.dtype).itemsize for leaf in leaves)
+    files.check_room(directory, size + 2**20, f"the model {directory}")
     hosts.by_first(begin)
     mine = {name for number, name in enumerate(dict.fromkeys(plan.values())) if hosts.turn(number)}
     pending: dict[str, np.ndarray] = {}
@@ -534,6 +594,7 @@ def save(model: Model, directory: epath.PathLike, *, dtype: Any = None) -> None:
     total = 0
     remaining = list(plan.values())
     for name, tensor, array in _tensors(model.params, table, dtype):
+        on_tensor()
         file = plan[name]
         total += array.nbytes
         remaining.remove(file)
@@ -557,3 +618,4 @@ def save(model: Model, directory: epath.PathLike, *, dtype: Any = None) -> None:
     generation = {"eos_token_id": list(model.stop_tokens), **model.generation_config}
     files.write_json(directory / "generation_config.json", generation)
     files.write_json(directory / "config.json", _export_config(model, dtype or model.params["embed"].dtype))
+    files.seal(directory)

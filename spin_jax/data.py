@@ -4,21 +4,22 @@ rows of a dataset ─ conversation ─ Example (prompt and human answer) ─┬�
                                       an opponent's answer ───────────┘
 """
 
+import contextlib
+import dataclasses
+import hashlib
 import io
 import json
-import os
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from etils import epath
 
-from spin_jax import hosts
-from spin_jax.chat import BadRow, Chat, Example, Message, Pair, checked
-from spin_jax.config import import_function
+from spin_jax import files, hosts, sources
+from spin_jax.chat import BadRow, Chat, EmptyAnswer, Example, Message, Pair, checked, checked_text
 
 PROMPT_ANSWER_COLUMNS = (
     ("question", "answer"),
@@ -30,113 +31,8 @@ PROMPT_ANSWER_COLUMNS = (
 )
 
 
-def load_rows(
-    path: str,
-    split: str = "train",
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-    all_files: bool = False,
-) -> Any:
-    """Opens a dataset: something with a length, column names and rows as dicts.
-
-    Args:
-        path: a hub id; a .jsonl, .json or .parquet file; a directory of .jsonl or .parquet files or
-            one that `save_to_disk` wrote; or `module:function`, which returns a list of dicts.
-        split: in the syntax of `datasets` (`train`, `train[:1000]`). Of a directory of files it is
-            those whose names begin with it, or for `train` all where none does; of one file, all.
-        name: of a hub dataset's configuration.
-        revision: of a hub dataset.
-        all_files: read every file of a directory, whatever the split.
-
-    Raises:
-        ValueError, FileNotFoundError: naming the path, and the row where that can be told.
-    """
-    import datasets
-    from datasets import exceptions
-
-    base, part = re.fullmatch(r"([^\[]*)(.*)", split, re.DOTALL).groups()  # pyright: ignore
-    if re.fullmatch(r"[\w.]+:\w+", path):
-        rows = _sliced(datasets.Dataset.from_list(list(import_function(path)())), split)
-    elif any(os.path.exists(os.path.join(path, known)) for known in ("state.json", "dataset_dict.json")):
-        rows = datasets.load_from_disk(path)
-        if isinstance(rows, datasets.DatasetDict):
-            if base not in rows:
-                raise ValueError(f"{path} has no split {base!r}; it has {', '.join(map(str, rows))}")
-            rows = rows[base]
-        rows = _sliced(rows, split)
-    elif files := _data_files(path, "" if all_files else base):
-        kind = "parquet" if files[0].endswith(".parquet") else "json"
-        try:
-            rows = datasets.load_dataset(kind, data_files=files, split=f"train{part}")
-        except exceptions.DatasetGenerationError as error:
-            raise ValueError(_explain(files, error)) from error
-    elif ".." in path or path.startswith(("/", ".")) or path.count("/") > 1:
-        raise FileNotFoundError(f"{path}: no such file or directory")
-    else:
-        try:
-            rows = datasets.load_dataset(path, name, split=split, revision=revision)
-        except (exceptions.DatasetNotFoundError, ConnectionError) as error:
-            raise FileNotFoundError(
-                f"{path} is no file or directory here, and the hub did not give it: {error}"
-            ) from error
-    if len(rows) == 0:
-        raise ValueError(f"{path}: 0 rows")
-    return rows
-
-
-def _sliced(rows: Any, split: str) -> Any:
-    """`train[10:20]` of rows that are all of a split."""
-    from datasets import ReadInstruction
-
-    if "[" not in split:
-        return rows
-    base = split.partition("[")[0]
-    chosen = ReadInstruction.from_spec(split).to_absolute({base: len(rows)})
-    return rows.select([i for part in chosen for i in range(part.from_ or 0, part.to or len(rows))])
-
-
-def _data_files(path: str, split: str) -> list[str]:
-    """The files of a path: one, or those of a directory that the split names; [] where there is none."""
-    suffixes = (".jsonl", ".json", ".parquet")
-    if os.path.isfile(path):
-        if not path.endswith(suffixes):
-            raise ValueError(f"{path}: expected a file that ends in {', '.join(suffixes)}")
-        files = [path]
-    elif os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-        kinds = [[n for n in names if n.endswith(suffix)] for suffix in (".parquet", ".jsonl")]
-        names = kinds[0] or kinds[1]
-        if not names:
-            raise ValueError(f"{path} holds no .parquet or .jsonl file")
-        chosen = [name for name in names if name.startswith(split)]
-        if not chosen and split != "train":
-            raise ValueError(f"{path} has no file of a split {split!r}; it has {', '.join(names[:9])}")
-        files = [os.path.join(path, name) for name in chosen or names]
-    else:
-        return []
-    if empty := [file for file in files if os.path.getsize(file) == 0]:
-        raise ValueError(f"{empty[0]} is empty: 0 rows")
-    return files
-
-
-def _explain(files: Sequence[str], error: Exception) -> str:
-    """Names the first row of JSONL that does not parse; else the library's own reason."""
-    for file in files:
-        if not file.endswith(".jsonl"):
-            continue
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    if line.strip() and not isinstance(json.loads(line.decode()), dict):
-                        return f"{file}, row {number}: not a JSON object"
-                except ValueError as reason:
-                    return f"{file}, row {number}: {reason}"
-    return f"{files[0]} cannot be read: {error.__cause__ or error}"
-
-
 def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> list[Message]:
-    """One row as messages that end with the assistant's last turn.
+    """One row as messages that end with the assistant's last turn, which may be empty.
 
     Reads, in this order: the columns named; `real` (SPIN pairs); `messages`; the well-known pairs of
     column names. Alpaca's `input` is appended to its instruction.
@@ -144,24 +40,105 @@ def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: 
     Raises:
         BadRow: naming the field.
     """
-    if prompt_column and answer_column:
-        columns = (prompt_column, answer_column)
-    elif row.get("real") is not None:
-        return checked(row["real"], "real")
-    elif row.get("messages") is not None:
-        return checked(row["messages"], "messages")
-    else:
-        columns = next((c for c in PROMPT_ANSWER_COLUMNS if c[0] in row and c[1] in row), None)
-    if columns is None or not set(columns) <= row.keys():
+    columns = _columns(row, prompt_column, answer_column)
+    if not columns or not row.keys() >= set(columns[:2]):
         wanted = f" {' and '.join(columns)}" if columns else " real, messages, or a prompt and an answer"
         raise BadRow(
-            f"no field{wanted} among {', '.join(row)}: set config.data.prompt_column and .answer_column"
+            f"no field{wanted} among {_listed(row)}: set config.data.prompt_column and .answer_column"
         )
-    prompt = row[columns[0]]
-    if columns[0] == "instruction" and row.get("input"):
-        prompt = f"{prompt}\n\n{row['input']}"
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": row[columns[1]]}]
-    return checked(messages, " / ".join(columns))
+    if len(columns) == 1:
+        return checked(row[columns[0]], columns[0])
+    prompt = checked_text(row[columns[0]], columns[0])
+    answer = "" if row[columns[1]] is None else checked_text(row[columns[1]], columns[1])
+    if columns[2:] and row.get(columns[2]):
+        prompt = f"{prompt}\n\n{checked_text(row[columns[2]], columns[2])}"
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _columns(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> tuple[str, ...]:
+    """What `conversation` reads: messages; or prompt, answer and maybe an addition to the prompt; or ()."""
+    if prompt_column and answer_column:
+        columns = (prompt_column, answer_column)
+    elif whole := [name for name in ("real", "messages") if row.get(name) is not None]:
+        return (whole[0],)
+    else:
+        columns = next((c for c in PROMPT_ANSWER_COLUMNS if c[0] in row and c[1] in row), ())
+    return (*columns, "input") if columns[:1] == ("instruction",) else columns
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names for an error or a note, whatever they are made of."""
+    shown = [name if name.isprintable() and len(name) <= 40 else ascii(name[:40]) for name in map(str, names)]
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What was found in rows, and what is done about it."""
+
+    bad_rows: str  # "error" or "drop"
+    counts: Counter = dataclasses.field(default_factory=Counter)
+    unused: Counter = dataclasses.field(default_factory=Counter)  # columns that nothing reads
+    with_unused: int = 0  # rows
+    bad: int = 0  # rows dropped for what they are
+    first_bad: list[Any] | None = None  # its number, and an error
+    problem: list[Any] | None = None  # the same, of a row that ends it all
+
+    @contextlib.contextmanager
+    def row(self, number: int, place: str) -> Iterator[None]:
+        """Around all that is done with a row: a bad one is counted where it may be dropped."""
+        try:
+            yield
+        except ValueError as error:
+            reason = str(error) if str(error).startswith(place) else f"{place}: {error}"
+            empty = isinstance(error, EmptyAnswer)
+            if empty or (isinstance(error, BadRow) and self.bad_rows == "drop"):
+                self.counts["dropped: empty answer" if empty else "dropped: bad row"] += 1
+                self.bad += 1
+                self.first_bad = self.first_bad or [number, reason]
+            else:
+                self.problem = [number, reason]
+
+    def see_unused(self, row: dict[str, Any], used: Iterable[str]) -> None:
+        """Notes the columns that nothing reads. Those of pairs belong together."""
+        used = {*used, "prompt_id"}
+        if "real" in used:
+            used.update(_PAIR_SCHEMA.names)
+        unused = [name for name, value in row.items() if name not in used and value is not None]
+        self.unused.update(unused)
+        self.with_unused += bool(unused)
+
+    def settled(self, path: str, total: int, max_bad: float) -> Counter:
+        """The counts, of `total` rows.
+
+        Raises:
+            ValueError: a row was to end it all, or too many were bad.
+        """
+        if self.problem:
+            raise ValueError(self.problem[1])
+        if self.first_bad and self.bad > max_bad * total:
+            raise ValueError(
+                f"{path}: {self.bad} of {total} rows are bad or have an empty answer, and data.max_bad="
+                f"{max_bad:g} of them may be; the first is {self.first_bad[1]}"
+            )
+        if self.unused:
+            self.counts[f"not used: columns {_listed(sorted(self.unused))}; rows with them"] = (
+                self.with_unused
+            )
+        return +self.counts
+
+
+def _merged(found: Sequence[dict[str, Any]]) -> _Tally:
+    """What the tallies of several processes found, as one that had seen all rows would have it."""
+    return _Tally(
+        found[0]["bad_rows"],
+        sum((Counter(tally["counts"]) for tally in found), Counter()),
+        sum((Counter(tally["unused"]) for tally in found), Counter()),
+        sum(tally["with_unused"] for tally in found),
+        sum(tally["bad"] for tally in found),
+        min((tally["first_bad"] for tally in found if tally["first_bad"]), default=None),
+        min((tally["problem"] for tally in found if tally["problem"]), default=None),
+    )
 
 
 def load_examples(
@@ -173,40 +150,52 @@ def load_examples(
     answer_column: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    bad_rows: str = "error",
+    max_bad: float = 0.1,
 ) -> tuple[list[Example], Counter]:
     """Encodes a seeded choice of `limit` rows, in the rows' order; of several processes each its share.
 
+    Rows with an empty answer are dropped, and so are those that make no conversation where `bad_rows` is
+    "drop", up to the share `max_bad` of all.
+
     Returns:
-        the examples, and counts of what was dropped or cut.
+        the examples, and counts of what was dropped, cut or not used.
 
     Raises:
         ValueError: naming path, row and field; or saying that nothing is left.
     """
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])
 
-    def share() -> tuple[dict[int, Example | None], Counter, tuple[int, str] | None]:
-        """This process's examples by row number, what it counted, and the bad row that stopped it."""
-        encoded: dict[int, Example | None] = {}
-        counts: Counter = Counter()
+    def share() -> list[Any]:
+        """This process's [[row number, fields of an example], …], up to a problem, and its tally."""
+        encoded: list[list[Any]] = []
+        tally = _Tally(bad_rows)
         for number in (int(n) for place, n in enumerate(chosen) if hosts.turn(place)):
-            try:
+            with tally.row(number, sources.place(rows, number, path)):
                 row = rows[number]
                 messages = conversation(row, prompt_column, answer_column)
-                encoded[number] = chat.example(_integer(row.get("prompt_id"), number), messages, counts)
-            except BadRow as error:
-                return encoded, counts, (number, str(error))
-        return encoded, counts, None
+                tally.see_unused(row, _columns(row, prompt_column, answer_column))
+                if example := chat.example(_prompt_id(row, number), messages, tally.counts):
+                    encoded.append([number, *vars(example).values()])
+            if tally.problem:
+                break
+        return [encoded, {**vars(tally), "counts": dict(tally.counts), "unused": dict(tally.unused)}]
 
     shares = hosts.exchanged(hosts.together(share))
-    if problems := [problem for *_, problem in shares if problem]:
-        number, error = min(problems)
-        raise ValueError(f"{path}, row {number + 1}: {error}")
-    everything = {number: example for encoded, *_ in shares for number, example in encoded.items()}
-    counts = sum((counts for _, counts, _ in shares), Counter())
-    examples = [example for number in sorted(everything) if (example := everything[number]) is not None]
+    counts = _merged([tally for _, tally in shares]).settled(path, len(chosen), max_bad)
+    examples, by_id = [], {}
+    for number, *fields in sorted((row for encoded, _ in shares for row in encoded), key=lambda row: row[0]):
+        example = Example(*fields)
+        before = by_id.setdefault(example.prompt_id, number)
+        if before != number:
+            raise ValueError(
+                f"{sources.place(rows, number, path)}: prompt_id {example.prompt_id} came before, in "
+                f"{sources.place(rows, before, path)}; give each row its own, or leave the column out"
+            )
+        examples.append(example)
     if not examples:
         raise ValueError(f"{path}: none of {len(chosen)} rows is left ({dict(counts)})")
-    return examples, +counts
+    return examples, counts
 
 
 def split_held_out(ids: Sequence[int], *, fraction: float, limit: int, seed: int) -> set[int]:
@@ -216,55 +205,64 @@ def split_held_out(ids: Sequence[int], *, fraction: float, limit: int, seed: int
     return {int(ids[i]) for i in order}
 
 
-def load_pairs(rows: Any, chat: Chat, *, path: str, vocab_size: int) -> tuple[list[Pair], Counter]:
+def load_pairs(
+    rows: Any, chat: Chat, *, path: str, vocab_size: int, bad_rows: str = "error", max_bad: float = 0.1
+) -> tuple[list[Pair], Counter]:
     """Pairs of a published SPIN dataset, or those of another run, whose token columns are kept.
+
+    What is dropped, and how much of it may be, is as in `load_examples`.
 
     Raises:
         ValueError: naming path, row and field; or saying that nothing is left.
     """
-    counts: Counter = Counter()
+    tally = _Tally(bad_rows)
     answers: Counter = Counter()  # by prompt_id
     pairs: dict[tuple[int, int], Pair] = {}
-    for number, row in enumerate(rows):
-        try:
-            pair = _load_pair(row, number, chat, vocab_size, counts, answers)
+    for number in range(len(rows)):
+        with tally.row(number, sources.place(rows, number, path)):
+            row = rows[number]
+            pair = _load_pair(row, number, chat, vocab_size, tally.counts, answers)
+            tally.see_unused(row, ("real",))
             if pair is not None and (pair.prompt_id, pair.sample_id) in pairs:
                 raise BadRow(f"prompt_id {pair.prompt_id}, sample_id {pair.sample_id} came before")
-        except BadRow as error:
-            raise ValueError(f"{path}, row {number + 1}: {error}") from error
-        if pair is not None:
-            pairs[pair.prompt_id, pair.sample_id] = pair
+            if pair is not None:
+                pairs[pair.prompt_id, pair.sample_id] = pair
+        if tally.problem:
+            break
+    counts = tally.settled(path, len(rows), max_bad)
     if not pairs:
         raise ValueError(f"{path}: no pair is left ({dict(counts)})")
-    return list(pairs.values()), +counts
+    return list(pairs.values()), counts
 
 
-def _integer(value: Any, default: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else default
+def _prompt_id(row: dict[str, Any], number: int) -> int:
+    """The row's own where it is an integer (some datasets have texts there), else its number."""
+    return _integer(row, "prompt_id", number, 2**63)
+
+
+def _integer(row: dict[str, Any], name: str, default: int, end: int) -> int:
+    value = row.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return default
+    if not 0 <= value < end:
+        raise BadRow(f"{name} is {value}: expected 0 to {end - 1}")
+    return value
 
 
 def _load_pair(
     row: dict[str, Any], number: int, chat: Chat, vocab_size: int, counts: Counter, answers: Counter
 ) -> Pair | None:
     if row.get("real") is None or row.get("generated") is None:
-        raise BadRow(f"no fields real and generated among {', '.join(row)}")
-    prompt_id = _integer(row.get("prompt_id"), number)
-    sample_id = _integer(row.get("sample_id"), answers[prompt_id])  # the answers of a prompt in turn
+        raise BadRow(f"no fields real and generated among {_listed(row)}")
+    prompt_id = _prompt_id(row, number)
+    sample_id = _integer(row, "sample_id", answers[prompt_id], 2**31)  # the answers of a prompt in turn
     answers[prompt_id] += 1
     real, generated = checked(row["real"], "real"), checked(row["generated"], "generated")
     if row.get("generated_tokens") is None:
         return chat.given_pair(prompt_id, sample_id, real, generated, counts)
-    columns = ("prompt_tokens", "real_tokens", "generated_tokens")
-    ids = [np.asarray(row[name], np.int32) for name in columns]
+    ids = [_token_ids(row, name, vocab_size) for name in ("prompt_tokens", "real_tokens", "generated_tokens")]
     if not len(ids[0]):
         raise BadRow("prompt_tokens is empty: an answer needs a token before it")
-    if min(int(x.min(initial=0)) for x in ids) < 0:
-        raise BadRow("a token id is negative")
-    if max(int(x.max(initial=0)) for x in ids) >= vocab_size:
-        raise BadRow(
-            f"a token id lies beyond the model's vocabulary of {vocab_size}: another tokenizer made "
-            "the token columns; without them the text is tokenized"
-        )
     room = chat.lengths.max_length - len(ids[0])
     if room < 1:
         counts["dropped: prompt too long"] += 1
@@ -272,6 +270,20 @@ def _load_pair(
     prompt, real_ids, generated_ids = ids[0], ids[1][:room], ids[2][:room]
     truncated = not chat.stopped(generated_ids)
     return Pair(prompt_id, sample_id, real, generated, prompt, real_ids, generated_ids, truncated)
+
+
+def _token_ids(row: dict[str, Any], name: str, vocab_size: int) -> np.ndarray:
+    value = row.get(name)
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise BadRow(f"{name}: expected a list of token ids")
+    if min(value, default=0) < 0:
+        raise BadRow(f"{name}: a token id is negative")
+    if max(value, default=0) >= vocab_size:
+        raise BadRow(
+            f"{name}: a token id lies beyond the model's vocabulary of {vocab_size}: another tokenizer made "
+            "the token columns; without them the text is tokenized"
+        )
+    return np.asarray(value, np.int32)
 
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -307,7 +319,8 @@ def pairs_to_parquet(pairs: Sequence[Pair]) -> bytes:
     return _parquet(pa.Table.from_pylist(rows, schema=_PAIR_SCHEMA))
 
 
-def pairs_from_parquet(content: bytes) -> list[Pair]:
+def pairs_from_parquet(content: bytes, path: epath.PathLike | None = None) -> list[Pair]:
+    """What `pairs_to_parquet` wrote; ValueError, naming `path`, where it is no longer that."""
     return [
         Pair(
             row["prompt_id"],
@@ -319,7 +332,7 @@ def pairs_from_parquet(content: bytes) -> list[Pair]:
             np.asarray(row["generated_tokens"], np.int32),
             row["truncated"],
         )
-        for row in pq.read_table(io.BytesIO(content)).to_pylist()
+        for row in _rows_of(content, path or "a file of pairs")
     ]
 
 
@@ -346,19 +359,46 @@ def scores_to_parquet(source_iteration: int, pairs: Sequence[Pair], logps: np.nd
     return _parquet(pa.table(columns, schema=_SCORE_SCHEMA))
 
 
-def scores_from_parquet(content: bytes) -> dict[tuple[int, int, int], tuple[float, float]]:
-    """Log-probs of (real, generated), by (source_iteration, prompt_id, sample_id)."""
-    rows = pq.read_table(io.BytesIO(content)).to_pylist()
+def scores_from_parquet(
+    content: bytes, path: epath.PathLike | None = None
+) -> dict[tuple[int, int, int], tuple[float, float]]:
+    """Log-probs of (real, generated), by (source_iteration, prompt_id, sample_id).
+
+    Raises:
+        ValueError: naming `path`, where `content` is not what `scores_to_parquet` wrote.
+    """
     return {
         (row["source_iteration"], row["prompt_id"], row["sample_id"]): (
             row["real_logp"],
             row["generated_logp"],
         )
-        for row in rows
+        for row in _rows_of(content, path or "a file of scores")
     }
+
+
+# Parquet's own checksums are of pages: a flipped bit in a header or in the schema shows in our digest only.
+_DIGEST = b"spin_jax.sha256"
 
 
 def _parquet(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
+    table = table.replace_schema_metadata({_DIGEST: _digest(table.to_pylist())})
+    pq.write_table(table, buffer, write_page_checksum=True)
     return buffer.getvalue()
+
+
+def _rows_of(content: bytes, path: epath.PathLike) -> list[dict[str, Any]]:
+    try:
+        table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+        rows = table.to_pylist()
+        if (table.schema.metadata or {}).get(_DIGEST) != _digest(rows):
+            raise ValueError("its digest is another's")
+    except Exception as error:  # whatever Arrow makes of damaged bytes
+        raise files.Damaged(
+            f"{path} is damaged: remove it, and the same command makes it again ({error})"
+        ) from error
+    return rows
+
+
+def _digest(rows: list[dict[str, Any]]) -> bytes:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest().encode()

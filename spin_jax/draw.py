@@ -29,8 +29,8 @@ class Sampling:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: at least 0 (0 is greedy)")
+        if self.temperature != 0 and not 1e-30 <= self.temperature <= 1e30:  # float32 holds no smaller ones
+            raise ValueError(f"temperature={self.temperature}: 0 (greedy), or from 1e-30 to 1e30")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: at least 1, or unset")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -14,6 +14,9 @@ from spin_jax.scoring import score_groups
 
 Verifier = Callable[[str, str], bool]
 
+# Numbers of summary.json that iterations are compared by: 1 where more is better, −1 where less is.
+BETTER = {"nll": -1, "loss": -1, "margin": 1, "accuracy": 1, "greedy_accuracy": 1, "sampled_accuracy": 1}
+
 
 def exact(reference: str, answer: str) -> bool:
     """The answer is the reference, but for white space around it."""
@@ -58,8 +61,9 @@ def nll(
     mesh: jax.sharding.Mesh,
     shape: RowShape,
     unattended: int | None = None,
+    on_batch: Callable[[int], None] = lambda groups: None,
 ) -> float:
-    """Mean −log p of a human answer's token, in nats."""
+    """Mean −log p of a human answer's token, in nats; `on_batch` as in `score_groups`."""
     groups = [example_group(example) for example in examples]
-    logps = score_groups(decoder, params, groups, shape, mesh, unattended=unattended)
+    logps = score_groups(decoder, params, groups, shape, mesh, unattended=unattended, on_batch=on_batch)
     return -float(logps.sum(dtype=np.float64)) / sum(len(example.real) for example in examples)

@@ -27,7 +27,7 @@ from spin_jax.model import Model, params_on, sampling_params_on
 from spin_jax.sample import DECODE_STEPS, cache_columns, prefill_rows
 from spin_jax.scoring import score_rows
 from spin_jax.slots import decode, new_slots, prefill
-from spin_jax.train import MOMENTS, TrainState, make_optimizer, make_step
+from spin_jax.train import MOMENTS, abstract_state, make_step
 
 GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200"}
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -182,10 +182,7 @@ def _abstract(mesh: Any, batch: Any, axis: int = 0) -> Any:
 def train_program(work: Work) -> tuple[Any, tuple]:
     options, mesh = programs.optimization(work.config, 0), work.model.mesh
     params = params_on(mesh, work.model.config)
-    with jax.set_mesh(mesh):
-        opt_state = jax.eval_shape(make_optimizer(options).init, params)
-    opt_state = sharding.in_host_memory(mesh, opt_state) if options.offload else opt_state
-    state = TrainState(params, opt_state)
+    state = abstract_state(params, options, mesh)
     some = [ScoredPair(pair, (0.0, 0.0)) for pair in work.pairs[: options.batch_size]]
     batch = stacked(pair_batches(some, work.shape), -(-options.batch_size // work.shape.rows))
     arguments = state, _abstract(mesh, batch, 1), _numbers(), {"beta": _numbers()}

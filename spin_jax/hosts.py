@@ -6,9 +6,13 @@ anything follows from it, and what is written or printed once, process 0 writes 
 all of this costs nothing.
 """
 
+import base64
 import functools
 import hashlib
-import pickle
+import json
+import os
+import sys
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,13 +21,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from spin_jax.config import redacted
+
 Made = TypeVar("Made")
 
 
-def connect(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+def connect(
+    coordinator: str | None, processes: int | None, process_id: int | None, heartbeat_s: int = 100
+) -> None:
     """Finds the other processes: those named, or those that JAX sees around it (TPU pods, SLURM, Open MPI).
 
-    To be called before anything asks for a device.
+    To be called before anything asks for a device. A process not heard of for `heartbeat_s` seconds ends all.
 
     Raises:
         ValueError: some of the arguments are given and some are not.
@@ -32,12 +40,12 @@ def connect(coordinator: str | None, processes: int | None, process_id: int | No
     if given != [None] * 3:
         if None in given:
             raise ValueError("--coordinator, --num_processes and --process_id go together")
-        jax.distributed.initialize(coordinator, processes, process_id)
+        jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=heartbeat_s)
         return
     if jax.distributed.is_initialized():
         return
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_s)
     except ValueError as error:
         if "coordinator_address" not in str(error):
             raise
@@ -59,7 +67,7 @@ def turn(number: int) -> bool:
 
 def say(text: str) -> None:
     if first():
-        print(text, flush=True)
+        print(redacted(text), flush=True)
 
 
 def by_first(action: Callable[[], object]) -> None:
@@ -75,27 +83,40 @@ def agreed(value: Any) -> np.ndarray:
 
 
 def exchanged(value: Any) -> list[Any]:
-    """Each process's value, in every process; values are what pickle takes."""
+    """Each process's value, in every process: what JSON holds (lists, no tuples), and flat arrays in it."""
     if jax.process_count() == 1:
         return [value]
-    mine = np.frombuffer(pickle.dumps(value), np.uint8)
+    mine = np.frombuffer(json.dumps(value, default=_from_array).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(mine.size)))
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: mine.size] = mine
     everyones = np.asarray(multihost_utils.process_allgather(padded))
-    return [pickle.loads(row[:size].tobytes()) for row, size in zip(everyones, sizes, strict=True)]
+    texts = [row[:size].tobytes() for row, size in zip(everyones, sizes, strict=True)]
+    return [json.loads(text, object_hook=_to_array) for text in texts]
 
 
-def any_of(flag: bool) -> Any:
-    """Whether it is so in any process: a bool, or what becomes one once the devices have come to it."""
+def _from_array(array: np.ndarray) -> dict[str, str]:
+    return {"dtype": str(array.dtype), "base64": base64.b64encode(array.tobytes()).decode()}
+
+
+def _to_array(value: dict[str, Any]) -> Any:
+    if value.keys() != {"dtype", "base64"}:
+        return value
+    return np.frombuffer(base64.b64decode(value["base64"]), value["dtype"]).copy()
+
+
+def most(number: int) -> Any:
+    """The largest of all processes' numbers: an int, or what becomes one once the devices have come to it."""
     if jax.process_count() == 1:
-        return bool(flag)
+        return int(number)
     mesh, count = _all_devices(), jax.device_count()
     with jax.set_mesh(mesh):
-        flags = jax.make_array_from_callback(
-            (count,), NamedSharding(mesh, PartitionSpec("all")), lambda index: np.full(count, flag)[index]
+        numbers = jax.make_array_from_callback(
+            (count,),
+            NamedSharding(mesh, PartitionSpec("all")),
+            lambda index: np.full(count, number, np.int32)[index],
         )
-        return _any(flags)
+        return _most(numbers)
 
 
 @functools.cache
@@ -104,8 +125,16 @@ def _all_devices() -> Mesh:
 
 
 @functools.partial(jax.jit, out_shardings=PartitionSpec())
-def _any(flags: jax.Array) -> jax.Array:
-    return flags.any()
+def _most(numbers: jax.Array) -> jax.Array:
+    return numbers.max()
+
+
+class OtherFailed(RuntimeError):
+    """Another process failed, and says why; this one is to exit as that one does."""
+
+    def __init__(self, code: int):
+        super().__init__("another process failed: it says why")
+        self.code = code
 
 
 def together(make: Callable[[], Made]) -> Made:
@@ -113,7 +142,7 @@ def together(make: Callable[[], Made]) -> Made:
 
     Raises:
         Exception: this process's own.
-        ValueError: another process failed.
+        OtherFailed: another's.
     """
     if jax.process_count() == 1:
         return make()
@@ -122,15 +151,38 @@ def together(make: Callable[[], Made]) -> Made:
         made = make()
     except Exception as raised:  # whatever it is: the others must not wait for this process
         error = raised
-    if bool(any_of(error is not None)):
-        raise error or ValueError("another process failed: it says why")
+    code = 0 if error is None else 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+    if code := int(most(code)):
+        failure = error or OtherFailed(code)
+        failure.__dict__["of_all"] = True  # `leave` asks
+        raise failure
     return made  # pyright: ignore[reportReturnType]
 
 
-def check_same(what: str, content: bytes) -> None:
+def leave(error: Exception, code: int) -> int:
+    """`code`, to exit with; but where only this process failed it ends here: the others would wait for it."""
+    if jax.process_count() > 1 and not getattr(error, "of_all", False):
+        print(
+            "this process cannot go on (another that ended may be why): end all, and start all again",
+            file=sys.stderr,
+            flush=True,
+        )
+        if first():
+            time.sleep(3)  # with it the others lose their coordinator: first let them say what they know
+        os._exit(code)
+    return code
+
+
+def check_same(what: str, content: Callable[[], bytes]) -> None:
     """Raises ValueError where processes differ in `content`: they would not run one program."""
-    digest = np.frombuffer(hashlib.sha256(content).digest(), np.int32)
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(together(content)).digest(), np.int32)
     differs = not np.array_equal(agreed(digest), digest)
-    if bool(any_of(differs)):
+    if bool(most(differs)):
         mine = ": this one's is not that of process 0" if differs else ""
-        raise ValueError(f"{what} differ between processes{mine}")
+        together(lambda: _refuse(f"{what} differ between processes{mine}"))
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)

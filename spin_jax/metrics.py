@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -22,6 +23,11 @@ class Metrics:
     """Writes one row a line to metrics.jsonl: `phase`, `iteration`, `step` and values; process 0 does.
 
     Curves in TensorBoard and W&B go on from one iteration to the next: their step counts a phase's rows.
+    After an interruption they go on in the same run, and nothing stands there twice: TensorBoard is told to
+    forget what comes again, and W&B, where a step is a row of the file, does not hear it again.
+
+    Raises:
+        OSError: from any method, where a file cannot be written.
     """
 
     def __init__(
@@ -33,103 +39,166 @@ class Metrics:
         config: Mapping[str, Any] | None = None,
     ):
         self.path = epath.Path(workdir) / "metrics.jsonl"
-        self._file = self._tensorboard = self._wandb = None
+        self._rows: list[Row] = []
+        self._file = self._wandb = None
         self._speaks = hosts.first()
         if not self._speaks:
             return
         self._remote = "://" in str(workdir)
         self._written = time.monotonic()
-        self._lines = self.path.read_text().splitlines() if self.path.exists() else []
-        if self._lines and not _whole(self._lines[-1]):  # cut off in the middle of a write
-            self._lines.pop()
+        text = self.path.read_text() if self.path.exists() else ""
+        lines = text.splitlines()
+        whole = lines if text.endswith("\n") else lines[:-1]  # a kill cuts off in the middle of a line
+        self._rows = [json.loads(line) for line in whole]
+        if whole != lines:
             self._rewrite()
-        self._rows_of_phase = Counter(json.loads(line)["phase"] for line in self._lines)
+        self._rows_of_phase = Counter(row["phase"] for row in self._rows)
         self._file = self._open()
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
+        self._curves: dict[str, _Curves] = {}  # of each phase
+        self._tensorboard = epath.Path(workdir) / "tensorboard"
+        self._draws = tensorboard
         if wandb_project:
-            import wandb
-
-            stored = epath.Path(workdir) / "wandb_id"  # the same run when this one goes on
-            if not stored.exists():
-                files.write_here(stored, uuid.uuid4().hex.encode())
-            self._wandb = wandb.init(
-                project=wandb_project,
-                name=epath.Path(workdir).name,
-                id=stored.read_text(),
-                resume="allow",
-                config=dict(config or {}),
-            )
+            self._wandb = _wandb_run(epath.Path(workdir), wandb_project, config or {})
+            counts: Counter = Counter()
+            for number, row in enumerate(self._rows):  # what it has not heard of
+                self._to_wandb(number, counts[row["phase"]], row)
+                counts[row["phase"]] += 1
 
     def write(self, phase: str, iteration: int, step: int, values: Mapping[str, float]) -> None:
         """Appends a row; a value that is not finite is written as null."""
         if not self._speaks:
             return
         numbers = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        line = json.dumps({"phase": phase, "iteration": iteration, "step": step, **numbers})
-        self._lines.append(line)
+        row = {"phase": phase, "iteration": iteration, "step": step, **numbers}
+        self._rows.append(row)
         if self._file:
-            self._file.write(line + "\n")
+            self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         elif time.monotonic() - self._written > _REWRITE_S:
             self._rewrite()
         count = self._rows_of_phase[phase]
         self._rows_of_phase[phase] += 1
-        finite = {f"{phase}/{k}": v for k, v in numbers.items() if v is not None}
-        if self._tensorboard:
-            for name, value in finite.items():
-                self._tensorboard.add_scalar(name, value, count)
-        if self._wandb:
-            self._wandb.log({**finite, f"{phase}/step": count, f"{phase}/iteration": iteration})
+        if self._draws:
+            if phase not in self._curves:  # from here on it takes the place of what was there
+                self._curves[phase] = _Curves(self._tensorboard / phase, count)
+            self._curves[phase].write(count, _finite(row))
+        self._to_wandb(len(self._rows) - 1, count, row)
 
-    def rewind(self, phase: str, iteration: int, step: int = 0) -> None:
-        """Drops the rows from `step` on: an interrupted run wrote them, and they are to come again."""
+    def rewind(self, phase: str, iteration: int, again: Callable[[int], bool] = lambda step: True) -> None:
+        """Drops the rows of steps that are to come again: an interrupted run wrote them."""
         if not self._speaks:
             return
 
         def stays(row: Row) -> bool:
-            return (row["phase"], row["iteration"]) != (phase, iteration) or row["step"] < step
+            return (row["phase"], row["iteration"]) != (phase, iteration) or not again(row["step"])
 
-        kept = [line for line in self._lines if stays(json.loads(line))]
-        if len(kept) == len(self._lines):
+        kept = list(filter(stays, self._rows))
+        if len(kept) == len(self._rows):
             return
-        self._lines = kept
-        self._rows_of_phase = Counter(json.loads(line)["phase"] for line in kept)
+        self._rows = kept
+        self._rows_of_phase = Counter(row["phase"] for row in kept)
+        if phase in self._curves:
+            self._curves.pop(phase).close()
         if self._file:
             self._file.close()
         self._rewrite()
         self._file = self._open()
 
     def flush(self) -> None:
-        if self._speaks and self._remote:
+        """To the disk: what comes after may rely on it."""
+        if not self._speaks:
+            return
+        if self._file:
+            os.fsync(self._file.fileno())
+        else:
             self._rewrite()
-        if self._tensorboard:
-            self._tensorboard.flush()
+        for curves in self._curves.values():
+            curves.flush()
 
     def close(self) -> None:
+        if not self._speaks:
+            return
         self.flush()
         if self._file:
             self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        for curves in self._curves.values():
+            curves.close()
         if self._wandb:
             self._wandb.finish()
+
+    def count(self, phase: str, iteration: int, counted: Callable[[Row], object]) -> int:
+        """How many rows of a phase are `counted`; in every process."""
+        of_phase = (row for row in self._rows if (row["phase"], row["iteration"]) == (phase, iteration))
+        return int(hosts.agreed(sum(1 for row in of_phase if counted(row))))
+
+    def _to_wandb(self, number: int, count: int, row: Row) -> None:
+        """Logs the number-th row of the file, the count-th of its phase, unless W&B has it."""
+        if self._wandb and number >= self._wandb.step:
+            own = {f"{row['phase']}/step": count, f"{row['phase']}/iteration": row["iteration"]}
+            self._wandb.log({**_finite(row), **own}, step=number)
 
     def _open(self) -> Any:
         return None if self._remote else self.path.open("a")
 
     def _rewrite(self) -> None:
-        files.write_here(self.path, "".join(line + "\n" for line in self._lines).encode())
+        files.write_here(self.path, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
         self._written = time.monotonic()
 
 
-def _whole(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+class _Curves:
+    """TensorBoard's event file of a phase.
+
+    Written here and now: tensorboardX's SummaryWriter does it in a thread, and hangs where that has died of a
+    full disk.
+    """
+
+    def __init__(self, folder: epath.Path, first: int):
+        """Steps from `first` on that other files of the folder have are forgotten."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{first}")
+        self._event(first, session_log=SessionLog(status=SessionLog.START))
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, values: Row) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        shown = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._event(step, summary=Summary(value=shown))
+        if time.monotonic() - self._flushed > _REWRITE_S:
+            self.flush()
+
+    def _event(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._file.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _wandb_run(workdir: epath.Path, project: str, config: Mapping[str, Any]) -> Any:
+    """The W&B run of a workdir: the same one when it goes on."""
+    import wandb
+
+    stored = workdir / "wandb_id"
+    if not stored.exists():
+        files.write_here(stored, uuid.uuid4().hex.encode())
+    return wandb.init(
+        project=project, name=workdir.name, id=stored.read_text(), resume="allow", config=dict(config)
+    )
+
+
+def _finite(row: Row) -> Row:
+    """A row's numbers under the names that curves have."""
+    names = [name for name in row if name not in ("phase", "iteration", "step") and row[name] is not None]
+    return {f"{row['phase']}/{name}": row[name] for name in names}
 
 
 def progress(description: str, total: int, done: int = 0, unit: str = "step") -> tqdm:

@@ -11,6 +11,7 @@ each token stands, and which tokens see each other.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,46 @@ from spin_jax.attention import KEPT, Layout, attend, matmul_precision, plain
 Params = dict[str, Any]
 
 
+# Whole numbers from 1 to these. No model comes near: beyond them it is the file that is wrong, and shapes
+# and loops over layers would overflow before anything says so.
+_WHOLE = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**24,
+    "num_key_value_heads": 2**24,
+    "head_dim": 2**24,
+    "sliding_window": 2**31 - 1,
+    "max_position_embeddings": 2**31 - 1,
+    "original_max_position_embeddings": 2**31 - 1,
+}
+_POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")
+
+
+def check_constants(constants: Mapping[str, Any]) -> None:
+    """Raises ValueError for the first constant of an architecture that no model can have.
+
+    Args:
+        constants: by Hugging Face's names; None and names unknown here are passed over.
+    """
+    for name, value in constants.items():
+        if value is None:
+            continue
+        if name in _WHOLE and not (type(value) is int and 1 <= value <= _WHOLE[name]):
+            raise ValueError(f"{name}={value!r}: a whole number from 1 to {_WHOLE[name]} is wanted")
+        if name in _POSITIVE and not (_finite(value) and value > 0):
+            raise ValueError(f"{name}={value!r}: a positive number is wanted")
+        if name == "initializer_range" and not (_finite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r}: a number, at least 0, is wanted")
+        if name == "tie_word_embeddings" and not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: true or false is wanted")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38  # float32
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How a checkpoint stretches RoPE beyond the length it was first trained at."""
@@ -35,6 +76,14 @@ class RopeScaling:
     low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
     original_max_position_embeddings: int = 0
+
+    def __post_init__(self):
+        llama3 = self.rope_type == "llama3"
+        check_constants(vars(self) if llama3 else {"factor": self.factor})
+        if llama3 and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +107,18 @@ class ModelConfig:
     initializer_range: float
 
     def __post_init__(self):
+        check_constants(vars(self))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window={self.sliding_window}: at least 1, or null for none")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd, and RoPE turns pairs of dimensions")
+        if self.num_attention_heads * self.head_dim > 2**24:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} × head_dim={self.head_dim}: too many"
+            )
 
 
 class Cache(NamedTuple):

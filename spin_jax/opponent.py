@@ -32,7 +32,7 @@ class Opponent:
 
     run: Prepared
     metrics: Metrics
-    should_stop: Callable[[], bool]
+    should_stop: Callable[[], Any]  # a signal's number, or 0
     _weights: tuple[Params, Params] | None = None  # parameters, and what sampling made of them
 
     # --- answers ---------------------------------------------------------------------------------
@@ -57,6 +57,9 @@ class Opponent:
                 result.append((run.folder(t) / "pairs" / name, shard))
         return result
 
+    def has_answers(self, t: int) -> bool:
+        return all(files.existing([path for path, _ in self.pair_files(t)]))
+
     def sample(self, t: int, params: Params) -> None:
         """Answers every prompt of iteration t, or writes the pairs given for it."""
         shards = self.pair_files(t)
@@ -71,7 +74,7 @@ class Opponent:
         weights, rounds = self.weights(params), list(self._rounds(shards, done))
         sizes = [len(examples) for _, examples in shards]
         left = sum(sizes[number] for chosen in rounds for number in chosen)
-        self.metrics.rewind("sample", t, done.index(False))
+        self.metrics.rewind("sample", t, lambda number: not done[number])
         with progress(f"iteration {t}: sample", sum(sizes), sum(sizes) - left, unit="prompt") as bar:
             for chosen in rounds:
                 began = time.perf_counter()
@@ -170,6 +173,9 @@ class Opponent:
             if source == t or path.name.startswith("train")
         ]
 
+    def has_scores(self, t: int) -> bool:
+        return all(files.existing([path for path, *_ in self.score_files(t)]))
+
     def score(self, t: int, params: Params) -> None:
         """The opponent's log-probs of both answers of every pair of iteration t, once."""
         for source in self.sources(t):
@@ -181,14 +187,15 @@ class Opponent:
         if not missing:
             return
         need([path for _, _, path, _ in shards], f"iteration {t} has no pairs yet", "sample")
-        self.metrics.rewind("score", t, missing[0][0])
+        self.metrics.rewind("score", t, lambda number: not done[number])
         total = sum(count for *_, count in shards)
         scored = total - sum(count for *_, count in missing)
         with progress(f"iteration {t}: score", total, scored, unit="pair") as bar:
             for number, path, source, pair_path, _ in missing:
                 began = time.perf_counter()
-                pairs = data.pairs_from_parquet(pair_path.read_bytes())
+                pairs = data.pairs_from_parquet(pair_path.read_bytes(), pair_path)
                 logps = self._score(params, pairs, bar)
+                _check_finite(pairs, logps, pair_path)
                 tokens = sum(len(p.prompt) + len(p.real) + len(p.generated) for p in pairs)
                 values = {
                     "source_iteration": source,
@@ -227,14 +234,14 @@ class Opponent:
         result = []
         for score_path, source, pair_path, _ in shards:
             if pair_path.name.startswith(split):
-                scores = data.scores_from_parquet(score_path.read_bytes())
-                for pair in data.pairs_from_parquet(pair_path.read_bytes()):
+                scores = data.scores_from_parquet(score_path.read_bytes(), score_path)
+                for pair in data.pairs_from_parquet(pair_path.read_bytes(), pair_path):
                     result.append(ScoredPair(pair, scores[source, pair.prompt_id, pair.sample_id]))
         return result
 
     def _stop_here(self) -> None:
-        if self.should_stop():
-            raise Interrupted
+        if number := self.should_stop():
+            raise Interrupted(int(number))
 
 
 def _described(pairs: Sequence[Pair]) -> dict[str, float]:
@@ -248,9 +255,23 @@ def _described(pairs: Sequence[Pair]) -> dict[str, float]:
     }
 
 
+class Missing(FileNotFoundError):
+    """What another phase is to make first."""
+
+
+def _check_finite(pairs: Sequence[Pair], logps: np.ndarray, path: epath.Path) -> None:
+    """Raises FloatingPointError where a loss of these log-probs would be no number."""
+    bad = [pair.prompt_id for pair, values in zip(pairs, logps, strict=True) if not np.isfinite(values).all()]
+    if bad:
+        raise FloatingPointError(
+            f"{path}: the opponent's log-probs of {len(bad)} pairs are not finite, prompt_id {bad[0]} first: "
+            "its weights are damaged, or overflow in model.dtype (float32 may help)"
+        )
+
+
 def need(paths: Sequence[epath.Path], problem: str, phase: str) -> None:
-    """Raises FileNotFoundError, naming the phase to run first, when a path is not there."""
+    """Raises Missing, naming the phase to run first, when a path is not there."""
     there = files.existing(paths)
     if not all(there):
         absent = paths[there.index(False)]
-        raise FileNotFoundError(f"{problem} ({absent} is missing): run --only={phase} first")
+        raise Missing(f"{problem} ({absent} is missing): run --only={phase} first")

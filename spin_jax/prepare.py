@@ -1,19 +1,34 @@
 """From a config to what a run needs, everything read and checked before anything is compiled."""
 
+import contextlib
 import dataclasses
 import functools
-import importlib.metadata
+import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax import convert, data, evaluate, files, hosts, losses, programs, sharding
+from spin_jax import (
+    convert,
+    data,
+    evaluate,
+    files,
+    hosts,
+    identity,
+    losses,
+    programs,
+    sharding,
+    sources,
+    weights,
+)
 from spin_jax.batches import RowShape
 from spin_jax.chat import Chat, Example, Lengths, Pair, asked
 from spin_jax.draw import Sampling
@@ -39,7 +54,9 @@ class Prepared:
     given: dict[int, list[Pair]]  # pairs from the config, by iteration
     pair_shape: RowShape  # of micro-batches, the same for all iterations
     example_shape: RowShape
-    fingerprint: str  # of the dataset
+    identity: identity.Identity  # fingerprints and versions: what makes this run this run
+    began: Mapping[str, Any]  # the config.json that is there already, or {}
+    data_revision: str | None  # the commit of a hub dataset
     notes: list[str]  # what was dropped, cut or left out
 
     @property
@@ -78,16 +95,20 @@ class Prepared:
         return range(self.config.selfplay.start, self.config.selfplay.iterations)
 
 
-def prepare(config: Config, workdir: str) -> Prepared:
-    """Reads model files and data, checks what can be checked, and takes the workdir.
+def prepare(config: Config, workdir: str | None) -> Prepared:
+    """Reads model files and data, and checks what can be checked; nothing is written.
 
     Raises:
         ValueError, FileNotFoundError: naming the key, or the file and row.
     """
-    root = epath.Path(workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir)))
-    began = files.read_agreed(root / "config.json") or {}
-    read = hosts.together(lambda: _read(config, began.get("model_revision")))
-    hosts.check_same("config or data", _seen(config, read))
+    place = workdir or "."
+    root = epath.Path(place if "://" in place else os.path.abspath(os.path.expanduser(place)))
+    began = (files.read_agreed(root / "config.json") if workdir else None) or {}
+    if began and not (isinstance(began, dict) and isinstance(began.get("config"), dict)):
+        raise ValueError(f"{root / 'config.json'} is no run's of spin_jax: take another --workdir")
+    identity.check(root, config, {}, began)  # the config alone, before minutes of reading
+    read = hosts.together(lambda: _read(config, began))
+    hosts.check_same("config or data", lambda: _seen(config, read))
     model, chat, given, notes = read.model, read.chat, read.given, read.notes
     examples = _examples(config, read)
     held_out = data.split_held_out(
@@ -101,6 +122,9 @@ def prepare(config: Config, workdir: str) -> Prepared:
             f"lengths.max_length={config.lengths.max_length} exceeds the model's "
             f"{model.config.max_position_embeddings} positions"
         )
+    found = identity.digests(config, model, examples, given, read.start)
+    hosts.check_same("model, tokenizer, data or code", lambda: repr(found).encode())
+    notes += identity.check(root, config, found, began)
     prepared = Prepared(
         config=config,
         workdir=root,
@@ -112,11 +136,12 @@ def prepare(config: Config, workdir: str) -> Prepared:
         given=given,
         pair_shape=programs.pair_shape(config, model, examples, given),
         example_shape=programs.example_shape(config, model, examples),
-        fingerprint=read.rows._fingerprint if config.data.path else "",
+        identity=found,
+        began=began,
+        data_revision=read.data_revision,
         notes=notes,
     )
     _check_options(prepared)
-    _record(prepared, began)
     return prepared
 
 
@@ -128,35 +153,55 @@ class _Read(NamedTuple):
     chat: Chat
     given: dict[int, list[Pair]]
     rows: Any  # a dataset; None where the given pairs are the data
+    data_revision: str | None
+    start: str  # a digest of the weights that it starts from
     notes: list[str]
 
 
-def _read(config: Config, revision: str | None) -> _Read:
+def _read(config: Config, began: Mapping[str, Any]) -> _Read:
     losses.find(config.loss.name)
     if config.eval.verifier:
         evaluate.find_verifier(config.eval.verifier)
-    model, initial_params = open_model(config, revision)
+    model, initial_params, start = open_model(config, _began_with(config, began, "model"))
     programs.check_mesh(config, model)
     notes = _other_architecture(config, model)
     chat = make_chat(config, model)
     given = _given(config, chat, model.config.vocab_size, notes)
     c = config.data
-    rows = data.load_rows(c.path, c.split, name=c.name, revision=c.revision) if c.path else None
-    return _Read(model, initial_params, chat, given, rows, notes)
+    rows = revision = None
+    if c.path:
+        revision = sources.pinned(c.path, _began_with(config, began, "data") or c.revision)
+        rows = sources.load_rows(c.path, c.split, name=c.name, revision=revision)
+    return _Read(model, initial_params, chat, given, rows, revision, start, notes)
+
+
+def _began_with(config: Config, began: Mapping[str, Any], section: str) -> str | None:
+    """The commit of a hub's model or dataset that the run began with, where it is still the same one's."""
+    asked_for = [began.get("config", {}).get(section, {}).get(key) for key in ("path", "revision")]
+    if asked_for != [config[section].path, config[section].revision]:
+        return None
+    return began.get(f"{section}_revision")
 
 
 def _seen(config: Config, read: _Read) -> bytes:
     """What processes must have alike: the config, the model's description, given pairs, some of the rows."""
     pairs = [ids for pairs in read.given.values() for p in pairs for ids in (p.prompt, p.real, p.generated)]
     rows = [] if read.rows is None else read.rows
-    some = [rows[number] for number in range(0, len(rows), max(len(rows) // 64, 1))]
+    some = [_row(rows, number) for number in range(0, len(rows), max(len(rows) // 64, 1))]
     m = read.model
     alike = config, m.hf_config, m.generation_config, m.stop_tokens, m.revision, len(rows), some
     return b"|".join([repr(alike).encode(), *(ids.tobytes() for ids in pairs)])
 
 
-def open_model(config: Config, began_with: str | None = None) -> tuple[Model, Callable[[], Params]]:
-    """The model without weights, and what makes them.
+def _row(rows: Any, number: int) -> Any:
+    try:
+        return rows[number]
+    except ValueError as error:  # whoever reads them all will say which is the first
+        return str(error)
+
+
+def open_model(config: Config, began_with: str | None = None) -> tuple[Model, Callable[[], Params], str]:
+    """The model without weights, what makes them, and a digest of what they are made from.
 
     Args:
         began_with: the commit of the hub's that a run began with: it goes on with that one, whatever the
@@ -165,21 +210,22 @@ def open_model(config: Config, began_with: str | None = None) -> tuple[Model, Ca
     c = config.model
     template = config.data.chat_template
     if c.path:
-        revision = c.revision or began_with
+        revision = began_with or c.revision
         model, directory = convert.describe(c.path, revision, dtype=c.dtype, chat_template=template)
+        convert.check_architecture({"model_type": model.config.model_type, **c.architecture.to_dict()})
         convert.check_weights(directory, model.config)
         model = programs.placed(config, model)
-        return model, lambda: convert.load_params(directory, model.config, model.mesh, jnp.float32)
+        digest = weights.digest(directory)
+        return model, lambda: convert.load_params(directory, model.config, model.mesh, jnp.float32), digest
     if not c.tokenizer:
         raise ValueError("model.architecture needs model.tokenizer: a directory, or module:function")
     if ":" in c.tokenizer:
-        made = config_lib.import_function(c.tokenizer)()
-        tokenizer = convert.with_chat_template(made, template)
+        tokenizer = convert.with_chat_template(config_lib.called(c.tokenizer), template)
     else:
         tokenizer = convert.load_tokenizer(c.tokenizer, template)
     model = convert.new_model(c.architecture.to_dict(), tokenizer, dtype=c.dtype)
     model = programs.placed(config, model)
-    return model, lambda: init_params(model.config, jax.random.key(config.seed), model.mesh)
+    return model, lambda: init_params(model.config, jax.random.key(config.seed), model.mesh), ""
 
 
 def _other_architecture(config: Config, model: Model) -> list[str]:
@@ -197,6 +243,15 @@ def _other_architecture(config: Config, model: Model) -> list[str]:
 
 def _check_options(prepared: Prepared) -> None:
     """Builds the options of every phase, which check themselves."""
+    if prepared.config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError("logging.wandb_project is set, and wandb is not installed: pip install wandb")
+    best = prepared.config.checkpoint.best
+    if best and best not in evaluate.BETTER:
+        raise ValueError(f"checkpoint.best={best!r}: choose from {', '.join(evaluate.BETTER)}")
+    if best in ("greedy_accuracy", "sampled_accuracy") and not prepared.config.eval.verifier:
+        raise ValueError(f"checkpoint.best={best!r} needs eval.verifier")
+    if best and not prepared.held_out:
+        raise ValueError(f"checkpoint.best={best!r} needs held-out rows: there are none")
     prepared.sampling()
     prepared.sft_options()
     for t in prepared.iterations:
@@ -213,10 +268,12 @@ def make_chat(config: Config, model: Model) -> Chat:
 
 
 def _given(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dict[int, list[Pair]]:
-    given = {}
+    given, c = {}, config.data
     for t, path in config_lib.given_pairs(config).items():
-        rows = data.load_rows(path, config.selfplay.pairs_split, all_files=True)
-        given[t], counts = data.load_pairs(rows, chat, path=path, vocab_size=vocab_size)
+        rows = sources.load_rows(path, config.selfplay.pairs_split, all_files=True)
+        given[t], counts = data.load_pairs(
+            rows, chat, path=path, vocab_size=vocab_size, bad_rows=c.bad_rows, max_bad=c.max_bad
+        )
         notes += _counted(path, counts)
     start = config.selfplay.start
     for t in range(max(0, start - config.selfplay.mix_previous), start):
@@ -245,6 +302,8 @@ def _examples(config: Config, read: _Read) -> list[Example]:
         answer_column=c.answer_column,
         limit=c.limit,
         seed=config.seed,
+        bad_rows=c.bad_rows,
+        max_bad=c.max_bad,
     )
     read.notes.extend(_counted(c.path, counts))
     return examples
@@ -254,70 +313,34 @@ def _counted(path: str, counts: Counter) -> list[str]:
     return [f"{path}: {what}: {number}" for what, number in sorted(counts.items())]
 
 
-# What may differ when a run is continued; all else would make it another run.
-_FREE = (
-    "selfplay.iterations",
-    "mesh.",
-    "eval.verifier",
-    "eval.samples",
-    "eval.fixed_prompts",
-    "checkpoint.",
-    "logging.",
-    "sampling.batch_size",
-    "sft.control",  # and its learning rate
-    "sft.offload",
-    "train.offload",
-    "train.remat",
-    "sampling.tensor",
-    "compiler_flags",
-)
-_PACKAGES = ("spin_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain")
+@contextlib.contextmanager
+def take(prepared: Prepared) -> Iterator[None]:
+    """Holds the workdir and writes its config.json."""
+    p = prepared
+    revisions = {"model_revision": p.model.revision, "data_revision": p.data_revision}
+    with identity.taken(p.workdir, p.config, p.identity, p.began, revisions):
+        yield
 
 
-def _record(prepared: Prepared, began: Mapping[str, Any]) -> None:
-    """Writes config.json; refuses the workdir of another run, with the difference."""
-    path = prepared.workdir / "config.json"
-    config = prepared.config.to_dict()
-    if began:
-        theirs = _flat(began["config"])
-        both = range(min(theirs["selfplay.iterations"], prepared.config.selfplay.iterations))
-        for name, value in _flat(config).items():
-            old, new = theirs.get(name, value), value
-            if name in config_lib.PER_ITERATION:
-                old, new = ([config_lib.per_iteration(v, t) for t in both] for v in (old, new))
-            if not name.startswith(_FREE) and old != new:
-                raise ValueError(
-                    f"{prepared.workdir} holds another run: there {name} is {theirs[name]!r}, and now "
-                    f"{value!r}. Take a new --workdir, or the old value"
-                )
-    files.write_json(
-        path,
-        {
-            "config": config,
-            "model_revision": prepared.model.revision,
-            "data_fingerprint": prepared.fingerprint,
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+def lengths(prepared: Prepared) -> str:
+    """A table of the data's lengths in tokens, before anything is dropped or cut, against the limits."""
+    unlimited: Config = ConfigDict(prepared.config).copy_and_resolve_references()
+    unlimited.lengths.max_prompt = unlimited.lengths.max_length = 2**31 - 1
+    read = hosts.together(lambda: _read(unlimited, prepared.began))
+    examples = _examples(unlimited, read)
+    prompts, answers = (
+        np.array([len(ids) for ids in of]) for of in zip(*((e.prompt, e.real) for e in examples), strict=True)
     )
-    hosts.together(lambda: _see(path))
-
-
-def _see(path: epath.Path) -> None:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}, which process 0 has written, is not here: processes need one workdir, on a shared disk "
-            "or in an object store"
-        )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:  # JSON knows no tuples
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
+    columns = {"prompt": prompts, "answer": answers, "both": prompts + answers}
+    lines = [f"{'tokens':<10}" + "".join(f"{name:>10}" for name in columns)]
+    for title, share in (("median", 50), ("90%", 90), ("99%", 99), ("longest", 100)):
+        lines.append(f"{title:<10}" + "".join(f"{np.percentile(n, share):>10.0f}" for n in columns.values()))
+    limits, count = prepared.config.lengths, len(examples)
+    long = int((prompts > limits.max_prompt).sum())
+    cut = int(((prompts <= limits.max_prompt) & (prompts + answers > limits.max_length)).sum())
+    lines.append(f"prompts longer than lengths.max_prompt={limits.max_prompt}, dropped: {long} of {count}")
+    lines.append(f"answers cut at lengths.max_length={limits.max_length}: {cut} of {count}")
+    return "\n".join(lines)
 
 
 def plan(prepared: Prepared, finished: int) -> str:
@@ -340,6 +363,7 @@ def plan(prepared: Prepared, finished: int) -> str:
             f"{model.config.model_type}, {source}{revision}: {compact(count)} parameters, {model.dtype}",
         ),
         ("memory", f"{gib:.2f} GiB a device for weights, gradients and optimizer; activations come on top"),
+        ("disk", _disk(prepared, finished, count)),
         ("data", f"{len(prepared.examples)} prompts to train on, {len(prepared.held_out)} held out"),
         ("rows", f"{shape.rows} × {shape.length} tokens a micro-batch, {c.train.batch_size} pairs a step"),
         ("attention", prepared.decoder.kernel),
@@ -349,3 +373,17 @@ def plan(prepared: Prepared, finished: int) -> str:
         *(("note", note) for note in prepared.notes),
     ]
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def _disk(prepared: Prepared, finished: int, parameters: int) -> str:
+    """What the iterations to come will write, and what there is room for."""
+    c, left = prepared.config, len(prepared.iterations) - finished
+    iteration = parameters * (4 + prepared.model.dtype.itemsize)  # float32 parameters, and the export
+    steps = (c.checkpoint.keep + 1) * parameters * 4 * (1 + MOMENTS[c.train.optimizer])
+    need = left * iteration + (steps if left else 0)
+    room = files.free(prepared.workdir)
+    text = f"{need / 2**30:.2f} GiB for {left} iterations to come, step checkpoints included"
+    if room is None:
+        return text
+    short = " (TOO LITTLE: the run will stop where it runs out)" if room < need else ""
+    return f"{text}; {room / 2**30:.2f} GiB free{short}"

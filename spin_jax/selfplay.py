@@ -10,8 +10,6 @@ opponent's log-probs are computed once, before training starts from its weights.
 import contextlib
 import dataclasses
 import functools
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,13 +19,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import checkpoint, convert, evaluate, files, hosts, programs, report
+from spin_jax import checkpoint, convert, evaluate, files, hosts, identity, interrupts, programs, report
 from spin_jax import config as config_lib
 from spin_jax.batches import (
     PairBatch,
     Rows,
     RowShape,
     ScoredPair,
+    as_npz,
     batches,
     example_group,
     packed,
@@ -39,8 +38,20 @@ from spin_jax.draw import Sampling
 from spin_jax.metrics import Metrics, compact, progress
 from spin_jax.model import Params, params_on
 from spin_jax.opponent import BEFORE, Opponent
-from spin_jax.prepare import Prepared, plan, prepare
-from spin_jax.train import SFT, SPIN, Loop, Objective, Optimization, fit, init_state, make_step
+from spin_jax.prepare import Prepared, lengths, plan, prepare, take
+from spin_jax.train import (
+    SFT,
+    SPIN,
+    Interrupted,
+    Loop,
+    NotFinite,
+    Objective,
+    Optimization,
+    abstract_state,
+    fit,
+    init_state,
+    make_step,
+)
 from spin_jax.train import evaluate as evaluate_objective
 
 Row = dict[str, Any]
@@ -52,7 +63,7 @@ def run(
     workdir: str,
     *,
     only: str | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], int] | None = None,
 ) -> list[Row]:
     """Runs self-play, or continues it, and returns the rows of summary.json.
 
@@ -60,19 +71,22 @@ def run(
         config: what `spin_jax.config.default` lists; missing keys keep their defaults.
         workdir: a directory or object store URL; one run, and what is already there is not redone.
         only: `sample`, `score` or `train`: just this phase of the next iteration.
-        should_stop: asked between units of work; None listens to Ctrl-C and SIGTERM. Of several processes,
-            one that is to stop stops all.
+        should_stop: asked between units of work: the number of a signal, or 0. None listens to Ctrl-C and
+            SIGTERM. Of several processes, one that is to stop stops all.
 
     Raises:
         ValueError, FileNotFoundError: bad config or input, before anything is computed.
         Interrupted: stopped; the same call continues.
+        NotFinite: losses or gradients that are not finite, step after step.
+        OSError: the workdir cannot be written; files.NoRoom where the disk is too full for a checkpoint.
     """
     if only is not None and only not in PHASES:
         raise ValueError(f"only={only!r}: choose from {', '.join(PHASES)}")
     with contextlib.ExitStack() as stack:
-        stop = should_stop or stack.enter_context(_signals(hosts.first()))
+        stop = should_stop or stack.enter_context(interrupts.listening())
         prepared = prepare(config_lib.resolve(config), workdir)
-        play = SelfPlay(prepared, lambda: hosts.any_of(stop()))
+        stack.enter_context(take(prepared))
+        play = SelfPlay(prepared, lambda: hosts.most(stop()))
         stack.callback(play.metrics.close)
         hosts.say(plan(play.run, sum(map(play.finished, play.run.iterations))))
 
@@ -81,11 +95,10 @@ def run(
             if play.finished(t):
                 params = None
                 continue
-            params = play.before(t) if params is None else params
             if only in (None, "sample"):
-                play.opponent.sample(t, params)
+                params = play.sample(t, params)
             if only in (None, "score"):
-                play.opponent.score(t, params)
+                params = play.score(t, params)
             if only in (None, "train"):
                 params = play.train(t, params)  # the next opponent
             if only is not None:
@@ -94,8 +107,21 @@ def run(
 
         if all(map(play.finished, play.run.iterations)):
             play.control()
+            play.keep_best()
             play.report()
         return play.summary
+
+
+def check(config: Mapping[str, Any] | ConfigDict, workdir: str | None = None) -> None:
+    """Reads and checks all that `run` would, and says what it found; nothing is trained or written.
+
+    Raises:
+        ValueError, FileNotFoundError: what `run` would.
+    """
+    prepared = prepare(config_lib.resolve(config), workdir)
+    lines = plan(prepared, 0).splitlines()
+    shown = [line for line in lines if workdir or not line.startswith(("workdir", "disk"))]
+    hosts.say("\n".join([*shown, "", lengths(prepared), "", "everything that can be checked is in order"]))
 
 
 @dataclasses.dataclass
@@ -113,12 +139,13 @@ class Training:
     steps: int
     schedule_steps: int
     scalars: dict[str, float]
+    begins_from: Callable[[], Params]
 
 
 class SelfPlay:
     """The phases of a run that make weights, and what is reported of them."""
 
-    def __init__(self, run: Prepared, should_stop: Callable[[], bool]):
+    def __init__(self, run: Prepared, should_stop: Callable[[], Any]):
         logging, summary = run.config.logging, run.workdir / "summary.json"
         self.run = run
         self.should_stop = should_stop
@@ -128,7 +155,7 @@ class SelfPlay:
                 run.workdir,
                 tensorboard=logging.tensorboard,
                 wandb_project=logging.wandb_project,
-                config=run.config.to_dict(),
+                config=identity.recorded(run.config),
             )
         )
         self.opponent = Opponent(run, self.metrics, should_stop)
@@ -139,22 +166,13 @@ class SelfPlay:
     # --- the start -------------------------------------------------------------------------------
 
     def start(self) -> Params | None:
-        """Makes and evaluates the SFT start, where that is not done; returns it if it was in hand."""
-        run, params = self.run, None
-        folder = run.folder(BEFORE)
-        if self.makes_start and not checkpoint.exists(folder / "checkpoint"):
-            params = run.initial_params()
-            if run.config.sft.epochs:
-                options = run.sft_options()
-                steps = training_steps(len(run.examples), options.batch_size, options.epochs)
-                schedule = options.schedule_steps(steps)
-                params = self._fit(params, self._sft("sft", BEFORE, folder, steps, schedule))
-            self._keep(folder, params)
-        if not self.finished(BEFORE):
-            params = self.before(run.config.selfplay.start) if params is None else params
-            if self.makes_start:
-                self._export(folder, params)
-            self._add_row({"iteration": BEFORE, **self._answers(params)}, step=0)
+        """Makes, exports and evaluates the start, where that is not done; then returns it."""
+        if self.finished(BEFORE):
+            return None
+        params = self.before(self.run.config.selfplay.start)
+        if self.makes_start:
+            self._export(self.run.folder(BEFORE), params)
+        self._add_row({"iteration": BEFORE, **self._answers(params)}, step=0)
         return params
 
     @property
@@ -165,49 +183,98 @@ class SelfPlay:
     def before(self, t: int) -> Params:
         """The weights that iteration t starts from: its opponent."""
         if t > self.run.config.selfplay.start:
-            return self._restore(self.run.folder(t - 1) / "checkpoint")
+            return self._made(self.run.folder(t - 1), lambda: self._again(t - 1))
         if self.makes_start:
-            return self._restore(self.run.folder(BEFORE) / "checkpoint")
+            return self._made(self.run.folder(BEFORE), self._sft_start)
         return self.run.initial_params()
 
-    def _restore(self, path: epath.Path) -> Params:
-        return checkpoint.restore(path, params_on(self.run.mesh, self.run.model.config))
+    def _again(self, t: int) -> Params:
+        """Iteration t's parameters, from what is left of it."""
+        params = self.score(t, self.sample(t, None))
+        return self._fit(params, self._spin(t))
+
+    def _sft_start(self) -> Params:
+        run, options = self.run, self.run.sft_options()
+        if not run.config.sft.epochs:
+            return run.initial_params()
+        steps = training_steps(len(run.examples), options.batch_size, options.epochs)
+        schedule_steps = options.schedule_steps(steps)
+        return self._fit(None, self._sft("sft", BEFORE, steps, schedule_steps, run.initial_params))
+
+    def _made(self, folder: epath.Path, make: Callable[[], Params]) -> Params:
+        """What a phase ends with: the parameters in its checkpoint; made, where there is no good one."""
+        path, params = folder / "checkpoint", None
+        like = params_on(self.run.mesh, self.run.model.config)
+        if checkpoint.exists(path):
+            try:
+                params = checkpoint.restore(path, like)
+            except files.Damaged as error:
+                hosts.say(f"\nWARNING: {error}\nIt is made again, from the last good checkpoint before it.\n")
+        if params is None:
+            files.check_room(path, checkpoint.size(like), f"the checkpoint {path}")
+            params = make()
+            checkpoint.save(path, params)
+        files.remove(folder / "train")  # step checkpoints have served
+        return params
+
+    # --- the opponent's part -----------------------------------------------------------------------
+
+    def sample(self, t: int, params: Params | None) -> Params | None:
+        """Makes the answers that are missing. `params` are the opponent's; None reads them if needed."""
+        for source in self.opponent.sources(t)[:-1]:
+            if not self.opponent.has_answers(source):
+                given = source in self.run.given  # then nobody answers
+                self.opponent.sample(source, {} if given else self.before(source))
+        if not self.opponent.has_answers(t):
+            params = self.before(t) if params is None else params
+            self.opponent.sample(t, params)
+        return params
+
+    def score(self, t: int, params: Params | None) -> Params | None:
+        """The same of scores."""
+        if not self.opponent.has_scores(t):
+            params = self.before(t) if params is None else params
+            self.opponent.score(t, params)
+        return params
 
     # --- training --------------------------------------------------------------------------------
 
-    def train(self, t: int, params: Params) -> Params:
-        """Iteration t from its scored pairs to its checkpoint, export, evaluation and samples."""
-        run, began = self.run, time.perf_counter()
-        folder, options = run.folder(t), run.options(t)
-        beta = float(config_lib.per_iteration(run.config.loss.beta, t))
-        scored = self.opponent.scored_pairs(t, "train")
-        steps = training_steps(len(scored), options.batch_size, options.epochs)
-        if checkpoint.exists(folder / "checkpoint"):
-            _free(params)
-            params = self._restore(folder / "checkpoint")
-        else:
-            training = Training(
-                phase="train",
-                iteration=t,
-                folder=folder,
-                objective=self.spin,
-                options=options,
-                items=scored,
-                collate=self._pairs,
-                shape=run.pair_shape,
-                steps=steps,
-                schedule_steps=options.schedule_steps(steps),
-                scalars={"beta": beta},
-            )
-            params = self._fit(params, training)
-            self._keep(folder, params)
+    def train(self, t: int, params: Params | None) -> Params:
+        """Iteration t from its scored pairs to its checkpoint, export, evaluation and samples.
+
+        `params` are its opponent's; None reads them if they are needed.
+        """
+        began, folder, training = time.perf_counter(), self.run.folder(t), self._spin(t)
+        params = self._made(folder, lambda: self._fit(params, training))
         self._export(folder, params)
-        row: Row = {"iteration": t, "beta": beta, "pairs": len(scored), "steps": steps}
-        row |= self._held_out_pairs(t, params, beta) | self._answers(params)
+        beta, steps = training.scalars["beta"], training.steps
+        skipped = self.metrics.count("train", t, lambda row: row.get("skipped"))
+        row: Row = {"iteration": t, "beta": beta, "pairs": len(training.items), "steps": steps}
+        row |= {"skipped": skipped, **self._held_out_pairs(t, params, beta), **self._answers(params)}
         self._write_samples(t, params)
         row["minutes"] = round((time.perf_counter() - began) / 60, 3)
         self._add_row(row, step=steps)
+        self.keep_best()
         return params
+
+    def _spin(self, t: int) -> Training:
+        run, options = self.run, self.run.options(t)
+        scored = self.opponent.scored_pairs(t, "train")
+        steps = training_steps(len(scored), options.batch_size, options.epochs)
+        return Training(
+            phase="train",
+            iteration=t,
+            folder=run.folder(t),
+            objective=self.spin,
+            options=options,
+            items=scored,
+            collate=self._pairs,
+            shape=run.pair_shape,
+            steps=steps,
+            schedule_steps=options.schedule_steps(steps),
+            scalars={"beta": float(config_lib.per_iteration(run.config.loss.beta, t))},
+            begins_from=lambda: self.before(t),
+        )
 
     @functools.cached_property
     def spin(self) -> SPIN:
@@ -220,78 +287,101 @@ class SelfPlay:
         groups = [example_group(example) for example in chosen]
         return packed(groups, self.run.example_shape, self.run.chat.unattended)
 
-    def _sft(self, phase: str, t: int, folder: epath.Path, steps: int, schedule_steps: int) -> Training:
-        run, options = self.run, self.run.sft_options(control=phase == "control")
+    def _sft(
+        self, phase: str, t: int, steps: int, schedule_steps: int, begins_from: Callable[[], Params]
+    ) -> Training:
+        run = self.run
         return Training(
             phase=phase,
             iteration=t,
-            folder=folder,
+            folder=run.folder(t) if phase == "sft" else self._control_folder(t),
             objective=SFT(run.decoder),
-            options=options,
+            options=run.sft_options(control=phase == "control"),
             items=run.examples,
             collate=self._examples,
             shape=run.example_shape,
             steps=steps,
             schedule_steps=schedule_steps,
             scalars={},
+            begins_from=begins_from,
         )
 
-    def _fit(self, params: Params, training: Training) -> Params:
-        """Runs a training phase, from its newest step checkpoint where there is one."""
+    def _fit(self, params: Params | None, training: Training) -> Params:
+        """Runs a training phase, from its newest good step checkpoint where there is one.
+
+        `params` are what it begins from; None makes them if they are needed.
+        """
         run, options, phase, t = self.run, training.options, training.phase, training.iteration
         self.opponent.release()
-        steps_per_epoch = training_steps(len(training.items), options.batch_size, 1)
-        state = init_state(params, options, run.mesh)
-        keep, every = run.config.checkpoint.keep, run.config.checkpoint.every_steps
-        with checkpoint.StepCheckpoints.open(
-            training.folder / "train", keep, self.metrics.flush
-        ) as checkpoints:
-            start = checkpoints.steps_done()
-            if start:
-                like = checkpoint.abstract(state)
-                _free(state)  # a resumed phase needs no more memory than a fresh one
-                state = checkpoints.restore(like)
-            self.metrics.rewind(phase, t, start)
-            title = phase if t == BEFORE else f"iteration {t}: {phase}"
-            with progress(title, training.steps, start) as bar:
+        c, most_skipped = run.config.checkpoint, run.config.train.most_skipped
+        checkpoints = checkpoint.StepCheckpoints(training.folder / "train", c.keep, self.metrics.flush)
+        start = checkpoints.steps_done()
+        if start:
+            _free(params)  # a resumed phase needs no more memory than a fresh one
+            like = abstract_state(params_on(run.mesh, run.model.config), options, run.mesh)
+            state = checkpoints.restore(start, like)
+        else:
+            state = init_state(training.begins_from() if params is None else params, options, run.mesh)
+        self.metrics.rewind(phase, t, lambda step: step >= start)
+        title = phase if t == BEFORE else f"iteration {t}: {phase}"
+        with progress(title, training.steps, start) as bar:
 
-                def on_step(number: int, values: dict[str, float], waited: float) -> None:
-                    self.metrics.write(phase, t, number, values)
-                    shown = {k: f"{values[k]:.4g}" for k in ("loss", "margin") if k in values}
-                    shown |= {"tok/s": compact(values["tokens_per_s"]), "input wait": f"{waited:.1%}"}
-                    bar.set_postfix(shown, refresh=False)
-                    bar.update()
+            def on_step(number: int, values: dict[str, float], waited: float) -> None:
+                self.metrics.write(phase, t, number, values)
+                shown = {k: f"{values[k]:.4g}" for k in ("loss", "margin") if k in values}
+                shown |= {"tok/s": compact(values["tokens_per_s"]), "input wait": f"{waited:.1%}"}
+                shown |= {"skipped": f"{values['skipped']:.0f}"} if values["skipped"] else {}
+                bar.set_postfix(shown, refresh=False)
+                bar.update()
 
-                state = fit(
+            try:
+                return fit(
                     state,
-                    batches(
-                        training.items,
-                        training.collate,
-                        options.batch_size,
-                        training.shape,
-                        seed=_data_seed(run.config.seed, phase, t),
-                        epochs=-(-training.steps // steps_per_epoch),
-                        start=start,
-                    ),
+                    self._batches(training, start),
                     make_step(training.objective, options),
                     start=start,
                     learning_rates=options.learning_rates(training.schedule_steps),
                     scalars=training.scalars,
                     mesh=run.mesh,
                     checkpoints=checkpoints,
-                    loop=Loop(training.steps, every, on_step, self.should_stop),
-                )
-        return state.params
+                    loop=Loop(
+                        training.steps,
+                        c.every_steps,
+                        most_skipped,
+                        on_step,
+                        self.should_stop,
+                    ),
+                ).params
+            except NotFinite as error:
+                self._explain(error, training)
+                raise
 
-    def _keep(self, folder: epath.Path, params: Params) -> None:
-        """Saves a phase's parameters; its step checkpoints have then served."""
-        checkpoint.save(folder / "checkpoint", params)
-        files.remove(folder / "train")
+    def _batches(self, training: Training, start: int) -> Iterator[Any]:
+        steps_per_epoch = training_steps(len(training.items), training.options.batch_size, 1)
+        return batches(
+            training.items,
+            training.collate,
+            training.options.batch_size,
+            training.shape,
+            seed=_data_seed(self.run.config.seed, training.phase, training.iteration),
+            epochs=-(-training.steps // steps_per_epoch),
+            start=start,
+        )
+
+    def _explain(self, error: NotFinite, training: Training) -> None:
+        """Writes the batch that was the last straw, for whoever has to find out why."""
+        path = training.folder / f"not_finite_{training.phase}_step_{error.step}.npz"
+        files.write(path, as_npz(error.batch, self.run.model.tokenizer.batch_decode))
+        error.args = (
+            f"{training.phase}, iteration {training.iteration}: {error}. Those steps changed nothing; "
+            f"what the last one was given is in {path} (numpy.load). A lower learning rate, clip_norm "
+            "or model.dtype=float32 may help; --config.resume_anyway=True goes on from the last checkpoint",
+        )
 
     def _export(self, folder: epath.Path, params: Params) -> None:
-        if not files.exists(folder / "model" / "config.json"):
+        if not files.sealed(folder / "model"):
             model = dataclasses.replace(self.run.model, params=params)
-            convert.save(model, folder / "model", dtype=model.dtype)
+            convert.save(model, folder / "model", dtype=model.dtype, on_tensor=self._stop_here)
 
     # --- evaluation ------------------------------------------------------------------------------
 
@@ -300,7 +390,8 @@ class SelfPlay:
         scored = self.opponent.scored_pairs(t, "test")
         if not scored:
             return {}
-        return evaluate_objective(self.spin, params, self._pairs(scored), {"beta": beta}, self.run.mesh)
+        held_out = self._pairs(scored)
+        return evaluate_objective(self.spin, params, held_out, {"beta": beta}, self.run.mesh, self._stop_here)
 
     def _answers(self, params: Params) -> Row:
         """NLL of held-out human answers, and with a verifier the share of sampled ones that are right."""
@@ -315,6 +406,7 @@ class SelfPlay:
                 mesh=run.mesh,
                 shape=run.example_shape,
                 unattended=run.chat.unattended,
+                on_batch=lambda scored: self._stop_here(),
             )
         }
         if c.eval.verifier:
@@ -361,26 +453,29 @@ class SelfPlay:
         """The paper's control: the start trained on by SFT, for as many steps as each iteration took."""
         if not self.run.config.sft.control:
             return
-        control, params = self.run.workdir / "control", None
+        params = None
         for t in self.run.iterations:
             row = next(row for row in self.summary if row["iteration"] == t)
-            if "control" in row:
-                continue
-            if params is None:
-                first = t == self.run.config.selfplay.start
-                last = control / f"iteration_{t - 1}" / "checkpoint"
-                params = self.before(t) if first else self._restore(last)
-            folder = control / f"iteration_{t}"
-            if checkpoint.exists(folder / "checkpoint"):
-                _free(params)
-                params = self._restore(folder / "checkpoint")
-            else:
-                params = self._fit(params, self._sft("control", t, folder, row["steps"], row["steps"]))
-                self._keep(folder, params)
-            row["control"] = self._answers(params)
-            self._write_summary()
-        if params is not None:
-            self._export(control, params)
+            if "control" not in row:
+                params = self._control(t, params)
+                row["control"] = self._answers(params)
+                self._write_summary()
+        control = self.run.workdir / "control"
+        if self.run.iterations and not files.sealed(control / "model"):
+            last = self.run.iterations[-1]
+            self._export(control, self._control(last, None) if params is None else params)
+
+    def _control(self, t: int, params: Params | None) -> Params:
+        """The control after as many steps as iteration t took; `params` are those before, where in hand."""
+        steps = next(row for row in self.summary if row["iteration"] == t)["steps"]
+        first = t == self.run.config.selfplay.start
+        training = self._sft(
+            "control", t, steps, steps, lambda: self.before(t) if first else self._control(t - 1, None)
+        )
+        return self._made(training.folder, lambda: self._fit(params, training))
+
+    def _control_folder(self, t: int) -> epath.Path:
+        return self.run.workdir / "control" / f"iteration_{t}"
 
     def report(self) -> None:
         """Prints the table; draws summary.png."""
@@ -388,6 +483,15 @@ class SelfPlay:
         if self.run.config.logging.plot:
             files.write(self.run.workdir / "summary.png", report.plot(self.summary))
         hosts.say(f"models, metrics and pairs are in {self.run.workdir}")
+
+    def keep_best(self) -> None:
+        """Copies the model of the best iteration so far to best/, where a config says what is best."""
+        wanted = self.run.config.checkpoint.best
+        rows = [row for row in self.summary if row["iteration"] >= 0 and wanted in row]
+        if rows:
+            best = max(rows, key=lambda row: evaluate.BETTER[wanted] * row[wanted])
+            files.copy(self.run.folder(best["iteration"]) / "model", self.run.workdir / "best")
+            hosts.say(f"best by {wanted}: iteration {best['iteration']} ({best[wanted]:.4g}), in best/")
 
     def _add_row(self, row: Row, step: int) -> None:
         t = row["iteration"]
@@ -401,6 +505,10 @@ class SelfPlay:
         files.write_json(self.run.workdir / "summary.json", self.summary)
         self.metrics.flush()
 
+    def _stop_here(self) -> None:
+        if number := self.should_stop():
+            raise Interrupted(int(number))
+
 
 def _free(tree: Any) -> None:
     """Gives device memory back at once, whoever still holds a reference."""
@@ -413,27 +521,3 @@ def _data_seed(seed: int, phase: str, t: int) -> int:
     """The seed of the data order of one phase of one iteration."""
     number = {"sft": 0, "train": 1, "control": 2}[phase]
     return int(np.random.SeedSequence([seed, number, t + 1]).generate_state(1)[0])
-
-
-@contextlib.contextmanager
-def _signals(speaks: bool) -> Iterator[Callable[[], bool]]:
-    """A question whether to stop: yes after Ctrl-C or SIGTERM. A second Ctrl-C stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop.is_set
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        del frame
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-        if speaks:  # known before: a handler must not ask JAX, which may be starting
-            print("\nstopping after this step or batch; what is done is kept", flush=True)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -270,11 +270,21 @@ def to_device(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if x.ndim else x, tree)
 
 
-def in_host_memory(mesh: Mesh, abstract: Any) -> Any:
-    """What `to_host_memory` makes of arrays, of their shapes."""
+def laid_out(mesh: Mesh, abstract: Any) -> Any:
+    """Shapes as `jax.eval_shape` gives them under `mesh`, with that mesh's own shardings."""
+
+    def placed(x: Any) -> Any:
+        layout = NamedSharding(mesh, x.sharding.spec if x.sharding else PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+    return jax.tree.map(placed, abstract)
+
+
+def in_host_memory(abstract: Any) -> Any:
+    """What `to_host_memory` makes of arrays, of their shapes and shardings."""
 
     def moved(x: Any) -> Any:
-        layout = NamedSharding(mesh, x.sharding.spec, memory_kind="pinned_host") if x.ndim else None
+        layout = x.sharding.with_memory_kind("pinned_host") if x.ndim else x.sharding
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
 
     return jax.tree.map(moved, abstract)

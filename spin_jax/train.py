@@ -154,6 +154,7 @@ MOMENTS = {"rmsprop": 1, "adamw": 2, "adafactor": 0}
 class TrainState(NamedTuple):
     params: Params  # float32 master weights
     opt_state: Any
+    skipped: Any  # int32 []: steps left out in a row up to now
 
 
 def make_optimizer(options: Optimization) -> optax.GradientTransformation:
@@ -172,6 +173,8 @@ def make_step(objective: Objective, options: Optimization) -> Step:
     micro-batches that are not empty run one after another, and their gradients are added up in float32.
     `state` is donated; `scalars` go to the objective. Learning rate and scalars (β) are arguments, so that
     all iterations share one program. Metrics are those of the parameters before the update.
+    A step whose loss or gradient is not finite leaves parameters and optimizer as they were; the metric
+    `skipped` says how many of those there were in a row.
     """
     # Only these decide the program: iterations that differ in learning rate or epochs share it.
     options = dataclasses.replace(options, learning_rate=0.0, epochs=1, schedule_epochs=None)
@@ -204,12 +207,18 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
             gradients, metrics = jax.lax.fori_loop(
                 0, count, lambda number, sums: jax.tree.map(jnp.add, sums, sums_of(number)), zeros
             )
-        opt_state = sharding.to_device(state.opt_state) if options.offload else state.opt_state
-        directions, opt_state = optimizer.update(gradients, opt_state, state.params)
-        opt_state = sharding.to_host_memory(opt_state) if options.offload else opt_state
-        params = jax.tree.map(lambda w, d: w - learning_rate * d, state.params, directions)
         metrics["grad_norm"] = optax.tree.norm(gradients)
-        return TrainState(params, opt_state), metrics
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        before = sharding.to_device(state.opt_state) if options.offload else state.opt_state
+        directions, after = optimizer.update(gradients, before, state.params)
+        opt_state = jax.tree.map(functools.partial(jnp.where, finite), after, before)
+        opt_state = sharding.to_host_memory(opt_state) if options.offload else opt_state
+        params = jax.tree.map(
+            lambda w, d: jnp.where(finite, w - learning_rate * d, w), state.params, directions
+        )
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        metrics["skipped"] = skipped
+        return TrainState(params, opt_state, skipped), metrics
 
     return jax.jit(step, donate_argnums=0)
 
@@ -217,8 +226,22 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
 def init_state(params: Params, options: Optimization, mesh: jax.sharding.Mesh) -> TrainState:
     """Parameters with a fresh optimizer state, laid out as they are."""
     with jax.set_mesh(mesh):
-        opt_state = jax.jit(make_optimizer(options).init)(params)
-        return TrainState(params, sharding.to_host_memory(opt_state) if options.offload else opt_state)
+        opt_state, skipped = jax.jit(functools.partial(_fresh, options))(params)
+        opt_state = sharding.to_host_memory(opt_state) if options.offload else opt_state
+        return TrainState(params, opt_state, skipped)
+
+
+def abstract_state(params: Params, options: Optimization, mesh: Any) -> TrainState:
+    """`init_state` of parameters that are shapes and shardings only."""
+    with jax.set_mesh(mesh):
+        fresh = jax.eval_shape(functools.partial(_fresh, options), params)
+    opt_state, skipped = sharding.laid_out(mesh, fresh)
+    opt_state = sharding.in_host_memory(opt_state) if options.offload else opt_state
+    return TrainState(params, opt_state, skipped)
+
+
+def _fresh(options: Optimization, params: Params) -> tuple[Any, Array]:
+    return make_optimizer(options).init(params), jnp.zeros((), jnp.int32)
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -227,6 +250,19 @@ def init_state(params: Params, options: Optimization, mesh: jax.sharding.Mesh) -
 class Interrupted(KeyboardInterrupt):
     """A phase stopped between two units of work; everything done so far is saved."""
 
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number  # of the signal
+
+
+class NotFinite(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+    def __init__(self, step: int, batch: Any):
+        super().__init__(f"loss or gradient was not finite, step after step; the last was step {step}")
+        self.step = step
+        self.batch = batch
+
 
 @dataclasses.dataclass
 class Loop:
@@ -234,9 +270,10 @@ class Loop:
 
     steps: int  # steps of this phase
     save_every: int  # steps between checkpoints; an interruption makes one too
+    most_skipped: int  # steps in a row that may be not finite, less one
     # Told each step's metrics, in order, and the share of its time that was spent waiting for the batch.
     on_step: Callable[[int, dict[str, float], float], None]
-    should_stop: Callable[[], Any]  # asked while a step runs: a bool, or what will be one
+    should_stop: Callable[[], Any]  # asked while a step runs: a signal's number or 0, or what will be one
 
 
 def fit(
@@ -261,22 +298,27 @@ def fit(
 
     Raises:
         Interrupted: `loop.should_stop()`; the state has been saved.
+        NotFinite: nothing of the skipped steps went into the state; the last checkpoint stays.
     """
     arguments = {name: np.float32(value) for name, value in scalars.items()}
-    pending: tuple[int, Metrics, int] | None = None
+    pending: tuple[int, Metrics, Any] | None = None
     clock, waited = time.perf_counter(), 0.0  # when the last report was, and waiting since then
 
-    def report(item: tuple[int, Metrics, int]) -> None:
+    def report(item: tuple[int, Metrics, Any]) -> None:
         nonlocal clock, waited
-        number, metrics, tokens = item
+        number, metrics, batch = item
         values = {name: float(value) for name, value in metrics.items()}  # waits for the device
         before, clock = clock, time.perf_counter()
         values["learning_rate"] = float(learning_rates[number])
-        values["tokens_per_s"] = tokens / (clock - before)
+        values["tokens_per_s"] = filled_tokens(batch) / (clock - before)
         share, waited = waited / (clock - before), 0.0
         loop.on_step(number, values, share)
+        if values["skipped"] >= loop.most_skipped:
+            raise NotFinite(number, batch)
 
-    source, asked = iter(batches), False
+    if loop.save_every < loop.steps:
+        checkpoints.check_room(state)  # now, and not when the work is done
+    source, asked = iter(batches), 0
     with jax.set_mesh(mesh):
         for number in range(start, loop.steps):
             began = time.perf_counter()
@@ -287,17 +329,19 @@ def fit(
             # The device works on this step while the host reports the one before.
             if pending is not None:
                 report(pending)
-            pending = (number, metrics, filled_tokens(batch))
+            pending = (number, metrics, batch)
             done = number + 1
             before, asked = asked, loop.should_stop()  # several processes come to an answer a step later
-            stop = done < loop.steps and (bool(before) or asked is True)
+            stop = done < loop.steps and (int(before) or (asked if isinstance(asked, int) else 0))
             if stop or (done % loop.save_every == 0 and done < loop.steps):
                 report(pending)
                 pending = None
                 checkpoints.save(done, state)
                 clock = time.perf_counter()  # a step's speed is not the disk's
             if stop:
-                raise Interrupted
+                raise Interrupted(stop)
+            if pending is None:
+                checkpoints.check_room(state)  # for the next one, while nothing would be lost
         if pending is not None:
             report(pending)
     return state
@@ -309,8 +353,9 @@ def evaluate(
     batches: Iterable[Any],
     scalars: Mapping[str, float],
     mesh: jax.sharding.Mesh,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Means of loss and metrics over held-out micro-batches (arrays [N, …])."""
+    """Means of loss and metrics over held-out micro-batches (arrays [N, …]); `on_batch` may raise to stop."""
     arguments = {name: np.float32(value) for name, value in scalars.items()}
     totals: dict[str, float] = {}
     count = 0.0
@@ -321,6 +366,7 @@ def evaluate(
             count += float(size)
             for name, value in {"loss": loss, **metrics}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
+            on_batch()
     return {name: total / count for name, total in totals.items()}
 
 

@@ -380,7 +380,8 @@ def test_training_with_triton_lowers_for_gpus(dim):
     options = programs.optimization(spin_config.default(), 0)
     params = params_on(mesh, config)
     with jax.sharding.use_abstract_mesh(mesh):
-        state = TrainState(params, jax.eval_shape(make_optimizer(options).init, params))
+        opt_state = jax.eval_shape(make_optimizer(options).init, params)
+        state = TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
         step = make_step(SPIN(decoder, losses.find("logistic")), options)
         traced = step.trace(state, PairBatch(rows, *floats), number, {"beta": number})
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

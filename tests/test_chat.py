@@ -2,13 +2,17 @@
 
 import json
 import pathlib
+import re
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from spin_jax import tiny
-from spin_jax.chat import BadRow, Chat, Lengths
+from spin_jax.chat import BadRow, Chat, EmptyAnswer, Lengths, _private, checked
+from spin_jax.template import BadTemplate, _Watchdog
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 USER, ANSWER = {"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}
@@ -128,22 +132,254 @@ def test_straddling_token_belongs_to_the_response():
     assert not straddled
 
 
-def test_template_that_changes_the_prompt_is_refused(chat):
-    chat.tokenizer.chat_template = "{{ messages | length }}" + chat.tokenizer.chat_template
+def with_template(template):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    return Chat(tokenizer, [tokenizer.eos_token_id])
+
+
+def test_template_that_changes_the_prompt_is_refused():
+    chat = with_template("{{ messages | length }}" + tiny.CHAT_TEMPLATE)
     with pytest.raises(BadRow, match="does not begin"):
         chat.encode([USER, ANSWER])
 
 
-def test_template_that_refuses_a_row(chat):
-    chat.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+def test_template_that_refuses_a_row():
+    chat = with_template("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(BadRow, match="refuses the conversation: roles must alternate"):
         chat.encode([USER, ANSWER])
+
+
+LLAMA_3 = """{% set loop_messages = messages %}{% for message in loop_messages %}
+{% set content =
+'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim %}
+{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+CHATML = """{%- for message in messages %}
+    {{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>' ~ '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+GENERATION = """{% for message in messages %}{% if message.role == 'assistant' %}
+<|assistant|>{% generation %}{% set said = message.content | trim %}{{ said }}{{ eos_token }}
+{% endgeneration %}{{ said }}{% else %}
+<|{{ message.role }}|>{{ message.content }}
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+LOOP_CONTROLS = """{% set seen = namespace(users=0, role=none) %}{% for message in messages %}
+{% if message.role == 'system' %}{% continue %}{% endif %}
+{% if seen.users > 2 %}{% break %}{% endif %}
+{% set seen.users = seen.users + (message.role == 'user') * 1 %}
+{{ '%-6s' % message.role }}{{ "{:>8}".format(message.content) }}{{ ' ' * loop.index }}
+{{ [message, dict(a=1)] | tojson(indent=2) | indent(4) }}{{ ['a', 'b'] | map('upper') | join('-') }}
+{{ message.content.replace('e', 'ee').center(20) }}{{ messages[1:] | length }}{{ 7 // 2 * 3 ** 2 % 5 }}
+{% endfor %}{% if tools is none and documents is not defined %}x{% endif %}"""
+CONVERSATIONS = [
+    [USER, ANSWER],
+    [
+        {"role": "system", "content": " s "},
+        USER,
+        ANSWER,
+        USER,
+        {"role": "assistant", "content": "é\n🙂 {{ 1 }}"},
+    ],
+    [USER, {"role": "assistant", "content": ""}] * 3,
+]
+
+
+@pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, LLAMA_3, CHATML, GENERATION, LOOP_CONTROLS])
+def test_templates_render_as_in_transformers(template):
+    chat = with_template(template)
+    for messages in CONVERSATIONS:
+        for prompt in (False, True):
+            expected = chat.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt
+            )
+            assert chat.render(messages, prompt=prompt) == expected
+            assert expected
+
+
+def test_zephyrs_template_renders_as_in_transformers(mistral):
+    chat = Chat(mistral, [2])
+    for messages in CONVERSATIONS:
+        for prompt in (False, True):
+            expected = mistral.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            assert chat.render(messages, prompt=prompt) == expected
+
+
+def test_rendering_takes_no_longer_than_in_transformers(chat):
+    """It is done twice for every row. Measured: half as long."""
+
+    def fastest(render):
+        took = []
+        for _ in range(200):
+            began = time.perf_counter()
+            render()
+            took.append(time.perf_counter() - began)
+        return min(took)
+
+    messages = [USER, ANSWER] * 3
+    ours = fastest(lambda: chat.render(messages, prompt=False))
+    theirs = fastest(lambda: chat.tokenizer.apply_chat_template(messages, tokenize=False))
+    assert ours < theirs
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = "{% set n = namespace(s='twice') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
+BROKEN = [
+    ("{% for %}", "the chat template, line 1: "),
+    ("a\n{{ 1 | nothing }}", "the chat template, line 2: No filter named 'nothing'"),
+    ("{{ messages[0].nothing.content }}", "the chat template fails: UndefinedError"),
+    ("{{ mesages[0].content }}", "the chat template fails: UndefinedError: 'mesages' is undefined"),
+    ("{{ ''.__class__.__mro__ }}", "the chat template fails: SecurityError: '__class__' of str"),
+    ("{{ ''['__class__'] }}", "the chat template fails: SecurityError"),
+    ("{{ ('%s' | attr('__class__')) }}", "the chat template fails: SecurityError"),
+    ("{{ messages.append(1) }}", "the chat template fails: SecurityError"),
+    ("{{ dict.update(messages[0], {'content': 'x'}) }}", "the chat template fails: UndefinedError"),
+    ("{% set n = namespace(__class__=1) %}", "the chat template fails: SecurityError"),
+    ("{% include 'a' %}", "the chat template fails: TypeError"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template fails: RecursionError"),
+    ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "the chat template does not compile: RecursionError"),
+    ("{{ 10**(10**9) }}", "the chat template fails: SecurityError: a number of"),
+    (
+        "{% set n = namespace(n=99) %}{% for i in range(99) %}{% set n.n = n.n * n.n %}{% endfor %}",
+        "a number of",
+    ),
+    ("{{ 'x' * 10**12 }}", "the chat template fails: SecurityError: an operation that could"),
+    ("{{ 1000000000000 * 'x' }}", "an operation that could"),
+    ("{{ [1] * 10**12 }}", "an operation that could"),
+    ("{{ '%1000000000000d' % 1 }}", "an operation that could"),
+    ("{{ '%*d' % (1000000000000, 1) }}", "an operation that could"),
+    ("{{ '%1000000000000d' | format(1) }}", "an operation that could"),
+    ("{{ '{:>1000000000000}'.format(1) }}", "an operation that could"),
+    ("{{ '{:>{}}'.format(1, 1000000000000) }}", "an operation that could"),
+    ("{{ 'x'.center(1000000000000) }}", "an operation that could"),
+    ("{{ 'x' | center(1000000000000) }}", "an operation that could"),
+    ("{{ 'x'.encode().ljust(1000000000000) }}", "an operation that could"),
+    ("{{ ('x' * 100000).replace('x', 'y' * 100000) }}", "an operation that could"),
+    ("{{ ('x' * 100000) | replace('x', 'y' * 100000) }}", "an operation that could"),
+    ("{{ ('x' * 100000).join(['a'] * 100000) }}", "an operation that could"),
+    ("{{ range(20000) | map('string') | join('x' * 10000) }}", "an operation that could"),
+    ("{{ messages | tojson(indent=1000000000000) }}", "an operation that could"),
+    ("{{ 1.5 | round(1000000000) }}", "an operation that could"),
+    ("{{ range(10**9) }}", "the chat template fails: OverflowError: Range too big"),
+]
+
+
+@pytest.mark.parametrize(("template", "message"), BROKEN)
+def test_a_broken_template_fails_at_once(template, message):
+    """Before any row is seen, in a moment, and naming the template; and where rows come later, so do they."""
+    began = time.perf_counter()
+    with pytest.raises(BadTemplate, match=re.escape(message)):
+        with_template(template)
+    assert time.perf_counter() - began < 5
+    if not message.startswith(("the chat template, line", "the chat template does not")):
+        later = with_template("{% if messages | length == 5 %}" + template + "{% endif %}x")
+        with pytest.raises(BadRow, match="the chat template"):
+            later.render([USER] * 5, prompt=False)
+
+
+def test_a_template_may_refuse_what_it_likes():
+    """Gemma's refuses system messages; another may want one, or refuse what it is tried with."""
+    refusal = "{{ raise_exception('no') }}"
+    for refused in ("messages[0].role == 'system'", "messages[0].role != 'system'", "messages | length < 5"):
+        with_template("{% if " + refused + " %}" + refusal + "{% endif %}" + tiny.CHAT_TEMPLATE)
+    with_template("{{ messages[0].content + messages[messages | length > 2].content }}")
+    wants_system = with_template("{% if messages[0].role == 'user' %}{{ none.x.y }}{% endif %}x")
+    with pytest.raises(BadRow, match="the chat template refuses the conversation: 'None' has no attribute"):
+        wants_system.encode([USER, ANSWER])
+
+
+@pytest.mark.parametrize("template", [LOOP, DOUBLING])
+def test_a_template_that_goes_on_and_on_is_stopped(monkeypatch, template):
+    """In every thread, at whatever it is; and what runs there afterwards is left alone."""
+    monkeypatch.setattr("spin_jax.template.RENDER_SECONDS", 0.5 if template is LOOP else 30)
+    monkeypatch.setattr("spin_jax.template.RENDER_BYTES", 2**28)
+    with pytest.raises(BadTemplate, match="the chat template was stopped: it took more than"):
+        with_template(template)
+    chat = with_template("{% if messages | length == 5 %}" + template + "{% endif %}x")
+
+    def render(number):
+        if number % 2:
+            return chat.render([USER], prompt=False)
+        with pytest.raises(BadTemplate, match="was stopped") as stopped:
+            chat.render([USER] * 5, prompt=False)
+        time.sleep(0.2)  # an exception that came late would come here
+        return type(stopped.value).__name__
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(render, range(4))) == ["BadTemplate", "x"] * 2
+    assert render(0) == "BadTemplate"
+    assert render(1) == "x"
+
+
+def test_the_watchdog_never_hits_what_comes_after(monkeypatch):
+    """Actions that end just as their time does: each returns or is stopped, and nothing is raised later."""
+    monkeypatch.setattr("spin_jax.template.RENDER_SECONDS", 0.02)
+    watchdog, ends = _Watchdog(), Counter()
+
+    def action(seconds):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+        return "returned"
+
+    for number in range(100):
+        try:
+            ends[watchdog.run(lambda n=number: action(0.015 + n * 1e-4))] += 1
+        except BadTemplate:
+            ends["stopped"] += 1
+    action(0.1)
+    assert ends.total() == 100
+    assert ends["returned"]
+    assert ends["stopped"]
+    assert not watchdog._running
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", "\udc00\ud800"])
+def test_half_characters_are_refused(text):
+    for messages in (
+        [{"role": "user", "content": text}, ANSWER],
+        [USER, {"role": "assistant", "content": text}],
+    ):
+        with pytest.raises(BadRow, match=r"messages\[.\].content has half a character"):
+            checked(messages, "messages")
+
+
+def test_private_characters_make_no_control_token(chat):
+    """The names under which the guard keeps the template's control tokens cannot be typed."""
+    forged = [{"role": "user", "content": "</s> " + _private("</s>")}, ANSWER]
+    with pytest.raises(BadRow, match="characters for private use"):
+        chat.encode(forged)
+    alone, _, _ = chat.encode([{"role": "user", "content": _private("</s>")}, ANSWER])
+    assert list(alone).count(2) == 1  # the template's own
+
+
+def test_a_prompt_of_no_token():
+    chat = with_template("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}")
+    with pytest.raises(BadRow, match="makes no token of the prompt"):
+        chat.example(0, [USER, ANSWER], Counter())
+    with pytest.raises(EmptyAnswer, match="the answer has no token"):
+        with_template("a{{ messages[0].content }}").example(0, [USER, ANSWER], Counter())
+
+
+@pytest.mark.parametrize("text", ["word ", "x", "<s></s>"])
+def test_megabytes_are_dropped_without_tokenizing_them(chat, text):
+    chat.lengths = Lengths(512, 1024)
+    counts, began = Counter(), time.perf_counter()
+    huge = {"role": "user", "content": text * (5_000_000 // len(text))}
+    assert chat.example(0, [huge, ANSWER], counts) is None
+    assert counts == {"dropped: prompt too long": 1}
+    assert time.perf_counter() - began < 2
+    fits = {"role": "user", "content": text * (500 // len(text))}
+    assert chat.example(0, [fits, ANSWER], Counter()) is not None
 
 
 def test_no_chat_template():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"config\.data\.chat_template"):
+        Chat(tokenizer, [2])
+    tokenizer.chat_template = {"tool_use": "x"}
+    with pytest.raises(ValueError, match="multiple chat templates with no default"):
         Chat(tokenizer, [2])
 
 
@@ -154,12 +390,9 @@ def test_lengths(chat):
     example = chat.example(7, [USER, {"role": "assistant", "content": "12345"}], counts)
     assert pieces(chat, example.real) == ["1", "2"]
     assert chat.example(8, [{"role": "user", "content": "1+2+3"}, ANSWER], counts) is None
-    assert chat.example(9, [USER, {"role": "assistant", "content": " "}], counts) is None
-    assert +counts == {
-        "cut: answer too long": 1,
-        "dropped: prompt too long": 1,
-        "dropped: empty answer": 1,
-    }
+    with pytest.raises(EmptyAnswer):
+        chat.example(9, [USER, {"role": "assistant", "content": " "}], counts)
+    assert +counts == {"cut: answer too long": 1, "dropped: prompt too long": 1}
 
 
 def test_pair_keeps_the_samplers_ids(chat):

@@ -401,7 +401,7 @@ def test_missing_and_misshapen_tensors_are_listed_together(tiny_dir, mesh, tmp_p
     del tensors["lm_head.weight"]
     tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((56, 31), np.float32)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="the weights do not match") as error:
+    with pytest.raises(ValueError, match="the weights cannot be loaded") as error:
         spin_jax.load(str(directory), mesh=mesh)
     message = str(error.value)
     assert "model.layers.1.self_attn.q_proj.weight: missing" in message
@@ -474,8 +474,9 @@ def test_index_naming_a_missing_file(hf_model_dir, mesh, tmp_path):
     directory = copied(hf_model_dir("mistral", max_shard_size="30KB")[0], tmp_path)
     lost = sorted(directory.glob("*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(FileNotFoundError, match=f"index.json names {lost.name}, not there"):
+    with pytest.raises(ValueError, match=f"{lost.name} is not there") as error:
         spin_jax.load(str(directory), mesh=mesh)
+    assert str(error.value).count("\n") == 1  # its tensors go without saying
 
 
 @pytest.mark.parametrize(
@@ -486,7 +487,7 @@ def test_index_naming_a_file_elsewhere(name, hf_model_dir, mesh, tmp_path):
     index = files.read_json(directory / "model.safetensors.index.json")
     index["weight_map"]["model.norm.weight"] = name
     files.write_json(directory / "model.safetensors.index.json", index)
-    with pytest.raises(ValueError, match="names files outside of its directory"):
+    with pytest.raises(ValueError, match="files outside of its directory are not read"):
         spin_jax.load(str(directory), mesh=mesh)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from spin_jax import data, tiny
+from spin_jax import data, sources, tiny
 from spin_jax.chat import BadRow, Chat, Example, Lengths, Pair
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -60,7 +60,7 @@ def test_named_columns():
         ({"messages": [turn("tool", "q"), turn("assistant", "a")]}, r"messages\[0\].role is 'tool'"),
         ({"messages": [turn("user", 3), turn("assistant", "a")]}, r"messages\[0\].content is int"),
         ({"messages": [turn("user", "q")] + [turn("assistant", "a")] * 2}, "two assistant turns"),
-        ({"question": None, "answer": "a"}, "content is NoneType"),
+        ({"question": None, "answer": "a"}, "question is NoneType"),
     ],
 )
 def test_bad_rows_name_the_field(row, message):
@@ -90,10 +90,10 @@ def test_formats(tmp_path, kind):
         dataset.save_to_disk(path)
     else:
         DatasetDict(train=dataset, test=dataset).save_to_disk(path)
-    loaded = data.load_rows(path)
+    loaded = sources.load_rows(path)
     assert [loaded[i] for i in range(len(loaded))] == rows
     if kind == "jsonl":
-        assert len(data.load_rows(path, "train[:2]")) == 2
+        assert len(sources.load_rows(path, "train[:2]")) == 2
 
 
 def test_splits(tmp_path):
@@ -103,32 +103,34 @@ def test_splits(tmp_path):
     rows = Dataset.from_list([{"question": f"q{i}", "answer": "a"} for i in range(20)])
     rows.save_to_disk(tmp_path / "one")
     DatasetDict(train=rows, test=rows.select(range(3))).save_to_disk(tmp_path / "two")
-    assert len(data.load_rows(str(tmp_path / "one"), "train[:5]")) == 5
-    assert data.load_rows(str(tmp_path / "two"), "train[10:12]")["question"] == ["q10", "q11"]
+    assert len(sources.load_rows(str(tmp_path / "one"), "train[:5]")) == 5
+    assert sources.load_rows(str(tmp_path / "two"), "train[10:12]")["question"] == ["q10", "q11"]
     with pytest.raises(ValueError, match="no split 'dev'; it has train, test"):
-        data.load_rows(str(tmp_path / "two"), "dev")
+        sources.load_rows(str(tmp_path / "two"), "dev")
     folder = tmp_path / "files"
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", list(rows))
     write_jsonl(folder / "test.jsonl", list(rows)[:3])
-    assert len(data.load_rows(str(folder))) == 20
-    assert len(data.load_rows(str(folder), "test")) == 3
-    assert len(data.load_rows(str(folder), all_files=True)) == 23
+    assert len(sources.load_rows(str(folder))) == 20
+    assert len(sources.load_rows(str(folder), "test")) == 3
+    assert len(sources.load_rows(str(folder), all_files=True)) == 23
     with pytest.raises(ValueError, match="no file of a split 'dev'"):
-        data.load_rows(str(folder), "dev")
-    assert len(data.load_rows("spin_jax.tiny:problems", "train[:7]")) == 7
+        sources.load_rows(str(folder), "dev")
+    assert len(sources.load_rows("spin_jax.tiny:problems", "train[:7]")) == 7
 
 
 def test_broken_files_name_file_and_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\n{"question": "q", "ans')
-    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: "):
-        data.load_rows(str(path))
+    rows = sources.load_rows(str(path))
+    assert len(rows) == 2
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: Unterminated string .*: column"):
+        list(rows)
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"empty\.jsonl is empty: 0 rows"):
-        data.load_rows(str(tmp_path / "empty.jsonl"))
+        sources.load_rows(str(tmp_path / "empty.jsonl"))
     with pytest.raises(FileNotFoundError, match="no such file"):
-        data.load_rows(str(tmp_path / "absent.jsonl"))
+        sources.load_rows(str(tmp_path / "absent.jsonl"))
 
 
 def test_examples_name_path_and_row(chat, tmp_path):
@@ -136,7 +138,7 @@ def test_examples_name_path_and_row(chat, tmp_path):
         tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}]
     )
     rows = [{"question": "q", "answer": "a"}, {"question": None, "answer": "a"}]
-    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: question / answer"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: question is NoneType: expected text"):
         data.load_examples(rows, chat, path=path)
 
 
@@ -163,7 +165,7 @@ def test_held_out():
 def test_gsm8k(chat):
     if not SHARED.exists():
         pytest.skip("GSM8K is not here")
-    rows = data.load_rows(str(SHARED / "gsm8k" / "test.jsonl"))
+    rows = sources.load_rows(str(SHARED / "gsm8k" / "test.jsonl"))
     examples, counts = data.load_examples(rows, chat, path="gsm8k", limit=100)
     assert len(examples) == 100
     assert not counts
@@ -192,7 +194,7 @@ def test_published_pairs(chat, tmp_path):
     conversation = [turn("user", "1+2"), turn("assistant", "3")]
     other = [turn("user", "1+2"), turn("assistant", "44")]
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"real": conversation, "generated": other}] * 2)
-    pairs, counts = data.load_pairs(data.load_rows(path), chat, path=path, vocab_size=272)
+    pairs, counts = data.load_pairs(sources.load_rows(path), chat, path=path, vocab_size=272)
     assert [p.prompt_id for p in pairs] == [0, 1]
     assert not counts
     assert chat.decode(pairs[0].real) == "3"
@@ -221,7 +223,10 @@ def test_given_pairs_are_checked(chat):
     foreign = row("4", prompt_tokens=[5], real_tokens=[99999], generated_tokens=[6])
     with pytest.raises(ValueError, match="beyond the model's vocabulary of 272: another tokenizer"):
         data.load_pairs([foreign], chat, path="x", vocab_size=272)
-    for prompt, message in (([], "prompt_tokens is empty"), ([5, -1], "a token id is negative")):
+    for prompt, message in (
+        ([], "prompt_tokens is empty"),
+        ([5, -1], "prompt_tokens: a token id is negative"),
+    ):
         bad = row("4", prompt_tokens=prompt, real_tokens=[7], generated_tokens=[6])
         with pytest.raises(ValueError, match=f"row 1: {message}"):
             data.load_pairs([bad], chat, path="x", vocab_size=272)
@@ -232,11 +237,11 @@ def test_own_pairs_keep_their_ids(chat, tmp_path):
     example = chat.example(9, [turn("user", "1+2"), turn("assistant", "3")], Counter())
     pair = chat.pair(example, 0, np.array([40, 41, 2], np.int32))
     (tmp_path / "x.parquet").write_bytes(data.pairs_to_parquet([pair]))
-    (loaded,), _ = data.load_pairs(data.load_rows(str(tmp_path)), chat, path="x", vocab_size=272)
+    (loaded,), _ = data.load_pairs(sources.load_rows(str(tmp_path)), chat, path="x", vocab_size=272)
     np.testing.assert_array_equal(loaded.generated, pair.generated)
     assert loaded.prompt_id == 9
     chat_short = Chat(chat.tokenizer, chat.stop_tokens, lengths=Lengths(10, len(example.prompt) + 2))
-    (cut,), _ = data.load_pairs(data.load_rows(str(tmp_path)), chat_short, path="x", vocab_size=272)
+    (cut,), _ = data.load_pairs(sources.load_rows(str(tmp_path)), chat_short, path="x", vocab_size=272)
     assert len(cut.generated) == 2
     assert cut.truncated
 

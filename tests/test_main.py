@@ -36,12 +36,12 @@ def command(*arguments, timeout=120):
         ("--config.los.beta=1", "did you mean config.loss?"),
         ("--config.train.batchsize=1", "did you mean config.train.batch_size?"),
         ("--config.seed.x=1", "config.seed is a value, not a section"),
-        ("--config.data.limit=abc", "--config.data.limit=abc"),
-        ("--config.loss.beta=0", "loss.beta=(0,): positive numbers are wanted"),
+        ("--config.data.limit=abc", "config.data.limit=abc: a whole number is wanted"),
+        ("--config.loss.beta=0", "loss.beta=(0,): above 0"),
         ("--config.loss.beta=(1.0,2.0)", "loss.beta has 2 values for 3 iterations"),
-        ("--config.train.epochs=1.5", "train.epochs=(1.5,): positive whole numbers"),
+        ("--config.train.epochs=1.5", "train.epochs=(1.5,): a whole number is wanted"),
         ("--config.model.dtype=int8", "model.dtype='int8'"),
-        ("--config.selfplay.start=9", "selfplay.start=9: between 0 and"),
+        ("--config.selfplay.start=9", "selfplay.start=9: at most selfplay.iterations=3"),
         ("--config.selfplay.pairs=7=x", "selfplay.pairs gives pairs for iteration 7"),
         ("--confg=x", "confg"),
         ("--only=tune", "only"),
@@ -96,7 +96,7 @@ def test_resolve_lays_over_the_defaults():
     assert [config_lib.per_iteration(config.train.epochs, t) for t in range(3)] == [1, 2, 3]
     with pytest.raises(config_lib.ConfigError, match=r"did you mean train\.clip_norm"):
         config_lib.resolve({"train": {"clipnorm": 1.0}})
-    with pytest.raises(config_lib.ConfigError, match="seed is 'x', and should be int"):
+    with pytest.raises(config_lib.ConfigError, match="seed='x': a whole number is wanted"):
         config_lib.resolve({"seed": "x"})
 
 

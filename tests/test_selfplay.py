@@ -4,22 +4,19 @@ import json
 import math
 import os
 import pathlib
-import signal
 import subprocess
 import sys
-import time
 import types
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from runs import ROOT, Command, assert_same_run, read_metrics, read_pairs, weights
 
 from spin_jax import config
 from spin_jax.opponent import Opponent
 
-ROOT = pathlib.Path(__file__).parents[1]
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
-FAST_COMPILATION = "--xla_backend_optimization_level=0"
 STEP_KEYS = {
     "loss",
     "margin",
@@ -35,42 +32,9 @@ STEP_KEYS = {
 }
 
 
-class Command:
-    """`python -m spin_jax.main` on a number of simulated devices; programs are compiled once a session."""
-
-    def __init__(self, cache: pathlib.Path):
-        self.cache = cache
-
-    def environment(self, devices=1, fast_compilation=True):
-        flags = FAST_COMPILATION if fast_compilation else ""
-        return {
-            **os.environ,
-            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache / f"{devices}_{fast_compilation}"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-            "PYTHONUNBUFFERED": "1",
-        }
-
-    def start(self, workdir, *arguments, config="configs/tiny.py:smoke", **environment):
-        return subprocess.Popen(
-            [sys.executable, "-m", "spin_jax.main", f"--config={config}", f"--workdir={workdir}", *arguments],
-            cwd=ROOT,
-            env=self.environment(**environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def __call__(self, workdir, *arguments, expect=0, **options):
-        process = self.start(workdir, *arguments, **options)
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == expect, output
-        return output
-
-
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
-    return Command(tmp_path_factory.mktemp("xla_cache"))
+    return Command(tmp_path_factory.getbasetemp() / "xla_cache")  # test_kill.py's too
 
 
 @pytest.fixture(scope="session")
@@ -78,46 +42,6 @@ def finished(command, tmp_path_factory):
     """(workdir, output) of an uninterrupted smoke run."""
     workdir = tmp_path_factory.mktemp("run")
     return workdir, command(workdir)
-
-
-def read_metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(rows):
-    """Rows less what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "minutes")} for row in rows]
-
-
-def read_pairs(folder):
-    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-
-
-def weights(folder):
-    from safetensors.numpy import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_run(a, b, iterations=(0, 1)):
-    """Pairs, scores, weights and numbers of two runs, to the bit."""
-    for t in iterations:
-        for kind in ("pairs", "scores"):
-            assert read_pairs(a / f"iteration_{t}" / kind) == read_pairs(b / f"iteration_{t}" / kind)
-        ours, theirs = (weights(x / f"iteration_{t}" / "model") for x in (a, b))
-        for name in ours:
-            np.testing.assert_array_equal(ours[name], theirs[name])
-    assert without_times(json.loads((a / "summary.json").read_text())) == without_times(
-        json.loads((b / "summary.json").read_text())
-    )
-
-    def key(row):
-        return row["phase"], row["iteration"], row["step"]
-
-    ours, theirs = (sorted(without_times(read_metrics(x)), key=key) for x in (a, b))
-    assert [key(row) for row in ours] == [key(row) for row in theirs]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine == other or mine["phase"] in ("sample", "score")
 
 
 def test_one_command_leaves_everything(finished):
@@ -211,71 +135,16 @@ def test_another_config_is_refused_the_workdir(finished, command):
     assert "holds another run: there loss.beta is [10.0], and now [2]" in output
 
 
-def interrupt(process, wanted, workdir):
-    """Sends Ctrl-C once `wanted` shows in metrics.jsonl; returns the output."""
-    deadline = time.monotonic() + 300
-    metrics = workdir / "metrics.jsonl"
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and wanted in metrics.read_text():
-            process.send_signal(signal.SIGINT)
-            break
-        time.sleep(0.01)
-    output, _ = process.communicate(timeout=120)
-    return output
-
-
-def test_interrupted_and_continued(command, finished, tmp_path):
-    """Ctrl-C in sampling, in SFT and in training; the same command goes on to the same result."""
-    slow = [
-        "--config.sampling.shard_size=16",
-        "--config.sampling.batch_size=16",
-        "--config.train.batch_size=8",
-        "--config.train.epochs=2",
-        "--config.sft.control=False",
-        "--config.sft.batch_size=16",
-    ]
-    whole = tmp_path / "whole"
-    command(whole, *slow)
-    parts = tmp_path / "parts"
-    stopped = []
-    for wanted in (
-        '"phase": "sft", "iteration": -1, "step": 3',
-        '"phase": "sample", "iteration": 0, "step": 2',
-        '"phase": "train", "iteration": 0, "step": 5',
-        '"phase": "train", "iteration": 1, "step": 11',
-    ):
-        process = command.start(parts, *slow)
-        output = interrupt(process, wanted, parts)
-        assert process.returncode == 130, output
-        assert "to continue: python -m spin_jax.main" in output
-        stopped.append(wanted)
-    assert len(stopped) == 4
-    command(parts, *slow)
-    assert_same_run(whole, parts)
-    ids = [row["prompt_id"] for row in read_pairs(parts / "iteration_0" / "pairs")]
-    assert len(ids) == len(set(ids)) == 200
-
-
 def test_phase_by_phase_equals_one_run(command, finished, tmp_path):
+    """In a workdir given relatively (its checkpoints need absolute paths); out of order they say so."""
     whole, _ = finished
-    for _ in range(2):
-        for phase in ("sample", "score", "train"):
-            command(tmp_path, f"--only={phase}")
-    assert_same_run(whole, tmp_path)
-
-
-def test_a_relative_workdir(command, tmp_path):
-    """Its checkpoints need absolute paths; the user does not."""
     relative = os.path.relpath(tmp_path / "run", ROOT)
+    assert "run --only=sample first" in command(relative, "--only=score", expect=2)
     command(relative, "--only=sample")
-    assert (tmp_path / "run" / "start" / "checkpoint").exists()
-    assert read_pairs(tmp_path / "run" / "iteration_0" / "pairs")
-
-
-def test_phases_out_of_order_say_what_to_run(command, tmp_path):
-    assert "run --only=sample first" in command(tmp_path, "--only=score", expect=2)
-    command(tmp_path, "--only=sample")
-    assert "run --only=score first" in command(tmp_path, "--only=train", expect=2)
+    assert "run --only=score first" in command(relative, "--only=train", expect=2)
+    for phase in ("score", "train", "sample", "score", "train"):
+        command(relative, f"--only={phase}")
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_enough_files_are_sampled_together_to_keep_all_slots_busy(mesh):

@@ -15,14 +15,16 @@ from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, 
 from spin_jax.chat import Pair
 from spin_jax.convert import new_model
 from spin_jax.losses import PairLogps
-from spin_jax.model import Decoder, abstract_params
+from spin_jax.model import Decoder, abstract_params, params_on
 from spin_jax.scoring import score_groups, score_rows
 from spin_jax.train import (
     SFT,
     SPIN,
     Loop,
+    NotFinite,
     Optimization,
     TrainState,
+    abstract_state,
     evaluate,
     fit,
     init_state,
@@ -364,7 +366,7 @@ def test_logits_are_never_kept(model, monkeypatch):
     pair = Pair(0, 0, [], [], *np.ones((3, 100), np.int32), truncated=False)
     batch = pair_step([ScoredPair(pair, (0.0, 0.0))] * 4, RowShape(2, 512, 3))
     params = sharding.unboxed(abstract_params(config))
-    state = TrainState(params, jax.eval_shape(make_optimizer(RMSPROP).init, params))
+    state = TrainState(params, jax.eval_shape(make_optimizer(RMSPROP).init, params), np.int32(0))
     step = make_step(objective, RMSPROP)
     compiled = step.lower(state, batch, np.float32(0), {"beta": np.float32(0)}).compile()
     logits = 2 * 512 * 32768
@@ -433,12 +435,17 @@ def test_offloaded_state_changes_no_bit(model, fresh, mesh, mesh8, tmp_path):
     for offload in (False, True):
         options = dataclasses.replace(RMSPROP, optimizer="adamw", offload=offload)
         state, step = init_state(fresh(mesh8), options, mesh8), make_step(objective, options)
-        with checkpoint.StepCheckpoints.open(tmp_path / str(offload), 1) as checkpoints:
-            for done in (1, 2):
-                with jax.set_mesh(mesh8):
-                    state, _ = step(state, batch, np.float32(1e-3), {"beta": np.float32(0.1)})
-                checkpoints.save(done, state)
-                state = checkpoints.restore(checkpoint.abstract(state))
+        checkpoints = checkpoint.StepCheckpoints(tmp_path / str(offload), 1)
+        abstract = abstract_state(params_on(mesh8, model.config), options, mesh8)
+        for planned, leaf in zip(*map(jax.tree.leaves, (abstract, state)), strict=True):
+            assert planned.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+            assert (planned.shape, planned.dtype) == (leaf.shape, leaf.dtype)
+        for done in (1, 2):
+            with jax.set_mesh(mesh8):
+                state, _ = step(state, batch, np.float32(1e-3), {"beta": np.float32(0.1)})
+            checkpoints.save(done, state)
+            assert checkpoints.steps_done() == done
+            state = checkpoints.restore(done, abstract)
         kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim}
         assert kinds == {"pinned_host" if offload else "device"}
         assert step._cache_size() == 1
@@ -528,11 +535,11 @@ def test_fit_reports_tokens_and_waiting(mesh):
 
     def step(state, batch, learning_rate, scalars):
         time.sleep(0.1)  # what a device would take
-        return state, {"loss": learning_rate * scalars["beta"]}
+        return state, {"loss": learning_rate * scalars["beta"], "skipped": 0}
 
     began = time.perf_counter()
     fit(
-        TrainState({}, None),
+        TrainState({}, None, None),
         source(),
         step,
         start=1,
@@ -540,7 +547,7 @@ def test_fit_reports_tokens_and_waiting(mesh):
         scalars={"beta": 0.5},
         mesh=mesh,
         checkpoints=None,
-        loop=Loop(5, 10, lambda *report: reported.append(report), lambda: False),
+        loop=Loop(5, 10, 1, lambda *report: reported.append(report), lambda: 0),
     )
     took = time.perf_counter() - began
     tokens = sum(len(pair.prompt) + len(pair.real) for pair in random_pairs(8))
@@ -557,23 +564,73 @@ def test_fit_reports_tokens_and_waiting(mesh):
 
 def test_saving_is_no_part_of_a_steps_speed(mesh):
     class Slow:
+        def check_room(self, state):
+            pass
+
         def save(self, done, state):
             time.sleep(0.5)
 
     reported = []
     fit(
-        TrainState({}, None),
+        TrainState({}, None, None),
         iter([sft_step(random_pairs(8))] * 2),
-        lambda state, batch, learning_rate, scalars: (state, {"loss": learning_rate}),
+        lambda state, batch, learning_rate, scalars: (state, {"loss": learning_rate, "skipped": 0}),
         start=0,
         learning_rates=np.ones(2),
         scalars={},
         mesh=mesh,
         checkpoints=Slow(),
-        loop=Loop(2, 1, lambda *report: reported.append(report), lambda: False),
+        loop=Loop(2, 1, 1, lambda *report: reported.append(report), lambda: 0),
     )
     tokens = sum(len(pair.prompt) + len(pair.real) for pair in random_pairs(8))
     assert [tokens / values["tokens_per_s"] < 0.4 for _, values, _ in reported] == [True, True]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(model, fresh, mesh):
+    """Weights, moments and counts stay to the bit; the number of such steps in a row is kept, and ends."""
+    options = dataclasses.replace(RMSPROP, optimizer="adamw", weight_decay=0.1)
+    objective = SPIN(Decoder(model.config), losses.logistic)
+    good = pair_step(scored_by(objective.decoder, fresh(mesh), mesh, random_pairs(8)))
+    bad = good._replace(opponent=np.where(good.opponent < 0, np.nan, 0).astype(np.float32))
+    huge = good._replace(opponent=np.where(good.opponent < 0, -np.inf, 0).astype(np.float32))  # inf − inf
+    step, state, counts = make_step(objective, options), init_state(fresh(mesh), options, mesh), []
+    with jax.set_mesh(mesh):
+        for batch in (good, bad, huge, good):
+            before = jax.device_get(state)
+            placed = sharding.put_batch(mesh, batch, axis=1)
+            state, metrics = step(state, placed, np.float32(1e-3), {"beta": np.float32(0.1)})
+            counts.append(int(metrics["skipped"]))
+            same = jax.tree.map(np.array_equal, before[:2], jax.device_get(state)[:2])
+            assert all(jax.tree.leaves(same)) == (batch is not good)
+    assert counts == [0, 1, 2, 0]
+    assert step._cache_size() == 1
+
+
+def test_too_many_in_a_row_stop_the_run_with_the_batch(mesh):
+    """And nothing is saved after them: the last good checkpoint stays."""
+    saved, given = [], [sft_step(random_pairs(8))] * 9
+
+    class Checkpoints:
+        check_room = staticmethod(lambda state: None)
+        save = staticmethod(lambda done, state: saved.append(done))
+
+    def step(state, batch, learning_rate, scalars):  # step 5 is the first that is not finite
+        return state + 1, {"loss": 1.0, "skipped": max(state - 4, 0)}
+
+    with pytest.raises(NotFinite, match="the last was step 6") as caught:
+        fit(
+            0,
+            iter(given),
+            step,
+            start=0,
+            learning_rates=np.ones(9),
+            scalars={},
+            mesh=mesh,
+            checkpoints=Checkpoints,
+            loop=Loop(9, 2, 2, lambda *report: None, lambda: 0),
+        )
+    assert saved == [2, 4, 6]
+    assert caught.value.batch is given[0]
 
 
 def test_impossible_options():

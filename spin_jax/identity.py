@@ -1,0 +1,210 @@
+"""Which run a workdir holds: what it began with, in config.json, and what of that has changed since.
+
+A run goes on to the same result, to the bit, only with the same config, data, model, code and libraries.
+They are compared before anything is computed; what goes on all the same is put on record.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from spin_jax import config as config_lib
+from spin_jax import files, hosts
+from spin_jax.chat import Example, Pair
+from spin_jax.model import Model
+
+Identity = Mapping[str, Mapping[str, str]]
+
+# What may differ when a run is continued; all else would make it another run.
+_FREE_SECTIONS = ("mesh", "checkpoint", "logging")
+_FREE = (
+    "resume_anyway",
+    "compiler_flags",
+    "data.path",  # its contents are compared, wherever they are; so are those of the next two
+    "model.path",
+    "selfplay.pairs",
+    "selfplay.iterations",
+    "sampling.batch_size",
+    "sampling.tensor",
+    "train.remat",
+    "train.offload",
+    "train.most_skipped",
+    "sft.offload",
+    "sft.control",  # can be asked for later
+    "sft.control_learning_rate",
+    "eval.verifier",
+    "eval.samples",
+    "eval.fixed_prompts",
+)
+_PACKAGES = (
+    "spin_jax",
+    "jax",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "grain",
+)
+
+
+def digests(
+    config: Any, model: Model, examples: Sequence[Example], given: Mapping[int, Sequence[Pair]], weights: str
+) -> Identity:
+    """What a run is made of: fingerprints of data, tokenizer, template, weights and code, and versions.
+
+    Args:
+        weights: of the checkpoint that it starts from, "" for none.
+    """
+    texts = (_json([example.prompt_id, example.messages]) for example in examples)
+    pairs = (part for t in sorted(given) for pair in given[t] for part in _content(t, pair))
+    tokenizer = model.tokenizer
+    fingerprints = {
+        "data": f"{len(examples)} examples, {_digest(texts)}",
+        "given pairs": f"{sum(map(len, given.values()))} pairs, {_digest(pairs)}",
+        "tokenizer": _digest([tokenizer.backend_tokenizer.to_str().encode()]),
+        "chat template": _digest([_json(tokenizer.chat_template)]),
+        "model": _digest([_json(dataclasses.asdict(model.config)), _json(list(model.stop_tokens))]),
+        "weights": weights,
+        "code": _source_of_package(),
+    }
+    if ":" in config.loss.name:
+        fingerprints["loss"] = _source_of(config.loss.name.partition(":")[0])
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"fingerprints": fingerprints, "versions": versions}
+
+
+def _content(t: int, pair: Pair) -> Iterator[bytes]:
+    yield _json([t, pair.prompt_id, pair.sample_id])
+    for ids in (pair.prompt, pair.real, pair.generated):
+        yield len(ids).to_bytes(8) + ids.tobytes()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _source_of(module: str) -> str:
+    """The digest of a module's file."""
+    path = getattr(importlib.import_module(module), "__file__", None)
+    return _digest([Path(path).read_bytes()]) if path else "no file"
+
+
+def _source_of_package() -> str:
+    return _digest(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+
+
+def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{name: (what a run began with, what is here now)}, but for what may differ."""
+    old, new = (_flat(c) for c in (began["config"], recorded(config)))
+    both = range(min(old.get("selfplay.iterations", 0), new["selfplay.iterations"]))
+    result: dict[str, tuple[Any, Any]] = {}
+    for name, value in new.items():
+        theirs, ours = old.get(name, value), value
+        if name in config_lib.PER_ITERATION:
+            theirs, ours = ([config_lib.per_iteration(v, t) for t in both] for v in (theirs, ours))
+        free = name in _FREE or name.partition(".")[0] in _FREE_SECTIONS
+        if not free and theirs != ours:
+            result[name] = old[name], value
+    for kind, values in found.items():
+        theirs = began.get(kind, {})
+        result |= {f"{kind}.{k}": (theirs[k], v) for k, v in values.items() if theirs.get(k, v) != v}
+    return result
+
+
+def check(workdir: epath.Path, config: Any, found: Identity, began: Mapping[str, Any]) -> list[str]:
+    """Notes of what has changed since the run began; nothing where it begins.
+
+    Other versions of libraries are only noted: a machine that was set up anew often has some.
+
+    Raises:
+        ValueError: something else has, and `resume_anyway` is not set; with each difference.
+    """
+    if not began:
+        return []
+    changed = differences(config, found, began)
+    serious = {name: values for name, values in changed.items() if not name.startswith("versions.")}
+    if serious and not config.resume_anyway:
+        listed = "; ".join(f"there {name} is {a!r}, and now {b!r}" for name, (a, b) in serious.items())
+        raise ValueError(
+            f"{workdir} holds another run: {listed}. Take a new --workdir, or what it was, or "
+            "--config.resume_anyway=True, which goes on all the same and is kept in config.json"
+        )
+    return [f"goes on although {name} was {a!r}, and is {b!r} now" for name, (a, b) in changed.items()]
+
+
+@contextlib.contextmanager
+def taken(
+    workdir: epath.Path,
+    config: Any,
+    found: Identity,
+    began: Mapping[str, Any],
+    revisions: Mapping[str, Any],
+) -> Iterator[None]:
+    """Holds the workdir, and writes config.json.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    with files.held(workdir):
+        path = workdir / "config.json"
+        if files.read_agreed(path) not in (None, began):
+            raise ValueError(f"{workdir}: another run has begun there meanwhile; start this one again")
+        files.sweep(workdir)
+        overrides = list(began.get("overrides", []))
+        if began and (changed := differences(config, found, began)):
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            overrides.append({"at": now, "differences": changed})
+        record = {"config": recorded(config), **revisions, **found, "overrides": overrides}
+        if record != began:
+            files.write_json(path, record)
+        hosts.together(lambda: _see(path))
+        yield
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """The config as config.json has it: without secrets, tuples as lists."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: kept(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [kept(inner) for inner in value]
+        return config_lib.redacted(value) if isinstance(value, str) else value
+
+    return kept(config.to_dict())
+
+
+def _see(path: epath.Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}, which process 0 has written, is not here: processes need one workdir, on a shared disk "
+            "or in an object store"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,103 @@
+"""Ctrl-C and SIGTERM: noticed at once, obeyed between two units of work."""
+
+import _thread
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """The number of the signal that asked the run to stop, or 0; asked between units of work.
+
+    A thread takes the signals: the main one may be compiling, or waiting for a device, for minutes. Ctrl-C
+    again quits at once, and so does any signal while nobody has asked yet: then nothing is under way. That
+    does no harm: whatever is on disk is whole at any moment.
+    """
+
+    def __init__(self, quit_now: Callable[[int], None] | None = None):
+        """`quit_now` gets the signal's number, in the thread; None: KeyboardInterrupt, in the main one."""
+        self.number = 0
+        self.speaks = True  # several processes: one does
+        self._quit_now = quit_now
+        self.asked = self._raises = False  # asked: the run is under way
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
+        os.register_at_fork(after_in_child=self._let_go)
+        self.listen()
+
+    def listen(self) -> None:
+        """Takes the signals; to be called again where a library may have taken them since."""
+        for number in SIGNALS:
+            if self._before[number] is not signal.SIG_IGN:  # whoever started this wants it so
+                signal.signal(number, self._handle)
+
+    def _let_go(self) -> None:
+        """In a forked child: its signals are its own, and no business of its parent's thread."""
+        if signal.getsignal(signal.SIGTERM) == self._handle:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def close(self) -> None:
+        """Gives the signals back to who had them."""
+        signal.set_wakeup_fd(self._fd_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._writer)  # the thread reads the end, and ends
+
+    def __call__(self) -> int:
+        self.asked = True
+        return self.number
+
+    def _handle(self, number: int, frame: Any) -> None:
+        del number, frame  # the thread has read of it
+        if self._raises:
+            self._raises = False
+            raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        echo = False  # what the thread itself raises, it hears too
+        while received := os.read(self._reader, 1):
+            number = received[0]
+            if number not in SIGNALS or echo:
+                echo = False
+                continue
+            if not self.asked or (self.number and number == signal.SIGINT):
+                self.number = self.number or number
+                if self._quit_now is not None:
+                    self._quit_now(number)
+                self._raises = echo = True
+                _thread.interrupt_main()
+            elif not self.number:
+                self.number = number
+                if self.speaks:
+                    say("\nstopping after this step or batch; what is done is kept")
+        os.close(self._reader)
+
+
+def say(text: str) -> None:
+    """To the screen, if it is still there: Ctrl-C ends `tee` as well."""
+    with contextlib.suppress(OSError, ValueError):
+        os.write(1, f"{text}\n".encode())
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Callable[[], int]]:
+    """Interrupts for as long as a call takes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0  # signals are the main thread's
+        return
+
+    interrupts = Interrupts()
+    try:
+        yield interrupts
+    finally:
+        interrupts.close()

@@ -1,0 +1,208 @@
+"""The weight files of a Hugging Face checkpoint: found, checked and mapped, by their headers alone.
+
+Safetensors in one file, or in several with an index; nothing else is read. What is wrong with them comes in
+one message, before anything is loaded.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from spin_jax import files
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_MAX_HEADER = 100 * 2**20
+_SAMPLES, _SAMPLE = 64, 2**14  # of a file, for its digest: so many pieces of so many bytes
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, none of it read yet."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def map(self) -> np.ndarray:
+        return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """A safetensors file's entries, where their data begin, and the file's size; ValueError says why not."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            if start == b"version ":
+                raise ValueError("is a git-lfs pointer, not the weights: run `git lfs pull`")
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
+            if length > min(_MAX_HEADER, size - 8):
+                raise ValueError(f"({size} bytes) is truncated or not a safetensors file")
+            text = file.read(length)
+    except FileNotFoundError as error:
+        raise ValueError("is not there") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"has a damaged header: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError("has a damaged header: it is no JSON object")
+    header.pop("__metadata__", None)
+    return header, 8 + length, size
+
+
+def whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _stored(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
+    """A file's tensors (None for one that is damaged), and what is wrong with the file.
+
+    Raises:
+        ValueError: the file has no header that could be read.
+    """
+    header, start, size = _header(path)
+    tensors: dict[str, Stored | None] = dict.fromkeys(header)
+    problems, spans = [], []
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [first, last]} if (
+                all(map(whole, (*shape, first, last))) and first <= last
+            ):
+                spans.append((first, last, name))
+                taken = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else last - first
+                if taken != last - first:
+                    problems.append(
+                        f"{name}: {shape} of {dtype} take {taken} bytes, and its data_offsets {last - first}"
+                    )
+                elif start + last <= size:
+                    tensors[name] = Stored(path, dtype, tuple(shape), start + first)
+            case _:
+                problems.append(f"{name}: damaged header entry {str(entry)[:80]}")
+    end = max((last for _, last, _ in spans), default=0)
+    past = [name for _, last, name in spans if start + last > size]
+    if past:
+        problems.insert(
+            0, f"is truncated: of {len(past)} tensors, {past[0]} first, the data end past its {size} bytes"
+        )
+    elif start + end < size and not problems:
+        problems.append(f"is damaged: {size - start - end} bytes follow its last tensor")
+    spans.sort()
+    for (_, last, name), (first, _, other) in itertools.pairwise(spans):
+        if first < last:
+            problems.append(f"{other}: overlaps {name}")
+    return tensors, problems
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Which file each tensor is in, by model.safetensors.index.json."""
+    places = files.read_object(path).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{path}: weight_map should say, for each tensor, the name of its file")
+    for name in sorted(set(places.values())):
+        if not re.fullmatch(r"[\w.+-]+", name, re.ASCII) or ".." in name:
+            raise ValueError(f"{path} names {name!r}: files outside of its directory are not read")
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"{path} names {name}, and only safetensors are read: {_CONVERT}")
+    return places
+
+
+_CONVERT = "convert it to safetensors (transformers' save_pretrained writes them)"
+
+
+def _no_weights(directory: Path) -> str:
+    """Why there are no weights to be found, as far as it can be told."""
+    if hint := adapter(directory):
+        return hint
+    hint = ""
+    if pickles := sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
+        hint = f" ({pickles[0]} is a pickle, which is not read: {_CONVERT})"
+    elif parts := sorted(p.name for p in directory.glob("*.safetensors")):
+        hint = f" ({parts[0]} is there, without the model.safetensors.index.json that goes with it)"
+    return f"{directory} has no model.safetensors{hint}"
+
+
+def adapter(directory: Path) -> str:
+    """What to do with a directory of LoRA weights alone."""
+    if not (directory / "adapter_config.json").exists():
+        return ""
+    return (
+        f"{directory} holds an adapter (adapter_config.json) without its base model: "
+        "merge them (peft's merge_and_unload), save the result, and give that directory"
+    )
+
+
+def locate(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """Where the wanted tensors stand; reads headers only.
+
+    Raises:
+        ValueError: everything that is missing, damaged or misshapen, in one message.
+        FileNotFoundError: there are no weights.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        places = _read_index(index)
+    elif (directory / "model.safetensors").exists():
+        places = dict.fromkeys(wanted, "model.safetensors")
+    else:
+        raise FileNotFoundError(_no_weights(directory))
+    found: dict[str, dict[str, Stored | None]] = {}
+    problems = []
+    for file in sorted(set(places.values())):
+        try:
+            found[file], wrong = _stored(directory / file)
+        except ValueError as error:
+            wrong = [str(error)]
+        problems += [f"{file} {problem}" for problem in wrong]
+    located = {}
+    for name, shape in wanted.items():
+        others = [file for file, tensors in found.items() if name in tensors and file != places.get(name)]
+        if name not in places:
+            said = f"in {others[0]}, which {index.name} does not say" if others else "missing"
+            problems.append(f"{name}: {said}")
+        elif places[name] not in found:
+            continue  # its file has been named
+        elif name not in found[places[name]]:
+            said = f"in {others[0]}; {index.name} says {places[name]}" if others else "missing"
+            problems.append(f"{name}: {said}")
+        elif stored := found[places[name]][name]:
+            located[name] = stored
+            if stored.dtype not in DTYPES:
+                problems.append(f"{name}: {stored.dtype}; only {', '.join(DTYPES)} are read")
+            elif stored.shape != shape:
+                problems.append(f"{name}: {stored.shape}, and config.json asks for {shape}")
+    if problems:
+        shown = "\n  ".join(problem[:300] for problem in problems[:20])
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{directory}: the weights cannot be loaded:\n  {shown}{more}")
+    return located
+
+
+def digest(directory: epath.PathLike) -> str:
+    """A digest of the sizes of a checkpoint's files and of some of their bytes: any training changes it."""
+    found = hashlib.sha256()
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(_SAMPLES):
+                file.seek(max(size - _SAMPLE, 0) * place // (_SAMPLES - 1))
+                found.update(file.read(_SAMPLE))
+    return found.hexdigest()[:16]

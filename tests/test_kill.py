@@ -1,0 +1,100 @@
+"""Killed in the midst of things, and asked to stop: the same command goes on to the same result, to the bit.
+
+SPIN_JAX_KILLS=50 makes the long form of it: so many kills, all over the run, with each signal.
+"""
+
+import os
+import random
+import shutil
+import signal
+
+import pytest
+from kill_harness import FLAGS, Phase, Run, phase, problems, reference, table, torture
+from runs import Command, differences
+
+LONG = int(os.environ.get("SPIN_JAX_KILLS", "0"))
+# The short form is of a shorter run, and has 6 kills.
+SHORT = () if LONG else ("--config.data.limit=40", "--config.selfplay.iterations=1")
+FEW = ("sft", "sample", "score", "train", "exporting", "control")
+EACH = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+SIGNALS = [[one] for one in EACH] if LONG else [EACH]
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory):
+    """make_run(name) → a `Run` in a new workdir; programs are compiled once for all tests of the command."""
+    command = Command(tmp_path_factory.getbasetemp() / "xla_cache")
+    folder, runs = tmp_path_factory.mktemp("killed"), []
+
+    def make(name):
+        runs.append(Run(folder / name, command, (*FLAGS, *SHORT)))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.stop()
+
+
+@pytest.fixture(scope="module")
+def whole(make_run):
+    """(workdir, timeline) of an undisturbed run."""
+    run = make_run("reference")
+    return run.workdir, reference(run)
+
+
+@pytest.mark.parametrize("signals", SIGNALS)
+def test_a_run_that_is_stopped_anywhere_comes_to_the_same(signals, make_run, whole):
+    workdir, timeline = whole
+    wanted = LONG or 6
+    kills, runs = torture(
+        lambda count: make_run(f"{signals[0].name}_{count}"),
+        timeline,
+        wanted,
+        signals,
+        random.Random(0),
+        () if LONG else FEW,
+        tries=3 if LONG else 0,
+    )
+    text = "\n".join(["", *map(str, kills), table(kills, timeline)])
+    print(text)
+    assert len(kills) >= wanted, text
+    wrong = problems(kills, runs, workdir)
+    assert not wrong, "\n".join([text, *wrong])
+
+
+def test_differences_see_a_flipped_bit_a_row_too_many_and_a_missing_file(whole, tmp_path):
+    workdir, _ = whole
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    assert not differences(workdir, copy)
+    weights = copy / "iteration_0" / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    metrics = copy / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + metrics.read_text().splitlines()[0] + "\n")
+    (copy / "iteration_0" / "samples.jsonl").unlink()
+    found = "\n".join(differences(workdir, copy))
+    assert "model.safetensors differs" in found
+    assert "twice" in found
+    assert "samples.jsonl is only in" in found
+
+
+def test_phases_are_told_from_the_files(whole, tmp_path):
+    workdir, timeline = whole
+    kinds = {now.kind for now in timeline}
+    assert kinds >= {"starting", "sft", "sample", "score", "train", "control", "evaluating", "reporting"}
+    copy = tmp_path / "copy"
+    assert phase(copy) == Phase("starting")
+    shutil.copytree(workdir, copy)
+    assert phase(copy) == Phase("finished")
+    (copy / "summary.png").unlink()
+    assert phase(copy) == Phase("reporting")
+    (copy / "summary.json").unlink()
+    assert phase(copy) == Phase("evaluating", "start")
+    (copy / "start" / "model" / "config.json").unlink()
+    assert phase(copy) == Phase("exporting", "start")
+    (copy / "start" / "checkpoint" / "commit_success.txt").unlink()
+    for sums in copy.rglob("SHA256SUMS"):
+        sums.unlink()
+    assert phase(copy) == Phase("checkpointing", "start")
