@@ -1,6 +1,7 @@
 """What the commands share: flags, the compilation cache, and errors without a traceback."""
 
 import inspect
+import itertools
 import os
 import runpy
 import sys
@@ -27,6 +28,9 @@ COMPILER_FLAGS = {
     ),
     "XLA_FLAGS": ("--xla_gpu_enable_latency_hiding_scheduler=true",),
 }
+
+# What a GPU needs to give the same bits again: no atomics, and no kernels chosen by a stop-watch.
+DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, where the processes are not found by themselves."
@@ -64,10 +68,6 @@ def parse(argv: list[str], read: Callable[[], Asked]) -> Asked:
         if explained := _explained(argv, error):
             raise ValueError(explained) from error
         raise
-
-
-# What a GPU needs to give the same bits again: no atomics, and no kernels chosen by a stop-watch.
-DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 
 
 def set_compiler_flags(config: Any) -> None:
@@ -108,7 +108,7 @@ def fail(message: str, code: int = 2) -> int:
 
 def _config_file(argv: list[str]) -> str | None:
     """What --config was given: FILE or FILE:VARIANT."""
-    for argument, following in zip(argv[1:], [*argv[2:], None], strict=True):
+    for argument, following in itertools.zip_longest(argv[1:], argv[2:]):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
             return value if equals else following

@@ -4,6 +4,7 @@ import _thread
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,8 +37,7 @@ class Interrupts:
     def listen(self) -> None:
         """Takes the signals; to be called again where a library may have taken them since."""
         for number in SIGNALS:
-            if self._before[number] is not signal.SIG_IGN:  # whoever started this wants it so
-                signal.signal(number, self._handle)
+            signal.signal(number, self._handle)
 
     def _let_go(self) -> None:
         """In a forked child: its signals are its own, and no business of its parent's thread."""
@@ -84,9 +84,12 @@ class Interrupts:
 
 
 def say(text: str) -> None:
-    """To the screen, if it is still there: Ctrl-C ends `tee` as well."""
+    """To the screen, if it is still there: Ctrl-C ends `tee` as well. Waits for no print under way."""
     with contextlib.suppress(OSError, ValueError):
-        os.write(1, f"{text}\n".encode())
+        if sys.stdout is sys.__stdout__:
+            os.write(1, f"{text}\n".encode())
+        else:  # a notebook's
+            print(text, flush=True)
 
 
 @contextlib.contextmanager
