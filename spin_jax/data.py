@@ -8,11 +8,11 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import msgpack
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -401,4 +401,4 @@ def _rows_of(content: bytes, path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def _digest(rows: list[dict[str, Any]]) -> bytes:
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest().encode()
+    return hashlib.sha256(msgpack.packb(rows)).hexdigest().encode()  # pyright: ignore[reportArgumentType]
