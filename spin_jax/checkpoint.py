@@ -4,6 +4,7 @@ Orbax writes the arrays; a checkpoint counts once its folder is sealed (files.py
 seal before it is read: orbax itself would load a flipped bit, and cast a wrong dtype, without a word.
 """
 
+import contextlib
 import errno
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,11 +23,6 @@ def _context() -> ocp.Context:
     context = ocp.Context()
     context.atomicity.mode = ocp_options.AtomicityMode.COMMIT_FILE  # no renaming: object stores have none
     return context
-
-
-def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays: what `restore` needs."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def size(tree: Any) -> int:
@@ -53,7 +49,10 @@ def save(path: epath.PathLike, tree: Any) -> None:
         with _context():
             ocp.save(path, tree)
     except Exception as error:
-        files.remove_here(path)  # a part of it would keep a full disk full
+        # A part of it would keep a full disk full. What stands in the way of that is not the error to tell.
+        with contextlib.suppress(OSError):
+            if hosts.first():
+                files.remove_here(path)
         if any("No space left" in reason or "quota exceeded" in reason for reason in _reasons(error)):
             raise files.NoRoom(
                 errno.ENOSPC, f"the disk is full: {path} cannot be written; make room"

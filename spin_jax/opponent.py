@@ -89,7 +89,7 @@ class Opponent:
                         self.metrics.write("sample", t, number, {**_described(pairs), "tokens_per_s": rate})
                         self.metrics.flush()
                         files.write(path, data.pairs_to_parquet(pairs))
-                self._stop_here()
+                self.stop_here()
 
     def _rounds(
         self, shards: Sequence[tuple[epath.Path, list]], done: Sequence[bool]
@@ -140,7 +140,7 @@ class Opponent:
                 rate = compact(sampled / (time.perf_counter() - began))
                 bar.set_postfix({"tok/s": rate}, refresh=False)
                 bar.update(prompts)
-            self._stop_here()
+            self.stop_here()
 
         prompts = [run.chat.sampling_prompt(example) for example in examples]
         return answer_prompts(
@@ -215,7 +215,7 @@ class Opponent:
 
         def on_batch(scored: int) -> None:
             bar.update(scored)
-            self._stop_here()
+            self.stop_here()
 
         return score_groups(
             run.decoder,
@@ -239,7 +239,8 @@ class Opponent:
                     result.append(ScoredPair(pair, scores[source, pair.prompt_id, pair.sample_id]))
         return result
 
-    def _stop_here(self) -> None:
+    def stop_here(self) -> None:
+        """Raises Interrupted where the run is asked to stop: between two units of work."""
         if number := self.should_stop():
             raise Interrupted(int(number))
 

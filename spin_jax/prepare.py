@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -313,13 +313,11 @@ def _counted(path: str, counts: Counter) -> list[str]:
     return [f"{path}: {what}: {number}" for what, number in sorted(counts.items())]
 
 
-@contextlib.contextmanager
-def take(prepared: Prepared) -> Iterator[None]:
+def take(prepared: Prepared) -> contextlib.AbstractContextManager[None]:
     """Holds the workdir and writes its config.json."""
     p = prepared
     revisions = {"model_revision": p.model.revision, "data_revision": p.data_revision}
-    with identity.taken(p.workdir, p.config, p.identity, p.began, revisions):
-        yield
+    return identity.taken(p.workdir, p.config, p.identity, p.began, revisions)
 
 
 def lengths(prepared: Prepared) -> str:

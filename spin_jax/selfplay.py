@@ -42,7 +42,6 @@ from spin_jax.prepare import Prepared, lengths, plan, prepare, take
 from spin_jax.train import (
     SFT,
     SPIN,
-    Interrupted,
     Loop,
     NotFinite,
     Objective,
@@ -161,7 +160,11 @@ class SelfPlay:
         self.opponent = Opponent(run, self.metrics, should_stop)
 
     def finished(self, t: int) -> bool:
-        return any(row["iteration"] == t for row in self.summary)
+        return bool(self._row(t))
+
+    def _row(self, t: int) -> Row:
+        """Iteration t's row of summary.json; {} where it has none yet."""
+        return next((row for row in self.summary if row["iteration"] == t), {})
 
     # --- the start -------------------------------------------------------------------------------
 
@@ -381,7 +384,7 @@ class SelfPlay:
     def _export(self, folder: epath.Path, params: Params) -> None:
         if not files.sealed(folder / "model"):
             model = dataclasses.replace(self.run.model, params=params)
-            convert.save(model, folder / "model", dtype=model.dtype, on_tensor=self._stop_here)
+            convert.save(model, folder / "model", dtype=model.dtype, on_tensor=self.opponent.stop_here)
 
     # --- evaluation ------------------------------------------------------------------------------
 
@@ -391,7 +394,9 @@ class SelfPlay:
         if not scored:
             return {}
         held_out = self._pairs(scored)
-        return evaluate_objective(self.spin, params, held_out, {"beta": beta}, self.run.mesh, self._stop_here)
+        return evaluate_objective(
+            self.spin, params, held_out, {"beta": beta}, self.run.mesh, self.opponent.stop_here
+        )
 
     def _answers(self, params: Params) -> Row:
         """NLL of held-out human answers, and with a verifier the share of sampled ones that are right."""
@@ -406,7 +411,7 @@ class SelfPlay:
                 mesh=run.mesh,
                 shape=run.example_shape,
                 unattended=run.chat.unattended,
-                on_batch=lambda scored: self._stop_here(),
+                on_batch=lambda scored: self.opponent.stop_here(),
             )
         }
         if c.eval.verifier:
@@ -455,7 +460,7 @@ class SelfPlay:
             return
         params = None
         for t in self.run.iterations:
-            row = next(row for row in self.summary if row["iteration"] == t)
+            row = self._row(t)
             if "control" not in row:
                 params = self._control(t, params)
                 row["control"] = self._answers(params)
@@ -467,7 +472,7 @@ class SelfPlay:
 
     def _control(self, t: int, params: Params | None) -> Params:
         """The control after as many steps as iteration t took; `params` are those before, where in hand."""
-        steps = next(row for row in self.summary if row["iteration"] == t)["steps"]
+        steps = self._row(t)["steps"]
         first = t == self.run.config.selfplay.start
         training = self._sft(
             "control", t, steps, steps, lambda: self.before(t) if first else self._control(t - 1, None)
@@ -504,10 +509,6 @@ class SelfPlay:
     def _write_summary(self) -> None:
         files.write_json(self.run.workdir / "summary.json", self.summary)
         self.metrics.flush()
-
-    def _stop_here(self) -> None:
-        if number := self.should_stop():
-            raise Interrupted(int(number))
 
 
 def _free(tree: Any) -> None:

@@ -128,6 +128,9 @@ class _Watchdog:
         before: dict[object, int] = {}  # the process's memory when an entry was first seen
         while True:
             time.sleep(min(RENDER_SECONDS, 1) / 10)
+            if not self._running:  # most of a run's time
+                before = {}
+                continue
             running, now, memory = self._running.copy(), time.monotonic(), _resident()
             before = {key: before.get(key, memory) for key in running}
             for key, (thread, end) in running.items():
