@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -57,12 +58,10 @@ def start(tmp_path_factory):
 
 
 def ended(processes, code=0):
-    """What each printed, without gloo's greetings."""
+    """What each printed, gloo's greetings among it (of two threads, which tear each other's lines)."""
     texts = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [code] * len(processes), "\n".join(texts)
-    return [
-        "\n".join(x for x in text.splitlines() if "Gloo" not in x and "peer ranks" not in x) for text in texts
-    ]
+    return texts
 
 
 def numbers(text):
@@ -107,7 +106,7 @@ def test_two_processes_and_then_one_are_one(start, whole, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     first, second = ended(processes, 143)
     assert "to continue: python -m spin_jax.main" in first
-    assert not second.strip()  # process 0 speaks
+    assert not re.search("iteration|step|continue", second), second  # process 0 speaks
     assert (workdir / "iteration_0" / "train").exists()
     assert not (workdir / "iteration_0" / "checkpoint").exists()
 
