@@ -19,8 +19,8 @@ from spin_jax import config as config_lib
 from spin_jax import (
     convert,
     data,
-    evaluate,
     files,
+    heldout,
     hosts,
     identity,
     losses,
@@ -161,7 +161,7 @@ class _Read(NamedTuple):
 def _read(config: Config, began: Mapping[str, Any]) -> _Read:
     losses.find(config.loss.name)
     if config.eval.verifier:
-        evaluate.find_verifier(config.eval.verifier)
+        heldout.find_verifier(config.eval.verifier)
     model, initial_params, start = open_model(config, _began_with(config, began, "model"))
     programs.check_mesh(config, model)
     notes = _other_architecture(config, model)
@@ -246,8 +246,8 @@ def _check_options(prepared: Prepared) -> None:
     if prepared.config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError("logging.wandb_project is set, and wandb is not installed: pip install wandb")
     best = prepared.config.checkpoint.best
-    if best and best not in evaluate.BETTER:
-        raise ValueError(f"checkpoint.best={best!r}: choose from {', '.join(evaluate.BETTER)}")
+    if best and best not in heldout.BETTER:
+        raise ValueError(f"checkpoint.best={best!r}: choose from {', '.join(heldout.BETTER)}")
     if best in ("greedy_accuracy", "sampled_accuracy") and not prepared.config.eval.verifier:
         raise ValueError(f"checkpoint.best={best!r} needs eval.verifier")
     if best and not prepared.held_out:

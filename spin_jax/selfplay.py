@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import checkpoint, convert, evaluate, files, hosts, identity, interrupts, programs, report
+from spin_jax import checkpoint, convert, files, heldout, hosts, identity, interrupts, programs, report
 from spin_jax import config as config_lib
 from spin_jax.batches import (
     PairBatch,
@@ -404,7 +404,7 @@ class SelfPlay:
         if not run.held_out:
             return {}
         row: Row = {
-            "nll": evaluate.nll(
+            "nll": heldout.nll(
                 run.decoder,
                 params,
                 run.held_out,
@@ -430,8 +430,8 @@ class SelfPlay:
                 weights, run.held_out, sampling, iteration=BEFORE, sample_id=sample_id
             )
         ]
-        verifier = evaluate.find_verifier(run.config.eval.verifier)
-        return evaluate.share_right(verifier, run.held_out, answers)
+        verifier = heldout.find_verifier(run.config.eval.verifier)
+        return heldout.share_right(verifier, run.held_out, answers)
 
     def _write_samples(self, t: int, params: Params) -> None:
         """samples.jsonl: the human answer beside this iteration's greedy one, on fixed prompts."""
@@ -494,7 +494,7 @@ class SelfPlay:
         wanted = self.run.config.checkpoint.best
         rows = [row for row in self.summary if row["iteration"] >= 0 and wanted in row]
         if rows:
-            best = max(rows, key=lambda row: evaluate.BETTER[wanted] * row[wanted])
+            best = max(rows, key=lambda row: heldout.BETTER[wanted] * row[wanted])
             files.copy(self.run.folder(best["iteration"]) / "model", self.run.workdir / "best")
             hosts.say(f"best by {wanted}: iteration {best['iteration']} ({best[wanted]:.4g}), in best/")
 
