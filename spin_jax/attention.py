@@ -58,6 +58,8 @@ def attend(
     layout: Layout,
     *,
     window: int | None,
+    scale: float | None = None,
+    softcap: float | None = None,
     kernel: str = "plain",
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention among the tokens of each row; softmax in float32.
@@ -65,14 +67,20 @@ def attend(
     Args:
         layout: of tokens that see none that stand behind them in the row.
         window: a token sees itself and the window − 1 tokens before it; None: all.
+        scale: of the scores; None: H^−½.
+        softcap: scores are kept within ± this by tanh; None: they are not.
         kernel: "plain", "splash" (TPU) or "triton" (GPU). Kernels want the layout `unshared` in multiples
             of 128, and no segments below zero. On CPU they are interpreted.
     """
     narrow = window is not None and window < layout.positions.shape[1]
-    if kernel == "plain" or (kernel == "triton" and narrow):  # Triton's knows no window
-        return checkpoint_name(_in_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), layout, window), KEPT)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if kernel == "plain" or (kernel == "triton" and (narrow or softcap)):  # Triton's knows neither
+        out = _in_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), layout, window, scale, softcap)
+        return checkpoint_name(out, KEPT)
     run = {"splash": splash, "triton": triton}[kernel]
-    run = functools.partial(run, window=window if narrow else None, interpret=_on_cpu())
+    run = functools.partial(
+        run, window=window if narrow else None, scale=scale, softcap=softcap, interpret=_on_cpu()
+    )
     run = functools.partial(_unshared, run)
     return sharding.by_rows_and_heads(run)(q, k, v, layout.positions, layout.unshared)
 
@@ -94,19 +102,24 @@ def plain(
     queries: Layout,
     keys: Layout,
     window: int | None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Every score, masked: the reference, and what reads a cache, hence keys and values head by head."""
     seen = visible(queries, keys, window)
     precision = matmul_precision(q.dtype)
     q = sharding.grouped_heads(q, k.shape[1])
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    scores *= q.shape[-1] ** -0.5 if scale is None else scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, precision=precision)
     return sharding.merged_heads(jnp.moveaxis(out, 3, 1))
 
 
-def _in_blocks(q, k, v, layout: Layout, window: int | None) -> Float[Array, "B T N H"]:
+def _in_blocks(q, k, v, layout: Layout, window, scale, softcap) -> Float[Array, "B T N H"]:
     """`plain` a block of queries at a time, without the keys behind it: half the scores, cache by cache."""
     T = q.shape[1]
     block = max(_BLOCK, -(-T // _MOST_BLOCKS))
@@ -118,7 +131,7 @@ def _in_blocks(q, k, v, layout: Layout, window: int | None) -> Float[Array, "B T
     for start in range(0, T, block):
         end = start + block
         seen = k[:, :, :end], v[:, :, :end]
-        parts.append(plain(q[:, start:end], *seen, upto(end, start), upto(end), window))
+        parts.append(plain(q[:, start:end], *seen, upto(end, start), upto(end), window, scale, softcap))
     return jnp.concatenate(parts, axis=1)
 
 
@@ -144,7 +157,17 @@ def _unshared(kernel, q, k, v, positions, unshared):
     return take(out, first)
 
 
-def splash(q, k, v, segments, window: int | None, interpret: bool = False) -> Float[Array, "B U N H"]:
+def splash(
+    q,
+    k,
+    v,
+    segments,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B U N H"]:
     """JAX's splash attention kernel for TPU."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -153,7 +176,7 @@ def splash(q, k, v, segments, window: int | None, interpret: bool = False) -> Fl
     # Small blocks cost nearly as much as large ones: a row that none of these divides is rather filled up.
     block = U if U <= 640 else min((512, 640, 384), key=lambda size: -U % size)
     fill = -U % block
-    q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q * q.shape[-1] ** -0.5, k, v))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q * scale, k, v))
     segments = jnp.pad(segments, ((0, 0), (0, fill)))
     shape = (U + fill, U + fill)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
@@ -170,6 +193,7 @@ def splash(q, k, v, segments, window: int | None, interpret: bool = False) -> Fl
         head_shards=1,
         q_seq_shards=1,
         block_sizes=sizes,
+        attn_logits_soft_cap=softcap,
         residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
@@ -178,15 +202,17 @@ def splash(q, k, v, segments, window: int | None, interpret: bool = False) -> Fl
     return out.swapaxes(1, 2)[:, :U]
 
 
-def triton(q, k, v, segments, window: int | None, interpret: bool = False) -> Float[Array, "B U N H"]:
-    """JAX's Pallas/Triton flash attention for GPU, which knows no grouped heads and no window.
+def triton(
+    q, k, v, segments, *, window: None, scale: float, softcap: None, interpret: bool = False
+) -> Float[Array, "B U N H"]:
+    """JAX's Pallas/Triton flash attention for GPU, which knows no grouped heads, no window and no softcap.
 
     Nor does it name what its backward pass needs: under every remat policy the forward kernel runs again.
     """
     from jax.experimental.pallas.ops.gpu.attention import mha
 
-    del window
+    del window, softcap
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    out = mha(q, k, v, segments, sm_scale=q.shape[-1] ** -0.5, causal=True, interpret=interpret)
+    out = mha(q, k, v, segments, sm_scale=scale, causal=True, interpret=interpret)
     return checkpoint_name(out, KEPT)

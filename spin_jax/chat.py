@@ -5,6 +5,7 @@ cut out of those ids.
 """
 
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -137,6 +138,7 @@ class Chat:
         *,
         lengths: Lengths = UNLIMITED,
         system_message: str | None = None,
+        today: datetime.date | None = None,
     ):
         if tokenizer.chat_template is None:
             raise ValueError(
@@ -148,7 +150,7 @@ class Chat:
         tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json come with limits switched on
         tokenizer.backend_tokenizer.no_padding()
         self.tokenizer = tokenizer
-        self._template = Template(tokenizer)
+        self._template = Template(tokenizer, today)
         self.stop_tokens = tuple(stop_tokens)
         self.lengths = lengths
         self.system_message = system_message

@@ -48,6 +48,8 @@ def default() -> Any:
     d.answer_column = placeholder(str)
     d.chat_template = placeholder(str)  # Jinja text or a file of it; unset: the tokenizer's
     d.system_message = placeholder(str)  # put before conversations that have none
+    d.today = placeholder(str)  # what templates that ask for the date are told, YYYY-MM-DD; unset: the day
+    #                             the run began
     d.bad_rows = "error"  # of rows that make no conversation; or drop, which counts them
     d.max_bad = 0.1  # of all rows: more that are dropped so, or for an empty answer, are an error
 
@@ -140,6 +142,9 @@ def _optimization(epochs: Any, learning_rate: Any) -> Any:
     o.row_length = placeholder(int)  # of packed rows, in tokens; unset: what wastes least on this data
     o.epochs = epochs  # passes over the data
     o.schedule_epochs = placeholder(int)  # length of the schedule; unset: epochs
+    o.lora_rank = placeholder(int)  # train adapters of this rank, with the weights frozen; unset: the weights
+    o.lora_alpha = 16.0  # an adapter counts lora_alpha / lora_rank times
+    o.lora_targets = ("wq", "wk", "wv", "wo", "gate", "up", "down")  # weights that get one
     return o
 
 
@@ -276,6 +281,7 @@ _RANGES = {
         "data.limit",
         "expected",
         "every_steps",
+        "lora_rank",
         "keep",
         "max_new_tokens",
         "max_prompt",
@@ -297,7 +303,7 @@ _RANGES = {
     "(0, 1]": ("top_p",),
     "[1e-37, 1]": ("eps",),
     "[0, 1e30]": ("nll_weight", "temperature", "weight_decay"),
-    "(0, 1e30]": ("beta", "clip_norm", "control_learning_rate", "learning_rate"),
+    "(0, 1e30]": ("beta", "clip_norm", "control_learning_rate", "learning_rate", "lora_alpha"),
 }
 _RANGE_OF = {name: interval for interval, names in _RANGES.items() for name in names}
 _CHOICES = {

@@ -1,10 +1,8 @@
-"""Hugging Face checkpoints ↔ our parameters, by one table read both ways.
+"""Hugging Face checkpoints ↔ our parameters, by a family's table of names (families.py) read both ways.
 
 A checkpoint is a directory (or hub id) of config.json, safetensors in one file or several with an
 index, generation_config.json, tokenizer files and chat template. Weights are memory-mapped and each
 device's part is copied out of the map, so the model never stands twice in host memory.
-
-To add a family: a name table in `TABLES`, and a mapping of its config in `CONFIGS`.
 """
 
 import contextlib
@@ -13,7 +11,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,144 +23,10 @@ from safetensors import numpy as safetensors_numpy
 
 from spin_jax import files, hosts, sharding, weights
 from spin_jax.config import nearest
-from spin_jax.model import Model, ModelConfig, Params, RopeScaling, abstract_params, check_constants
-
-# --- names ---------------------------------------------------------------------------------------
-
-
-class Tensor(NamedTuple):
-    """Where a parameter stands in a checkpoint.
-
-    A linear layer is [out, in] there and [*in, *out] here; `inputs` counts our input dimensions.
-    Zero inputs: stored alike.
-    """
-
-    name: str
-    inputs: int = 0
-
-
-LLAMA: dict[str, Tensor] = {
-    "embed": Tensor("model.embed_tokens.weight"),
-    "layers/attention_norm/scale": Tensor("model.layers.{layer}.input_layernorm.weight"),
-    "layers/attention/wq": Tensor("model.layers.{layer}.self_attn.q_proj.weight", 1),
-    "layers/attention/wk": Tensor("model.layers.{layer}.self_attn.k_proj.weight", 1),
-    "layers/attention/wv": Tensor("model.layers.{layer}.self_attn.v_proj.weight", 1),
-    "layers/attention/wo": Tensor("model.layers.{layer}.self_attn.o_proj.weight", 2),
-    "layers/mlp_norm/scale": Tensor("model.layers.{layer}.post_attention_layernorm.weight"),
-    "layers/mlp/gate": Tensor("model.layers.{layer}.mlp.gate_proj.weight", 1),
-    "layers/mlp/up": Tensor("model.layers.{layer}.mlp.up_proj.weight", 1),
-    "layers/mlp/down": Tensor("model.layers.{layer}.mlp.down_proj.weight", 1),
-    "final_norm/scale": Tensor("model.norm.weight"),
-    "head": Tensor("lm_head.weight", 1),
-}
-TABLES = {"mistral": LLAMA, "llama": LLAMA}
-
-
-def _hf_shape(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if not tensor.inputs:
-        return shape
-    return (math.prod(shape[tensor.inputs :]), math.prod(shape[: tensor.inputs]))
-
-
-def _from_hf(tensor: Tensor, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Our view of a checkpoint's array: nothing is copied until it is sliced."""
-    return array.T.reshape(shape) if tensor.inputs else array
-
-
-def _to_hf(tensor: Tensor, array: np.ndarray) -> np.ndarray:
-    if not tensor.inputs:
-        return array
-    out, inputs = _hf_shape(tensor, array.shape)
-    return np.ascontiguousarray(array.reshape(inputs, out).T)
-
-
-def _flatten(tree: Params) -> dict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
-
-
-def _unflatten(flat: Mapping[str, Any]) -> Params:
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
+from spin_jax.families import FAMILIES, TRANSFORMERS_4, Tensor, family, model_config
+from spin_jax.model import Model, ModelConfig, Params, abstract_params, check_constants
 
 # --- configs -------------------------------------------------------------------------------------
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    names = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }.get(kind if isinstance(kind, str) else "")
-    if names is None:
-        raise ValueError(f"RoPE scaling {kind!r} is not supported; supported: default, linear, llama3")
-    if absent := [name for name in names if rope.get(name) is None]:
-        raise ValueError(f"RoPE scaling {kind!r} has no {', '.join(absent)}")
-    return RopeScaling(kind, **{name: rope[name] for name in names})
-
-
-def _llama_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Maps config.json of Llama and Mistral, with the keys of transformers 4 or 5."""
-    for key, supported in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if hf.get(key, supported) != supported:
-            raise ValueError(f"{key}={hf[key]!r} is not supported (only {supported!r})")
-    rope = hf.get("rope_parameters") or {
-        "rope_theta": hf["rope_theta"],
-        **(hf.get("rope_scaling") or {}),
-    }
-    if rope.get("rope_theta") is None:
-        raise ValueError("rope_theta: missing")
-    check_constants({"rope_theta": rope["rope_theta"]})
-    heads = hf["num_attention_heads"]
-    return ModelConfig(
-        model_type=hf["model_type"],
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
-        num_hidden_layers=hf["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        rms_norm_eps=hf["rms_norm_eps"],
-        rope_theta=float(rope["rope_theta"]),
-        rope_scaling=_rope_scaling(rope),
-        sliding_window=hf.get("sliding_window") if hf["model_type"] == "mistral" else None,
-        tie_word_embeddings=hf["tie_word_embeddings"],
-        max_position_embeddings=hf["max_position_embeddings"],
-        initializer_range=hf["initializer_range"],
-    )
-
-
-CONFIGS: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
-    "mistral": _llama_config,
-    "llama": _llama_config,
-}
-
-
-def model_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """The architecture in a config.json (as a dict, transformers' defaults filled in).
-
-    Raises:
-        ValueError: the family, or an option of it, is not supported or impossible; names the key.
-    """
-    return CONFIGS[_family(hf)](hf)
-
-
-def _family(hf: Mapping[str, Any]) -> str:
-    family = hf.get("model_type")
-    if not isinstance(family, str) or family not in CONFIGS:
-        raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(CONFIGS)}")
-    return family
-
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -188,7 +52,7 @@ def _read_hf_config(directory: Path) -> dict[str, Any]:
         )
     raw = files.read_object(path)
     with _at(path):
-        _family(raw)
+        family(raw)
         if absent := [name for name in _SIZES if raw.get(name) is None]:
             raise ValueError(f"{', '.join(absent)}: missing")
         check_constants({name: value for name, value in raw.items() if name != "sliding_window"})
@@ -205,49 +69,115 @@ def _read_hf_config(directory: Path) -> dict[str, Any]:
     return full
 
 
+# --- names ---------------------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """What a checkpoint's tensor holds of one of our leaves: all of it, or some of its rows."""
+
+    path: str
+    at: tuple[int, ...]  # of the layer, and of the expert; () where a leaf is one tensor
+    tensor: Tensor
+    shape: tuple[int, ...]  # here
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape there."""
+        inputs = self.tensor.inputs
+        if inputs is None:
+            return self.shape
+        out, within = math.prod(self.shape[inputs:]), math.prod(self.shape[:inputs])
+        return (out, within) if inputs else (out,)
+
+
+def _parts(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, list[_Part]]:
+    """Every tensor of a checkpoint, and the parts of our leaves that it stacks."""
+    found: dict[str, list[_Part]] = {}
+    for path, tensor in FAMILIES[config.model_type].names.items():
+        if path in flat:
+            shape, axes = flat[path].shape, sum(axis in tensor.name for axis in ("{layer}", "{expert}"))
+            for index in np.ndindex(shape[:axes]):
+                name = tensor.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+                found.setdefault(name, []).append(_Part(path, index, tensor, shape[axes:]))
+    return found
+
+
+def _shape(parts: Sequence[_Part]) -> tuple[int, ...]:
+    """Of the tensor that stacks them."""
+    rows, *rest = zip(*(part.stored for part in parts), strict=True)
+    return (sum(rows), *(sizes[0] for sizes in rest))
+
+
+def _from_hf(part: _Part, rows: np.ndarray) -> np.ndarray:
+    """Our view of a checkpoint's array: nothing is copied until it is sliced."""
+    if part.tensor.inputs is None:
+        return rows
+    return (rows.T if part.tensor.inputs else rows).reshape(part.shape)
+
+
+def _to_hf(part: _Part, array: np.ndarray) -> np.ndarray:
+    if not part.tensor.inputs:
+        return array.reshape(part.stored)
+    return np.ascontiguousarray(array.reshape(part.stored[::-1]).T)
+
+
+def _flatten(tree: Params) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
+
+
+def _unflatten(flat: Mapping[str, Any]) -> Params:
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _wanted(flat: Mapping[str, Any], table: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The checkpoint's tensors behind our parameters, and their shapes there."""
-    wanted = {}
-    for path, leaf in flat.items():
-        shape = _hf_shape(table[path], leaf.shape[1:] if path.startswith("layers/") else leaf.shape)
-        wanted |= dict.fromkeys(_names(path, table[path], leaf), shape)
-    return wanted
+def _load_leaf(leaf: Any, views: np.ndarray, layout: Any, dtype: Any) -> jax.Array:
+    """Builds one parameter; every device copies only its own part out of the memory map.
 
-
-def _names(path: str, tensor: Tensor, leaf: Any) -> list[str]:
-    """The checkpoint's tensors behind one of our leaves: one, or one a layer."""
-    if not path.startswith("layers/"):
-        return [tensor.name]
-    return [tensor.name.format(layer=layer) for layer in range(leaf.shape[0])]
-
-
-def _load_leaf(path: str, tensor: Tensor, leaf: Any, tensors, layout, dtype) -> jax.Array:
-    """Builds one parameter; every device copies only its own part out of the memory map."""
-    stacked = path.startswith("layers/")
-    shape = leaf.shape[1:] if stacked else leaf.shape
-    views = [_from_hf(tensor, tensors[name], shape) for name in _names(path, tensor, leaf)]
-    dtype = dtype or jnp.result_type(*(view.dtype for view in views))
+    Args:
+        views: of the checkpoint's arrays: [], [layers] or [layers, experts] of them.
+    """
+    dtype = dtype or jnp.result_type(*(view.dtype for view in views.flat))
 
     def part(index: Any) -> np.ndarray:
-        if not stacked:
-            return np.asarray(views[0][index]).astype(dtype)
-        chosen = views[index[0]]
-        first = chosen[0][index[1:]]
-        out = np.empty((len(chosen), *first.shape), dtype)
-        for row, view in zip(out, chosen, strict=True):
-            row[...] = view[index[1:]]
+        stacked, within = index[: views.ndim], index[views.ndim :]
+        chosen = views[stacked] if stacked else views
+        out = np.empty((*chosen.shape, *chosen.flat[0][within].shape), dtype)
+        for number in np.ndindex(chosen.shape):
+            out[number] = chosen[number][within]
         return out
 
     return jax.make_array_from_callback(leaf.shape, layout, part, dtype=dtype)
 
 
+def _views(flat: Mapping[str, Any], stored: Mapping[str, list[_Part]], tensors: Mapping[str, np.ndarray]):
+    """{path: the checkpoint's arrays behind it, as we see them}."""
+    views: dict[str, np.ndarray] = {}
+    for name, parts in stored.items():
+        start = 0
+        for part in parts:
+            axes = flat[part.path].shape[: len(part.at)]
+            end = start + part.stored[0]
+            views.setdefault(part.path, np.empty(axes, object))[part.at] = _from_hf(
+                part, tensors[name][start:end]
+            )
+            start = end
+    return views
+
+
 def check_weights(directory: epath.PathLike, config: ModelConfig) -> None:
     """Reads the headers of a checkpoint's files; raises what `load_params` would."""
-    flat = _flatten(sharding.unboxed(abstract_params(config)))
-    weights.locate(Path(directory), _wanted(flat, TABLES[config.model_type]))
+    stored = _parts(_flatten(sharding.unboxed(abstract_params(config))), config)
+    weights.locate(Path(directory), {name: _shape(parts) for name, parts in stored.items()})
 
 
 def load_params(
@@ -265,18 +195,15 @@ def load_params(
         ValueError, FileNotFoundError: everything that is missing, damaged or misshapen, in one message.
     """
     files.check_seal_here(directory)
-    table = TABLES[config.model_type]
     abstract = abstract_params(config)
     flat = _flatten(sharding.unboxed(abstract))
     layouts = _flatten(sharding.parameter_shardings(mesh, abstract))
-    located = weights.locate(Path(directory), _wanted(flat, table))
-    tensors = {name: stored.map() for name, stored in located.items()}
+    stored = _parts(flat, config)
+    located = weights.locate(Path(directory), {name: _shape(parts) for name, parts in stored.items()})
+    views = _views(flat, stored, {name: tensor.map() for name, tensor in located.items()})
     dtype = None if dtype is None else jnp.dtype(dtype)
     return _unflatten(
-        {
-            path: _load_leaf(path, table[path], leaf, tensors, layouts[path], dtype)
-            for path, leaf in flat.items()
-        }
+        {path: _load_leaf(leaf, views[path], layouts[path], dtype) for path, leaf in flat.items()}
     )
 
 
@@ -421,7 +348,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     chat_template: str | None = None,
 ) -> Model:
-    """Loads a Mistral or Llama checkpoint.
+    """Loads a checkpoint of a supported family.
 
     Args:
         path: a Hugging Face directory or hub id.
@@ -462,15 +389,15 @@ def new_model(
             )
         options = {name: getattr(tokenizer, name) for name in names} | dict(options)
     with _at("model.architecture"):
-        family = check_architecture(options)
+        model_type = check_architecture(options)
         options = {
             name: float(value)
-            if name in ("rms_norm_eps", "initializer_range") and weights.whole(value)
+            if name in ("rms_norm_eps", "layer_norm_eps", "initializer_range") and weights.whole(value)
             else value
             for name, value in options.items()
             if name != "model_type"
         }
-        hf_config = AutoConfig.for_model(family, **options).to_dict()
+        hf_config = AutoConfig.for_model(model_type, **options).to_dict()
         config = model_config(hf_config)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, "model.tokenizer")
@@ -479,22 +406,23 @@ def new_model(
 
 
 def check_architecture(options: Mapping[str, Any]) -> str:
-    """The family of an architecture that a user wrote down, where transformers would take any key.
+    """The model type of an architecture that a user wrote down, where transformers would take any key.
 
     Raises:
         ValueError: a key that the family's config class does not know, naming the nearest; a wrong value.
     """
     from transformers import CONFIG_MAPPING
 
-    family = _family(options)
-    fields = [field.name for field in dataclasses.fields(CONFIG_MAPPING[family])]
-    known = [*fields, "model_type", "rope_theta", "rope_scaling", "torch_dtype"]  # the last: transformers 4
+    family(options)
+    model_type = options["model_type"]
+    fields = [field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])]
+    known = [*fields, "model_type", *TRANSFORMERS_4]
     for name in options:
         # A whole config.json says which transformers wrote it, and has keys of that version.
         if name not in known and "transformers_version" not in options:
-            raise ValueError(f"{family} has no {name!r}{nearest(str(name), known)}")
+            raise ValueError(f"{model_type} has no {name!r}{nearest(str(name), known)}")
     check_constants(options)
-    return family
+    return model_type
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -502,28 +430,24 @@ def check_architecture(options: Mapping[str, Any]) -> str:
 _SHARD_BYTES = 2 * 2**30
 
 
-def _tensors(params: Params, table: Mapping[str, Tensor], dtype: Any) -> Iterator[tuple[str, Tensor, Any]]:
-    """(name, how it is stored, array) of a checkpoint's tensors, a layer at a time; all have all."""
-    for path, leaf in _flatten(params).items():
-        stacked = path.startswith("layers/")
-        for layer, name in enumerate(_names(path, table[path], leaf)):
-            part = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
-            yield name, table[path], sharding.everywhere(part.astype(dtype or leaf.dtype))
+def _gathered(part: _Part, leaf: jax.Array, dtype: Any) -> Any:
+    """A part of a leaf, which all processes have then."""
+    for number in part.at:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+    return sharding.everywhere(leaf.astype(dtype or leaf.dtype))
 
 
-def _plan_shards(params: Params, table: Mapping[str, Tensor], itemsize: int | None) -> dict[str, str]:
-    """Which file each tensor goes to, in the order that `_tensors` yields them."""
+def _plan_shards(stored: Mapping[str, list[_Part]], sizes: Mapping[str, int]) -> dict[str, str]:
+    """Which file each tensor goes to; `sizes` are bytes of a number of each leaf."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for path, leaf in _flatten(params).items():
-        names = _names(path, table[path], leaf)
-        size = leaf.size * (itemsize or leaf.dtype.itemsize) // len(names)
-        for name in names:
-            if shards[-1] and filled + size > _SHARD_BYTES:
-                shards.append([])
-                filled = 0
-            shards[-1].append(name)
-            filled += size
+    for name, parts in stored.items():
+        size = sum(math.prod(part.shape) * sizes[part.path] for part in parts)
+        if shards[-1] and filled + size > _SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
     if len(shards) == 1:
         return dict.fromkeys(shards[0], "model.safetensors")
     return {
@@ -538,11 +462,13 @@ def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
     config = {key: value for key, value in model.hf_config.items() if not key.startswith("_")}
     rope = dict(config.get("rope_parameters") or {})
     if rope:
-        config["rope_theta"] = rope["rope_theta"]
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    name = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}[model.config.model_type]
-    config["architectures"] = [name]
+        own = ("rope_theta", "partial_rotary_factor")  # had keys of their own
+        config |= {name: rope[name] for name in own if name in rope}
+        kind = rope.get("rope_type", "default")
+        scaling = {name: value for name, value in rope.items() if name not in own}
+        scaling |= {"type": kind} if kind == "longrope" else {}  # as Phi-3's own code reads it
+        config["rope_scaling"] = None if kind == "default" else scaling
+    config["architectures"] = [FAMILIES[model.config.model_type].architecture]
     config["dtype"] = config["torch_dtype"] = jnp.dtype(dtype).name
     return config
 
@@ -572,9 +498,10 @@ def save(
     Raises:
         files.NoRoom: the disk has no room for it.
     """
-    directory, table = epath.Path(directory), TABLES[model.config.model_type]
+    directory, flat = epath.Path(directory), _flatten(model.params)
     dtype = None if dtype is None else jnp.dtype(dtype)
-    plan = _plan_shards(model.params, table, dtype.itemsize if dtype else None)
+    stored = _parts(flat, model.config)
+    plan = _plan_shards(stored, {path: (dtype or leaf.dtype).itemsize for path, leaf in flat.items()})
 
     def begin() -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -584,8 +511,7 @@ def save(
             if stale.name not in plan.values():
                 stale.unlink()
 
-    leaves = jax.tree.leaves(model.params)
-    size = sum(leaf.size * (dtype or leaf.dtype).itemsize for leaf in leaves)
+    size = sum(leaf.size * (dtype or leaf.dtype).itemsize for leaf in flat.values())
     files.check_room(directory, size + 2**20, f"the model {directory}")
     hosts.by_first(begin)
     mine = {name for number, name in enumerate(dict.fromkeys(plan.values())) if hosts.turn(number)}
@@ -593,13 +519,15 @@ def save(
     unwritten: list[Exception] = []  # told when all processes can be: here, some would wait for this one
     total = 0
     remaining = list(plan.values())
-    for name, tensor, array in _tensors(model.params, table, dtype):
+    for name, parts in stored.items():
         on_tensor()
         file = plan[name]
-        total += array.nbytes
+        arrays = [_gathered(part, flat[part.path], dtype) for part in parts]
+        total += sum(array.nbytes for array in arrays)
         remaining.remove(file)
         if file in mine and not unwritten:
-            pending[name] = _to_hf(tensor, np.asarray(array))
+            rows = [_to_hf(part, np.asarray(array)) for part, array in zip(parts, arrays, strict=True)]
+            pending[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
             if file not in remaining:
                 try:
                     files.write_here(directory / file, safetensors_numpy.save(pending, {"format": "pt"}))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spin_jax import collectives as traffic
-from spin_jax import convert, files, programs, roofline, sharding
+from spin_jax import convert, files, lora, programs, roofline, sharding
 from spin_jax.batches import RowShape, ScoredPair, pair_batches, stacked
 from spin_jax.chat import Example, Pair
 from spin_jax.config import GPU_MEMORY
@@ -181,11 +181,14 @@ def _abstract(mesh: Any, batch: Any, axis: int = 0) -> Any:
 
 def train_program(work: Work) -> tuple[Any, tuple]:
     options, mesh = programs.optimization(work.config, 0), work.model.mesh
-    params = params_on(mesh, work.model.config)
+    params, frozen = params_on(mesh, work.model.config), None
+    if options.lora_rank:
+        frozen = params_on(mesh, work.model.config, work.model.dtype)
+        params = lora.adapters_on(params, options.lora_rank, options.lora_targets)
     state = abstract_state(params, options, mesh)
     some = [ScoredPair(pair, (0.0, 0.0)) for pair in work.pairs[: options.batch_size]]
     batch = stacked(pair_batches(some, work.shape), -(-options.batch_size // work.shape.rows))
-    arguments = state, _abstract(mesh, batch, 1), _numbers(), {"beta": _numbers()}
+    arguments = state, _abstract(mesh, batch, 1), _numbers(), {"beta": _numbers()}, frozen
     return make_step(programs.spin(work.config, work.model), options), arguments
 
 
@@ -258,10 +261,10 @@ def compiled_phases(work: Work, only: tuple[str, ...] = ("train", "score", "samp
     Training, which takes most, is compiled as the run compiles it; the others with little effort, which is
     a few times as fast and finds the same memory within some tenths of a GiB.
     """
-    guess, weights = estimated_phases(work), 4 * _per_device(work)
-    mesh = work.model.mesh
+    guess, mesh = estimated_phases(work), work.model.mesh
 
     def step(name: str, make: Callable[[Work], tuple[Any, tuple]], effort: float = 0.0) -> Phase:
+        weights = guess[name].parts["weights"]
         try:
             program = compiled(mesh, *make(work), effort=effort)
         except OutOfMemory as error:
@@ -280,7 +283,7 @@ def compiled_phases(work: Work, only: tuple[str, ...] = ("train", "score", "samp
             try:
                 made = compiled(mesh, program, arguments, keywords, effort=-1.0)
             except OutOfMemory as error:
-                known = sum(guess["sample"].parts.values()) - guess["sample"].parts["temporary"] - weights
+                known = guess["sample"].parts["copy"] + guess["sample"].parts["cache"]
                 temporary = max(temporary, error.needed - known)
                 continue
             temporary = max(temporary, taken(made)[1])
@@ -309,6 +312,12 @@ def _per_device(work: Work) -> float:
     return roofline.all_params(work.model.config) / (shape["fsdp"] * shape["tensor"])
 
 
+def trained(work: Work) -> int:
+    """Numbers that training changes: all parameters, or the adapters."""
+    c, m = work.config.train, work.model.config
+    return lora.count(m, c.lora_rank, c.lora_targets) if c.lora_rank else roofline.all_params(m)
+
+
 def estimated_phases(work: Work) -> dict[str, Phase]:
     """Memory and traffic by arithmetic: what GPUs are told, and what suggestions are made of."""
     return {"train": _training(work), "score": _scoring(work), "sample": _sampling(work)}
@@ -318,6 +327,7 @@ class _Layer(NamedTuple):
     """Of a micro-batch on a device."""
 
     tokens: int
+    wide: float  # numbers of a token's inner MLP layer, or of those of the experts it goes through
     heads: float  # numbers of a token's queries, keys, values and attended values
     weights: float  # bytes of a layer, gathered
     working: float  # bytes that a layer works on
@@ -329,38 +339,45 @@ def _layer(work: Work) -> _Layer:
     tensor = work.model.mesh.shape["tensor"]
     tokens = shape.rows // sharding.batch_shards(work.model.mesh) * shape.length
     heads = 2 * (m.num_attention_heads + m.num_key_value_heads) * m.head_dim / tensor
+    wide = max(1, m.experts_per_token) * m.intermediate_size / tensor
     return _Layer(
         tokens,
+        wide,
         heads,
-        weights=item * roofline.layer_params(m) / tensor,
-        working=item * tokens * (3 * m.intermediate_size / tensor + 6 * m.hidden_size + 2 * heads),
+        weights=item * roofline.layer_params(m, m.num_experts) / tensor,
+        working=item * tokens * (3 * wide + 6 * m.hidden_size + 2 * heads),
         logits=2 * 4 * min(2**25, tokens * m.vocab_size / 4) / tensor,  # scoring's chunks: a quarter at most
     )
 
 
 def _training(work: Work) -> Phase:
-    c, m, layer, mine = work.config, work.model.config, _layer(work), 4 * _per_device(work)
+    c, m, layer, item = work.config, work.model.config, _layer(work), work.model.dtype.itemsize
+    whole = _per_device(work)
+    share = trained(work) / roofline.all_params(m)
+    weights, mine = item * whole if c.train.lora_rank else 4 * whole, 4 * share * whole
     tensor, D = work.model.mesh.shape["tensor"], m.hidden_size
     kept = {  # numbers of a token and layer, beside the layer's input
         "full": 0,
         "attention": layer.heads,
-        "attention+mlp": layer.heads + D + 2 * m.intermediate_size / tensor,
-        "none": 2 * layer.heads + 6 * D + 4 * m.intermediate_size / tensor,
+        "attention+mlp": layer.heads + D + 2 * layer.wide,
+        "none": 2 * layer.heads + 6 * D + 4 * layer.wide,
     }[c.train.remat]
     moments = MOMENTS[c.train.optimizer] * mine
     gradients = mine * (2 if c.train.batch_size > work.shape.rows else 1)  # the sum, and a micro-batch's
     # The head in both dtypes, the embedding, and their gradients; a layer's weights, the next one's as they
-    # arrive, and a gradient.
+    # arrive, and a gradient. Frozen ones have none.
     gathered = 14 * m.vocab_size * D / tensor + 3 * layer.weights
-    activations = m.num_hidden_layers * layer.tokens * work.model.dtype.itemsize * (kept + D)
+    if c.train.lora_rank:
+        gathered = 8 * m.vocab_size * D / tensor + 2 * layer.weights
+    activations = m.num_hidden_layers * layer.tokens * item * (kept + D)
     temporary = gradients + gathered + activations + layer.working + layer.logits
     return Phase(
         {
-            "weights": mine,
-            "optimizer": 0.0 if c.train.offload else moments,
+            "weights": weights,
+            "optimizer": (mine if c.train.lora_rank else 0.0) + (0.0 if c.train.offload else moments),
             "temporary": temporary + (moments if c.train.offload else 0.0),
         },
-        _estimated_traffic(work, layer.tokens, passes=3),
+        _estimated_traffic(work, layer.tokens, passes=3, gradients=share),
         "step",
         offloaded=moments if c.train.offload else 0.0,
     )
@@ -398,20 +415,23 @@ def _sampling(work: Work) -> Phase:
     )
 
 
-def _estimated_traffic(work: Work, tokens: float, passes: int) -> dict[str, float]:
-    """A micro-batch's bytes: FSDP gathers for each pass over the weights, and scatters gradients."""
+def _estimated_traffic(work: Work, tokens: float, passes: int, gradients: float = 1.0) -> dict[str, float]:
+    """A micro-batch's bytes: FSDP gathers for each pass over the weights, and scatters their gradients.
+
+    `gradients` is the share of the weights that have some.
+    """
     m, shape, item = work.model.config, work.model.mesh.shape, work.model.dtype.itemsize
     weights = item * roofline.all_params(m) / shape["tensor"]
     result = {}
     if shape["fsdp"] > 1:
         result["all-gather"] = weights * min(passes, 2)
     if passes > 1 and sharding.batch_shards(work.model.mesh) > 1:
-        result["reduce-scatter"] = weights
+        result["reduce-scatter"] = gradients * weights
     replicas = math.gcd(shape["data"], work.slices)
-    between = 2 * (1 - 1 / replicas) * weights / shape["fsdp"] if passes > 1 else 0.0
+    between = 2 * (1 - 1 / replicas) * gradients * weights / shape["fsdp"] if passes > 1 else 0.0
     if parts := work.slices // replicas - 1:  # fsdp spans slices: each gets what the others hold
         mine = work.model.mesh.size / work.slices
-        between += min(passes, 3) * weights * parts / (parts + 1) / mine
+        between += (min(passes, 2) + (passes > 2) * gradients) * weights * parts / (parts + 1) / mine
     if between:
         result[traffic.BETWEEN_SLICES] = between
     if shape["tensor"] > 1:

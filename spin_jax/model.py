@@ -1,22 +1,24 @@
-"""The decoder of Mistral and Llama, in Flax Linen used as functions of a plain parameter tree.
+"""The decoder, in Flax Linen used as functions of a plain parameter tree; families are options of it.
 
     hidden, _ = forward(Decoder(config), params, tokens, layout)
     logits = project(hidden, output_head(Decoder(config), params))
 
 Axes: B batch, T tokens (queries), S key slots, V vocabulary, D model, N query heads, K key/value heads,
-H head dim, F mlp, L layers. Einsum letters follow it. A `Layout` (attention.py) says where in its sequence
-each token stands, and which tokens see each other.
+H head dim, R rotary dim, F mlp, L layers, E experts. Einsum letters follow it. A `Layout` (attention.py) says
+where in its sequence each token stands, and which tokens see each other.
 """
 
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -38,10 +40,27 @@ _WHOLE = {
     "num_key_value_heads": 2**24,
     "head_dim": 2**24,
     "sliding_window": 2**31 - 1,
+    "num_local_experts": 2**16,
+    "num_experts_per_tok": 2**16,
     "max_position_embeddings": 2**31 - 1,
     "original_max_position_embeddings": 2**31 - 1,
 }
-_POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")
+_POSITIVE = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "norm_eps",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+    "partial_rotary_factor",
+    "query_pre_attn_scalar",
+    "attention_softcap",
+    "logit_softcap",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 
 
 def check_constants(constants: Mapping[str, Any]) -> None:
@@ -71,15 +90,21 @@ def _finite(value: Any) -> bool:
 class RopeScaling:
     """How a checkpoint stretches RoPE beyond the length it was first trained at."""
 
-    rope_type: str  # "linear" or "llama3"
-    factor: float
+    rope_type: str  # "linear", "llama3" or "longrope"
+    factor: float = 1.0
     low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
     original_max_position_embeddings: int = 0
+    short_factor: tuple[float, ...] = ()  # longrope: of each frequency, within the length first trained at
+    attention_factor: float = 1.0  # longrope: of sines and cosines
 
     def __post_init__(self):
         llama3 = self.rope_type == "llama3"
-        check_constants(vars(self) if llama3 else {"factor": self.factor})
+        check_constants(
+            vars(self) if llama3 else {"factor": self.factor, "attention_factor": self.attention_factor}
+        )
+        for factor in self.short_factor:
+            check_constants({"factor": factor})
         if llama3 and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}"
@@ -88,7 +113,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A checkpoint's architecture, under Hugging Face's names; nothing here has a default."""
+    """A checkpoint's architecture. Constants have no default; the default of an option is what Llama does."""
 
     model_type: str
     vocab_size: int
@@ -98,27 +123,63 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
+    norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
-    sliding_window: int | None  # a token sees itself and the window − 1 tokens before it
+    rotary_dim: int  # of a head's dimensions, the first so many are rotated
+    windows: tuple[int | None, ...]  # of the layers, a pattern they repeat: a token sees itself and the
+    #                                  window − 1 tokens before it; None: all
+    activation: str  # "silu", or "gelu" by its tanh formula
     tie_word_embeddings: bool
     max_position_embeddings: int
     initializer_range: float
+    norm: str = "rms"  # "rms+1" multiplies by 1 + scale; "layer" subtracts the mean, and has a bias
+    parallel: bool = False  # attention and MLP read the same norm and are added at once
+    post_norms: bool = False  # what attention and MLP give is normed before it is added
+    qk_norm: bool = False  # queries and keys are normed, head by head
+    qkv_bias: bool = False
+    output_bias: bool = False  # of attention
+    mlp_bias: bool = False
+    head_bias: bool = False
+    gated: bool = True  # down(act(gate) · up), or else down(act(up))
+    num_experts: int = 0  # MLPs to choose from; 0: there is but one
+    experts_per_token: int = 0
+    scale_embedding: bool = False  # by √D
+    query_scale: float | None = None  # of scores; None: H^−½
+    attention_softcap: float | None = None  # scores are kept within ± this by tanh
+    logit_softcap: float | None = None
 
     def __post_init__(self):
         check_constants(vars(self))
+        for window in self.windows:
+            check_constants({"sliding_window": window})
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd, and RoPE turns pairs of dimensions")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"RoPE turns pairs of dimensions: not {self.rotary_dim} of head_dim={self.head_dim}"
+            )
+        if self.rope_scaling and len(self.rope_scaling.short_factor) not in (0, self.rotary_dim // 2):
+            raise ValueError(
+                f"short_factor has {len(self.rope_scaling.short_factor)} numbers for "
+                f"{self.rotary_dim // 2} frequencies"
+            )
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.experts_per_token} exceeds num_local_experts={self.num_experts}"
+            )
         if self.num_attention_heads * self.head_dim > 2**24:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} × head_dim={self.head_dim}: too many"
             )
+
+    @property
+    def longest_window(self) -> int | None:
+        """How far back any layer sees; None: to the beginning."""
+        return None if None in self.windows else max(w for w in self.windows if w)
 
 
 class Cache(NamedTuple):
@@ -134,15 +195,20 @@ class Cache(NamedTuple):
     column: Int[Array, ""]  # the next to be written
 
 
-def rope_frequencies(config: ModelConfig) -> Float[Array, " H/2"]:
-    """Radians a position of each pair of head dimensions (arXiv 2104.09864; llama3: Llama 3.1's rule)."""
-    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+def rope_frequencies(config: ModelConfig) -> Float[Array, " R/2"]:
+    """Radians a position of each pair of rotated dimensions.
+
+    By arXiv 2104.09864; llama3: Llama 3.1's rule; longrope: arXiv 2402.13753, as far as its short factors go.
+    """
+    half = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / config.rotary_dim
     frequencies = 1.0 / config.rope_theta**half
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
+    if scaling.rope_type == "longrope":
+        return frequencies / jnp.array(scaling.short_factor, jnp.float32)
     # Llama 3.1: long waves are stretched by the factor, short ones kept, those between interpolated.
     waves_in_context = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     keep = (waves_in_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -151,25 +217,48 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " H/2"]:
 
 
 def rope(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], frequencies: Float[Array, " H/2"]
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    frequencies: Float[Array, " R/2"],
+    factor: float = 1.0,
 ) -> Float[Array, "B T N H"]:
-    """Rotates pairs (i, i + H/2), Hugging Face's layout; in float32."""
+    """Rotates pairs (i, i + R/2) of the first R dimensions, Hugging Face's layout; in float32."""
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    if factor != 1:
+        sin, cos = factor * sin, factor * cos
+    R = 2 * frequencies.shape[0]
+    first, second = jnp.split(x[..., :R].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., R:]], axis=-1)
 
 
-class RMSNorm(nn.Module):
+class Norm(nn.Module):
+    """Over the last dimension, in float32: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
+
+    kind: str
     eps: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        scale: Any = self.param("scale", nn.with_partitioning(nn.initializers.ones, (None,)), x.shape[-1:])
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        def vector(name: str, init: Any) -> Any:
+            return self.param(name, nn.with_partitioning(init, (None,)), x.shape[-1:])
+
+        plus_one = self.kind == "rms+1"
+        scale = vector("scale", nn.initializers.zeros if plus_one else nn.initializers.ones)
         x32 = x.astype(jnp.float32)
+        if self.kind == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * scale.astype(x.dtype)
+        if plus_one:
+            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        normed = normed.astype(x.dtype) * scale.astype(x.dtype)
+        if self.kind == "layer":
+            normed += vector("bias", nn.initializers.zeros).astype(x.dtype)
+        return normed
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 class _Projections(nn.Module):
@@ -183,6 +272,30 @@ class _Projections(nn.Module):
         stored: Any = self.param(name, nn.with_partitioning(init, axes), shape)
         return sharding.gathered(stored.astype(self.dtype))
 
+    def bias(self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Array:
+        stored: Any = self.param(name, nn.with_partitioning(nn.initializers.zeros, axes), shape)
+        return stored.astype(self.dtype)
+
+    def linear(
+        self,
+        equation: str,
+        x: Array,
+        name: str,
+        axes: tuple[str | None, ...],
+        shape: tuple[int, ...],
+        out: tuple[str | None, ...] | None = None,
+    ) -> Array:
+        """x W, and where the weight has an adapter (lora.py) x W + (x A) B."""
+        y = self.einsum(equation, x, self.weight(name, axes, shape), out=out)
+        if not self.has_variable("lora", f"{name}_a"):
+            return y
+        a, b = (self.get_variable("lora", f"{name}_{part}").astype(self.dtype) for part in "ab")
+        read, of_weight, made = re.split(",|->", equation)
+        inputs = "".join(axis for axis in of_weight if axis in read)
+        outputs = of_weight.removeprefix(inputs)
+        narrow = self.einsum(f"{read},{inputs}r->BTr", x, sharding.gathered(a), out=("batch", None, None))
+        return y + self.einsum(f"BTr,r{outputs}->{made}", narrow, sharding.gathered(b), out=out)
+
     def einsum(self, equation: str, *operands: Array, out: tuple[str | None, ...] | None = None) -> Array:
         out_sharding = sharding.spec(*out) if out else None
         return jnp.einsum(
@@ -191,58 +304,116 @@ class _Projections(nn.Module):
 
 
 class Attention(_Projections):
+    window: int | None = None
     kernel: str = "plain"
 
     @nn.compact
     def __call__(self, x, layout: Layout, cache: tuple | None):
         c = self.config
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        frequencies = rope_frequencies(c)
-        q = self.einsum("BTD,DNH->BTNH", x, self.weight("wq", ("embed", "heads", None), (D, N, H)))
-        k = self.einsum("BTD,DKH->BTKH", x, self.weight("wk", ("embed", "kv_heads", None), (D, K, H)))
-        v = self.einsum("BTD,DKH->BTKH", x, self.weight("wv", ("embed", "kv_heads", None), (D, K, H)))
-        q, k = rope(q, layout.positions, frequencies), rope(k, layout.positions, frequencies)
+        q = self.linear("BTD,DNH->BTNH", x, "wq", ("embed", "heads", None), (D, N, H))
+        k = self.linear("BTD,DKH->BTKH", x, "wk", ("embed", "kv_heads", None), (D, K, H))
+        v = self.linear("BTD,DKH->BTKH", x, "wv", ("embed", "kv_heads", None), (D, K, H))
+        if c.qkv_bias:
+            q += self.bias("bq", ("heads", None), (N, H))
+            k += self.bias("bk", ("kv_heads", None), (K, H))
+            v += self.bias("bv", ("kv_heads", None), (K, H))
+        if c.qk_norm:
+            q, k = Norm(c.norm, c.norm_eps, name="q_norm")(q), Norm(c.norm, c.norm_eps, name="k_norm")(k)
+        turn = rope_frequencies(c), c.rope_scaling.attention_factor if c.rope_scaling else 1.0
+        q, k = rope(q, layout.positions, *turn), rope(k, layout.positions, *turn)
+        how = {"window": self.window, "scale": c.query_scale, "softcap": c.attention_softcap}
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is None:
-            out = attend(q, k, v, layout, window=c.sliding_window, kernel=self.kernel)
+            out = attend(q, k, v, layout, kernel=self.kernel, **how)
         elif cache[0].shape[2] == x.shape[1]:  # a prompt that fills a new cache: nothing else is to be seen
-            out = attend(q, k, v, layout, window=c.sliding_window)
+            out = attend(q, k, v, layout, **how)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         else:
             cached_k, cached_v, keys, column = cache
             k = lax.dynamic_update_slice_in_dim(cached_k, k.swapaxes(1, 2), column, axis=2)
             v = lax.dynamic_update_slice_in_dim(cached_v, v.swapaxes(1, 2), column, axis=2)
-            out = plain(q, k, v, layout, keys, c.sliding_window)
-        wo = self.weight("wo", ("heads", None, "embed"), (N, H, D))
-        return self.einsum("BTNH,NHD->BTD", out, wo, out=("batch", None, None)), (k, v)
+            out = plain(q, k, v, layout, keys, **how)
+        axes, rows = ("heads", None, "embed"), ("batch", None, None)
+        out = self.linear("BTNH,NHD->BTD", out, "wo", axes, (N, H, D), out=rows)
+        return out + self.bias("bo", (None,), (D,)) if c.output_bias else out, (k, v)
 
 
 class MLP(_Projections):
     @nn.compact
     def __call__(self, x):
-        D, F = self.config.hidden_size, self.config.intermediate_size
-        gate = self.einsum("BTD,DF->BTF", x, self.weight("gate", ("embed", "mlp"), (D, F)))
-        up = self.einsum("BTD,DF->BTF", x, self.weight("up", ("embed", "mlp"), (D, F)))
-        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        down = self.weight("down", ("mlp", "embed"), (F, D))
-        return self.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, down, out=("batch", None, None))
+        c = self.config
+        act, D, F = _ACTIVATIONS[c.activation], c.hidden_size, c.intermediate_size
+
+        def widened(name: str) -> Array:
+            wide = self.linear("BTD,DF->BTF", x, name, ("embed", "mlp"), (D, F))
+            if c.mlp_bias:
+                wide += self.bias(f"{name}_bias", ("mlp",), (F,))
+            return checkpoint_name(wide, name)
+
+        inner = act(widened("gate")) * widened("up") if c.gated else act(widened("up"))
+        rows = ("batch", None, None)
+        out = self.linear("BTF,FD->BTD", inner, "down", ("mlp", "embed"), (F, D), out=rows)
+        return out + self.bias("down_bias", (None,), (D,)) if c.mlp_bias else out
+
+
+class Experts(_Projections):
+    """Each token goes through the few of E gated MLPs that a router likes best (Mixtral, arXiv 2401.04088).
+
+    None is dropped: tokens are sorted by expert, and `ragged_dot` multiplies each stretch with its own.
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        D, F, E = c.hidden_size, c.intermediate_size, c.num_experts
+        scores = self.einsum("BTD,DE->BTE", x, self.weight("router", ("embed", None), (D, E)))
+        probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+        wide, narrow = (None, "embed", "mlp"), (None, "mlp", "embed")
+        weights = [self.weight(name, wide, (E, D, F)) for name in ("gate", "up")]
+        return sharding.by_rows(self._chosen)(
+            x, probabilities, *weights, self.weight("down", narrow, (E, F, D))
+        )
+
+    def _chosen(self, x, probabilities, gate, up, down):
+        """Of one device's tokens, with all experts or a slice of each one's width."""
+        act, chosen = _ACTIVATIONS[self.config.activation], self.config.experts_per_token
+        tokens = x.reshape(-1, x.shape[-1])
+        shares, experts = lax.top_k(probabilities.reshape(len(tokens), -1), chosen)
+        shares = (shares / shares.sum(axis=-1, keepdims=True)).reshape(-1)
+        order = jnp.argsort(experts.reshape(-1))
+        sizes = jnp.bincount(experts.reshape(-1), length=len(gate))
+        dot = functools.partial(lax.ragged_dot, group_sizes=sizes, precision=matmul_precision(self.dtype))
+        rows = tokens[order // chosen]
+        inner = act(checkpoint_name(dot(rows, gate), "gate")) * checkpoint_name(dot(rows, up), "up")
+        out = dot(inner, down) * shares[order][:, None].astype(x.dtype)
+        return jnp.zeros_like(tokens).at[order // chosen].add(out).reshape(x.shape)
 
 
 class Block(nn.Module):
     config: ModelConfig
     dtype: Any
+    window: int | None
     kernel: str = "plain"
 
     @nn.compact
     def __call__(self, x, layout: Layout, cache: tuple | None = None):
-        eps = self.config.rms_norm_eps
-        normed = RMSNorm(eps, name="attention_norm")(x)
-        attended, kv = Attention(self.config, self.dtype, self.kernel, name="attention")(
-            normed, layout, cache
-        )
+        c = self.config
+        norm = functools.partial(Norm, c.norm, c.norm_eps)
+        attention = Attention(c, self.dtype, self.window, self.kernel, name="attention")
+        mlp = (Experts if c.num_experts else MLP)(c, self.dtype, name="mlp")
+        normed = norm(name="attention_norm")(x)
+        attended, kv = attention(normed, layout, cache)
+        kv = kv if cache is not None else None
+        if c.parallel:
+            return x + attended + mlp(normed), kv
+        if c.post_norms:
+            attended = norm(name="attention_post_norm")(attended)
         x = checkpoint_name(x + attended, "attention_residual")
-        x = x + MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
-        return x, kv if cache is not None else None
+        made = mlp(norm(name="mlp_norm")(x))
+        if c.post_norms:
+            made = norm(name="mlp_post_norm")(made)
+        return x + made, kv
 
 
 _ATTENTION = ("q", "k", "v", KEPT)
@@ -267,22 +438,21 @@ class Decoder(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         table = nn.with_partitioning(init, ("vocab_rows", "embed_columns"))
         self.embed: Any = self.param("embed", table, (c.vocab_size, c.hidden_size))
-        block = Block
-        if self.remat != "none":
-            keep = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
-            block = nn.remat(Block, prevent_cse=False, policy=keep)
-        self.layers = nn.scan(
-            block,
+        self.layers = nn.scan(  # this makes their parameters, stacked; `_scanned` runs them
+            Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: None},
-        )(c, self.dtype, self.kernel)
-        self.final_norm = RMSNorm(c.rms_norm_eps)
+        )(c, self.dtype, None)
+        self.final_norm = Norm(c.norm, c.norm_eps)
         if not c.tie_word_embeddings:
             head = nn.with_partitioning(init, ("embed", "vocab"))
             self.head: Any = self.param("head", head, (c.hidden_size, c.vocab_size))
+        if c.head_bias:
+            bias = nn.with_partitioning(nn.initializers.zeros, ("vocab",))
+            self.head_bias: Any = self.param("head_bias", bias, (c.vocab_size,))
 
     def __call__(
         self,
@@ -297,11 +467,41 @@ class Decoder(nn.Module):
         """
         out_sharding = sharding.spec("batch", None, None)
         x = sharding.gathered(self.embed).at[tokens].get(out_sharding=out_sharding).astype(self.dtype)
-        if cache is None:
+        if self.config.scale_embedding:
+            x *= jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
+        if self.is_initializing():
             x, _ = self.layers(x, layout)
+        elif cache is None:
+            x = self._scanned(x, layout)
         else:
             x, cache = self._decode(x, layout, cache)
         return self.final_norm(x), cache
+
+    def _scanned(self, x, layout: Layout):
+        """One layer after the other; a step of the loop is one round of the pattern of windows."""
+        c = self.config
+
+        def layer_with(window: int | None):
+            block = Block(c, self.dtype, window, self.kernel, parent=None)
+
+            def layer(variables, x):
+                return block.apply(variables, x, layout)[0]
+
+            if self.remat == "none":
+                return layer
+            keep = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
+            return jax.checkpoint(layer, prevent_cse=False, policy=keep)
+
+        each = [layer_with(window) for window in c.windows]
+
+        def round_of(x, layers):
+            for number, layer in enumerate(each):
+                x = layer(jax.tree.map(lambda w, i=number: w[i], layers), x)
+            return x, None
+
+        layers = {kind: tree["layers"] for kind, tree in self.variables.items()}
+        rounds = jax.tree.map(lambda w: w.reshape(-1, len(each), *w.shape[1:]), layers)
+        return lax.scan(round_of, x, rounds)[0]
 
     def _decode(self, x, layout: Layout, cache: Cache):
         def write(cached, new):
@@ -310,10 +510,11 @@ class Decoder(nn.Module):
         seen = Layout(
             write(cache.layout.positions, layout.positions), write(cache.layout.segments, layout.segments)
         )
-        block = Block(self.config, self.dtype, parent=None)
+        blocks = [Block(self.config, self.dtype, window, parent=None) for window in self.config.windows]
         layers = self.variables["params"]["layers"]
         keys, values = [], []
-        for layer, k, v in zip(layers, cache.keys, cache.values, strict=True):
+        for number, (layer, k, v) in enumerate(zip(layers, cache.keys, cache.values, strict=True)):
+            block = blocks[number % len(blocks)]
             x, (k, v) = block.apply({"params": layer}, x, layout, (k, v, seen, cache.column))
             keys.append(k)
             values.append(v)
@@ -329,21 +530,44 @@ def forward(
     layout: Layout,
     cache: Cache | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """`Decoder.__call__` as a function of the parameters."""
-    return decoder.apply({"params": params}, tokens, layout, cache)  # pyright: ignore[reportReturnType]
+    """`Decoder.__call__` as a function of the parameters, with adapters where lora.py has joined some."""
+    variables = {"params": {name: tree for name, tree in params.items() if name != "adapters"}}
+    if "adapters" in params:
+        variables["lora"] = params["adapters"]
+    return decoder.apply(variables, tokens, layout, cache)  # pyright: ignore[reportReturnType]
 
 
-def output_head(decoder: Decoder, params: Params) -> Float[Array, "D V"]:
+@struct.dataclass
+class Head:
+    """What makes logits of hidden states."""
+
+    weight: Float[Array, "D V"]
+    bias: Float[Array, " V"] | None
+    softcap: float | None = struct.field(pytree_node=False)
+
+    def astype(self, dtype: Any) -> "Head":
+        return jax.tree.map(lambda w: w.astype(dtype), self)
+
+
+def output_head(decoder: Decoder, params: Params) -> Head:
     """What hidden states are projected with, gathered and in the compute dtype."""
-    head = params["embed"].T if decoder.config.tie_word_embeddings else params["head"]
+    c = decoder.config
+    head = params["embed"].T if c.tie_word_embeddings else params["head"]
     # A tied head is split the other way round: over the model's dimension by tensor.
-    return sharding.gathered(sharding.reshard(head.astype(decoder.dtype), "embed", "vocab"))
+    head = sharding.gathered(sharding.reshard(head.astype(decoder.dtype), "embed", "vocab"))
+    bias = params["head_bias"].astype(decoder.dtype) if c.head_bias else None
+    return Head(head, bias, c.logit_softcap)
 
 
-def project(hidden: Float[Array, "B T D"], head: Float[Array, "D V"]) -> Float[Array, "B T V"]:
+def project(hidden: Float[Array, "B T D"], head: Head) -> Float[Array, "B T V"]:
     """Next-token logits in float32."""
     precision = matmul_precision(hidden.dtype)
-    return jnp.einsum("BTD,DV->BTV", hidden, head, precision=precision, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "BTD,DV->BTV", hidden, head.weight, precision=precision, preferred_element_type=jnp.float32
+    )
+    if head.bias is not None:
+        logits += head.bias.astype(jnp.float32)
+    return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
 
 
 def new_cache(config: ModelConfig, rows: int, columns: int, dtype: Any) -> Cache:

@@ -7,6 +7,7 @@ arithmetic. Lengths are those of `lengths.expected`, and the longest that `lengt
 roofline's at stated efficiencies.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -32,9 +33,11 @@ from spin_jax.footprint import (
     fits,
     limit,
     parsed,
+    trained,
     workload,
 )
 from spin_jax.metrics import compact
+from spin_jax.train import MOMENTS
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:8x8, v5p:2x2x2 …; GPUs: h200:1, h100:8 …")
@@ -93,7 +96,7 @@ def _timed(work: Work, phases: dict[str, Phase], assumed: Assumed) -> None:
         phase.tokens_per_s = filled * per_unit / phase.seconds
 
     train, score, sample = phases["train"], phases["score"], phases["sample"]
-    bound(train, 3, 1.0)
+    bound(train, 2 if c.train.lora_rank else 3, 1.0)  # frozen weights have no gradient
     train.units = math.ceil(assumed.pairs / size) * epochs
     bound(score, 1, 1 / microbatches)
     score.units = math.ceil(assumed.pairs / size) * microbatches
@@ -205,6 +208,7 @@ def plan(work: Work, assumed: Assumed) -> dict[str, Any]:
         "by": "compilation" if work.compiles else "arithmetic",
         "mesh": dict(mesh.shape),
         "model": f"{model.model_type}, {compact(roofline.all_params(model))} parameters",
+        "lora": _saved(work),
         "sampling": {
             "tensor": programs.sampling_tensor(work.config, work.model),
             "slots": programs.slots(work.config, work.model),
@@ -238,6 +242,23 @@ def plan(work: Work, assumed: Assumed) -> dict[str, Any]:
     }
 
 
+def _saved(work: Work) -> dict[str, Any] | None:
+    """What adapters save, by arithmetic; None without them."""
+    t = work.config.train
+    if not t.lora_rank:
+        return None
+    without = dataclasses.replace(work, config=_changed(work.config, {"train.lora_rank": None}))
+    memory = [estimated_phases(w)["train"].memory for w in (without, work)]
+    numbers = [1 + MOMENTS[t.optimizer], trained(work), roofline.all_params(work.model.config)]
+    return {
+        "rank": t.lora_rank,
+        "trained": numbers[1],
+        "saved_gib": (memory[0] - memory[1]) / _GIB,
+        "checkpoint_gib": 4 * numbers[0] * numbers[1] / _GIB,
+        "checkpoint_without_gib": 4 * numbers[0] * numbers[2] / _GIB,
+    }
+
+
 def table(answer: Mapping[str, Any]) -> str:
     """The answer for people."""
     mesh = " × ".join(f"{name} {size}" for name, size in answer["mesh"].items())
@@ -253,6 +274,12 @@ def table(answer: Mapping[str, Any]) -> str:
         "",
         f"{'':7}{f'GiB of {room:.1f}':>12}  {'time':>22}  {'iteration':>9}  {'tokens/s':>9}  bound by",
     ]
+    if saved := answer["lora"]:
+        checkpoint = f"{saved['checkpoint_gib']:.2f} GiB and not {saved['checkpoint_without_gib']:.1f}"
+        memory = f"{saved['saved_gib']:.1f} GiB less a device; a step checkpoint has {checkpoint}"
+        lines.insert(
+            -2, f"LoRA       rank {saved['rank']}: {compact(saved['trained'])} numbers trained, {memory}"
+        )
     for name, phase in answer["phases"].items():
         mark = " " if phase["hbm_gib"] <= room else "!"
         unit = f"{_duration(phase['unit_s'])} a {phase['unit']}"

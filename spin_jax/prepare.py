@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import importlib.util
 import os
@@ -23,6 +24,7 @@ from spin_jax import (
     heldout,
     hosts,
     identity,
+    lora,
     losses,
     programs,
     sharding,
@@ -57,6 +59,7 @@ class Prepared:
     identity: identity.Identity  # fingerprints and versions: what makes this run this run
     began: Mapping[str, Any]  # the config.json that is there already, or {}
     data_revision: str | None  # the commit of a hub dataset
+    today: str  # what chat templates are told
     notes: list[str]  # what was dropped, cut or left out
 
     @property
@@ -107,7 +110,8 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
     if began and not (isinstance(began, dict) and isinstance(began.get("config"), dict)):
         raise ValueError(f"{root / 'config.json'} is no run's of spin_jax: take another --workdir")
     identity.check(root, config, {}, began)  # the config alone, before minutes of reading
-    read = hosts.together(lambda: _read(config, began))
+    today = config.data.today or began.get("today") or datetime.date.today().isoformat()
+    read = hosts.together(lambda: _read(config, began, today))
     hosts.check_same("config or data", lambda: _seen(config, read))
     model, chat, given, notes = read.model, read.chat, read.given, read.notes
     examples = _examples(config, read)
@@ -139,6 +143,7 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
         identity=found,
         began=began,
         data_revision=read.data_revision,
+        today=today,
         notes=notes,
     )
     _check_options(prepared)
@@ -158,14 +163,14 @@ class _Read(NamedTuple):
     notes: list[str]
 
 
-def _read(config: Config, began: Mapping[str, Any]) -> _Read:
+def _read(config: Config, began: Mapping[str, Any], today: str) -> _Read:
     losses.find(config.loss.name)
     if config.eval.verifier:
         heldout.find_verifier(config.eval.verifier)
     model, initial_params, start = open_model(config, _began_with(config, began, "model"))
     programs.check_mesh(config, model)
     notes = _other_architecture(config, model)
-    chat = make_chat(config, model)
+    chat = make_chat(config, model, today)
     given = _given(config, chat, model.config.vocab_size, notes)
     c = config.data
     rows = revision = None
@@ -256,15 +261,29 @@ def _check_options(prepared: Prepared) -> None:
     prepared.sft_options()
     for t in prepared.iterations:
         prepared.options(t)
+    for section in (prepared.config.train, prepared.config.sft):
+        if section.lora_rank:
+            lora.check(prepared.model.config, section.lora_targets)
 
 
-def make_chat(config: Config, model: Model) -> Chat:
+def make_chat(config: Config, model: Model, today: str | None = None) -> Chat:
     """What turns conversations into ids for this model, as the config wants it."""
     kind = OfficialChat if config.official else Chat
     lengths = Lengths(config.lengths.max_prompt, config.lengths.max_length)
     return kind(
-        model.tokenizer, model.stop_tokens, lengths=lengths, system_message=config.data.system_message
+        model.tokenizer,
+        model.stop_tokens,
+        lengths=lengths,
+        system_message=config.data.system_message,
+        today=_day(today or config.data.today),
     )
+
+
+def _day(text: str | None) -> datetime.date | None:
+    try:
+        return datetime.date.fromisoformat(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"data.today={text!r}: a day is wanted, as in 2026-01-31") from error
 
 
 def _given(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dict[int, list[Pair]]:
@@ -316,7 +335,7 @@ def _counted(path: str, counts: Counter) -> list[str]:
 def take(prepared: Prepared) -> contextlib.AbstractContextManager[None]:
     """Holds the workdir and writes its config.json."""
     p = prepared
-    revisions = {"model_revision": p.model.revision, "data_revision": p.data_revision}
+    revisions = {"model_revision": p.model.revision, "data_revision": p.data_revision, "today": p.today}
     return identity.taken(p.workdir, p.config, p.identity, p.began, revisions)
 
 
@@ -324,7 +343,7 @@ def lengths(prepared: Prepared) -> str:
     """A table of the data's lengths in tokens, before anything is dropped or cut, against the limits."""
     unlimited: Config = ConfigDict(prepared.config).copy_and_resolve_references()
     unlimited.lengths.max_prompt = unlimited.lengths.max_length = 2**31 - 1
-    read = hosts.together(lambda: _read(unlimited, prepared.began))
+    read = hosts.together(lambda: _read(unlimited, prepared.began, prepared.today))
     examples = _examples(unlimited, read)
     prompts, answers = (
         np.array([len(ids) for ids in of]) for of in zip(*((e.prompt, e.real) for e in examples), strict=True)
@@ -346,9 +365,12 @@ def plan(prepared: Prepared, finished: int) -> str:
     c, model = prepared.config, prepared.model
     device = jax.devices()[0]
     count = count_params(sharding.unboxed(abstract_params(model.config)))
+    rank = c.train.lora_rank
+    trained = lora.count(model.config, rank, c.train.lora_targets) if rank else count
+    frozen = count * model.dtype.itemsize if rank else 0
     # float32 weights and gradients, and the optimizer's moments
     copies = 2 + MOMENTS[c.train.optimizer]
-    gib = count * 4 * copies / (model.mesh.shape["fsdp"] * model.mesh.shape["tensor"]) / 2**30
+    gib = (trained * 4 * copies + frozen) / (model.mesh.shape["fsdp"] * model.mesh.shape["tensor"]) / 2**30
     mesh = " × ".join(f"{name} {size}" for name, size in model.mesh.shape.items())
     source = c.model.path or "initialized here"
     revision = f" at {model.revision[:12]}" if model.revision else ""
@@ -361,7 +383,8 @@ def plan(prepared: Prepared, finished: int) -> str:
             f"{model.config.model_type}, {source}{revision}: {compact(count)} parameters, {model.dtype}",
         ),
         ("memory", f"{gib:.2f} GiB a device for weights, gradients and optimizer; activations come on top"),
-        ("disk", _disk(prepared, finished, count)),
+        *([("LoRA", f"rank {rank}: {compact(trained)} numbers are trained")] if rank else []),
+        ("disk", _disk(prepared, finished, count, trained)),
         ("data", f"{len(prepared.examples)} prompts to train on, {len(prepared.held_out)} held out"),
         ("rows", f"{shape.rows} × {shape.length} tokens a micro-batch, {c.train.batch_size} pairs a step"),
         ("attention", prepared.decoder.kernel),
@@ -373,11 +396,11 @@ def plan(prepared: Prepared, finished: int) -> str:
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
 
 
-def _disk(prepared: Prepared, finished: int, parameters: int) -> str:
+def _disk(prepared: Prepared, finished: int, parameters: int, trained: int) -> str:
     """What the iterations to come will write, and what there is room for."""
     c, left = prepared.config, len(prepared.iterations) - finished
     iteration = parameters * (4 + prepared.model.dtype.itemsize)  # float32 parameters, and the export
-    steps = (c.checkpoint.keep + 1) * parameters * 4 * (1 + MOMENTS[c.train.optimizer])
+    steps = (c.checkpoint.keep + 1) * trained * 4 * (1 + MOMENTS[c.train.optimizer])
     need = left * iteration + (steps if left else 0)
     room = files.free(prepared.workdir)
     text = f"{need / 2**30:.2f} GiB for {left} iterations to come, step checkpoints included"

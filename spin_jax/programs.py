@@ -33,7 +33,8 @@ def kernel(config: Config, model: Model) -> str:
     """How attention is computed; only `plain` knows tokens that none attends to."""
     if config.official:
         return "plain"
-    return config.model.attention or kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
+    name = config.model.attention or kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
+    return "plain" if name == "triton" and model.config.attention_softcap else name
 
 
 def spin(config: Config, model: Model) -> SPIN:
@@ -198,7 +199,7 @@ def row_shape(
     options: Config, config: Config, model: Model, expected: np.ndarray, largest: np.ndarray
 ) -> RowShape:
     """`choose_shape` for a section of options and what attention costs on this machine."""
-    name, window = kernel(config, model), model.config.sliding_window
+    name, window = kernel(config, model), model.config.longest_window
     plain = name == "plain"
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     return choose_shape(

@@ -4,11 +4,13 @@ Axes: L layers, D model, N query heads, K key/value heads, H head dim, F mlp, V 
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
+from spin_jax import sharding
 from spin_jax.batches import Rows, filled_tokens
-from spin_jax.model import ModelConfig
+from spin_jax.model import ModelConfig, abstract_params, count_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +46,18 @@ def chip(device_kind: str) -> Chip | None:
     return CHIPS[max(known, key=len)] if known else None
 
 
-def layer_params(c: ModelConfig) -> int:
-    """Weights of one layer that multiply."""
+def layer_params(c: ModelConfig, experts: int | None = None) -> int:
+    """Weights of one layer that multiply a token; or of a layer with so many of its experts."""
+    experts = c.experts_per_token if experts is None else experts
     heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
-    return c.hidden_size * (heads * c.head_dim + 3 * c.intermediate_size)
+    mlp = (3 if c.gated else 2) * c.intermediate_size
+    return c.hidden_size * (heads * c.head_dim + max(1, experts) * mlp + c.num_experts)
 
 
+@functools.cache
 def all_params(c: ModelConfig) -> int:
     """All numbers of the parameter tree."""
-    tables = 1 if c.tie_word_embeddings else 2
-    norms = c.hidden_size * (2 * c.num_hidden_layers + 1)
-    return c.num_hidden_layers * layer_params(c) + tables * c.vocab_size * c.hidden_size + norms
+    return count_params(sharding.unboxed(abstract_params(c)))
 
 
 def cached_numbers(c: ModelConfig, columns: int) -> int:
@@ -84,9 +87,10 @@ def forward_flops(c: ModelConfig, tokens: float, projected: float, seen: float) 
 def rows_flops(c: ModelConfig, rows: Rows) -> float:
     """`forward_flops` of packed rows: every token once, logits of responses, causal attention."""
     # A token sees its own sequence up to itself, or the window: its position, and one more.
-    window = c.sliding_window or rows.layout.positions.size
-    seen = np.sum(np.minimum(rows.layout.positions + 1, window), where=rows.layout.segments != 0)
-    return forward_flops(c, filled_tokens(rows), int(rows.lengths.sum()), int(seen))
+    positions, tokens = rows.layout.positions + 1, rows.layout.segments != 0
+    windows = [window or positions.size for window in c.windows]
+    seen = np.mean([np.sum(np.minimum(positions, window), where=tokens) for window in windows])
+    return forward_flops(c, filled_tokens(rows), int(rows.lengths.sum()), float(seen))
 
 
 def decode_step_s(
@@ -100,7 +104,8 @@ def decode_step_s(
         itemsize: bytes of a weight and of a cached number.
         devices: how many share that copy.
     """
-    weights = c.num_hidden_layers * layer_params(c) + c.hidden_size * c.vocab_size
+    read = min(c.num_experts, batch * c.experts_per_token)  # experts: all, but of small batches
+    weights = c.num_hidden_layers * layer_params(c, read) + c.hidden_size * c.vocab_size
     cached = cached_numbers(c, 1) * context * batch
     compute = forward_flops(c, batch, batch, 0) / chip.flops
     return (max(weights * itemsize / chip.bandwidth, compute) + cached * itemsize / chip.bandwidth) / devices

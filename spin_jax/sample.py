@@ -154,7 +154,7 @@ def _columns(decoder: Decoder, prompts, most, group: list[int]) -> int:
 
 def cache_columns(config: ModelConfig, longest: int) -> int:
     """Columns of a cache for so many tokens: never more than the model's window."""
-    return min(bucket(longest), config.sliding_window or bucket(longest))
+    return min(bucket(longest), config.longest_window or bucket(longest))
 
 
 def _with_columns(state: Slots | None, decoder: Decoder, slots: int, columns: int) -> Slots:

@@ -19,7 +19,18 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import checkpoint, convert, files, heldout, hosts, identity, interrupts, programs, report
+from spin_jax import (
+    checkpoint,
+    convert,
+    files,
+    heldout,
+    hosts,
+    identity,
+    interrupts,
+    lora,
+    programs,
+    report,
+)
 from spin_jax import config as config_lib
 from spin_jax.batches import (
     PairBatch,
@@ -46,6 +57,7 @@ from spin_jax.train import (
     NotFinite,
     Objective,
     Optimization,
+    TrainState,
     abstract_state,
     fit,
     init_state,
@@ -319,12 +331,7 @@ class SelfPlay:
         c, most_skipped = run.config.checkpoint, run.config.train.most_skipped
         checkpoints = checkpoint.StepCheckpoints(training.folder / "train", c.keep, self.metrics.flush)
         start = checkpoints.steps_done()
-        if start:
-            _free(params)  # a resumed phase needs no more memory than a fresh one
-            like = abstract_state(params_on(run.mesh, run.model.config), options, run.mesh)
-            state = checkpoints.restore(start, like)
-        else:
-            state = init_state(training.begins_from() if params is None else params, options, run.mesh)
+        state, frozen = self._state(params, training, checkpoints, start)
         self.metrics.rewind(phase, t, lambda step: step >= start)
         title = phase if t == BEFORE else f"iteration {t}: {phase}"
         with progress(title, training.steps, start) as bar:
@@ -338,13 +345,14 @@ class SelfPlay:
                 bar.update()
 
             try:
-                return fit(
+                state = fit(
                     state,
                     self._batches(training, start),
                     make_step(training.objective, options),
                     start=start,
                     learning_rates=options.learning_rates(training.schedule_steps),
                     scalars=training.scalars,
+                    frozen=frozen,
                     mesh=run.mesh,
                     checkpoints=checkpoints,
                     loop=Loop(
@@ -354,10 +362,33 @@ class SelfPlay:
                         on_step,
                         self.should_stop,
                     ),
-                ).params
+                )
             except NotFinite as error:
                 self._explain(error, training)
                 raise
+        if frozen is None:
+            return state.params
+        _free(frozen)
+        return lora.merged(training.begins_from(), state.params, options.lora_scale)
+
+    def _state(
+        self, params: Params | None, training: Training, checkpoints: checkpoint.StepCheckpoints, start: int
+    ) -> tuple[TrainState, Params | None]:
+        """What training goes on with from step `start`; with LoRA, and the weights that stay as they are."""
+        run, options = self.run, training.options
+        like = params_on(run.mesh, run.model.config)
+        if start and not options.lora_rank:
+            _free(params)  # a resumed phase needs no more memory than a fresh one
+            return checkpoints.restore(start, abstract_state(like, options, run.mesh)), None
+        params = training.begins_from() if params is None else params
+        if not options.lora_rank:
+            return init_state(params, options, run.mesh), None
+        like = lora.adapters_on(like, options.lora_rank, options.lora_targets)
+        frozen = lora.freeze(params, run.model.dtype)
+        if start:
+            return checkpoints.restore(start, abstract_state(like, options, run.mesh)), frozen
+        seed = _data_seed(run.config.seed, training.phase, training.iteration)
+        return init_state(lora.init(like, jax.random.key(seed)), options, run.mesh), frozen
 
     def _batches(self, training: Training, start: int) -> Iterator[Any]:
         steps_per_epoch = training_steps(len(training.items), training.options.batch_size, 1)

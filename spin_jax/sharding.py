@@ -185,6 +185,27 @@ def by_rows_and_heads(attention: Callable[..., jax.Array]) -> Callable[..., jax.
     return run
 
 
+def by_rows(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """f(x, y, *weights) run on each device's own rows of x and y, and its part of gathered weights.
+
+    Where those are split over tensor, each device's result is a part of the sum.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return run
+
+    def summed(x: jax.Array, y: jax.Array, *weights: jax.Array) -> jax.Array:
+        rows, parts = PartitionSpec(RULES["batch"]), [jax.typeof(w).sharding.spec for w in weights]
+        split = any("tensor" in part.partitions for part in parts)
+
+        def local(*arguments: jax.Array) -> jax.Array:
+            return jax.lax.psum(run(*arguments), "tensor") if split else run(*arguments)
+
+        specs = (rows, rows, *parts)
+        return jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)(x, y, *weights)
+
+    return summed
+
+
 def gathered(x: jax.Array) -> jax.Array:
     """A stored parameter made ready for use: the fsdp axis gathered, the tensor axis left split.
 

@@ -45,9 +45,12 @@ class Template:
     one may make.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, today: datetime.date | None = None):
+        """`today` is what a template that asks for the date is told; None: the day it is."""
         text = tokenizer.get_chat_template()
-        self._variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None}
+        now = datetime.datetime.combine(today or datetime.date.today(), datetime.time())
+        told = {"tools": None, "documents": None, "strftime_now": now.strftime}
+        self._variables = {**tokenizer.special_tokens_map, **told}
         try:
             self._compiled = _WATCHDOG.run(lambda: _sandbox().from_string(text))
         except BadTemplate:
@@ -275,16 +278,12 @@ def _sandbox() -> _Sandbox:
     )
     sandbox.filters["tojson"] = _to_json
     sandbox.filters.update({name: _bounded(sandbox.filters[name]) for name in _Sandbox.growing_filters})
-    sandbox.globals.update(raise_exception=_refuse, strftime_now=_now, dict=_Dict(), namespace=_Names)
+    sandbox.globals.update(raise_exception=_refuse, dict=_Dict(), namespace=_Names)
     return sandbox
 
 
 def _refuse(message: str) -> None:
     raise _Refused(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
 
 
 def _to_json(

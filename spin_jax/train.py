@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from spin_jax import checkpoint, losses, sharding
+from spin_jax import checkpoint, lora, losses, sharding
 from spin_jax.batches import PairBatch, Rows, filled_tokens
 from spin_jax.losses import PairLogps
 from spin_jax.model import Decoder, Params
@@ -42,6 +42,9 @@ class Optimization:
     batch_size: int
     epochs: int
     schedule_epochs: int | None
+    lora_rank: int | None = None  # of adapters that are trained in place of the weights; None: the weights
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
@@ -50,6 +53,10 @@ class Optimization:
             raise ValueError(f"schedule={self.schedule!r}: choose from linear, cosine, constant")
         if self.schedule_epochs is not None and self.schedule_epochs < self.epochs:
             raise ValueError(f"schedule_epochs={self.schedule_epochs} is shorter than epochs={self.epochs}")
+
+    @property
+    def lora_scale(self) -> float:
+        return self.lora_alpha / (self.lora_rank or 1)
 
     def schedule_steps(self, steps: int) -> int:
         """The length of the schedule that goes with `steps`, those of `epochs`."""
@@ -152,7 +159,7 @@ MOMENTS = {"rmsprop": 1, "adamw": 2, "adafactor": 0}
 
 
 class TrainState(NamedTuple):
-    params: Params  # float32 master weights
+    params: Params  # what is trained: float32 master weights, or with LoRA the adapters
     opt_state: Any
     skipped: Any  # int32 []: steps left out in a row up to now
 
@@ -169,10 +176,11 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 def make_step(objective: Objective, options: Optimization) -> Step:
     """The jitted training step. Shardings need no pinning: they are part of the arguments' types.
 
-    step(state, batch, learning_rate, scalars) → (state, metrics): `batch` holds arrays [M, N, …]; the
+    step(state, batch, learning_rate, scalars, frozen) → (state, metrics): `batch` holds arrays [M, N, …]; the
     micro-batches that are not empty run one after another, and their gradients are added up in float32.
-    `state` is donated; `scalars` go to the objective. Learning rate and scalars (β) are arguments, so that
-    all iterations share one program. Metrics are those of the parameters before the update.
+    `state` is donated; `scalars` go to the objective; `frozen` are the weights under adapters, or None.
+    Learning rate and scalars (β) are arguments, so that all iterations share one program. Metrics are those
+    of the parameters before the update.
     A step whose loss or gradient is not finite leaves parameters and optimizer as they were; the metric
     `skipped` says how many of those there were in a row.
     """
@@ -185,10 +193,17 @@ def make_step(objective: Objective, options: Optimization) -> Step:
 def _make_step(objective: Objective, options: Optimization) -> Step:
     optimizer = make_optimizer(options)
 
-    def step(state: TrainState, batch: Any, learning_rate: Array, scalars: Mapping[str, Array]):
+    def step(
+        state: TrainState,
+        batch: Any,
+        learning_rate: Array,
+        scalars: Mapping[str, Array],
+        frozen: Params | None = None,
+    ):
         size = objective.size(batch)
 
         def mean_loss(params: Params, part: Any) -> tuple[Array, Metrics]:
+            params = params if frozen is None else lora.joined(frozen, params, options.lora_scale)
             loss, metrics = objective(params, part, **scalars)
             metrics = {"loss": loss, **metrics}
             return loss / size, jax.tree.map(lambda total: total / size, metrics)
@@ -284,6 +299,7 @@ def fit(
     start: int,
     learning_rates: np.ndarray,
     scalars: Mapping[str, float],
+    frozen: Params | None = None,
     mesh: jax.sharding.Mesh,
     checkpoints: checkpoint.StepCheckpoints,
     loop: Loop,
@@ -295,6 +311,7 @@ def fit(
         batches: those of step `start` and after; arrays are [M, N, …].
         learning_rates: one a step of the schedule.
         scalars: of the objective, the same for all steps.
+        frozen: the weights under the adapters, where the state is of those.
 
     Raises:
         Interrupted: `loop.should_stop()`; the state has been saved.
@@ -325,7 +342,7 @@ def fit(
             batch = next(source)
             waited += time.perf_counter() - began
             placed = sharding.put_batch(mesh, batch, axis=1)
-            state, metrics = step(state, placed, learning_rates[number], arguments)
+            state, metrics = step(state, placed, learning_rates[number], arguments, frozen)
             # The device works on this step while the host reports the one before.
             if pending is not None:
                 report(pending)

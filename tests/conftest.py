@@ -84,7 +84,8 @@ def mistral_tokenizer():
 def hf_model_dir(tmp_path_factory):
     """make(family, **config) → (directory, torch model), written by transformers.
 
-    The config starts from `SMALL`. Calls with equal arguments share one directory: copy it to change it.
+    The config starts from `SMALL`; None takes a key out of it. Calls with equal arguments share one
+    directory: copy it to change it.
     A vocabulary of 32,000 brings Mistral's own tokenizer where it is here, any other the tiny one.
     `dtype` is the checkpoint's; `max_shard_size` splits it.
     """
@@ -97,12 +98,14 @@ def hf_model_dir(tmp_path_factory):
         if key not in made:
             torch.manual_seed(0)
             defaults = {**SMALL, "sliding_window": None} if family == "mistral" else SMALL
-            config = transformers.AutoConfig.for_model(family, **{**defaults, **options})
+            absent = {k for k, v in options.items() if v is None and k in SMALL}
+            chosen = {k: v for k, v in {**defaults, **options}.items() if k not in absent}
+            config = transformers.AutoConfig.for_model(family, **chosen)
             config._attn_implementation = "eager"
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             for name, weight in model.named_parameters():
-                if "norm" in name:  # all ones when new: two norms exchanged would not show
-                    torch.nn.init.uniform_(weight, 0.5, 1.5)
+                if weight.ndim == 1:  # norms of ones and biases of zeros: two exchanged would not show
+                    torch.nn.init.uniform_(weight, *((-0.5, 0.5) if "bias" in name else (0.5, 1.5)))
             model = model.to(getattr(torch, dtype)).eval()
             real = config.vocab_size == 32000 and (SHARED / "mistral_tokenizer").exists()
             directory = tmp_path_factory.mktemp(family)

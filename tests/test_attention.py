@@ -281,10 +281,12 @@ def config_of(**options):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
-        "rms_norm_eps": 1e-5,
+        "norm_eps": 1e-5,
         "rope_theta": 1e4,
         "rope_scaling": None,
-        "sliding_window": None,
+        "rotary_dim": 64,
+        "windows": (None,),
+        "activation": "silu",
         "tie_word_embeddings": False,
         "max_position_embeddings": 4096,
         "initializer_range": 0.2,
@@ -397,6 +399,7 @@ def test_splash_compiles_for_tpus(monkeypatch):
     pytest.importorskip("libtpu", reason="needs jax[tpu], though no TPU")
     from jax.experimental import topologies
 
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other tests may hold it meanwhile
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # or it looks for a TPU's own server
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
     mesh = sharding.make_mesh(1, 4, 2, devices=topology.devices)

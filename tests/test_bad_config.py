@@ -151,7 +151,7 @@ def numbers(section, prefix=""):
         name, kind = f"{prefix}{key}", section.get_type(key)
         if hasattr(value, "items"):
             yield from numbers(value, f"{name}.")
-        elif kind in (int, float, tuple):
+        elif kind in (int, float) or (kind is tuple and not isinstance(value[0], str)):
             yield name, value
 
 
@@ -550,7 +550,7 @@ def test_everything_wrong_is_one_error(hf_model_dir, tmp_path):
         ('{"weight_map": {"a": "/etc/x.safetensors"}}', "files outside"),
         ('{"weight_map": {"a": ""}}', "'': files outside"),
         ('{"weight_map": {"a": "pytorch_model.bin"}}', "convert it to safetensors"),
-        ('{"weight_map": {}}', "lm_head.weight: missing"),
+        ('{"weight_map": {}}', "model.embed_tokens.weight: missing"),
         (
             '{"weight_map": {"model.norm.weight": "model.safetensors"}}',
             f"lm_head.weight: in model.safetensors, which {INDEX} does not say",

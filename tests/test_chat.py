@@ -1,5 +1,6 @@
 """Text to tokens: what the Contracts of a conversation promise."""
 
+import datetime
 import json
 import pathlib
 import re
@@ -183,6 +184,63 @@ CONVERSATIONS = [
     ],
     [USER, {"role": "assistant", "content": ""}] * 3,
 ]
+
+
+# What the templates of Qwen2.5 and SmolLM2, Qwen3, DeepSeek-R1's kind and Llama 3.1 do beside: each in small.
+INVENTS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
+    + CHATML
+)
+THINKS = """{%- for m in messages %}
+    {%- set said = m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content %}
+    {{- '<|im_start|>' ~ m.role ~ '\n' }}
+    {%- if m.role == 'assistant' and loop.last %}{{- '<think>\n\n</think>\n\n' }}{% endif %}
+    {{- said ~ '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+BEGINS_TO_THINK = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
+
+
+def test_a_system_prompt_that_the_template_invents_is_its_own():
+    """Rendered alike for prompt and whole, and replaced by one that the config or the row gives."""
+    chat = with_template(INVENTS_SYSTEM)
+    prompt, response, _ = chat.encode([USER, ANSWER])
+    assert "Be helpful." in chat.render([USER], prompt=True)
+    assert chat.tokenizer.decode(prompt) == chat.tokenizer.decode(chat.encode_prompt([USER]))
+    assert chat.decode(response).startswith("3")
+    own = [{"role": "system", "content": "Be brief."}, USER]
+    assert "Be helpful." not in chat.render(own, prompt=True)
+
+
+def test_an_empty_thought_belongs_to_the_answer():
+    """The template writes it after the generation prompt: what follows that is the response."""
+    chat = with_template(THINKS)
+    earlier = {"role": "assistant", "content": "<think>\nlong\n</think>\n\n4"}
+    messages = [USER, earlier, USER, ANSWER]
+    prompt, response, _ = chat.encode(messages)
+    text = chat.render(messages, prompt=False)
+    before = chat.render(messages[:-1], prompt=True)
+    assert "long" not in before
+    assert text.removeprefix(before).startswith("<think>\n\n</think>\n\n3")
+    np.testing.assert_array_equal(prompt, chat.encode_prompt(messages[:-1]))
+    assert chat.tokenizer.decode(response) == chat.tokenizer.decode(
+        chat.tokenizer(text.removeprefix(before), add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_a_thought_that_the_prompt_begins_and_the_answer_has_not_is_an_error():
+    with pytest.raises(BadRow, match="renders the prompt otherwise when the answer follows"):
+        with_template(BEGINS_TO_THINK).encode([USER, ANSWER])
+
+
+def test_the_date_is_the_one_that_is_given():
+    """Today's, as in transformers; a run that goes on the next day is told the first one's."""
+    tokenizer = with_template(DATED).tokenizer
+    then = Chat(tokenizer, [tokenizer.eos_token_id], today=datetime.date(2024, 7, 26))
+    assert then.render([USER], prompt=True).startswith("26 Jul 2024")
+    today = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert with_template(DATED).render([USER], prompt=True) == today
 
 
 @pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, LLAMA_3, CHATML, GENERATION, LOOP_CONTROLS])

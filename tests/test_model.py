@@ -20,7 +20,7 @@ from spin_jax.model import (
     Decoder,
     Model,
     ModelConfig,
-    RMSNorm,
+    Norm,
     abstract_params,
     count_params,
     forward,
@@ -47,10 +47,12 @@ CONFIG = ModelConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=12,
-    rms_norm_eps=1e-5,
+    norm_eps=1e-5,
     rope_theta=500.0,
     rope_scaling=None,
-    sliding_window=5,
+    windows=(5,),
+    rotary_dim=12,
+    activation="silu",
     tie_word_embeddings=False,
     max_position_embeddings=128,
     initializer_range=0.3,
@@ -169,6 +171,7 @@ def test_llama3_frequencies_by_hand():
         {
             **{f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)},
             "model_type": "llama",
+            "rms_norm_eps": CONFIG.norm_eps,
             "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64},
             "head_dim": 6,
         }
@@ -226,7 +229,7 @@ def test_norms_are_taken_in_float32():
     scale = torch.tensor(rng.uniform(0.5, 1.5, 96), dtype=torch.bfloat16)
     reference = modeling.MistralRMSNorm(96, eps=1e-5)
     reference.weight.data = scale
-    ours = RMSNorm(1e-5).apply(
+    ours = Norm("rms", 1e-5).apply(
         {"params": {"scale": jnp.asarray(scale.float().numpy(), jnp.bfloat16)}},
         jnp.asarray(x.float().numpy(), jnp.bfloat16),
     )
@@ -240,7 +243,7 @@ def test_norms_are_taken_in_float32():
 @pytest.mark.parametrize(("window", "prefill", "columns"), [(None, 7, 22), (5, 7, 22), (5, 1, 8)])
 def test_cached_decoding_equals_the_full_forward(window, prefill, columns, mesh):
     """A prefill, then single tokens; the window is shorter than the text, and so is the last case's ring."""
-    decoder = Decoder(dataclasses.replace(CONFIG, sliding_window=window))
+    decoder = Decoder(dataclasses.replace(CONFIG, windows=(window,)))
     tokens, layout = whole_rows(tokens_of((3, 18)))
     step = jax.jit(forward, static_argnums=0)
     weights = on(mesh, random_params(CONFIG))
@@ -311,7 +314,7 @@ def test_a_negative_segment_sees_and_is_not_seen(params):
     """Token 4 stands in segment −1: the others are as if it were not there, itself reads those before."""
     tokens, layout = whole_rows(tokens_of((1, 10)))
     layout.segments[:, 4] = -1
-    decoder = Decoder(dataclasses.replace(CONFIG, sliding_window=None))
+    decoder = Decoder(dataclasses.replace(CONFIG, windows=(None,)))
     hidden, _ = run(decoder, params, tokens, layout)
 
     others = np.delete(np.arange(10), 4)
@@ -498,8 +501,8 @@ def test_parameters_are_counted_as_transformers_counts(hf_model_dir, mesh):
     ("options", "message"),
     [
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
-        ({"sliding_window": 0}, "sliding_window=0"),
-        ({"sliding_window": -1}, "sliding_window=-1"),
+        ({"windows": (0,)}, "sliding_window=0"),
+        ({"windows": (4, -1)}, "sliding_window=-1"),
     ],
 )
 def test_bad_configs_raise(options, message):

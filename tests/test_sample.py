@@ -351,10 +351,12 @@ def small(mesh):
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        rms_norm_eps=1e-3,
+        norm_eps=1e-3,
         rope_theta=500.0,
         rope_scaling=None,
-        sliding_window=None,
+        rotary_dim=8,
+        windows=(None,),
+        activation="silu",
         tie_word_embeddings=False,
         max_position_embeddings=256,
         initializer_range=1.0,
@@ -364,7 +366,7 @@ def small(mesh):
 
 
 def with_window(model, window):
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, sliding_window=window))
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, windows=(window,)))
 
 
 def random_prompts(lengths, seed=0):

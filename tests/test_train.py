@@ -533,7 +533,7 @@ def test_fit_reports_tokens_and_waiting(mesh):
             time.sleep(seconds)
             yield batch
 
-    def step(state, batch, learning_rate, scalars):
+    def step(state, batch, learning_rate, scalars, frozen):
         time.sleep(0.1)  # what a device would take
         return state, {"loss": learning_rate * scalars["beta"], "skipped": 0}
 
@@ -574,7 +574,7 @@ def test_saving_is_no_part_of_a_steps_speed(mesh):
     fit(
         TrainState({}, None, None),
         iter([sft_step(random_pairs(8))] * 2),
-        lambda state, batch, learning_rate, scalars: (state, {"loss": learning_rate, "skipped": 0}),
+        lambda state, batch, learning_rate, scalars, frozen: (state, {"loss": learning_rate, "skipped": 0}),
         start=0,
         learning_rates=np.ones(2),
         scalars={},
@@ -614,7 +614,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch(mesh):
         check_room = staticmethod(lambda state: None)
         save = staticmethod(lambda done, state: saved.append(done))
 
-    def step(state, batch, learning_rate, scalars):  # step 5 is the first that is not finite
+    def step(state, batch, learning_rate, scalars, frozen):  # step 5 is the first that is not finite
         return state + 1, {"loss": 1.0, "skipped": max(state - 4, 0)}
 
     with pytest.raises(NotFinite, match="the last was step 6") as caught:

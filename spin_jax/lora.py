@@ -1,0 +1,133 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): W stays as it is, and W + (α / r) A B is trained.
+
+    frozen, adapters = freeze(params, dtype), init(adapters_on(shapes, rank, targets), key)
+    joined(frozen, adapters, scale)        # what `model.forward` takes
+    merged(params, adapters, scale)        # the same model as plain weights
+
+Adapters off is the model that an iteration began with: SPIN's opponent needs no second copy. B is zero at
+first, hence so is their sum. Axes: L layers, r rank; the rest are a weight's own, first inputs, then outputs.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from spin_jax.model import ModelConfig, Params
+
+TARGETS = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "gate": 1, "up": 1, "down": 1}  # how many axes are inputs
+
+
+def check(config: ModelConfig, targets: Sequence[str]) -> None:
+    """Raises ValueError for weights that the model has not, or that have no adapters."""
+    there = [name for name in TARGETS if name != "gate" or config.gated]
+    if config.num_experts:  # theirs have an axis more
+        there = [name for name in there if name.startswith("w")]
+    unknown = [f"has {name!r}" for name in targets if name not in there]
+    if unknown or not targets:
+        what = unknown[0] if unknown else "is empty"
+        raise ValueError(f"lora_targets {what}: this model has adapters for {', '.join(there)}")
+
+
+def count(config: ModelConfig, rank: int, targets: Sequence[str]) -> int:
+    """Numbers of all adapters."""
+    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * H, config.num_key_value_heads * H
+    axes = {"wq": D + queries, "wk": D + keys, "wv": D + keys, "wo": queries + D}
+    return config.num_hidden_layers * rank * sum(axes.get(name, D + F) for name in targets)
+
+
+def adapters_on(params: Params, rank: int, targets: Sequence[str]) -> Params:
+    """Shapes and shardings of the adapters of such parameters (shapes with shardings); float32.
+
+    {"layers": {module: {"wq_a": [L, *inputs, r], "wq_b": [L, r, *outputs], …}}}
+    """
+
+    def pair(name: str, leaf: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        split = 1 + TARGETS[name]
+        spec = (*leaf.sharding.spec, *[None] * (len(leaf.shape) - len(leaf.sharding.spec)))
+
+        def made(shape: tuple, spec: tuple) -> jax.ShapeDtypeStruct:
+            layout = NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec))
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
+
+        return {
+            f"{name}_a": made((*leaf.shape[:split], rank), (*spec[:split], None)),
+            f"{name}_b": made((leaf.shape[0], rank, *leaf.shape[split:]), (spec[0], None, *spec[split:])),
+        }
+
+    layers = {}
+    for module, weights in params["layers"].items():
+        chosen = [pair(name, leaf) for name, leaf in weights.items() if name in targets]
+        if chosen:
+            layers[module] = functools.reduce(dict.__or__, chosen)
+    return {"layers": layers}
+
+
+def init(shapes: Params, key: Array) -> Params:
+    """Adapters of those shapes: A uniform within ± 1/√inputs, as PEFT has it, and B zero."""
+    leaves, tree = jax.tree.flatten_with_path(shapes)
+
+    def draw(key):
+        def one(number: int, path: Any, leaf: Any) -> Array:
+            if path[-1].key.endswith("_b"):
+                return jnp.zeros(leaf.shape, leaf.dtype)
+            bound = math.prod(leaf.shape[1:-1]) ** -0.5
+            own = jax.random.fold_in(key, number)
+            return jax.random.uniform(own, leaf.shape, leaf.dtype, -bound, bound)
+
+        return tree.unflatten([one(number, *leaf) for number, leaf in enumerate(leaves)])
+
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(draw, out_shardings=layouts)(key)
+
+
+def freeze(params: Params, dtype: Any) -> Params:
+    """The weights in the compute dtype, to which they would be cast anyway; norms keep theirs.
+
+    `params` are given up, leaf by leaf: both stand nowhere in memory together.
+    """
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        if path[-1].key == "scale" or leaf.dtype == dtype:
+            return leaf
+        smaller = leaf.astype(dtype)
+        leaf.delete()
+        return smaller
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def joined(frozen: Params, adapters: Params, scale: float) -> Params:
+    """What `model.forward` takes: the weights, and beside them the adapters, B times α / r."""
+
+    def scaled(path: Any, leaf: Array) -> Array:
+        return scale * leaf if path[-1].key.endswith("_b") else leaf
+
+    return {**frozen, "adapters": jax.tree_util.tree_map_with_path(scaled, adapters)}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def merged(params: Params, adapters: Params, scale: float) -> Params:
+    """W + scale · A B for every adapter, computed in float32; `params` are donated."""
+    layers = dict(params["layers"])
+    for module, weights in adapters["layers"].items():
+        layers[module] = dict(layers[module])
+        for name in sorted({key.rpartition("_")[0] for key in weights}):
+            w = layers[module][name]
+            a, b = weights[f"{name}_a"], weights[f"{name}_b"]
+            inputs, outputs = "abc"[: TARGETS[name]], "xyz"[: b.ndim - 2]
+            product = jnp.einsum(
+                f"L{inputs}r,Lr{outputs}->L{inputs}{outputs}",
+                a,
+                b,
+                precision=jax.lax.Precision.HIGHEST,
+                out_sharding=jax.typeof(w).sharding,
+            )
+            layers[module][name] = (w.astype(jnp.float32) + scale * product).astype(w.dtype)
+    return {**params, "layers": layers}

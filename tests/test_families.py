@@ -1,0 +1,189 @@
+"""Every family against transformers: logits, greedy answers, and the way there and back to the bit.
+
+    SPIN_JAX_TABLES=DIR python -m pytest tests/test_families.py      # writes DIR/families.md
+
+Each checkpoint is a small one that transformers made, with every option of its family away from the default.
+"""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from spin_jax import convert, families
+from spin_jax.draw import Sampling, prompt_keys
+from spin_jax.model import Decoder, sampling_params
+from spin_jax.sample import answer_prompts
+from spin_jax.scoring import logits
+
+transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# What the published models have and `SMALL` has not; None takes a key out of it.
+CASES = {
+    "Mistral, Zephyr": ("mistral", {"sliding_window": 6}),
+    "Llama 1, 2; Amber": ("llama", {"num_key_value_heads": 4}),
+    "Llama 3": ("llama", {"rope_parameters": LLAMA3}),
+    "TinyLlama": ("llama", {"head_dim": None}),
+    "SmolLM2": (
+        "llama",
+        {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48},
+    ),
+    "Llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "Qwen2, Qwen2.5": ("qwen2", {"head_dim": None, "tie_word_embeddings": True}),
+    "Qwen2 with windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
+    "Qwen3": ("qwen3", {}),
+    "Phi-2": ("phi", {"partial_rotary_factor": 0.5, "layer_norm_eps": 1e-3, "rope_parameters": None}),
+    "Phi-3": ("phi3", {"sliding_window": 6, "head_dim": None}),
+    "Phi-3 128k, Phi-3.5": ("phi3", {"rope_parameters": LONGROPE, "head_dim": None, "hidden_size": 32}),
+    "Phi-4-mini": (
+        "phi3",
+        {
+            "head_dim": None,
+            "hidden_size": 64,
+            "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.5},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Gemma 2": (
+        "gemma2",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+    ),
+    "Mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, hf_model_dir):
+    """(the model's name, its directory, transformers' model)."""
+    family, options = CASES[request.param]
+    directory, reference = hf_model_dir(family, **options)
+    return request.param, directory, reference
+
+
+@pytest.fixture(scope="module")
+def loaded(case, mesh):
+    return convert.load(str(case[1]), mesh=mesh)
+
+
+def tokens_of(rows, columns, vocab_size=272):
+    return np.random.default_rng(0).integers(3, vocab_size, (rows, columns), dtype=np.int32)
+
+
+def greedy(model, prompts, mesh, count=24):
+    """Ids of answers without a stop token."""
+    return answer_prompts(
+        Decoder(model.config, dtype=model.dtype),
+        sampling_params(model.params, model.config, model.dtype, mesh),
+        prompts,
+        prompt_keys(0, 0, range(len(prompts))),
+        mesh=mesh,
+        sampling=Sampling(count, temperature=0.0),
+        stop_tokens=(),
+        slots=len(prompts),
+    )
+
+
+def tensors(directory):
+    from safetensors.numpy import load_file
+
+    return {name: x for path in directory.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Rows for the README, written where SPIN_JAX_TABLES says."""
+    rows: dict[str, list[str]] = {}
+    yield rows
+    if folder := os.environ.get("SPIN_JAX_TABLES"):
+        lines = [
+            "| model | model_type | logits, largest difference | greedy tokens | there and back |",
+            "|---" * 5 + "|",
+        ]
+        lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+        (pathlib.Path(folder) / "families.md").write_text("\n".join(lines) + "\n")
+
+
+def test_a_family(case, loaded, table, mesh, torch_logits, tmp_path):
+    """fp32 on CPU: two ways of summing the same numbers; 1e-4 is a hundred times what they differ by."""
+    name, directory, reference = case
+    tokens = tokens_of(3, 40)
+    difference = np.abs(np.asarray(logits(loaded, tokens)) - torch_logits(reference, tokens)).max()
+    assert difference <= 1e-4
+
+    prompts = [row[:length] for row, length in zip(tokens, (5, 12, 30), strict=True)]
+    ours = greedy(loaded, prompts, mesh)
+    for prompt, answer in zip(prompts, ours, strict=True):
+        how = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        theirs = reference.generate(torch.as_tensor(prompt[None]), **how)[0, len(prompt) :]
+        assert answer.tolist() == theirs.tolist()
+
+    convert.save(loaded, tmp_path / "out")
+    before, after = tensors(directory), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert type(again) is type(reference)
+    np.testing.assert_array_equal(torch_logits(again, tokens), torch_logits(reference, tokens))
+    table[name] = [
+        CASES[name][0],
+        f"{difference:.0e}",
+        f"{sum(map(len, ours))} of {sum(map(len, ours))}",
+        "bit-equal",
+    ]
+
+
+def test_an_export_speaks_to_readers_of_transformers_4(case, loaded, tmp_path):
+    convert.save(loaded, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    rope = written["rope_parameters"]
+    assert written["rope_theta"] == rope["rope_theta"]
+    assert written.get("partial_rotary_factor", 1.0) == rope.get("partial_rotary_factor", 1.0)
+    kind = rope.get("rope_type", "default")
+    assert (
+        written["rope_scaling"] is None if kind == "default" else written["rope_scaling"]["rope_type"] == kind
+    )
+    for key in ("rope_parameters", "dtype"):
+        del written[key]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(written))
+    assert families.model_config(convert._read_hf_config(tmp_path / "out")) == loaded.config
+
+
+@pytest.mark.parametrize("name", ["Gemma 2", "Mixtral", "Phi-2", "Qwen3"])
+def test_eight_devices_are_one(name, hf_model_dir, mesh, mesh8):
+    """Split over data, fsdp and tensor, in float32: sums of another order, 1e-4 as above."""
+    family, options = CASES[name]
+    directory, _ = hf_model_dir(family, **options)
+    tokens = tokens_of(4, 20)
+    one, eight = (convert.load(str(directory), mesh=m) for m in (mesh, mesh8))
+    np.testing.assert_allclose(logits(eight, tokens), logits(one, tokens), atol=1e-4)
+    prompts = [row[:9] for row in tokens]
+    for a, b in zip(greedy(one, prompts, mesh), greedy(eight, prompts, mesh8), strict=True):
+        assert a.tolist() == b.tolist()
