@@ -68,6 +68,8 @@ def default() -> Any:
     c.selfplay = p = _section()
     p.iterations = 3  # T: self-play runs iterations start … T − 1
     p.start = 0  # begin at this iteration: model.path is then the model of the one before
+    p.patience = placeholder(int)  # begin no further iteration once checkpoint.best has not improved for so
+    #                                many, over the start's too; unset: never stop early
     p.mix_previous = 1  # how many earlier iterations' pairs are trained on as well
     p.pairs_split = "train"  # of a hub dataset of pairs
     p.pairs = placeholder(str)  # given pairs in place of sampling: path[,path…] for iterations
@@ -105,13 +107,19 @@ def default() -> Any:
     e.verifier = placeholder(str)  # exact, gsm8k, or module:function(reference, answer) -> bool:
     #                                adds the accuracy of held-out answers, greedy and at temperature 1
     e.samples = 1  # answers a held-out prompt at temperature 1
+    e.kl = True  # estimate how far an iteration has moved from its opponent and from the start, in nats an
+    #              answer, on those answers: reads the weights of both once more, and then its own again
+    e.tasks = placeholder(str)  # task[,task…] of lm-evaluation-harness, run on the start and after each
+    #                             iteration; summary.json has their numbers as task/metric
+    e.include_path = placeholder(str)  # a directory of task files of one's own
+    e.tasks_limit = placeholder(int)  # this many documents a task; unset: all
     e.fixed_prompts = 8  # held-out prompts whose answers go to samples.jsonl
 
     c.checkpoint = k = _section()
     k.every_steps = 200  # training steps between checkpoints within an iteration
     k.keep = 2  # how many of those to keep, until the iteration is done
-    k.best = placeholder(str)  # copy the model of the best iteration to best/: by nll, loss, margin,
-    #                            greedy_accuracy or another number of summary.json
+    k.best = placeholder(str)  # copy the model of the best iteration to best/, the final model then: by nll,
+    #                            loss, margin, greedy_accuracy … or a number of eval.tasks (task/metric)
 
     c.logging = g = _section()
     g.tensorboard = True
@@ -279,6 +287,7 @@ _RANGES = {
     "[0, 2147483647]": ("seed", "fixed_prompts"),
     "[1, 2147483647]": (
         "data.limit",
+        "eval.tasks_limit",
         "expected",
         "every_steps",
         "lora_rank",
@@ -295,7 +304,7 @@ _RANGES = {
     "[1, 1048576]": ("batch_size", "tokens_per_device"),
     "[-1, 1048576]": ("mesh.data", "mesh.fsdp", "mesh.tensor"),
     "[0, 10000]": ("iterations", "start", "mix_previous", "sft.epochs"),
-    "[1, 10000]": ("train.epochs", "samples", "schedule_epochs"),
+    "[1, 10000]": ("train.epochs", "patience", "samples", "schedule_epochs"),
     "[0, 500]": ("eval.limit",),
     "[0, 0.1]": ("eval.fraction",),
     "[0, 1]": ("max_bad", "warmup_ratio"),
@@ -384,7 +393,26 @@ def _check(c: Any) -> None:
         f"official: lengths.max_prompt={c.lengths.max_prompt} must be below "
         f"lengths.max_length={c.lengths.max_length}",
     )
+    need(
+        c.selfplay.patience is None or bool(c.checkpoint.best),
+        f"selfplay.patience={c.selfplay.patience} needs checkpoint.best: the number that is to improve",
+    )
+    need(
+        not c.eval.include_path or bool(c.eval.tasks),
+        f"eval.include_path={c.eval.include_path!r} is of no use without eval.tasks",
+    )
     given_pairs(c)
+    task_names(c)
+
+
+def task_names(c: Any) -> list[str]:
+    """eval.tasks as a list; ConfigError where it names none."""
+    names = [name.strip() for name in (c.eval.tasks or "").split(",")]
+    if c.eval.tasks is None:
+        return []
+    if not all(names):
+        raise ConfigError(f"eval.tasks={c.eval.tasks!r}: task names, separated by commas")
+    return list(dict.fromkeys(names))
 
 
 def given_pairs(c: Any) -> dict[int, str]:

@@ -33,6 +33,7 @@ _FREE = (
     "model.path",
     "selfplay.pairs",
     "selfplay.iterations",
+    "selfplay.patience",
     "sampling.batch_size",
     "sampling.tensor",
     "train.remat",
@@ -44,6 +45,10 @@ _FREE = (
     "eval.verifier",
     "eval.samples",
     "eval.fixed_prompts",
+    "eval.kl",
+    "eval.tasks",
+    "eval.include_path",
+    "eval.tasks_limit",
 )
 _PACKAGES = (
     "spin_jax",

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from spin_jax import data, files, programs
-from spin_jax.batches import ScoredPair, pair_group
+from spin_jax.batches import Group, ScoredPair, pair_group
 from spin_jax.chat import Example, Ids, Pair, asked
 from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.metrics import Metrics, compact, progress
@@ -194,7 +194,7 @@ class Opponent:
             for number, path, source, pair_path, _ in missing:
                 began = time.perf_counter()
                 pairs = data.pairs_from_parquet(pair_path.read_bytes(), pair_path)
-                logps = self._score(params, pairs, bar)
+                logps = self.score_groups(params, [pair_group(pair) for pair in pairs], bar)
                 _check_finite(pairs, logps, pair_path)
                 tokens = sum(len(p.prompt) + len(p.real) + len(p.generated) for p in pairs)
                 values = {
@@ -209,18 +209,19 @@ class Opponent:
                 files.write(path, data.scores_to_parquet(source, pairs, logps))
                 bar.set_postfix({"tok/s": compact(values["tokens_per_s"])}, refresh=False)
 
-    def _score(self, params: Params, pairs: Sequence[Pair], bar: Any) -> np.ndarray:
-        """float32 [pairs, (real, generated)], in the rows of training."""
+    def score_groups(self, params: Params, groups: Sequence[Group], bar: Any = None) -> np.ndarray:
+        """Log-probs of pairs of answers by any weights, float32 [groups, 2], in the rows of training."""
         run = self.run
 
         def on_batch(scored: int) -> None:
-            bar.update(scored)
+            if bar is not None:
+                bar.update(scored)
             self.stop_here()
 
         return score_groups(
             run.decoder,
             params,
-            [pair_group(pair) for pair in pairs],
+            groups,
             run.pair_shape,
             run.mesh,
             unattended=run.chat.unattended,

@@ -76,6 +76,18 @@ class Prepared:
         """The mesh of the sampler, on the same devices."""
         return programs.sampling_mesh(self.config, self.model)
 
+    @functools.cached_property
+    def better(self) -> int:
+        """1 where more of checkpoint.best is better, −1 where less is; 0 where it is not set.
+
+        Raises:
+            ValueError: a run has no such number.
+        """
+        c = self.config
+        if not c.checkpoint.best:
+            return 0
+        return heldout.direction(c.checkpoint.best, config_lib.task_names(c), c.eval.include_path)
+
     def folder(self, t: int) -> epath.Path:
         """Where iteration t is kept; −1 is the start."""
         return self.workdir / ("start" if t < 0 else f"iteration_{t}")
@@ -110,6 +122,10 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
     if began and not (isinstance(began, dict) and isinstance(began.get("config"), dict)):
         raise ValueError(f"{root / 'config.json'} is no run's of spin_jax: take another --workdir")
     identity.check(root, config, {}, began)  # the config alone, before minutes of reading
+    if tasks := config_lib.task_names(config):
+        from spin_jax import harness  # it needs lm_eval, which is optional
+
+        harness.check_tasks(tasks, config.eval.include_path)
     today = config.data.today or began.get("today") or datetime.date.today().isoformat()
     read = hosts.together(lambda: _read(config, began, today))
     hosts.check_same("config or data", lambda: _seen(config, read))
@@ -251,12 +267,11 @@ def _check_options(prepared: Prepared) -> None:
     if prepared.config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError("logging.wandb_project is set, and wandb is not installed: pip install wandb")
     best = prepared.config.checkpoint.best
-    if best and best not in heldout.BETTER:
-        raise ValueError(f"checkpoint.best={best!r}: choose from {', '.join(heldout.BETTER)}")
     if best in ("greedy_accuracy", "sampled_accuracy") and not prepared.config.eval.verifier:
         raise ValueError(f"checkpoint.best={best!r} needs eval.verifier")
-    if best and not prepared.held_out:
+    if best in heldout.BETTER and not prepared.held_out:
         raise ValueError(f"checkpoint.best={best!r} needs held-out rows: there are none")
+    _ = prepared.better
     prepared.sampling()
     prepared.sft_options()
     for t in prepared.iterations:

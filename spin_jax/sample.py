@@ -37,6 +37,7 @@ def answer_prompts(
     stop_tokens: tuple[int, ...],
     slots: int,
     limits: Sequence[int] | None = None,
+    stopped: Callable[[int, list[int]], bool] | None = None,
     on_chunk: Callable[[int, int], None] = lambda prompts, tokens: None,
 ) -> list[Ids]:
     """Answers prompts of any lengths, the shorter ones first.
@@ -46,6 +47,8 @@ def answer_prompts(
         keys: one a prompt, from `prompt_keys`.
         slots: answers in progress at a time; rounded up to the mesh.
         limits: tokens of each answer, where they are less than `sampling.max_new_tokens`.
+        stopped: asked now and then whether the answer to a prompt, by its number, can end with the tokens
+            that it has; it may have some more than it needs.
         on_chunk: told the prompts answered and tokens sampled since it was called last; may raise to stop.
 
     Returns:
@@ -104,12 +107,14 @@ def answer_prompts(
                 for i, token in zip(group, sharding.to_host(first)[rows], strict=True):
                     answers[i].append(int(token))
                 sampled += len(group)
-            done = sharding.to_host(state.done)
+            done = sharding.to_host(state.done).copy()
             for slot, row in enumerate(sharding.to_host(drawn)):
-                if holds[slot] >= 0:
+                if (i := holds[slot]) >= 0:
                     new = row[row != NO_TOKEN].tolist()
-                    answers[holds[slot]] += new
+                    answers[i] += new
                     sampled += len(new)
+                    # On the device such a slot goes on, unread, until another prompt takes it.
+                    done[slot] |= stopped is not None and stopped(int(i), answers[i])
             finished = (holds >= 0) & done
             holds[finished] = -1
             on_chunk(int(finished.sum()), sampled)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from spin_jax import sharding
 from spin_jax.attention import Layout
@@ -76,6 +76,44 @@ def _chunks(rows: Rows, vocab_size: int) -> tuple[Array, Array, Array]:
 def score_rows(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "N G A"]:
     """`response_logps`, compiled."""
     return response_logps(decoder, params, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def score_tokens(
+    decoder: Decoder, params: Params, rows: Rows
+) -> tuple[Float[Array, "N R"], Bool[Array, "N R"]]:
+    """log p of each response's token, and whether no other token was likelier; 0 and False where none is.
+
+    Args:
+        rows: `lengths` and `items` are not looked at, and may be None.
+    """
+    hidden, _ = forward(decoder, params, rows.tokens, rows.layout)
+    head = output_head(decoder, params)
+
+    def score(predictors, targets, owners):
+        states = jnp.take_along_axis(hidden, predictors[..., None], axis=1)
+        logits = project(states, head)
+        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+        target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        greedy = target >= jnp.max(logits, axis=-1)
+        there = owners > 0
+        return jnp.where(there, target - jax.nn.logsumexp(logits, axis=-1), 0.0), greedy & there
+
+    def nothing(predictors, targets, owners):
+        del targets, owners
+        zeros = jnp.zeros(predictors.shape, out_sharding=sharding.spec("batch", None))
+        return zeros, zeros > 0
+
+    def score_chunk(chunk):
+        return jax.lax.cond(jnp.any(chunk[-1] > 0), score, nothing, *chunk)
+
+    N, R = rows.owners.shape
+    logps, greedy = jax.lax.map(score_chunk, _chunks(rows, decoder.config.vocab_size))
+
+    def joined(x: Array) -> Array:
+        return x.swapaxes(0, 1).reshape(N, -1)[:, :R]
+
+    return joined(logps), joined(greedy)
 
 
 def score_groups(

@@ -33,6 +33,7 @@ from spin_jax import (
 )
 from spin_jax import config as config_lib
 from spin_jax.batches import (
+    Group,
     PairBatch,
     Rows,
     RowShape,
@@ -44,7 +45,7 @@ from spin_jax.batches import (
     pair_batches,
     training_steps,
 )
-from spin_jax.chat import Example
+from spin_jax.chat import Example, Ids
 from spin_jax.draw import Sampling
 from spin_jax.metrics import Metrics, compact, progress
 from spin_jax.model import Params, params_on
@@ -106,6 +107,8 @@ def run(
             if play.finished(t):
                 params = None
                 continue
+            if play.stops_early():
+                break
             if only in (None, "sample"):
                 params = play.sample(t, params)
             if only in (None, "score"):
@@ -116,9 +119,10 @@ def run(
                 break
         del params
 
-        if all(map(play.finished, play.run.iterations)):
+        if play.stops_early() or all(map(play.finished, play.run.iterations)):
             play.control()
             play.keep_best()
+            play.conclude()
             play.report()
         return play.summary
 
@@ -187,7 +191,8 @@ class SelfPlay:
         params = self.before(self.run.config.selfplay.start)
         if self.makes_start:
             self._export(self.run.folder(BEFORE), params)
-        self._add_row({"iteration": BEFORE, **self._answers(params)}, step=0)
+        numbers = self._alone(self.run.folder(BEFORE), params, self._draw(params))
+        self._add_row({"iteration": BEFORE, **numbers}, step=0)
         return params
 
     @property
@@ -254,10 +259,11 @@ class SelfPlay:
 
     # --- training --------------------------------------------------------------------------------
 
-    def train(self, t: int, params: Params | None) -> Params:
+    def train(self, t: int, params: Params | None) -> Params | None:
         """Iteration t from its scored pairs to its checkpoint, export, evaluation and samples.
 
-        `params` are its opponent's; None reads them if they are needed.
+        `params` are its opponent's; None reads them if they are needed. Returns the iteration's own, or None
+        where the last of its evaluation has made room for others.
         """
         began, folder, training = time.perf_counter(), self.run.folder(t), self._spin(t)
         params = self._made(folder, lambda: self._fit(params, training))
@@ -265,8 +271,13 @@ class SelfPlay:
         beta, steps = training.scalars["beta"], training.steps
         skipped = self.metrics.count("train", t, lambda row: row.get("skipped"))
         row: Row = {"iteration": t, "beta": beta, "pairs": len(training.items), "steps": steps}
-        row |= {"skipped": skipped, **self._held_out_pairs(t, params, beta), **self._answers(params)}
+        row |= {"skipped": skipped, **self._held_out_pairs(t, params, beta)}
         self._write_samples(t, params)
+        drawn = self._draw(params)
+        row |= self._alone(folder, params, drawn)
+        if self.run.config.eval.kl and drawn:
+            row |= self._divergence(t, params, drawn)
+            params = None
         row["minutes"] = round((time.perf_counter() - began) / 60, 3)
         self._add_row(row, step=steps)
         self.keep_best()
@@ -429,8 +440,29 @@ class SelfPlay:
             self.spin, params, held_out, {"beta": beta}, self.run.mesh, self.opponent.stop_here
         )
 
-    def _answers(self, params: Params) -> Row:
-        """NLL of held-out human answers, and with a verifier the share of sampled ones that are right."""
+    def _draw(self, params: Params) -> list[Ids]:
+        """A model's own answers to the held-out prompts, at temperature 1: all prompts, again and again."""
+        c = self.run.config
+        return self._answer_held_out(params, Sampling(c.sampling.max_new_tokens), c.eval.samples)
+
+    def _answer_held_out(self, params: Params, sampling: Sampling, samples: int) -> list[Ids]:
+        if not self.run.held_out:
+            return []
+        weights = self.opponent.weights(params)
+        return [
+            answer
+            for sample_id in range(samples)
+            for answer in self.opponent.answer(
+                weights, self.run.held_out, sampling, iteration=BEFORE, sample_id=sample_id
+            )
+        ]
+
+    def _alone(self, folder: epath.Path, params: Params, drawn: Sequence[Ids]) -> Row:
+        """What a model is measured by without another: held-out answers, human and its own, and tasks."""
+        return {**self._answers(params, drawn), **self._tasks(folder, params)}
+
+    def _answers(self, params: Params, drawn: Sequence[Ids]) -> Row:
+        """NLL of held-out human answers; length of the `drawn` ones and, with a verifier, the share right."""
         run, c = self.run, self.run.config
         if not run.held_out:
             return {}
@@ -446,23 +478,67 @@ class SelfPlay:
             )
         }
         if c.eval.verifier:
-            weights = self.opponent.weights(params)
-            row["greedy_accuracy"] = self._share_right(weights, self.run.sampling(temperature=0.0), 1)
-            plain = Sampling(c.sampling.max_new_tokens)
-            row["sampled_accuracy"] = self._share_right(weights, plain, c.eval.samples)
-        return row
+            greedy = self._answer_held_out(params, run.sampling(temperature=0.0), 1)
+            row["greedy_accuracy"] = self._share_right(greedy)
+            row["sampled_accuracy"] = self._share_right(drawn)
+        return row | heldout.responses(run.chat, run.held_out, drawn)
 
-    def _share_right(self, weights: Params, sampling: Sampling, samples: int) -> float:
+    def _share_right(self, answers: Sequence[Ids]) -> float:
         run = self.run
-        answers = [
-            run.chat.decode(answer)
-            for sample_id in range(samples)
-            for answer in self.opponent.answer(
-                weights, run.held_out, sampling, iteration=BEFORE, sample_id=sample_id
-            )
-        ]
         verifier = heldout.find_verifier(run.config.eval.verifier)
-        return heldout.share_right(verifier, run.held_out, answers)
+        return heldout.share_right(verifier, run.held_out, [run.chat.decode(answer) for answer in answers])
+
+    def _tasks(self, folder: epath.Path, params: Params) -> Row:
+        """Numbers of lm-eval's tasks. Each is on disk when it is done: an interruption costs one of them."""
+        c = self.run.config
+        names = config_lib.task_names(c)
+        if not names:
+            return {}
+        from spin_jax import harness  # it needs lm_eval, which is optional
+
+        path, limit = folder / "tasks.json", c.eval.tasks_limit
+        done = files.read_agreed(path)
+        if done is None or done["limit"] != limit:
+            done = {"limit": limit, "tasks": {}}
+        self.opponent.release()
+        model = dataclasses.replace(self.run.model, params=params)
+        for name in names:
+            if name not in done["tasks"]:
+                done["tasks"][name] = harness.run_tasks(
+                    model,
+                    [name],
+                    include_path=c.eval.include_path,
+                    limit=limit,
+                    seed=c.seed,
+                    should_stop=self.opponent.stop_here,
+                )
+                files.write_json(path, done)
+        return {metric: value for name in names for metric, value in done["tasks"][name].items()}
+
+    def _divergence(self, t: int, params: Params, drawn: Sequence[Ids]) -> Row:
+        """How far iteration t has moved from its opponent and from the start, by its own answers.
+
+        One model's weights are held at a time: `params` are gone after this.
+        """
+        own = self._logps(params, drawn)
+        self.opponent.release()
+        _free(params)
+        first = self.run.config.selfplay.start
+        opponent = self._logps(self.before(t), drawn)
+        start = opponent if t == first else self._logps(self.before(first), drawn)
+        return {"kl_opponent": heldout.kl(own, opponent), "kl_start": heldout.kl(own, start)}
+
+    def _logps(self, params: Params, drawn: Sequence[Ids]) -> np.ndarray:
+        """A model's log-probs of answers to the held-out prompts, float32 [drawn].
+
+        Beside the human ones, in the rows of training: no other program is compiled.
+        """
+        run, examples = self.run, self.run.held_out
+        groups = []
+        for number, answer in enumerate(drawn):
+            example = examples[number % len(examples)]
+            groups.append(Group(run.chat.sampling_prompt(example), (example.real, answer)))
+        return self.opponent.score_groups(params, groups)[:, 1]
 
     def _write_samples(self, t: int, params: Params) -> None:
         """samples.jsonl: the human answer beside this iteration's greedy one, on fixed prompts."""
@@ -489,17 +565,17 @@ class SelfPlay:
         """The paper's control: the start trained on by SFT, for as many steps as each iteration took."""
         if not self.run.config.sft.control:
             return
-        params = None
-        for t in self.run.iterations:
+        params, made = None, list(filter(self.finished, self.run.iterations))
+        control = self.run.workdir / "control"
+        for t in made:
             row = self._row(t)
             if "control" not in row:
+                files.remove(control / "model")  # of fewer iterations
                 params = self._control(t, params)
-                row["control"] = self._answers(params)
+                row["control"] = self._alone(self._control_folder(t), params, self._draw(params))
                 self._write_summary()
-        control = self.run.workdir / "control"
-        if self.run.iterations and not files.sealed(control / "model"):
-            last = self.run.iterations[-1]
-            self._export(control, self._control(last, None) if params is None else params)
+        if made and not files.sealed(control / "model"):
+            self._export(control, self._control(made[-1], None) if params is None else params)
 
     def _control(self, t: int, params: Params | None) -> Params:
         """The control after as many steps as iteration t took; `params` are those before, where in hand."""
@@ -520,17 +596,66 @@ class SelfPlay:
             files.write(self.run.workdir / "summary.png", report.plot(self.summary))
         hosts.say(f"models, metrics and pairs are in {self.run.workdir}")
 
+    def best(self) -> Row | None:
+        """The row of the best iteration so far, where a config says what is best.
+
+        The start is none of them, better or not: what self-play hands on is a model that self-play made.
+        """
+        made = [row for row in self.summary if row["iteration"] >= 0]
+        return heldout.best(made, self.run.config.checkpoint.best, self.run.better)
+
     def keep_best(self) -> None:
-        """Copies the model of the best iteration so far to best/, where a config says what is best."""
-        wanted = self.run.config.checkpoint.best
-        rows = [row for row in self.summary if row["iteration"] >= 0 and wanted in row]
-        if rows:
-            best = max(rows, key=lambda row: heldout.BETTER[wanted] * row[wanted])
+        """Copies the model of the best iteration so far to best/."""
+        wanted, best = self.run.config.checkpoint.best, self.best()
+        if best:
             files.copy(self.run.folder(best["iteration"]) / "model", self.run.workdir / "best")
             hosts.say(f"best by {wanted}: iteration {best['iteration']} ({best[wanted]:.4g}), in best/")
 
+    def stops_early(self) -> str:
+        """Why no iteration is begun that is not done yet; "" where there is nothing against it.
+
+        The start sets the mark where it has the number: an iteration has to be better than what it came from.
+        It is told from summary.json alone, so that a run that is started again comes to the same.
+        """
+        c, patience = self.run.config.checkpoint, self.run.config.selfplay.patience
+        best = heldout.best(self.summary, c.best, self.run.better) if patience else None
+        if best is None or all(map(self.finished, self.run.iterations)):
+            return ""
+        since = [row for row in self.summary if row["iteration"] > best["iteration"] and c.best in row]
+        if len(since) < patience:
+            return ""
+        mark = "the start" if best["iteration"] < 0 else f"iteration {best['iteration']}"
+        return (
+            f"{c.best} has not improved on {mark}'s {best[c.best]:.4g} since (selfplay.patience={patience})"
+        )
+
+    def conclude(self) -> None:
+        """Puts in summary.json which model is the final one, and why there are no more, and says so.
+
+        Final is the best iteration's, where checkpoint.best says what is best, and else the last one's.
+        """
+        self._forget_conclusion()
+        made = [row for row in self.summary if row["iteration"] >= 0]
+        if not made:
+            return
+        if why := self.stops_early():
+            made[-1]["stopped"] = why
+            hosts.say(f"\nstopped after iteration {made[-1]['iteration']}: {why}; more patience goes on")
+        best = self.best()
+        final = best or made[-1]
+        final["final"] = True
+        self._write_summary()
+        folder = self.run.workdir / "best" if best else self.run.folder(final["iteration"]) / "model"
+        hosts.say(f"\nfinal model: iteration {final['iteration']}, in {folder}")
+
+    def _forget_conclusion(self) -> None:
+        for row in self.summary:
+            for mark in ("final", "stopped"):
+                row.pop(mark, None)
+
     def _add_row(self, row: Row, step: int) -> None:
-        t = row["iteration"]
+        row, t = hosts.exchanged(row)[0], row["iteration"]  # what follows from it follows in every process
+        self._forget_conclusion()
         values = {k: float(v) for k, v in row.items() if k != "iteration"}
         self.metrics.rewind("eval", t)
         self.metrics.write("eval", t, step, values)

@@ -51,7 +51,7 @@ def test_one_command_leaves_everything(finished):
     for row in summary:
         assert {"nll", "greedy_accuracy", "sampled_accuracy"} <= row.keys()
         assert row["iteration"] < 0 or {"margin", "loss", "accuracy", "control"} <= row.keys()
-    for heading in ("NLL", "greedy", "margin", "SFT: NLL", "iteration 1"):
+    for heading in ("NLL", "greedy", "margin", "SFT control", "KL", "final model: iteration 1"):
         assert heading in output
     assert (workdir / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").iterdir())
