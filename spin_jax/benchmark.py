@@ -1,8 +1,26 @@
-"""python -m spin_jax.benchmark --config=configs/zephyr.py, or --model=DIR --pairs=FILE --prompts=FILE
+"""How fast this machine samples, scores and trains, by the functions of a run.
 
-How fast this machine samples, scores and trains, by the functions of a run. With --model and data, on
-those; with a config alone, on random weights of its architecture and pairs of `lengths.expected`, so that
-nothing is downloaded. The last line printed is one JSON object.
+    python -m spin_jax.benchmark --config=FILE[:VARIANT] [--config.section.key=value …]
+    python -m spin_jax.benchmark --model=DIR --pairs=FILE --prompts=FILE
+
+  --model=DIR         a Hugging Face directory; without it, random weights of the config's architecture
+  --pairs=FILE        pairs to score and train on; without, random ones of `lengths.expected`
+  --prompts=FILE      rows whose prompts are answered; without, random ones
+  --batch_size=N      pairs a step; unset, as the next three: the config's
+  --num_prompts=N     prompts to answer (unset: the slots), and --new_tokens=N of each answer
+  --dtype=NAME        of computation
+  --remat=NAME        train.remat; unset and without a config: none
+  --steps=5           training steps that are timed
+  --profile=DIR       leaves a trace there
+
+With a config alone nothing is downloaded. The last line printed is one JSON object.
+
+Examples:
+
+  python -m spin_jax.benchmark --config=configs/zephyr.py
+  python -m spin_jax.benchmark --model=DIR --pairs=pairs.jsonl --prompts=train.jsonl --dtype=float32
+
+Exit codes: 0 done, 2 bad input.
 """
 
 import functools
@@ -57,10 +75,6 @@ _DTYPE = flags.DEFINE_string("dtype", None, "Of computation; unset: the config's
 _REMAT = flags.DEFINE_string("remat", None, "train.remat; unset: the config's, without one none.")
 _PROFILE = flags.DEFINE_string("profile", None, "Directory to leave a trace in.")
 
-USAGE = (
-    "usage: python -m spin_jax.benchmark --config=FILE | --model=DIR --pairs=FILE --prompts=FILE "
-    "[--flag=value …]"
-)
 _PACKAGES = ("spin_jax", "jax", "jaxlib", "flax", "optax")
 
 
@@ -287,7 +301,7 @@ def resolved_config() -> Any:
     """The config that the flags ask for."""
     c = _CONFIG.value
     if c is None and not _MODEL.value:
-        raise ValueError(f"--config or --model is needed\n{USAGE}")
+        raise ValueError("--config or --model is needed; see --help")
     if c is None:
         c = config_lib.default()
         c.train.remat = "none"

@@ -1,5 +1,6 @@
-"""What the commands share: flags, the compilation cache, and errors without a traceback."""
+"""What the commands share: flags, help, the compilation cache, and errors without a traceback."""
 
+import difflib
 import inspect
 import itertools
 import os
@@ -48,11 +49,19 @@ _HEARTBEAT = flags.DEFINE_integer(
 
 
 def parse(argv: list[str], read: Callable[[], Asked]) -> Asked:
-    """What `read` makes of the command line's flags.
+    """What `read` makes of the command line's flags. Its module's docstring is the command's help.
 
     Raises:
         ValueError: what is wrong with them, or with the config file, in the words of who typed them.
+        SystemExit: help was asked for, and is printed.
     """
+    if asked := {"-h", "-help", "--help", "-helpfull", "--helpfull"} & set(argv[1:]):
+        print((sys.modules[read.__module__].__doc__ or "").strip())
+        print(f"\nConfig keys, each with its default and meaning: {os.path.relpath(config_lib.__file__)}")
+        print("--helpfull lists every flag, those of libraries too.")
+        if any(name.endswith("full") for name in asked):
+            print(flags.FLAGS.get_help())
+        raise SystemExit(0)
     try:
         rest = flags.FLAGS(argv)[1:]
         if rest:
@@ -130,7 +139,22 @@ def _explained(argv: list[str], error: Exception) -> str | None:
                 return unknown
             if isinstance(error, flags.IllegalFlagValueError) and f"flag --{name}=" in str(error):
                 return _wrong_type(name, str(error).partition("=")[2].partition(": ")[0])
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return _unknown_flag(error.flagname)
     return None
+
+
+def _unknown_flag(name: str) -> str:
+    """For a flag that there is not, the nearest: of ours, not of the libraries'."""
+    ours = [
+        flag.name
+        for module, defined in flags.FLAGS.flags_by_module_dict().items()
+        for flag in defined
+        if not module.startswith("absl.") and "." not in flag.name
+    ]
+    typed, dot, key = name.partition(".")
+    close = difflib.get_close_matches(typed, ours, n=1)
+    return f"no flag --{name}" + (f"; did you mean --{close[0]}{dot}{key}?" if close else "; see --help")
 
 
 def _load(argument: str) -> ConfigDict:

@@ -9,7 +9,7 @@ import importlib
 import os
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -120,6 +120,11 @@ def default() -> Any:
     k.keep = 2  # how many of those to keep, until the iteration is done
     k.best = placeholder(str)  # copy the model of the best iteration to best/, the final model then: by nll,
     #                            loss, margin, greedy_accuracy … or a number of eval.tasks (task/metric)
+
+    c.export = x = _section()
+    x.push_to = placeholder(str)  # owner/name on the Hugging Face hub: exported models go to branches there
+    #                               (start, iteration_0, …, control); main is the newest, or checkpoint.best
+    x.private = True  # whether the repository is private, where it is made for this
 
     c.logging = g = _section()
     g.tensorboard = True
@@ -274,6 +279,41 @@ def redacted(text: str) -> str:
         if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name) and len(value) >= 8:
             text = text.replace(value, f"[{name}]")
     return _SECRETS.sub("[secret]", text)
+
+
+def tree(config: Any, everything: bool = False) -> str:
+    """The config for people: what is not the default, with the default beside it; or all, that marked."""
+    rows = list(_branch(config.to_dict(), default().to_dict(), everything))
+    if not rows:
+        return "config: the defaults"
+    widths = [min(max(len(row[column]) for row in rows), 32) for column in (0, 1)]
+    lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {was}".rstrip() for key, value, was in rows]
+    head = "(*: not the default, which follows)" if everything else "(what is not the default)"
+    return "\n".join([f"config {head}", *lines])
+
+
+def _branch(
+    section: Mapping[str, Any], defaults: Mapping[str, Any], everything: bool, indent: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """(key, value, default) of a section's lines: its own keys, then the sections in it."""
+    for key, value in sorted(section.items(), key=lambda item: isinstance(item[1], Mapping)):
+        if isinstance(value, Mapping):
+            below = list(_branch(value, defaults.get(key, {}), everything, f"{indent}  "))
+            if below:
+                yield f"  {indent}{key}", "", ""
+                yield from below
+        elif key not in defaults or value != defaults[key]:
+            was = f"({_shown(defaults[key])})" if key in defaults else ""
+            yield f"{'*' if everything else ' '} {indent}{key}", _shown(value), was
+        elif everything:
+            yield f"  {indent}{key}", _shown(value), ""
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return _shown(value[0]) if len(value) == 1 else ", ".join(map(_shown, value))
+    text = "unset" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def per_iteration(values: tuple, iteration: int) -> Any:

@@ -226,7 +226,7 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"]
     twice = ["consolidated*", "*/*"]  # the same weights in another layout
     try:
         snapshot = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=twice)
@@ -473,6 +473,37 @@ def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
     return config
 
 
+def _export_generation(model: Model) -> dict[str, Any]:
+    """generation_config.json: the checkpoint's own; where it had none, its special tokens."""
+    special = {name: model.hf_config.get(name) for name in ("bos_token_id", "pad_token_id")}
+    made = {name: token for name, token in special.items() if token is not None}
+    return {"eos_token_id": list(model.stop_tokens), **(model.generation_config or made)}
+
+
+def _save_tokenizer(tokenizer: Any, directory: epath.Path) -> None:
+    """Writes a tokenizer's files, such that readers of before transformers 5 (vLLM's, say) open them too.
+
+    Those know another name of the class and of the further special tokens, and look for chat templates in
+    tokenizer_config.json; transformers 5 takes either.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        path = Path(scratch) / "tokenizer_config.json"
+        config = files.read_object(path)
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = [{"name": name, "template": text} for name, text in template.items()]
+        if template:
+            config["chat_template"] = template
+        path.write_bytes(files.as_json(config))
+        for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+            files.write(directory / path.relative_to(scratch), path.read_bytes())
+
+
 def _raise_any(errors: list[Exception]) -> None:
     for error in errors:
         raise error
@@ -538,12 +569,7 @@ def save(
     if len(set(plan.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.items()))}
         files.write_json(directory / "model.safetensors.index.json", index)
-    with tempfile.TemporaryDirectory() as scratch:
-        model.tokenizer.save_pretrained(scratch)
-        for path in sorted(Path(scratch).iterdir()):
-            if path.is_file():
-                files.write(directory / path.name, path.read_bytes())
-    generation = {"eos_token_id": list(model.stop_tokens), **model.generation_config}
-    files.write_json(directory / "generation_config.json", generation)
+    _save_tokenizer(model.tokenizer, directory)
+    files.write_json(directory / "generation_config.json", _export_generation(model))
     files.write_json(directory / "config.json", _export_config(model, dtype or model.params["embed"].dtype))
     files.seal(directory)

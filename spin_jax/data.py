@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from spin_jax import files, hosts, sources
-from spin_jax.chat import BadRow, Chat, EmptyAnswer, Example, Message, Pair, checked, checked_text
+from spin_jax.chat import BadRow, Chat, EmptyAnswer, Example, Message, Pair, asked, checked, checked_text
 
 PROMPT_ANSWER_COLUMNS = (
     ("question", "answer"),
@@ -208,7 +208,10 @@ def split_held_out(ids: Sequence[int], *, fraction: float, limit: int, seed: int
 def load_pairs(
     rows: Any, chat: Chat, *, path: str, vocab_size: int, bad_rows: str = "error", max_bad: float = 0.1
 ) -> tuple[list[Pair], Counter]:
-    """Pairs of a published SPIN dataset, or those of another run, whose token columns are kept.
+    """Pairs of a published SPIN dataset, or those of another run or sampler, whose token columns count.
+
+    The ids of a prompt and of its human answer must be those that this chat makes of the text; with ids, a
+    row needs no text of the generated answer.
 
     What is dropped, and how much of it may be, is as in `load_examples`.
 
@@ -252,24 +255,60 @@ def _integer(row: dict[str, Any], name: str, default: int, end: int) -> int:
 def _load_pair(
     row: dict[str, Any], number: int, chat: Chat, vocab_size: int, counts: Counter, answers: Counter
 ) -> Pair | None:
-    if row.get("real") is None or row.get("generated") is None:
+    by_ids = row.get("generated_tokens") is not None
+    if row.get("real") is None or (row.get("generated") is None and not by_ids):
         raise BadRow(f"no fields real and generated among {_listed(row)}")
     prompt_id = _prompt_id(row, number)
     sample_id = _integer(row, "sample_id", answers[prompt_id], 2**31)  # the answers of a prompt in turn
     answers[prompt_id] += 1
-    real, generated = checked(row["real"], "real"), checked(row["generated"], "generated")
-    if row.get("generated_tokens") is None:
+    real = checked(row["real"], "real")
+    generated = None if row.get("generated") is None else checked(row["generated"], "generated")
+    if generated is not None and not by_ids:
         return chat.given_pair(prompt_id, sample_id, real, generated, counts)
+    if generated is not None and asked(generated) != asked(real):
+        raise BadRow("real and generated do not answer the same prompt")
     ids = [_token_ids(row, name, vocab_size) for name in ("prompt_tokens", "real_tokens", "generated_tokens")]
     if not len(ids[0]):
         raise BadRow("prompt_tokens is empty: an answer needs a token before it")
+    if not len(ids[2]):
+        raise BadRow("generated_tokens is empty: a stop token alone is an answer, and nothing is none")
+    example = chat.example(prompt_id, real, counts)
     room = chat.lengths.max_length - len(ids[0])
-    if room < 1:
-        counts["dropped: prompt too long"] += 1
+    if example is None or room < 1:
+        counts["dropped: prompt too long"] += example is not None
         return None
-    prompt, real_ids, generated_ids = ids[0], ids[1][:room], ids[2][:room]
-    truncated = not chat.stopped(generated_ids)
-    return Pair(prompt_id, sample_id, real, generated, prompt, real_ids, generated_ids, truncated)
+    if np.array_equal(ids[0], chat.sampling_prompt(example)):
+        pair = chat.pair(example, sample_id, ids[2][:room])
+    else:
+        pair = _as_given(chat, example, sample_id, generated, ids[0], ids[2][:room])
+    same = min(len(ids[1]), len(pair.real))  # either may be cut
+    if not np.array_equal(ids[1][:same], pair.real[:same]):
+        raise BadRow("real_tokens: not the ids of the answer in real, by this tokenizer and chat template")
+    return pair
+
+
+def _as_given(
+    chat: Chat,
+    example: Example,
+    sample_id: int,
+    generated: list[Message] | None,
+    prompt: np.ndarray,
+    answer: np.ndarray,
+) -> Pair:
+    """A pair whose prompt is not what would be sampled from, but what `Chat.given_pair` makes of both texts.
+
+    Raises:
+        BadRow: nor is it that.
+    """
+    pair = None
+    if generated is not None:
+        pair = chat.given_pair(example.prompt_id, sample_id, example.messages, generated, Counter())
+    if pair is None or not np.array_equal(prompt, pair.prompt):
+        raise BadRow(
+            "prompt_tokens: not the ids of the prompt in real, by this tokenizer and chat template; without "
+            "the token columns the text is tokenized"
+        )
+    return dataclasses.replace(pair, generated=answer, truncated=not chat.stopped(answer))
 
 
 def _token_ids(row: dict[str, Any], name: str, vocab_size: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import pathlib
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -105,7 +105,12 @@ def write_here(path: epath.PathLike, data: bytes) -> None:
 
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
-    write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write(path, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """`value` as `write_json` writes it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: epath.PathLike) -> Any:
@@ -150,8 +155,33 @@ def seal(folder: epath.PathLike) -> None:
     digests = _digests(folder, names)
     if unread := [name for name, digest in digests.items() if digest is None]:
         raise OSError(errno.EIO, "written, and cannot be read", str(folder / unread[0]))
+    write(folder / SUMS, _sealing(digests))
+
+
+def add(folder: epath.PathLike, name: str, content: bytes) -> None:
+    """Writes one more file into a sealed folder, or another content of it; every process calls this.
+
+    The folder passes its seal at every moment: that names the file only while it is there as it says.
+    """
+    folder = epath.Path(folder)
+
+    def added() -> None:
+        recorded = _recorded(folder, _sums(folder))
+        digest = hashlib.sha256(content).hexdigest()
+        if recorded.get(name) == digest:
+            return
+        if recorded.pop(name, None):
+            write_here(folder / SUMS, _sealing(recorded))
+        write_here(folder / name, content)
+        write_here(folder / SUMS, _sealing(dict(sorted({**recorded, name: digest}.items()))))
+
+    hosts.by_first(added)
+
+
+def _sealing(digests: Mapping[str, str | None]) -> bytes:
+    """What a SHA256SUMS of these files holds."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
-    write(folder / SUMS, f"# {hashlib.sha256(lines.encode()).hexdigest()}\n{lines}".encode())
+    return f"# {hashlib.sha256(lines.encode()).hexdigest()}\n{lines}".encode()
 
 
 def sealed(folder: epath.PathLike) -> bool:
@@ -232,17 +262,18 @@ def _digests_of(folder: epath.Path, names: Sequence[str]) -> dict[str, str | Non
 
 def copy(source: epath.PathLike, target: epath.PathLike) -> None:
     """Copies a sealed folder, seal last; one that is there already is left alone."""
+    hosts.by_first(lambda: copy_here(source, target))
+
+
+def copy_here(source: epath.PathLike, target: epath.PathLike) -> None:
+    """`copy`, by this process."""
     source, target = epath.Path(source), epath.Path(target)
-
-    def copied() -> None:
-        if (target / SUMS).exists() and _sums(source) == _sums(target):
-            return
-        remove_here(target)
-        for name in [*_names(source), SUMS]:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).copy(target / name)
-
-    hosts.by_first(copied)
+    if (target / SUMS).exists() and _sums(source) == _sums(target):
+        return
+    remove_here(target)
+    for name in [*_names(source), SUMS]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).copy(target / name)
 
 
 # --- a workdir -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from spin_jax.model import Model
 Identity = Mapping[str, Mapping[str, str]]
 
 # What may differ when a run is continued; all else would make it another run.
-_FREE_SECTIONS = ("mesh", "checkpoint", "logging")
+_FREE_SECTIONS = ("mesh", "checkpoint", "export", "logging")
 _FREE = (
     "resume_anyway",
     "compiler_flags",
@@ -72,11 +73,9 @@ def digests(
         weights: of the checkpoint that it starts from, "" for none.
     """
     texts = (_json([example.prompt_id, example.messages]) for example in examples)
-    pairs = (part for t in sorted(given) for pair in given[t] for part in _content(t, pair))
     tokenizer = model.tokenizer
     fingerprints = {
         "data": f"{len(examples)} examples, {_digest(texts)}",
-        "given pairs": f"{sum(map(len, given.values()))} pairs, {_digest(pairs)}",
         "tokenizer": _digest([tokenizer.backend_tokenizer.to_str().encode()]),
         "chat template": _digest([_json(tokenizer.chat_template)]),
         "model": _digest([_json(dataclasses.asdict(model.config)), _json(list(model.stop_tokens))]),
@@ -85,6 +84,9 @@ def digests(
     }
     if ":" in config.loss.name:
         fingerprints["loss"] = _source_of(config.loss.name.partition(":")[0])
+    for t, pairs in sorted(given.items()):
+        parts = (part for pair in pairs for part in _content(t, pair))
+        fingerprints[f"given pairs {t}"] = f"{len(pairs)} pairs, {_digest(parts)}"
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"fingerprints": fingerprints, "versions": versions}
 
@@ -116,6 +118,23 @@ def _source_of_package() -> str:
     return _digest(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
 
 
+def commit() -> str | None:
+    """The git commit of the package's sources, and whether they differ from it; None where nobody knows."""
+
+    def git(*arguments: str) -> str:
+        run = ["git", *arguments, "--", "."]
+        folder = Path(__file__).parent
+        return subprocess.run(run, cwd=folder, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    try:
+        if found := git("log", "-1", "--format=%H").strip():
+            return f"{found}, changed" if git("status", "--porcelain").strip() else found
+    except (OSError, subprocess.SubprocessError):
+        pass  # no git, or no clone
+    installed = importlib.metadata.distribution("spin_jax").read_text("direct_url.json")
+    return json.loads(installed or "{}").get("vcs_info", {}).get("commit_id")
+
+
 def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{name: (what a run began with, what is here now)}, but for what may differ."""
     old, new = (_flat(c) for c in (began["config"], recorded(config)))
@@ -130,7 +149,8 @@ def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[
             result[name] = old[name], value
     for kind, values in found.items():
         theirs = began.get(kind, {})
-        result |= {f"{kind}.{k}": (theirs[k], v) for k, v in values.items() if theirs.get(k, v) != v}
+        # What is new here is none: pairs can be given for an iteration to come.
+        result |= {f"{kind}.{k}": (v, values.get(k)) for k, v in theirs.items() if values.get(k) != v}
     return result
 
 

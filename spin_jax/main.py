@@ -1,10 +1,28 @@
-"""python -m spin_jax.main --config=configs/zephyr.py --workdir=DIR [--config.section.key=value …]
+"""Runs self-play fine-tuning (SPIN), or goes on with a run: the same command continues what has begun.
 
-Running again with the same workdir continues. --check reads and checks everything, says what it found, and
-ends before anything is trained or written. --only=sample, score or train runs one phase of the next
-iteration, so that sampling and training can happen on different machines. On several hosts, start it once on
-each (on SLURM once a GPU): they find each other on TPU pods, SLURM and Open MPI; elsewhere
---coordinator=HOST:PORT --num_processes=N --process_id=I. The workdir is one that all of them see.
+    python -m spin_jax.main --config=FILE[:VARIANT] --workdir=DIR [--config.section.key=value …]
+
+  --config=FILE[:VARIANT]  a Python file with get_config(), as those in configs/, or a variant that it knows
+  --config.section.key=…   any key of it: --config.model.path=DIR, --config.train.epochs='(1,2)'
+  --workdir=DIR            where the run is kept, and continued: a folder, or gs://BUCKET/FOLDER
+  --check                  reads and checks config, data, tokenizer and model files, says what it found, ends
+  --only=PHASE             sample, score or train: just this phase of the next iteration
+
+Several processes, one a host (on SLURM one a GPU), find each other on TPU pods, SLURM and Open MPI, and
+share a workdir that all of them see; elsewhere:
+
+  --coordinator=HOST:PORT --num_processes=N --process_id=I
+  --heartbeat_s=100        a process that is silent for so many seconds is dead, and the others end
+
+Examples:
+
+  python -m spin_jax.main --config=configs/tiny.py --workdir=/tmp/spin_tiny
+  python -m spin_jax.main --config=configs/zephyr.py --check
+  python -m spin_jax.main --config=configs/small_gsm8k.py --workdir=DIR \\
+      --config.model.path=MODEL --config.data.path=train.jsonl
+
+Exit codes: 0 done; 1 failed (a full disk, numbers that are not finite, a crash); 2 bad input; 130 and 143
+stopped by Ctrl-C and SIGTERM, everything saved. After all but 2 the same command continues.
 """
 
 import os
@@ -25,13 +43,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; the same
 _ONLY = flags.DEFINE_enum("only", None, ["sample", "score", "train"], "Run one phase of the next iteration.")
 _CHECK = flags.DEFINE_bool("check", False, "Check config, data, tokenizer and model files, and end.")
 
-USAGE = "usage: python -m spin_jax.main --config=configs/tiny.py --workdir=DIR [--config.key=value …]"
-
 
 def read_flags() -> tuple[Any, str | None]:
     """The config and the workdir that the flags ask for."""
     if _CONFIG.value is None or (_WORKDIR.value is None and not _CHECK.value):
-        raise ValueError(f"--config and --workdir are needed\n{USAGE}")
+        raise ValueError("--config and --workdir are needed; see --help")
     return config_lib.resolve(_CONFIG.value), _WORKDIR.value
 
 

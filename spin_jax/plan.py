@@ -1,10 +1,25 @@
-"""python -m spin_jax.plan --config=configs/zephyr.py --topology=v5e:8x8 [--json]
+"""Whether a run fits a machine, and how long it takes, before the machine is rented.
 
-Whether a run fits a machine, and how long it takes, before the machine is rented. For TPUs (v4:2x2x4,
-v5e:8x8, v5p:2x2x2, v6e:4x4, …; v5e:8x8*2 is two slices) the run's own programs are compiled for the topology,
-anywhere that jax[tpu] is installed; for GPUs (h200:1, h100:8; h100:8*2 is two nodes) memory comes from
-arithmetic. Lengths are those of `lengths.expected`, and the longest that `lengths` allows; times are a
-roofline's at stated efficiencies.
+    python -m spin_jax.plan --config=FILE[:VARIANT] --topology=TOPOLOGY [--config.section.key=value …]
+
+  --topology=TOPOLOGY      TPUs: v4:2x2x4, v5e:8x8, v5p:2x2x2, v6e:4x4 …; GPUs: h200:1, h100:8 …
+                           v5e:8x8*2 are two slices, h100:8*2 two nodes
+  --pairs=N                of an iteration; unset: data.limit, or 50,000
+  --json                   one JSON object in place of the table
+  --mfu=0.45               share of the peak that training and scoring reach
+  --decode_efficiency=0.5  share of its roofline that decoding reaches
+  --dcn_gbit_s=50          what a device gets from other slices
+
+For TPUs the run's own programs are compiled for the topology, anywhere that jax[tpu] is installed; for GPUs
+memory comes from arithmetic. Lengths are those of `lengths.expected`, and the longest that `lengths` allows;
+times are a roofline's at the efficiencies above.
+
+Examples:
+
+  python -m spin_jax.plan --config=configs/zephyr.py --topology=v5e:8x8
+  python -m spin_jax.plan --config=configs/zephyr.py --topology=h200:1 --config.train.batch_size=32 --json
+
+Exit codes: 0 it fits, 1 it does not, 2 bad input.
 """
 
 import dataclasses
@@ -49,7 +64,6 @@ _MFU = flags.DEFINE_float(
 _DECODE = flags.DEFINE_float("decode_efficiency", 0.5, "Share of its roofline that decoding reaches.")
 _DCN = flags.DEFINE_float("dcn_gbit_s", 50.0, "Gbit a second that a device gets from other slices.")
 
-USAGE = "usage: python -m spin_jax.plan --config=configs/zephyr.py --topology=v5e:8x8 [--json]"
 _GIB = 2.0**30
 
 
@@ -329,7 +343,7 @@ def _duration(seconds: float) -> str:
 def read_flags() -> tuple[Any, str, int]:
     """(config, topology, pairs) that the flags ask for."""
     if _CONFIG.value is None or _TOPOLOGY.value is None:
-        raise ValueError(f"--config and --topology are needed\n{USAGE}")
+        raise ValueError("--config and --topology are needed; see --help")
     config = _CONFIG.value
     config.data.path = config.data.path or "planned"
     config = config_lib.resolve(config)

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from spin_jax import (
     files,
     heldout,
     hosts,
+    hub,
     identity,
     lora,
     losses,
@@ -145,6 +146,7 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
     found = identity.digests(config, model, examples, given, read.start)
     hosts.check_same("model, tokenizer, data or code", lambda: repr(found).encode())
     notes += identity.check(root, config, found, began)
+    _check_given(root, read.given, began)
     prepared = Prepared(
         config=config,
         workdir=root,
@@ -272,6 +274,8 @@ def _check_options(prepared: Prepared) -> None:
     if best in heldout.BETTER and not prepared.held_out:
         raise ValueError(f"checkpoint.best={best!r} needs held-out rows: there are none")
     _ = prepared.better
+    if prepared.config.export.push_to:
+        hub.check(prepared.config.export.push_to)
     prepared.sampling()
     prepared.sft_options()
     for t in prepared.iterations:
@@ -316,6 +320,19 @@ def _given(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dic
                 f"the pairs of iteration {t} are not mixed in: --config.selfplay.pairs={t}=PATH gives them"
             )
     return given
+
+
+def _check_given(root: epath.Path, given: Mapping[int, Sequence[Pair]], began: Mapping[str, Any]) -> None:
+    """Raises ValueError where pairs are given for an iteration that was answered without them."""
+    known = began.get("fingerprints", {}) if began else {f"given pairs {t}": "" for t in given}
+    late = [t for t in given if f"given pairs {t}" not in known]
+    folders = [root / f"iteration_{t}" / "pairs" for t in late]
+    for t, folder, there in zip(late, folders, files.existing(folders), strict=True):
+        if there:
+            raise ValueError(
+                f"selfplay.pairs gives pairs for iteration {t}, and {folder} holds answers already: remove "
+                "that folder, or give none"
+            )
 
 
 def _examples(config: Config, read: _Read) -> list[Example]:

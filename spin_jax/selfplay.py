@@ -20,11 +20,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import (
+    card,
     checkpoint,
     convert,
     files,
     heldout,
     hosts,
+    hub,
     identity,
     interrupts,
     lora,
@@ -96,13 +98,16 @@ def run(
         raise ValueError(f"only={only!r}: choose from {', '.join(PHASES)}")
     with contextlib.ExitStack() as stack:
         stop = should_stop or stack.enter_context(interrupts.listening())
-        prepared = prepare(config_lib.resolve(config), workdir)
+        resolved = config_lib.resolve(config)
+        hosts.say(f"{config_lib.tree(resolved)}\n")
+        prepared = prepare(resolved, workdir)
         stack.enter_context(take(prepared))
         play = SelfPlay(prepared, lambda: hosts.most(stop()))
         stack.callback(play.metrics.close)
         hosts.say(plan(play.run, sum(map(play.finished, play.run.iterations))))
 
         params = play.start()
+        play.push()  # what failed before
         for t in play.run.iterations:
             if play.finished(t):
                 params = None
@@ -123,6 +128,7 @@ def run(
             play.control()
             play.keep_best()
             play.conclude()
+            play.push()
             play.report()
         return play.summary
 
@@ -133,7 +139,9 @@ def check(config: Mapping[str, Any] | ConfigDict, workdir: str | None = None) ->
     Raises:
         ValueError, FileNotFoundError: what `run` would.
     """
-    prepared = prepare(config_lib.resolve(config), workdir)
+    resolved = config_lib.resolve(config)
+    hosts.say(f"{config_lib.tree(resolved, everything=True)}\n")
+    prepared = prepare(resolved, workdir)
     lines = plan(prepared, 0).splitlines()
     shown = [line for line in lines if workdir or not line.startswith(("workdir", "disk"))]
     hosts.say("\n".join([*shown, "", lengths(prepared), "", "everything that can be checked is in order"]))
@@ -192,7 +200,10 @@ class SelfPlay:
         if self.makes_start:
             self._export(self.run.folder(BEFORE), params)
         numbers = self._alone(self.run.folder(BEFORE), params, self._draw(params))
-        self._add_row({"iteration": BEFORE, **numbers}, step=0)
+        row: Row = {"iteration": BEFORE, **numbers}
+        if self.makes_start:
+            self._describe("start", self.run.folder(BEFORE), [row])
+        self._add_row(row, step=0)
         return params
 
     @property
@@ -279,8 +290,10 @@ class SelfPlay:
             row |= self._divergence(t, params, drawn)
             params = None
         row["minutes"] = round((time.perf_counter() - began) / 60, 3)
+        self._describe("iteration", folder, [*self.summary, row])
         self._add_row(row, step=steps)
         self.keep_best()
+        self.push()
         return params
 
     def _spin(self, t: int) -> Training:
@@ -427,6 +440,38 @@ class SelfPlay:
         if not files.sealed(folder / "model"):
             model = dataclasses.replace(self.run.model, params=params)
             convert.save(model, folder / "model", dtype=model.dtype, on_tensor=self.opponent.stop_here)
+
+    def _describe(self, kind: str, folder: epath.Path, rows: Sequence[Row]) -> None:
+        """Puts a model card into an export, which is whole without: its numbers are known later."""
+        run = self.run
+        facts = card.Facts(
+            kind=kind,
+            iteration=rows[-1]["iteration"],
+            config=identity.recorded(run.config),
+            rows=rows,
+            model_revision=run.model.revision,
+            data_revision=run.data_revision,
+            commit=identity.commit(),
+            license=card.stated_license(hub.readme(run.config.model.path, run.model.revision)),
+            **run.identity,
+        )
+        files.add(folder / "model", "README.md", card.card(facts).encode())
+
+    def push(self) -> None:
+        """Pushes the exports that the hub has not got yet, where a config names a place for them."""
+        run, c = self.run, self.run.config
+        if not c.export.push_to:
+            return
+        done = [row["iteration"] for row in self.summary if row["iteration"] >= 0]
+        exports = {f"iteration_{t}": run.folder(t) / "model" for t in done}
+        newest = list(exports.values())[-1:]
+        if self.makes_start:
+            exports["start"] = run.folder(BEFORE) / "model"
+        exports["control"] = run.workdir / "control" / "model"
+        for folder in (run.workdir / "best",) if c.checkpoint.best else newest:
+            exports["main"] = folder
+        whole = {branch: folder for branch, folder in exports.items() if files.sealed(folder)}
+        hub.push(run.workdir, c.export.push_to, whole, private=c.export.private)
 
     # --- evaluation ------------------------------------------------------------------------------
 
@@ -576,6 +621,8 @@ class SelfPlay:
                 self._write_summary()
         if made and not files.sealed(control / "model"):
             self._export(control, self._control(made[-1], None) if params is None else params)
+        if made:
+            self._describe("control", control, self.summary)
 
     def _control(self, t: int, params: Params | None) -> Params:
         """The control after as many steps as iteration t took; `params` are those before, where in hand."""

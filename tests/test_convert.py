@@ -1,5 +1,6 @@
 """Checkpoints: what comes in goes out, what is wrong is said."""
 
+import dataclasses
 import json
 import shutil
 
@@ -335,6 +336,31 @@ def test_tiny_tokenizer_survives(tiny_model, tmp_path):
     assert_same_tokenizer(spin_jax.load(str(tmp_path), mesh=tiny_model.mesh).tokenizer, tiny.tokenizer())
 
 
+@pytest.mark.parametrize(
+    "template", [tiny.CHAT_TEMPLATE, {"default": tiny.CHAT_TEMPLATE, "tool_use": "x"}, None]
+)
+def test_tokenizer_files_speak_to_old_and_new_readers(template, tiny_model, tmp_path):
+    """What transformers 4 fails on: the new class's name, a list of special tokens, templates elsewhere."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    tokenizer.chat_template = template
+    spin_jax.save(dataclasses.replace(tiny_model, tokenizer=tokenizer), tmp_path)
+    old = files.read_object(tmp_path / "tokenizer_config.json")
+    assert old["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert old["additional_special_tokens"] == ["<|tool|>"]
+    assert "extra_special_tokens" not in old
+    if isinstance(template, dict):
+        assert old["chat_template"] == [{"name": k, "template": v} for k, v in template.items()]
+    else:
+        assert old.get("chat_template") == template
+    new = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert new.chat_template == template
+    assert new.extra_special_tokens == ["<|tool|>"]
+    text = "a<|tool|>b</s>"
+    assert new(text).input_ids == tokenizer(text).input_ids
+    assert not template or (tmp_path / "chat_template.jinja").read_text() == tiny.CHAT_TEMPLATE
+
+
 def test_mistral_tokenizer_survives(hf_model_dir, mistral_tokenizer, mesh, tmp_path):
     directory, _ = hf_model_dir("mistral", vocab_size=32000)
     spin_jax.save(spin_jax.load(str(directory), mesh=mesh), tmp_path)
@@ -544,6 +570,8 @@ def test_a_new_model_takes_the_tokenizers_special_tokens(mesh, tmp_path):
     spin_jax.save(model, tmp_path)
     again = reopened(tmp_path)
     assert (again.config.bos_token_id, again.config.eos_token_id, again.config.pad_token_id) == (1, 2, 0)
+    generation = files.read_json(tmp_path / "generation_config.json")
+    assert generation == {"eos_token_id": [2], "bos_token_id": 1, "pad_token_id": 0}
     assert again.generation_config.eos_token_id == [2]
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 272
 

@@ -1,12 +1,15 @@
 """Nothing lost, nothing silently wrong: damage, full disks, numbers that are not finite, other runs."""
 
+import contextlib
 import errno
+import hashlib
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
 import time
+import unittest.mock
 
 import jax
 import numpy as np
@@ -147,6 +150,91 @@ def test_orbax_reasons_come_to_the_surface(finished):
     folder = finished / "iteration_0" / "checkpoint"
     with pytest.raises(ValueError, match=r"does not fit this run: embed is .* there and None here"):
         checkpoint.restore(folder, {})
+
+
+def test_a_file_is_added_to_a_sealed_folder_whatever_is_killed(tmp_path, monkeypatch):
+    """At each write in turn: the folder passes its seal all the time, and the next call ends alike."""
+    for kill in range(5):
+        folder = tmp_path / str(kill)
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"1")
+        (folder / "README.md").write_bytes(b"old")
+        files.seal(folder)
+        writes, write_here = iter(range(9)), files.write_here
+
+        def write(path, content, writes=writes, kill=kill, folder=folder, write_here=write_here):
+            if next(writes) == kill:
+                raise KeyboardInterrupt
+            write_here(path, content)
+            files.check_seal(folder)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(files, "write_here", write)
+            files.add(folder, "README.md", b"new")
+        files.check_seal(folder)
+        files.add(folder, "README.md", b"new")
+        files.add(folder, "a", b"2")
+        files.check_seal(folder)
+        assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != files.SUMS} == {
+            "weights": b"1",
+            "README.md": b"new",
+            "a": b"2",
+        }
+    before = (folder / files.SUMS).read_bytes()
+    assert before.decode().split()[3::2] == ["README.md", "a", "weights"]
+    files.seal(folder)
+    assert (folder / files.SUMS).read_bytes() == before
+    (folder / files.SUMS).write_text("no seal of ours")
+    with pytest.raises(files.Damaged, match="SHA256SUMS is damaged"):
+        files.add(folder, "b", b"3")
+
+
+def test_every_export_has_a_card_whatever_is_killed(copy, finished):
+    """Killed before it was written or sealed, it is written again, and the same."""
+    for folder in ("start/model", "iteration_0/model"):
+        assert "README.md" in (finished / folder / files.SUMS).read_text()
+    text = (finished / "iteration_0" / "model" / "README.md").read_text()
+    assert "# mistral, SPIN iteration 0" in text
+    row = json.loads((finished / "summary.json").read_text())[1]
+    assert (
+        f"| nll | {json.loads((finished / 'summary.json').read_text())[0]['nll']:.4g} | {row['nll']:.4g} |"
+        in text
+    )
+    model = copy / "iteration_0" / "model"
+    (model / "README.md").unlink()
+    sums = [line for line in (model / files.SUMS).read_text().splitlines() if "README" not in line]
+    digest = hashlib.sha256("".join(f"{line}\n" for line in sums[1:]).encode()).hexdigest()
+    (model / files.SUMS).write_text("\n".join([f"# {digest}", *sums[1:], ""]))
+    forget(copy)
+    spin_jax.run(tiny(), str(copy))
+    for name in ("README.md", files.SUMS):
+        assert (model / name).read_bytes() == (finished / "iteration_0" / "model" / name).read_bytes()
+
+
+def test_a_push_that_fails_loses_nothing(copy, monkeypatch, capfd):
+    """The run ends as it would, and says so; started again, it pushes."""
+    import huggingface_hub
+
+    api = unittest.mock.MagicMock()
+    api.whoami.return_value = {"name": "me"}
+    api.upload_folder.side_effect = ConnectionError("the network is down")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    c = tiny(export={"push_to": "me/mine"})
+    assert len(spin_jax.run(c, str(copy))) == 2
+    said = capfd.readouterr().out
+    for branch in ("start", "iteration_0", "main"):
+        assert f"was not pushed to me/mine ({branch}): ConnectionError: the network is down" in said
+    api.upload_folder.reset_mock(side_effect=True)
+    spin_jax.run(c, str(copy))
+    pushed = {call.kwargs["revision"]: call.kwargs["folder_path"] for call in api.upload_folder.mock_calls}
+    assert pushed == {
+        "iteration_0": copy / "iteration_0" / "model",
+        "main": copy / "iteration_0" / "model",
+        "start": copy / "start" / "model",
+    }
+    api.whoami.return_value = {"name": "another"}
+    with pytest.raises(ValueError, match="may write to another only"):
+        spin_jax.run(c, str(copy))
 
 
 @pytest.mark.parametrize("lost", ["pairs", "scores"])
@@ -315,9 +403,7 @@ def test_code_and_versions_count_and_places_do_not(copy, tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(str(tmp_path))
     spin_jax.run(tiny(data={"path": "elsewhere:problems"}), str(copy))
     kept = json.loads((copy / "config.json").read_text())
-    assert {"data", "given pairs", "tokenizer", "chat template", "model", "weights", "code"} == set(
-        kept["fingerprints"]
-    )
+    assert {"data", "tokenizer", "chat template", "model", "weights", "code"} == set(kept["fingerprints"])
     changed = {**kept, "fingerprints": {**kept["fingerprints"], "code": "older"}}
     (copy / "config.json").write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=r"there fingerprints.code is 'older', and now "):
@@ -339,6 +425,26 @@ def test_a_loss_is_known_by_its_source(tmp_path, monkeypatch):
     before = identity._source_of("changing")
     module.write_text("from spin_jax.losses import hinge as loss\n")
     assert identity._source_of("changing") != before
+
+
+def test_the_commit_of_the_code(monkeypatch):
+    """Git's, of the package's own files; without git whatever the installation knows."""
+    known = subprocess.run(
+        ["git", "log", "-1", "--format=%H", "--", "spin_jax"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if known.stdout.strip():
+        assert identity.commit() in (known.stdout.strip(), f"{known.stdout.strip()}, changed")
+    installed = unittest.mock.Mock()
+    installed.read_text.return_value = '{"vcs_info": {"commit_id": "c0ffee"}}'
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(identity.importlib.metadata, "distribution", lambda name: installed)
+    assert identity.commit() == "c0ffee"
+    installed.read_text.return_value = None
+    assert identity.commit() is None
 
 
 def test_one_run_at_a_time(finished):

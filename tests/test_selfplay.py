@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import types
@@ -13,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from runs import ROOT, Command, assert_same_run, read_metrics, read_pairs, weights
 
-from spin_jax import config
+from spin_jax import config, pairs
 from spin_jax.opponent import Opponent
+from spin_jax.prepare import prepare
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 STEP_KEYS = {
@@ -221,6 +223,66 @@ def test_published_pairs_replace_data_and_sampling(command, finished, tmp_path):
     assert not [row for row in read_metrics(workdir) if row["phase"] == "sample"]
     sources = {row["source_iteration"] for row in read_pairs(workdir / "iteration_1" / "scores")}
     assert sources == {0, 1}
+
+
+def test_answers_by_vllm_come_back_as_our_own(command, finished, tmp_path):
+    """The README's recipe with a stand-in for vLLM, which answers as our sampler did: the same weights."""
+    whole, _ = finished
+    run, prompts, given = tmp_path / "run", tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
+    (tmp_path / "site").mkdir()
+    shutil.copy(ROOT / "tests" / "vllm_stub.py", tmp_path / "site" / "vllm.py")
+    known = read_pairs(whole / "iteration_0" / "pairs")
+    answers = [[row["prompt_tokens"], row["generated_tokens"]] for row in known]
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+
+    command(run, "--config.selfplay.iterations=0", "--config.sft.control=False")  # makes the start
+    start = run / "start" / "model"
+    said = pairs.write_prompts(str(run), str(prompts))
+    assert said == f"{prompts}: 200 prompts of iteration 0, to be answered by {start}"
+    done = subprocess.run(
+        [sys.executable, "-S", "launch/vllm_answers.py", f"--prompts={prompts}", f"--output={given}"],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(tmp_path / "site"), "VLLM_STUB": str(tmp_path / "answers.json")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "200 pairs for iteration 0" in done.stdout, done.stderr
+    one = ["--config.selfplay.iterations=1", "--config.sft.control=False"]
+    command(run, *one, f"--config.selfplay.pairs=0={given}")
+
+    assert read_pairs(run / "iteration_0" / "pairs") == known
+    ours, theirs = (weights(x / "iteration_0" / "model") for x in (run, whole))
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    assert "given pairs of iteration 0" in (run / "iteration_0" / "model" / "README.md").read_text()
+    with pytest.raises(ValueError, match="iteration 0 has answers already"):
+        pairs.write_prompts(str(run), str(prompts), 0)
+    with pytest.raises(
+        FileNotFoundError, match=r"iteration_1/model, which is to answer in iteration 2, is not"
+    ):
+        pairs.write_prompts(str(run), str(prompts), 2)
+    said = pairs.write_prompts(str(run), str(prompts))
+    assert said.endswith(f"200 prompts of iteration 1, to be answered by {run / 'iteration_0' / 'model'}")
+    # Without them, or with others, it would be another run.
+    c = config.resolve(json.loads((run / "config.json").read_text())["config"])
+    c.selfplay.pairs = ""
+    with pytest.raises(ValueError, match=r"there fingerprints.given pairs 0 is '200 pairs, .*, and now None"):
+        prepare(c, str(run))
+
+
+def test_pairs_come_too_late_for_an_iteration_that_was_answered(finished):
+    """For one that is to come they may be added."""
+    workdir, _ = finished
+    c = config.resolve(json.loads((workdir / "config.json").read_text())["config"])
+    c.selfplay.iterations = 3
+    c.selfplay.pairs = f"2={workdir / 'iteration_1' / 'pairs'}"
+    assert len(prepare(c, str(workdir)).given[2]) == 200
+    c.selfplay.pairs = f"1={workdir / 'iteration_0' / 'pairs'}"
+    with pytest.raises(
+        ValueError, match=r"gives pairs for iteration 1, and .*/iteration_1/pairs holds answers"
+    ):
+        prepare(c, str(workdir))
 
 
 def test_one_device_equals_eight(command, finished, tmp_path):

@@ -1,0 +1,207 @@
+"""The pairs of a run, taken out; and its prompts, for a sampler of your own.
+
+    python -m spin_jax.pairs --workdir=DIR --iteration=T --output=DIR_OR_FILE
+    python -m spin_jax.pairs --workdir=DIR --prompts=FILE
+
+  --workdir=DIR       a run's
+  --iteration=T       whose pairs; with --prompts, who is to be answered (unset: the next iteration)
+  --output=DIR        writes the pairs in the published SPIN format, columns real and generated, as parquet:
+                      train-00000-of-00001.parquet, and the held-out ones as test-00000-of-00001.parquet;
+                      what ends in .parquet or .jsonl is one file, of the training pairs alone
+  --prompts=FILE      writes what launch/vllm_answers.py reads: how to sample, and the prompts as token ids
+
+A folder or file of pairs opens with datasets.load_dataset, and is what --config.selfplay.pairs takes.
+
+Answers by vLLM: the model, a line for each step, T the iteration (0, then 1, …):
+
+  python -m spin_jax.pairs --workdir=DIR --prompts=prompts.jsonl
+  python launch/vllm_answers.py --prompts=prompts.jsonl --output=pairs_T.jsonl     # in vLLM's environment
+  python -m spin_jax.main --config=FILE --workdir=DIR --config.selfplay.iterations=T+1 \\
+      --config.selfplay.pairs=T=pairs_T.jsonl
+
+Exit codes: 0 done, 2 bad input.
+"""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from spin_jax import config as config_lib
+from spin_jax.command import fail, parse
+
+# --- pairs ---------------------------------------------------------------------------------------
+
+
+def export(workdir: str, iteration: int, output: str) -> list[str]:
+    """Writes an iteration's pairs in the published SPIN format; returns a line on each file.
+
+    Args:
+        output: a folder, for a file of each split; or a .parquet or .jsonl file, for the training pairs.
+
+    Raises:
+        ValueError, FileNotFoundError: there are none, or not all of them.
+    """
+    from etils import epath
+
+    from spin_jax import data, files
+
+    whole = re.search(r"\.(parquet|jsonl)$", output)
+    said = []
+    for split, paths in _shards(epath.Path(workdir), iteration).items():
+        if whole and split != "train":
+            continue
+        pairs = [pair for path in paths for pair in data.pairs_from_parquet(path.read_bytes(), path)]
+        rows = [{"real": pair.real_messages, "generated": pair.generated_messages} for pair in pairs]
+        target = epath.Path(output) if whole else epath.Path(output) / f"{split}-00000-of-00001.parquet"
+        if target.suffix == ".jsonl":
+            files.write_jsonl(target, rows)
+        else:
+            files.write(target, _parquet(rows))
+        said.append(f"{target}: {len(rows)} pairs")
+    return said
+
+
+def _shards(workdir: Any, iteration: int) -> dict[str, list[Any]]:
+    """{split: files} of an iteration's pairs, in order."""
+    folder = workdir / f"iteration_{iteration}" / "pairs"
+    found = sorted(folder.glob("*.parquet")) if folder.exists() else []
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no pairs: has iteration {iteration} been sampled?")
+    splits: dict[str, list[Any]] = {}
+    for path in found:
+        splits.setdefault(path.name.partition("-")[0], []).append(path)
+    for paths in splits.values():
+        count = int(paths[0].stem.rpartition("-")[2])
+        if len(paths) != count:
+            raise ValueError(f"{folder}: {len(paths)} of {count} files are there: sampling has not ended")
+    return dict(sorted(splits.items(), reverse=True))  # train, test
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def write_prompts(workdir: str, output: str, iteration: int | None = None) -> str:
+    """Writes the prompts of the next iteration, or of the one named; returns a line on them.
+
+    Raises:
+        ValueError, FileNotFoundError: the model that is to answer is not there yet, or answers are.
+    """
+    from spin_jax import files
+    from spin_jax.prepare import prepare
+
+    prepared = prepare(_config_of(workdir), workdir)
+    done = [row["iteration"] for row in files.read_agreed(prepared.workdir / "summary.json") or []]
+    t = max([prepared.config.selfplay.start, *(n + 1 for n in done)]) if iteration is None else iteration
+    answers = prepared.folder(t) / "pairs"
+    if files.exists(answers):
+        raise ValueError(f"iteration {t} has answers already, in {answers}")
+    model = _opponent(prepared, t)
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(prepared, t, model)]
+    files.write(output, "".join(lines).encode())
+    return f"{output}: {len(lines) - 1} prompts of iteration {t}, to be answered by {model}"
+
+
+def _config_of(workdir: str) -> Any:
+    """The config that a run has, for any machine."""
+    from etils import epath
+
+    from spin_jax import files
+
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: is {workdir} a run's?")
+    known = files.read_object(path).get("config")
+    if not isinstance(known, dict):
+        raise ValueError(f"{path} is no run's of spin_jax")
+    return config_lib.resolve({**known, "mesh": {}, "export": {}})
+
+
+def _opponent(prepared: Any, t: int) -> str:
+    """Where the model is that answers in iteration t."""
+    from spin_jax import files
+
+    c = prepared.config
+    if t == c.selfplay.start and c.model.path and not c.sft.epochs:
+        return c.model.path
+    folder = prepared.folder(t - 1 if t > c.selfplay.start else -1) / "model"
+    if not files.sealed(folder):
+        raise FileNotFoundError(
+            f"{folder}, which is to answer in iteration {t}, is not there yet: the run ends with it by "
+            f"--config.selfplay.iterations={t}"
+        )
+    return str(folder)
+
+
+def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
+    """How to sample; then each prompt, the held-out ones last."""
+    c, chat = prepared.config, prepared.chat
+    yield {
+        "prompts_of_iteration": t,
+        "model": model,
+        "revision": prepared.model.revision if model == c.model.path else None,
+        "seed": c.seed + t,
+        "temperature": c.sampling.temperature,
+        "top_k": c.sampling.top_k,
+        "top_p": c.sampling.top_p,
+        "stop_token_ids": list(prepared.model.stop_tokens),
+    }
+    for example in [*prepared.examples, *prepared.held_out]:
+        prompt = chat.sampling_prompt(example)
+        yield {
+            "prompt_id": example.prompt_id,
+            "real": example.messages,
+            "prompt_tokens": prompt.tolist(),
+            "real_tokens": example.real.tolist(),
+            "max_tokens": min(c.sampling.max_new_tokens, max(c.lengths.max_length - len(prompt), 1)),
+        }
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def read_flags() -> tuple[str, int | None, str | None, str | None]:
+    """(workdir, iteration, output, prompts)."""
+    given = flags.FLAGS
+    if not given.workdir or bool(given.output) == bool(given.prompts):
+        raise ValueError("--workdir is needed, and --output or --prompts; see --help")
+    if given.output and given.iteration is None:
+        raise ValueError("--output needs --iteration: whose pairs?")
+    return given.workdir, given.iteration, given.output, given.prompts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns its exit code: 0 done, 2 bad input."""
+    flags.DEFINE_string("workdir", None, "A run's.")  # here: who imports the module has other flags
+    flags.DEFINE_integer("iteration", None, "Whose pairs, or whose prompts.", lower_bound=0)
+    flags.DEFINE_string("output", None, "Folder or file to write the pairs to.")
+    flags.DEFINE_string("prompts", None, "File to write the prompts to.")
+    try:
+        workdir, iteration, output, prompts = parse(sys.argv if argv is None else argv, read_flags)
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # an accelerator here is left alone: a run may have it
+        if output and iteration is not None:
+            print(*export(workdir, iteration, output), sep="\n")
+        elif prompts:
+            print(write_prompts(workdir, prompts, iteration))
+    except (ValueError, FileNotFoundError) as error:
+        return fail(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

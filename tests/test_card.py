@@ -1,0 +1,134 @@
+"""Model cards: what the hub reads of them, what people do, and what stays out."""
+
+import re
+
+from huggingface_hub import RepoCard
+
+from spin_jax import card, config, identity
+
+FINGERPRINTS = {"data": "90 examples, 0123", "weights": "4567", "code": "89ab"}
+VERSIONS = {"spin_jax": "0.1.0", "jax": "0.10.2"}
+ROWS = [
+    {"iteration": -1, "nll": 1.25, "tasks": {"gsm8k": {"exact_match": 0.5}}},
+    {"iteration": 0, "nll": 1.0, "pairs": 90, "steps": 3, "minutes": 7.5, "margin": 0.1},
+    {"iteration": 1, "nll": 0.5, "pairs": 180, "steps": 6, "minutes": 7.25, "control": {"nll": 0.75}},
+]
+
+
+def facts(kind="iteration", rows=ROWS, license=None, fingerprints=FINGERPRINTS, **sections):
+    c = {"model": {"path": "owner/base-sft"}, "data": {"path": "owner/sums", "name": "plain"}, **sections}
+    return card.Facts(
+        kind=kind,
+        iteration=rows[-1]["iteration"],
+        config=identity.recorded(config.resolve(c)),
+        rows=rows,
+        model_revision="c0ffee",
+        data_revision="f00d",
+        fingerprints=fingerprints,
+        versions=VERSIONS,
+        commit="abc123",
+        license=license or {},
+    )
+
+
+def table(text):
+    """{first cell: the others} of every table's lines."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return {first: [cell.strip() for cell in rest] for first, *rest in lines}
+
+
+def test_the_hub_reads_its_head():
+    text = card.card(facts(license={"license": "other", "license_name": "x", "license_link": "LICENSE"}))
+    assert RepoCard(text).data.to_dict() == {
+        "base_model": "owner/base-sft",
+        "datasets": ["owner/sums"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["spin", "self-play", "fine-tuning", "spin_jax"],
+        "license": "other",
+        "license_name": "x",
+        "license_link": "LICENSE",
+    }
+    head = RepoCard(card.card(facts(kind="control"))).data.to_dict()
+    assert "license" not in head
+    assert head["tags"] == ["sft", "fine-tuning", "spin_jax"]
+
+
+def test_an_iteration_tells_its_recipe_and_numbers():
+    c = {"loss": {"beta": (0.1, 5.0), "nll_weight": 0.2}, "selfplay": {"iterations": 2}}
+    text = card.card(facts(**c, train={"learning_rate": (5e-7, 1e-7), "clip_norm": 1.0, "epochs": 2}))
+    found = table(text)
+    assert text.count("# base-sft, SPIN iteration 1") == 1
+    assert found["base"] == ["[owner/base-sft](https://huggingface.co/owner/base-sft) at `c0ffee` (4567)"]
+    assert "datasets/owner/sums) at `f00d` (90 examples, 0123); plain, split train" in found["data"][0]
+    assert found["loss"] == ["logistic, β 5, and 0.2 × NLL of the human answer"]
+    assert found["pairs"] == ["180, those of iteration 0 among them"]
+    assert found["answers"] == ["temperature 1, max_new_tokens 256"]
+    assert found["learning rate"] == ["1e-07 at its peak, linear schedule after 10% of warm-up"]
+    assert found["optimizer"] == ["rmsprop, weight decay 0, gradients clipped at 1"]
+    assert found["length"] == ["2 × the pairs, 6 steps"]
+    assert found["nll"] == ["1.25", "1", "0.5"]
+    assert found["tasks/gsm8k/exact_match"][0] == "0.5"
+    assert found["control/nll"][-1] == "0.75"
+    assert "spin_jax 0.1.0 commit abc123 (sources `89ab`); jax 0.10.2." in text
+    assert 'from_pretrained("DIRECTORY OF THIS FILE")' in text
+    assert "chen2024self" in text
+
+
+def test_start_and_control():
+    sft = {"epochs": 2, "control": True, "control_learning_rate": 3e-4}
+    start = card.card(facts("start", ROWS[:1], sft=sft))
+    assert "after supervised fine-tuning on the human answers" in start
+    assert table(start)["length"] == ["2 × the data"]
+    assert table(start)["learning rate"][0].startswith("2e-05")
+    control = table(card.card(facts("control", sft=sft)))
+    assert control["length"] == ["9 steps, as self-play took"]
+    assert control["learning rate"][0].startswith("0.0003")
+    new = {"path": None, "architecture": {"model_type": "mistral"}}
+    fresh = card.card(facts("start", ROWS[:1], model=new))
+    assert "nothing has been learned" in fresh
+    assert "optimizer" not in table(fresh)
+    assert "base_model" not in RepoCard(fresh).data.to_dict()
+
+
+def test_a_card_is_pushed_with_its_branch():
+    assert 'from_pretrained("me/mine", revision="iteration_1")' in card.card(
+        facts(export={"push_to": "me/mine"})
+    )
+    start = card.card(facts("start", ROWS[:1], export={"push_to": "me/mine"}))
+    assert 'spin_jax.load("me/mine", revision="start")' in start
+
+
+def test_times_places_and_secrets_stay_out(tmp_path, monkeypatch):
+    """Equal runs have equal cards, and what is pushed says nothing of a home directory."""
+    monkeypatch.setenv("SOME_TOKEN", "geheimgeheim")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "rows.jsonl").write_text("")
+    model, data = {"path": str(tmp_path / "model")}, {"path": str(tmp_path / "rows.jsonl")}
+    given = {**FINGERPRINTS, "given pairs 1": "180 pairs, geheimgeheim"}
+    text = card.card(facts(model=model, data=data, fingerprints=given))
+    assert table(text)["base"] == ["`model` (4567)"]
+    assert table(text)["data"][0].startswith("`rows.jsonl` (90 examples, 0123)")
+    assert table(text)["given pairs of iteration 1"] == ["180 pairs, [SOME_TOKEN]"]
+    assert "answers" not in table(text)  # they were given
+    head = RepoCard(text).data.to_dict()
+    assert not {"base_model", "datasets"} & head.keys()
+    assert str(tmp_path) not in text
+    assert "minutes" not in text
+    assert "7.5" not in text
+    assert not re.search(r"\d\d:\d\d|20\d\d-", text)
+
+
+def test_the_bases_license_is_taken_over(tmp_path):
+    readme = tmp_path / "README.md"
+    assert card.stated_license(readme) == {}
+    for content, found in (
+        ("no head", {}),
+        ("---\nlicense: mit\nlanguage: en\n---\n# x", {"license": "mit"}),
+        ("---\nlicense: [mit]\n---\n", {}),
+        ("---\nlicense_name: x\n---\n", {}),
+        ("---\n- 1\n---\n", {}),
+        ("---\nlicense: {\n---\n", {}),
+    ):
+        readme.write_text(content)
+        assert card.stated_license(readme) == found
