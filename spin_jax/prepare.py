@@ -106,6 +106,11 @@ class Prepared:
         return dataclasses.replace(programs.sampling(self.config), **changes)
 
     @property
+    def makes_start(self) -> bool:
+        """Whether the start is made here: there is no model.path, or an SFT stage."""
+        return not self.config.model.path or self.config.sft.epochs > 0
+
+    @property
     def iterations(self) -> range:
         """The iterations this run makes."""
         return range(self.config.selfplay.start, self.config.selfplay.iterations)

@@ -13,7 +13,7 @@ import pytest
 from runs import weights
 
 import spin_jax
-from spin_jax import config, heldout, report, selfplay, train
+from spin_jax import config, evaluation, heldout, report, train
 from spin_jax.tiny import problems
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,7 +79,7 @@ def one_device():
 def finished(tmp_path_factory):
     """(workdir, summary, {iteration: own held-out answers}, held-out examples) of three iterations."""
     workdir, drawn, examples = tmp_path_factory.mktemp("evaluation") / "run", [], []
-    draw = selfplay.SelfPlay._draw
+    draw = evaluation.Evaluation.draw
 
     def recorded(play, params):
         drawn.append(draw(play, params))
@@ -87,7 +87,7 @@ def finished(tmp_path_factory):
         return drawn[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selfplay.SelfPlay, "_draw", recorded)
+        patch.setattr(evaluation.Evaluation, "draw", recorded)
         summary = spin_jax.run(tiny(), str(workdir))
     return workdir, summary, dict(zip((-1, 0, 1, 2), drawn, strict=True)), examples
 

@@ -1,0 +1,71 @@
+"""The models of a run as others open them: Hugging Face directories with a card, the best one, the hub."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from etils import epath
+
+from spin_jax import card, convert, files, hosts, hub, identity
+from spin_jax.model import Params
+from spin_jax.opponent import BEFORE
+from spin_jax.prepare import Prepared
+
+Row = dict[str, Any]
+
+
+class Exports:
+    """The directories model/ and best/ of a run."""
+
+    def __init__(self, run: Prepared, stop_here: Callable[[], None]):
+        self._run = run
+        self._stop_here = stop_here  # raises to stop, between two tensors
+        self._best: int | None = None  # the iteration that was told last
+
+    def save(self, folder: epath.Path, params: Params) -> None:
+        if not files.sealed(folder / "model"):
+            model = dataclasses.replace(self._run.model, params=params)
+            convert.save(model, folder / "model", dtype=model.dtype, on_tensor=self._stop_here)
+
+    def describe(self, kind: str, folder: epath.Path, rows: Sequence[Row]) -> None:
+        """Puts a model card into an export, which is whole without: its numbers are known later."""
+        run = self._run
+        facts = card.Facts(
+            kind=kind,
+            iteration=rows[-1]["iteration"],
+            config=identity.recorded(run.config),
+            rows=rows,
+            model_revision=run.model.revision,
+            data_revision=run.data_revision,
+            commit=identity.commit(),
+            license=card.stated_license(hub.readme(run.config.model.path, run.model.revision)),
+            **run.identity,
+        )
+        files.add(folder / "model", "README.md", card.card(facts).encode())
+
+    def keep_best(self, best: Row | None) -> None:
+        """Copies the model of the best iteration so far to best/."""
+        if best:
+            wanted, t = self._run.config.checkpoint.best, best["iteration"]
+            files.copy(self._run.folder(t) / "model", self._run.workdir / "best")
+            if t != self._best:
+                hosts.say(f"best by {wanted}: iteration {t} ({best[wanted]:.4g}), in best/")
+            self._best = t
+
+    def push(self, done: Sequence[int]) -> None:
+        """Pushes the exports that the hub has not got yet, where a config names a place for them.
+
+        `done` are the iterations that are.
+        """
+        run, c = self._run, self._run.config
+        if not c.export.push_to:
+            return
+        exports = {"start": run.folder(BEFORE) / "model"} if run.makes_start else {}
+        exports |= {f"iteration_{t}": run.folder(t) / "model" for t in done}
+        exports["control"] = run.workdir / "control" / "model"
+        if c.checkpoint.best:
+            exports["main"] = run.workdir / "best"
+        elif done:
+            exports["main"] = run.folder(done[-1]) / "model"
+        whole = {branch: folder for branch, folder in exports.items() if files.sealed(folder)}
+        hub.push(run.workdir, c.export.push_to, whole, private=c.export.private)
