@@ -10,16 +10,17 @@
                       what ends in .parquet or .jsonl is one file, of the training pairs alone
   --prompts=FILE      writes what launch/vllm_answers.py reads: how to sample, and the prompts as token ids
 
-A folder or file of pairs opens with datasets.load_dataset, and is what --config.selfplay.pairs takes.
+A folder of pairs opens with datasets.load_dataset; folder and file are what --config.selfplay.pairs takes.
 
-Answers by vLLM: the model, a line for each step, T the iteration (0, then 1, …):
+Examples, the last three to answer the prompts of iteration 0 with vLLM, in an environment of its own:
 
+  python -m spin_jax.pairs --workdir=DIR --iteration=0 --output=PAIRS
   python -m spin_jax.pairs --workdir=DIR --prompts=prompts.jsonl
-  python launch/vllm_answers.py --prompts=prompts.jsonl --output=pairs_T.jsonl     # in vLLM's environment
-  python -m spin_jax.main --config=FILE --workdir=DIR --config.selfplay.iterations=T+1 \\
-      --config.selfplay.pairs=T=pairs_T.jsonl
+  python launch/vllm_answers.py --prompts=prompts.jsonl --output=pairs_0.jsonl
+  python -m spin_jax.main --config=FILE --workdir=DIR --config.selfplay.iterations=1 \\
+      --config.selfplay.pairs=0=pairs_0.jsonl
 
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 1 failed (a full disk), 2 bad input.
 """
 
 import io

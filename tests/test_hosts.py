@@ -158,8 +158,10 @@ def test_an_object_store_serves_as_workdir(start, whole, bucket, tmp_path):
     """Two processes without a shared disk: no rename, no append, and no object of two writers."""
     url, writes = bucket
     ended(start(url, 2))
-    once = {name: count for name, count in writes.items() if count > 1}
-    assert {name.split("/")[1] for name in once} <= {"metrics.jsonl", "summary.json", "tensorboard"}, once
+    more = {name: count for name, count in writes.items() if count > 1}
+    seals = [more.pop(f"run/{folder}/model/SHA256SUMS") for folder in ("start", "iteration_0")]
+    assert seals == [2, 2]  # without the card, and with it
+    assert {name.split("/")[1] for name in more} <= {"metrics.jsonl", "summary.json", "tensorboard"}, more
     for name in ("config.json", "summary.png", "iteration_0/model/config.json"):
         assert writes[f"run/{name}"] == 1
 

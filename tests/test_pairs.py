@@ -14,6 +14,7 @@ from runs import ROOT
 
 from spin_jax import data, pairs, sources, tiny
 from spin_jax.chat import Chat, Lengths
+from spin_jax.official import OfficialChat
 
 QUESTION = {"role": "user", "content": "1+2"}
 
@@ -175,19 +176,19 @@ def test_prompts_too_long_are_dropped_with_their_ids(chat, tmp_path):
     assert counts == {"dropped: prompt too long": 1}
 
 
-def test_pairs_of_given_texts_come_again_with_their_ids(chat, tmp_path):
-    """Their prompt may be shorter than what is sampled from: it is what both texts share."""
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    given = chat.given_pair(3, 0, [QUESTION, answer("3")], [QUESTION, answer("44")], Counter())
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "x.parquet").write_bytes(data.pairs_to_parquet([given]))
-    rows = sources.load_rows(str(tmp_path / "own"))
+def test_pairs_whose_prompt_is_not_sampled_from_come_again_with_their_ids(tmp_path):
+    """The released code trains on another prompt than it samples from: known by its text, and checked."""
+    chat = OfficialChat(tiny.tokenizer(), [2], lengths=Lengths(40, 60))
+    example = chat.example(3, [QUESTION, answer("3")], Counter())
+    own = chat.pair(example, 0, np.array([40, 41, 2], np.int32))
+    assert own.prompt.tolist() != chat.sampling_prompt(example).tolist()
+    (tmp_path / "x.parquet").write_bytes(data.pairs_to_parquet([own]))
+    rows = list(sources.load_rows(str(tmp_path)))
     (again,), _ = data.load_pairs(rows, chat, path="x", vocab_size=272)
-    assert data.pairs_to_parquet([again]) == data.pairs_to_parquet([given])
+    assert data.pairs_to_parquet([again]) == data.pairs_to_parquet([own])
+    for bad in ({"prompt_tokens": rows[0]["prompt_tokens"][1:]}, {"generated": None}):
+        with pytest.raises(ValueError, match="row 1: prompt_tokens: not the ids of the prompt in real"):
+            data.load_pairs([rows[0] | bad], chat, path="x", vocab_size=272)
 
 
 # --- vLLM ----------------------------------------------------------------------------------------
