@@ -184,6 +184,9 @@ def _optimization(c: Mapping[str, Any], length: str) -> Iterator[tuple[str, str]
     yield "learning rate", f"{c['learning_rate']:g} at its peak, {after}"
     yield "batch", f"{c['batch_size']} a step"
     yield "length", length
+    if c["lora_rank"]:
+        targets = ", ".join(c["lora_targets"])
+        yield "LoRA", f"rank {c['lora_rank']}, α {c['lora_alpha']:g}, on {targets}; merged here"
 
 
 def _metrics(rows: Sequence[Row]) -> str:

@@ -602,6 +602,7 @@ def _unstacked(params: Params, dtype: Any) -> Params:
     return {**params, "layers": tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(count))}
 
 
+@functools.cache
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """Shapes of the parameter tree, boxed with logical axes; nothing is allocated."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -14,18 +14,18 @@ FAST_COMPILATION = "--xla_backend_optimization_level=0"
 
 
 class Command:
-    """`python -m spin_jax.main` on a number of simulated devices; programs are compiled once a session."""
+    """`python -m spin_jax.main` on a number of simulated devices."""
 
-    def __init__(self, cache: pathlib.Path):
-        self.cache = cache
+    def __init__(self, cache: pathlib.Path | None = None):
+        """`cache` is where compiled programs are kept; None: where the tests' are."""
+        self.cache = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": str(cache)}
 
     def environment(self, devices=1, fast_compilation=True):
         flags = FAST_COMPILATION if fast_compilation else ""
         return {
             **os.environ,
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache / f"{devices}_{fast_compilation}"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            **self.cache,
             "PYTHONUNBUFFERED": "1",
         }
 

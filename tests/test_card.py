@@ -56,8 +56,11 @@ def test_the_hub_reads_its_head():
 
 def test_an_iteration_tells_its_recipe_and_numbers():
     c = {"loss": {"beta": (0.1, 5.0), "nll_weight": 0.2}, "selfplay": {"iterations": 2}}
-    text = card.card(facts(**c, train={"learning_rate": (5e-7, 1e-7), "clip_norm": 1.0, "epochs": 2}))
+    text = card.card(
+        facts(**c, train={"learning_rate": (5e-7, 1e-7), "clip_norm": 1.0, "epochs": 2, "lora_rank": 8})
+    )
     found = table(text)
+    assert found["LoRA"] == ["rank 8, α 16, on wq, wk, wv, wo, gate, up, down; merged here"]
     assert text.count("# base-sft, SPIN iteration 1") == 1
     assert found["base"] == ["[owner/base-sft](https://huggingface.co/owner/base-sft) at `c0ffee` (4567)"]
     assert "datasets/owner/sums) at `f00d` (90 examples, 0123); plain, split train" in found["data"][0]

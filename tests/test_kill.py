@@ -23,7 +23,7 @@ SIGNALS = [[one] for one in EACH] if LONG else [EACH]
 @pytest.fixture(scope="module")
 def make_run(tmp_path_factory):
     """make_run(name) → a `Run` in a new workdir; programs are compiled once for all tests of the command."""
-    command = Command(tmp_path_factory.getbasetemp() / "xla_cache")
+    command = Command()
     folder, runs = tmp_path_factory.mktemp("killed"), []
 
     def make(name):

@@ -152,7 +152,7 @@ LORA = (
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    return runs.Command(tmp_path_factory.mktemp("cache"))
+    return runs.Command()
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ STEP_KEYS = {
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
-    return Command(tmp_path_factory.getbasetemp() / "xla_cache")  # test_kill.py's too
+    return Command()
 
 
 @pytest.fixture(scope="session")
