@@ -625,7 +625,9 @@ def _sharing(
     groups, members = [], []
     for context, own in by_context.items():
         prompt = np.array(context, np.int32)
-        for together in _portions(own, [len(requests[i][1]) for i in own], longest - len(context)):
+        # Long ones after a short context gain little, and attention costs the square of a row's length.
+        room = min(2 * len(context), longest - len(context))
+        for together in _portions(own, [len(requests[i][1]) for i in own], room):
             answers = tuple(np.array(requests[i][1], np.int32) for i in together)
             groups.append(Group(prompt, answers))
             members.append(together)
