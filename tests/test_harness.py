@@ -344,9 +344,8 @@ def test_a_chat_that_goes_on(tiny_model):
 def test_tasks_that_cannot_run(tiny_model, folder, tmp_path, monkeypatch):
     """Each is named, with what to do, before anything is computed."""
     index = harness._index
-    monkeypatch.setattr(
-        harness, "_index", lambda path, defaults: index(path, False)
-    )  # theirs take long to read
+    # The harness's own tasks take long to read.
+    monkeypatch.setattr(harness, "_index", lambda path, defaults: index(path, False))
     broken = tmp_path / "broken.yaml"
     text = (folder / "small_gsm8k.yaml").read_text()
     for old, new, said in (
