@@ -51,10 +51,8 @@ except ImportError as error:
         f"evaluation tasks need lm-evaluation-harness ({error}): pip install 'spin_jax[eval]'"
     ) from error
 
-os.environ.setdefault(
-    "DISABLE_MULTIPROC", "1"
-)  # it would fork for its error bars, which JAX does not survive
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each override that it was asked for
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork for its error bars, and JAX has threads
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of much that is as it should be
 
 _TOKENS = 256  # of a sequence, as batch sizes count
 _TOGETHER = 16  # continuations that share one reading of their context
