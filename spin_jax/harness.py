@@ -51,10 +51,8 @@ except ImportError as error:
         f"evaluation tasks need lm-evaluation-harness ({error}): pip install 'spin_jax[eval]'"
     ) from error
 
-os.environ.setdefault(
-    "DISABLE_MULTIPROC", "1"
-)  # it would fork for its error bars, which JAX does not survive
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each override that it was asked for
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork for its error bars, and JAX has threads
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of much that is as it should be
 
 _TOKENS = 256  # of a sequence, as batch sizes count
 _TOGETHER = 16  # continuations that share one reading of their context
@@ -625,7 +623,9 @@ def _sharing(
     groups, members = [], []
     for context, own in by_context.items():
         prompt = np.array(context, np.int32)
-        for together in _portions(own, [len(requests[i][1]) for i in own], longest - len(context)):
+        # Long ones after a short context gain little, and attention costs the square of a row's length.
+        room = min(2 * len(context), longest - len(context))
+        for together in _portions(own, [len(requests[i][1]) for i in own], room):
             answers = tuple(np.array(requests[i][1], np.int32) for i in together)
             groups.append(Group(prompt, answers))
             members.append(together)

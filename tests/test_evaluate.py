@@ -91,7 +91,7 @@ def test_tasks(evaluate, tiny_dir, tasks, tmp_path):
 
 QUESTIONS = [
     {"question_id": 111, "category": "math", "turns": ["2+2?", "And 3+3?"], "reference": ["4", "6"]},
-    {"question_id": 7, "category": "math", "turns": ["x" * 250]},
+    {"question_id": 7, "category": "math", "turns": ["x" * 300]},
     {"question_id": "one", "category": "other", "turns": ["Write."]},
 ]
 
