@@ -43,6 +43,15 @@ SMALL = {
 }
 
 
+# Files that take minutes come first, so that no worker is left alone with one at the end.
+_SLOW = ("selfplay", "kill", "families", "evaluation", "durable", "hosts", "lora", "harness", "bad_config")
+
+
+def pytest_collection_modifyitems(items):
+    order = [f"test_{name}" for name in _SLOW]
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _commands_compile_once(tmp_path_factory):
     """What a command has compiled that a test started, no other test's need compile again."""

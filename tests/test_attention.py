@@ -391,6 +391,7 @@ def test_training_with_triton_lowers_for_gpus(dim):
         assert f'name = "{kernel}"' in text
 
 
+@pytest.mark.long
 def test_splash_compiles_for_tpus(monkeypatch):
     """libtpu compiles for chips that are not there: eight of v5e, heads split in two; takes half a minute.
 

@@ -116,6 +116,7 @@ def test_two_processes_and_then_one_are_one(start, whole, tmp_path):
     assert not list(workdir.rglob(".*.tmp"))
 
 
+@pytest.mark.long
 def test_where_one_is_killed_the_other_ends_and_both_go_on(start, whole, tmp_path):
     """kill -9 to one: the other ends by itself and says why; both, started again, come to the same."""
     workdir, flags = tmp_path / "run", ["--config.checkpoint.every_steps=3", "--heartbeat_s=10"]
@@ -154,6 +155,7 @@ def bucket(monkeypatch):
     running.stop()
 
 
+@pytest.mark.long
 def test_an_object_store_serves_as_workdir(start, whole, bucket, tmp_path):
     """Two processes without a shared disk: no rename, no append, and no object of two writers."""
     url, writes = bucket

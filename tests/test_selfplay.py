@@ -137,6 +137,7 @@ def test_another_config_is_refused_the_workdir(finished, command):
     assert "holds another run: there loss.beta is [10.0], and now [2]" in output
 
 
+@pytest.mark.long
 def test_phase_by_phase_equals_one_run(command, finished, tmp_path):
     """In a workdir given relatively (its checkpoints need absolute paths); out of order they say so."""
     whole, _ = finished
@@ -347,7 +348,7 @@ def small_mistral(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("official", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_real_prompts(command, small_mistral, tmp_path, official):
     """Two iterations on 64 GSM8K prompts with the real tokenizer, in bfloat16, from one command."""
     lines = (SHARED / "gsm8k" / "train.jsonl").read_text().splitlines()
