@@ -57,7 +57,8 @@ def parse(argv: list[str], read: Callable[[], Asked]) -> Asked:
     """
     if asked := {"-h", "-help", "--help", "-helpfull", "--helpfull"} & set(argv[1:]):
         print((sys.modules[read.__module__].__doc__ or "").strip())
-        print(f"\nConfig keys, each with its default and meaning: {os.path.relpath(config_lib.__file__)}")
+        if "config" in flags.FLAGS:
+            print(f"\nConfig keys, each with its default and meaning: {os.path.relpath(config_lib.__file__)}")
         print("--helpfull lists every flag, those of libraries too.")
         if any(name.endswith("full") for name in asked):
             print(flags.FLAGS.get_help())

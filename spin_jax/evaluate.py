@@ -1,10 +1,24 @@
-"""python -m spin_jax.evaluate --model=DIR --tasks=gsm8k,hellaswag [--limit=N] [--output=FILE.json]
-python -m spin_jax.evaluate --model=DIR --tasks=leaderboard_v1
-python -m spin_jax.evaluate --model=DIR --questions=question.jsonl --output=model_answer/NAME.jsonl
+"""lm-evaluation-harness on a model (pip install 'spin_jax[eval]'), or answers to MT-Bench-style questions.
 
-lm-evaluation-harness on a model (pip install 'spin_jax[eval]'): its tasks, those of --include_path, and
-leaderboard_v1, the paper's six with their few-shot examples, beside the paper's own numbers. Or answers to a
-file of MT-Bench-style questions, in the format that FastChat's judges read; the file's name is the model's.
+    python -m spin_jax.evaluate --model=DIR --tasks=TASK[,TASK…] [--output=FILE.json]
+    python -m spin_jax.evaluate --model=DIR --questions=FILE --output=model_answer/NAME.jsonl
+
+  --model=DIR             a Hugging Face directory or hub id; --revision=COMMIT of the latter
+  --tasks=TASK[,TASK…]    tasks, groups or tags of the harness; leaderboard_v1 is the paper's six with their
+                          few-shot examples, and the paper's own numbers beside them
+  --include_path=DIR      a folder of task files of your own (YAML)
+  --num_fewshot=N         examples before each question; unset: as the task says
+  --apply_chat_template   ask in the model's chat format
+  --limit=N               the first N questions of each task only
+  --questions=FILE        JSONL of question_id, category and turns, as FastChat has it
+  --max_new_tokens=1024   of an answer to those
+  --output=FILE           the results as JSON; answers as FastChat's judges read them, the file named
+                          after the model
+  --dtype=float32         of computation: bfloat16, float16; unset: the checkpoint's
+  --batch_size=32         answers in progress at a time, for every copy of the weights
+  --seed=0                of what is drawn
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 import os
