@@ -22,7 +22,8 @@ _CITATION = """@inproceedings{chen2024self,
   url       = {https://arxiv.org/abs/2401.01335}
 }"""
 # Of a summary's row: what is no measurement, and what two equal runs have not in common.
-_LEFT_OUT = re.compile(r"iteration|beta|pairs|steps|skipped|.*(minutes|seconds|_s)")
+# What a run that was interrupted might write another way, or that is told elsewhere.
+_LEFT_OUT = re.compile(r"iteration|beta|pairs|steps|skipped|final|stopped|.*(minutes|seconds|_s)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,8 @@ def _place(path: str, revision: str | None, kind: str, content: str | None) -> s
     if hub_id(path):
         at = f" at `{revision}`" if revision else ""
         return f"[{path}](https://huggingface.co/{kind}{path}){at}{content}"
-    return f"`{path if ':' in path else PurePath(path).name}`{content}"
+    function = re.fullmatch(r"[\w.]+:\w+", path)
+    return f"`{path if function else PurePath(path).name}`{content}"
 
 
 def _recipe(facts: Facts) -> Iterator[tuple[str, str]]:

@@ -37,7 +37,7 @@ class Exports:
             rows=rows,
             model_revision=run.model.revision,
             data_revision=run.data_revision,
-            commit=identity.commit(),
+            commit=run.commit,
             license=card.stated_license(hub.readme(run.config.model.path, run.model.revision)),
             **run.identity,
         )
@@ -45,7 +45,7 @@ class Exports:
 
     def keep_best(self, best: Row | None) -> None:
         """Copies the model of the best iteration so far to best/."""
-        if best:
+        if best and files.sealed(self._run.folder(best["iteration"]) / "model"):  # not removed since
             wanted, t = self._run.config.checkpoint.best, best["iteration"]
             files.copy(self._run.folder(t) / "model", self._run.workdir / "best")
             if t != self._best:

@@ -270,10 +270,18 @@ def copy_here(source: epath.PathLike, target: epath.PathLike) -> None:
     source, target = epath.Path(source), epath.Path(target)
     if (target / SUMS).exists() and _sums(source) == _sums(target):
         return
+    names = [*_names(source), SUMS]
+    before = sum((target / name).stat().length for name in _names(target)) if target.exists() else 0
+    size = sum((source / name).stat().length for name in names)
+    _check_room_here(target, size - before, f"the copy {target}")
     remove_here(target)
-    for name in [*_names(source), SUMS]:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).copy(target / name)
+    try:
+        for name in names:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).copy(target / name)
+    except OSError:
+        remove_here(target)  # half a copy is of no use, and takes room
+        raise
 
 
 # --- a workdir -----------------------------------------------------------------------------------
@@ -281,16 +289,16 @@ def copy_here(source: epath.PathLike, target: epath.PathLike) -> None:
 
 def check_room(folder: epath.PathLike, size: float, what: str) -> None:
     """Raises NoRoom where a disk has less than `size` bytes free; of an object store nothing is known."""
+    hosts.by_first(lambda: _check_room_here(folder, size, what))
 
-    def check() -> None:
-        room = free(folder)
-        if room is not None and room < size:
-            raise NoRoom(
-                errno.ENOSPC,
-                f"{what} takes {size / 2**30:.3g} GiB, and {room / 2**30:.3g} GiB are free: make room",
-            )
 
-    hosts.by_first(check)
+def _check_room_here(folder: epath.PathLike, size: float, what: str) -> None:
+    room = free(folder)
+    if room is not None and room < size:
+        raise NoRoom(
+            errno.ENOSPC,
+            f"{what} takes {size / 2**30:.3g} GiB, and {room / 2**30:.3g} GiB are free: make room",
+        )
 
 
 def free(folder: epath.PathLike) -> int | None:

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from spin_jax import data, files, programs
-from spin_jax.batches import Group, ScoredPair, pair_group
+from spin_jax.batches import Group, ScoredPair, bucket, group_sizes, pair_group
 from spin_jax.chat import Example, Ids, Pair, asked
 from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.metrics import Metrics, compact, progress
@@ -211,7 +211,10 @@ class Opponent:
 
     def score_groups(self, params: Params, groups: Sequence[Group], bar: Any = None) -> np.ndarray:
         """Log-probs of pairs of answers by any weights, float32 [groups, 2], in the rows of training."""
-        run = self.run
+        run, longest = self.run, group_sizes(groups).max(axis=0)
+        shape = run.pair_shape
+        if (longest > shape.capacity).any():  # `official` asks prompts whole that it cuts in training
+            shape = shape._replace(length=bucket(int(max(longest[0], shape.length))))
 
         def on_batch(scored: int) -> None:
             if bar is not None:
@@ -222,7 +225,7 @@ class Opponent:
             run.decoder,
             params,
             groups,
-            run.pair_shape,
+            shape,
             run.mesh,
             unattended=run.chat.unattended,
             on_batch=on_batch,

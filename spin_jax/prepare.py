@@ -61,6 +61,7 @@ class Prepared:
     began: Mapping[str, Any]  # the config.json that is there already, or {}
     data_revision: str | None  # the commit of a hub dataset
     today: str  # what chat templates are told
+    commit: str | None  # of the code that the run began with
     notes: list[str]  # what was dropped, cut or left out
 
     @property
@@ -128,12 +129,11 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
     if began and not (isinstance(began, dict) and isinstance(began.get("config"), dict)):
         raise ValueError(f"{root / 'config.json'} is no run's of spin_jax: take another --workdir")
     identity.check(root, config, {}, began)  # the config alone, before minutes of reading
-    if tasks := config_lib.task_names(config):
-        from spin_jax import harness  # it needs lm_eval, which is optional
-
-        harness.check_tasks(tasks, config.eval.include_path)
+    _check_tasks(config)
     today = config.data.today or began.get("today") or datetime.date.today().isoformat()
+    today = hosts.exchanged(today)[0]
     read = hosts.together(lambda: _read(config, began, today))
+    _check_tasks(config, read.model)
     hosts.check_same("config or data", lambda: _seen(config, read))
     model, chat, given, notes = read.model, read.chat, read.given, read.notes
     examples = _examples(config, read)
@@ -167,10 +167,24 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
         began=began,
         data_revision=read.data_revision,
         today=today,
+        commit=began["commit"] if "commit" in began else identity.commit(),
         notes=notes,
     )
     _check_options(prepared)
     return prepared
+
+
+def _check_tasks(config: Config, model: Model | None = None) -> None:
+    """Whether eval.tasks are there; and with a model, whether their data are, and it can answer them."""
+    tasks, include_path = config_lib.task_names(config), config.eval.include_path
+    if not tasks:
+        return
+    from spin_jax import harness  # it needs lm_eval, which is optional
+
+    if model is None:
+        harness.check_tasks(tasks, include_path)
+    else:
+        harness.check_asked(harness.load_tasks(tasks, include_path=include_path), model)
 
 
 class _Read(NamedTuple):
@@ -372,7 +386,12 @@ def _counted(path: str, counts: Counter) -> list[str]:
 def take(prepared: Prepared) -> contextlib.AbstractContextManager[None]:
     """Holds the workdir and writes its config.json."""
     p = prepared
-    revisions = {"model_revision": p.model.revision, "data_revision": p.data_revision, "today": p.today}
+    revisions = {
+        "model_revision": p.model.revision,
+        "data_revision": p.data_revision,
+        "today": p.today,
+        "commit": p.commit,
+    }
     return identity.taken(p.workdir, p.config, p.identity, p.began, revisions)
 
 

@@ -11,7 +11,15 @@ VERSIONS = {"spin_jax": "0.1.0", "jax": "0.10.2"}
 ROWS = [
     {"iteration": -1, "nll": 1.25, "tasks": {"gsm8k": {"exact_match": 0.5}}},
     {"iteration": 0, "nll": 1.0, "pairs": 90, "steps": 3, "minutes": 7.5, "margin": 0.1},
-    {"iteration": 1, "nll": 0.5, "pairs": 180, "steps": 6, "minutes": 7.25, "control": {"nll": 0.75}},
+    {
+        "iteration": 1,
+        "nll": 0.5,
+        "pairs": 180,
+        "steps": 6,
+        "minutes": 7.25,
+        "control": {"nll": 0.75},
+        "final": True,
+    },
 ]
 
 
@@ -60,6 +68,7 @@ def test_an_iteration_tells_its_recipe_and_numbers():
         facts(**c, train={"learning_rate": (5e-7, 1e-7), "clip_norm": 1.0, "epochs": 2, "lora_rank": 8})
     )
     found = table(text)
+    assert "final" not in found
     assert found["LoRA"] == ["rank 8, α 16, on wq, wk, wv, wo, gate, up, down; merged here"]
     assert text.count("# base-sft, SPIN iteration 1") == 1
     assert found["base"] == ["[owner/base-sft](https://huggingface.co/owner/base-sft) at `c0ffee` (4567)"]

@@ -83,7 +83,7 @@ def finished(tmp_path_factory):
 
     def recorded(play, params):
         drawn.append(draw(play, params))
-        examples[:] = play.run.held_out
+        examples[:] = play._run.held_out
         return drawn[-1]
 
     with pytest.MonkeyPatch.context() as patch:
