@@ -1,5 +1,6 @@
 """Fixtures that the suite shares: meshes, tokenizers, and checkpoints that transformers wrote."""
 
+import copy
 import os
 
 # Both are read when the libraries are imported, hence before anything else. Eight devices are only
@@ -118,7 +119,8 @@ def hf_model_dir(tmp_path_factory):
             defaults = {**SMALL, "sliding_window": None} if family == "mistral" else SMALL
             absent = {k for k, v in options.items() if v is None and k in SMALL}
             chosen = {k: v for k, v in {**defaults, **options}.items() if k not in absent}
-            config = transformers.AutoConfig.for_model(family, **chosen)
+            # A copy: some families write into the dicts that they are given.
+            config = transformers.AutoConfig.for_model(family, **copy.deepcopy(chosen))
             config._attn_implementation = "eager"
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             for name, weight in model.named_parameters():
