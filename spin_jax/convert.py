@@ -459,14 +459,16 @@ def _plan_shards(stored: Mapping[str, list[_Part]], sizes: Mapping[str, int]) ->
 
 def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
     """config.json with the keys of both transformers 5 and its elders (vLLM and others read those)."""
-    config = {key: value for key, value in model.hf_config.items() if not key.startswith("_")}
+    # No `auto_map`: it names code that is not exported, nor needed.
+    config = {k: v for k, v in model.hf_config.items() if not k.startswith("_") and k != "auto_map"}
     rope = dict(config.get("rope_parameters") or {})
     if rope:
         own = ("rope_theta", "partial_rotary_factor")  # had keys of their own
         config |= {name: rope[name] for name in own if name in rope}
         kind = rope.get("rope_type", "default")
         scaling = {name: value for name, value in rope.items() if name not in own}
-        scaling |= {"type": kind} if kind == "longrope" else {}  # as Phi-3's own code reads it
+        if kind == "longrope":  # transformers 4 wants these three of Phi-3, and has the others beside
+            scaling = {"type": kind, **{name: rope[name] for name in ("short_factor", "long_factor")}}
         config["rope_scaling"] = None if kind == "default" else scaling
     config["architectures"] = [FAMILIES[model.config.model_type].architecture]
     config["dtype"] = config["torch_dtype"] = jnp.dtype(dtype).name

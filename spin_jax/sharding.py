@@ -210,9 +210,11 @@ def gathered(x: jax.Array) -> jax.Array:
     """A stored parameter made ready for use: the fsdp axis gathered, the tensor axis left split.
 
     `reduced` says what becomes of its gradient: each device's own share of it is left unsummed until this
-    function's transpose, so that one reduce-scatter does what would be an all-reduce and a slice.
+    function's transpose, so that one reduce-scatter does what would be an all-reduce and a slice. One device
+    has nothing to gather, and `ragged_dot` no gradient there that is still to be summed.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
         return x
     partition = [None if entry == "fsdp" else entry for entry in jax.typeof(x).sharding.spec]
     return jax.sharding.reshard(x, PartitionSpec(*partition, reduced=frozenset(RULES["batch"])))

@@ -9,12 +9,15 @@ import json
 import os
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from spin_jax import convert, families
+from spin_jax.attention import Layout
 from spin_jax.draw import Sampling, prompt_keys
-from spin_jax.model import Decoder, sampling_params
+from spin_jax.model import Decoder, forward, sampling_params
 from spin_jax.sample import answer_prompts
 from spin_jax.scoring import logits
 
@@ -168,10 +171,12 @@ def test_an_export_speaks_to_readers_of_transformers_4(case, loaded, tmp_path):
     rope = written["rope_parameters"]
     assert written["rope_theta"] == rope["rope_theta"]
     assert written.get("partial_rotary_factor", 1.0) == rope.get("partial_rotary_factor", 1.0)
-    kind = rope.get("rope_type", "default")
-    assert (
-        written["rope_scaling"] is None if kind == "default" else written["rope_scaling"]["rope_type"] == kind
-    )
+    kind, scaling = rope.get("rope_type", "default"), written["rope_scaling"]
+    if kind == "longrope":
+        assert scaling.keys() == {"type", "short_factor", "long_factor"}
+    else:
+        assert (scaling or {"rope_type": "default"})["rope_type"] == kind
+    assert "auto_map" not in written
     for key in ("rope_parameters", "dtype"):
         del written[key]
     (tmp_path / "out" / "config.json").write_text(json.dumps(written))
@@ -189,3 +194,25 @@ def test_eight_devices_are_one(name, hf_model_dir, mesh, mesh8):
     prompts = [row[:9] for row in tokens]
     for a, b in zip(greedy(one, prompts, mesh), greedy(eight, prompts, mesh8), strict=True):
         assert a.tolist() == b.tolist()
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Gemma 2"])
+def test_gradients_of_eight_devices_are_those_of_one(name, hf_model_dir, mesh, mesh8):
+    """Of all weights, experts among them; float32, 1e-4 of each one's largest."""
+    family, options = CASES[name]
+    directory, _ = hf_model_dir(family, **options)
+    tokens = tokens_of(4, 12)
+    layout = Layout(np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape), np.ones_like(tokens))
+    found = []
+    for m in (mesh, mesh8):
+        model = convert.load(str(directory), mesh=m)
+        decoder = Decoder(model.config, dtype=model.dtype)
+
+        def loss(params, decoder=decoder):
+            hidden, _ = forward(decoder, params, tokens, layout)
+            return jnp.sum(jnp.square(hidden))
+
+        with jax.set_mesh(m):
+            found.append(jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(model.params)))
+    for one, eight in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(eight, one, atol=1e-4 * np.abs(one).max())
