@@ -116,6 +116,24 @@ def fail(message: str, code: int = 2) -> int:
     return code
 
 
+def failed(error: Exception, began: bool, again: str = "") -> int:
+    """Says what went wrong, and `again` after it; returns the exit code.
+
+    Before the work `began`, it is the input that is bad.
+    """
+    from spin_jax import files, hosts, opponent, train
+
+    if isinstance(error, hosts.OtherFailed):
+        return fail(str(error), error.code)
+    if isinstance(error, files.Damaged | opponent.Missing):
+        return fail(str(error))
+    if isinstance(error, ValueError | FileNotFoundError) and not began:
+        return fail(str(error))
+    if isinstance(error, train.NotFinite | FloatingPointError | OSError):
+        return fail(f"{error}{again}", 1)
+    return fail("".join(traceback.format_exception(error)).rstrip("\n") + again, 1)
+
+
 def _config_file(argv: list[str]) -> str | None:
     """What --config was given: FILE or FILE:VARIANT."""
     for argument, following in itertools.zip_longest(argv[1:], argv[2:]):

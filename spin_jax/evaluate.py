@@ -24,7 +24,6 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 and 143 stopped by Ctrl-C and SIG
 import os
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from spin_jax import config as config_lib
-from spin_jax.command import fail, parse, set_up_jax
+from spin_jax.command import fail, failed, parse, set_up_jax
 from spin_jax.interrupts import Interrupts, say
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory or hub id.")
@@ -272,21 +271,8 @@ def main(argv: list[str] | None = None) -> int:
         began = True
         answer_questions(asked, job) if asked.questions else run_tasks(asked, job)
     except Exception as error:
-        return hosts.leave(error, _failed(error, began))
+        return hosts.leave(error, failed(error, began))
     return 0
-
-
-def _failed(error: Exception, began: bool) -> int:
-    """Says what went wrong; returns the exit code. Before the work `began`, it is the input that is bad."""
-    from spin_jax import hosts
-
-    if isinstance(error, hosts.OtherFailed):
-        return fail(str(error), error.code)
-    if isinstance(error, ValueError | FileNotFoundError) and not began:
-        return fail(str(error))
-    if isinstance(error, OSError):
-        return fail(str(error), 1)
-    return fail("".join(traceback.format_exception(error)), 1)
 
 
 if __name__ == "__main__":

@@ -312,12 +312,6 @@ def _per_device(work: Work) -> float:
     return roofline.all_params(work.model.config) / (shape["fsdp"] * shape["tensor"])
 
 
-def trained(work: Work) -> int:
-    """Numbers that training changes: all parameters, or the adapters."""
-    c, m = work.config.train, work.model.config
-    return lora.count(m, c.lora_rank, c.lora_targets) if c.lora_rank else roofline.all_params(m)
-
-
 def estimated_phases(work: Work) -> dict[str, Phase]:
     """Memory and traffic by arithmetic: what GPUs are told, and what suggestions are made of."""
     return {"train": _training(work), "score": _scoring(work), "sample": _sampling(work)}
@@ -353,7 +347,7 @@ def _layer(work: Work) -> _Layer:
 def _training(work: Work) -> Phase:
     c, m, layer, item = work.config, work.model.config, _layer(work), work.model.dtype.itemsize
     whole = _per_device(work)
-    share = trained(work) / roofline.all_params(m)
+    share = programs.trained(c, m) / roofline.all_params(m)
     weights, mine = item * whole if c.train.lora_rank else 4 * whole, 4 * share * whole
     tensor, D = work.model.mesh.shape["tensor"], m.hidden_size
     kept = {  # numbers of a token and layer, beside the layer's input

@@ -28,14 +28,13 @@ stopped by Ctrl-C and SIGTERM, everything saved. After all but 2 the same comman
 import os
 import shlex
 import sys
-import traceback
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from spin_jax import config as config_lib
-from spin_jax.command import fail, parse, set_up_jax
+from spin_jax.command import fail, failed, parse, set_up_jax
 from spin_jax.interrupts import Interrupts, say
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
@@ -84,23 +83,8 @@ def main(argv: list[str] | None = None) -> int:
             say(config_lib.redacted(f"\ninterrupted; {again}"))
         return 128 + stopped.number
     except Exception as error:
-        return hosts.leave(error, _failed(error, interrupts.asked, again))
+        return hosts.leave(error, failed(error, interrupts.asked, f"\n{again}"))
     return 0
-
-
-def _failed(error: Exception, began: bool, again: str) -> int:
-    """Says what went wrong; returns the exit code. Before the run `began`, it is the input that is bad."""
-    from spin_jax import files, hosts, opponent, train
-
-    if isinstance(error, hosts.OtherFailed):
-        return fail(str(error), error.code)
-    if isinstance(error, files.Damaged | opponent.Missing):
-        return fail(str(error))
-    if isinstance(error, ValueError | FileNotFoundError) and not began:
-        return fail(str(error))
-    if isinstance(error, train.NotFinite | FloatingPointError | OSError):
-        return fail(f"{error}\n{again}", 1)
-    return fail("".join([*traceback.format_exception(error), again]), 1)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ from spin_jax.footprint import (
     fits,
     limit,
     parsed,
-    trained,
     workload,
 )
 from spin_jax.metrics import compact
@@ -263,13 +262,13 @@ def _saved(work: Work) -> dict[str, Any] | None:
         return None
     without = dataclasses.replace(work, config=_changed(work.config, {"train.lora_rank": None}))
     memory = [estimated_phases(w)["train"].memory for w in (without, work)]
-    numbers = [1 + MOMENTS[t.optimizer], trained(work), roofline.all_params(work.model.config)]
+    trained, each = programs.trained(work.config, work.model.config), 4 * (1 + MOMENTS[t.optimizer]) / _GIB
     return {
         "rank": t.lora_rank,
-        "trained": numbers[1],
+        "trained": trained,
         "saved_gib": (memory[0] - memory[1]) / _GIB,
-        "checkpoint_gib": 4 * numbers[0] * numbers[1] / _GIB,
-        "checkpoint_without_gib": 4 * numbers[0] * numbers[2] / _GIB,
+        "checkpoint_gib": each * trained,
+        "checkpoint_without_gib": each * roofline.all_params(work.model.config),
     }
 
 

@@ -422,7 +422,7 @@ def plan(prepared: Prepared, finished: int) -> str:
     device = jax.devices()[0]
     count = count_params(sharding.unboxed(abstract_params(model.config)))
     rank = c.train.lora_rank
-    trained = lora.count(model.config, rank, c.train.lora_targets) if rank else count
+    trained = programs.trained(c, model.config)
     frozen = count * model.dtype.itemsize if rank else 0
     # float32 weights and gradients, and the optimizer's moments
     copies = 2 + MOMENTS[c.train.optimizer]

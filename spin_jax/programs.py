@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from spin_jax import config as config_lib
-from spin_jax import losses, roofline, sharding
+from spin_jax import lora, losses, roofline, sharding
 from spin_jax.attention import kernel_for
 from spin_jax.batches import RowShape, choose_shape, example_group, group_sizes, pair_group, sizes
 from spin_jax.chat import Example, Pair
@@ -57,6 +57,12 @@ def sft_optimization(config: Config, control: bool = False) -> Optimization:
     if control and rate:
         values["learning_rate"] = rate
     return Optimization(**values)
+
+
+def trained(config: Config, model: ModelConfig) -> int:
+    """Numbers that self-play's training changes: all parameters, or those of the adapters."""
+    c = config.train
+    return lora.count(model, c.lora_rank, c.lora_targets) if c.lora_rank else roofline.all_params(model)
 
 
 def _optimization_keys(section: Config) -> dict[str, Any]:

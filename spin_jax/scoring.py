@@ -16,7 +16,7 @@ from spin_jax import sharding
 from spin_jax.attention import Layout
 from spin_jax.batches import Group, Rows, RowShape, bucket, packed, round_up
 from spin_jax.chat import Chat, Message
-from spin_jax.model import Decoder, Model, Params, forward, output_head, project
+from spin_jax.model import Decoder, Head, Model, Params, forward, output_head, project
 
 _CHUNK_LOGITS = 2**25  # float32: 128 MiB, or 1,024 tokens of a vocabulary of 32,768
 _FEW_LOGITS = 2**21  # 8 MiB: not worth a loop
@@ -34,11 +34,8 @@ def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array,
     N, G, A = rows.lengths.shape
 
     def logps(predictors, targets, owners):
-        states = jnp.take_along_axis(hidden, predictors[..., None], axis=1)
-        logits = project(states, head.astype(decoder.dtype))
-        # A masked sum, not a gather: it needs no communication where the vocabulary is split.
-        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-        tokens = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        logits, of_targets = _predicted(hidden, head.astype(decoder.dtype), predictors, targets)
+        tokens = of_targets - jax.nn.logsumexp(logits, axis=-1)
         own = owners[..., None] == jnp.arange(1, G * A + 1)
         return jnp.sum(jnp.where(own, tokens[..., None], 0.0), axis=1)
 
@@ -54,6 +51,16 @@ def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array,
     chunks = _chunks(rows, decoder.config.vocab_size)
     total, _ = jax.lax.scan(add_chunk, nothing(*chunks), chunks)
     return total.reshape(N, G, A)
+
+
+def _predicted(
+    hidden: Float[Array, "N T D"], head: Head, predictors: Int[Array, "N C"], targets: Int[Array, "N C"]
+) -> tuple[Float[Array, "N C V"], Float[Array, "N C"]]:
+    """The logits of a chunk's predictors, and among them those of its targets."""
+    logits = project(jnp.take_along_axis(hidden, predictors[..., None], axis=1), head)
+    # A masked sum, not a gather: it needs no communication where the vocabulary is split.
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return logits, jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
 
 
 def _chunks(rows: Rows, vocab_size: int) -> tuple[Array, Array, Array]:
@@ -91,10 +98,7 @@ def score_tokens(
     head = output_head(decoder, params)
 
     def score(predictors, targets, owners):
-        states = jnp.take_along_axis(hidden, predictors[..., None], axis=1)
-        logits = project(states, head)
-        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-        target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        logits, target = _predicted(hidden, head, predictors, targets)
         greedy = target >= jnp.max(logits, axis=-1)
         there = owners > 0
         return jnp.where(there, target - jax.nn.logsumexp(logits, axis=-1), 0.0), greedy & there

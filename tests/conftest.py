@@ -42,6 +42,14 @@ SMALL = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 # Files that take minutes come first, so that no worker is left alone with one at the end.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import LLAMA3
 
 from spin_jax import convert, families
 from spin_jax.attention import Layout
@@ -30,14 +31,6 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.3, 1.6],
     "long_factor": [1.0, 2.0, 4.0, 8.0],
     "original_max_position_embeddings": 64,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
 }
 # What the published models have and `SMALL` has not; None takes a key out of it.
 CASES = {
