@@ -19,6 +19,7 @@ import numpy as np
 
 from spin_jax.attention import Layout
 from spin_jax.chat import Example, Ids, Pair
+from spin_jax.losses import PAIR
 
 _MOST_GROUPS = 64  # of a row: it sizes arrays of single numbers
 _WINDOW = 1024  # groups packed together
@@ -59,16 +60,17 @@ class Rows(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Rows of pairs; answer 0 is the human one, answer 1 the generated one."""
+    """Rows of pairs; answer 0 is the human one, answer 1 the generated one, unless a loss has other roles."""
 
     rows: Rows
-    opponent: Any  # float32 [N, G, 2]: the opponent's log-probs of (real, generated)
-    identical: Any  # float32 [N, G]: 1 where both answers are the same ids
+    opponent: Any  # float32 [N, G, A]: the opponent's log-probs of each role's answer
+    identical: Any  # float32 [N, G]: 1 where the human and the generated answer are the same ids
+    score: Any  # float32 [N, G]: what a scorer gave the generated one, 0 without
 
 
 class ScoredPair(NamedTuple):
     pair: Pair
-    opponent: tuple[float, float]
+    opponent: tuple[float, ...]  # log-probs of each role's answer
 
 
 def bucket(length: int) -> int:
@@ -91,8 +93,8 @@ def example_group(example: Example) -> Group:
     return Group(example.prompt, (example.real,))
 
 
-def pair_group(pair: Pair) -> Group:
-    return Group(pair.prompt, (pair.real, pair.generated))
+def pair_group(pair: Pair, roles: Sequence[str] = PAIR) -> Group:
+    return Group(pair.prompt, tuple(getattr(pair, role) for role in roles))
 
 
 def sizes(prompts: Any, *answers: Any) -> np.ndarray:
@@ -208,13 +210,17 @@ def _fill_row(row: Rows, groups: Sequence[Group], members: list[int], unattended
 
 
 def pair_batches(
-    scored: Sequence[ScoredPair], shape: RowShape, unattended: int | None = None
+    scored: Sequence[ScoredPair],
+    shape: RowShape,
+    unattended: int | None = None,
+    roles: Sequence[str] = PAIR,
 ) -> list[PairBatch]:
     """As many micro-batches as the pairs need."""
-    opponent = np.array([[0.0, 0.0], *(s.opponent for s in scored)], np.float32)
+    opponent = np.array([[0.0] * len(roles), *(s.opponent for s in scored)], np.float32)
     identical = np.array([0.0, *(s.pair.identical for s in scored)], np.float32)
-    rows = packed([pair_group(s.pair) for s in scored], shape, unattended)
-    return [PairBatch(part, opponent[part.items], identical[part.items]) for part in rows]
+    score = np.array([0.0, *(s.pair.score or 0.0 for s in scored)], np.float32)
+    rows = packed([pair_group(s.pair, roles) for s in scored], shape, unattended)
+    return [PairBatch(part, opponent[part.items], identical[part.items], score[part.items]) for part in rows]
 
 
 def filled_tokens(batch: Rows | PairBatch) -> int:

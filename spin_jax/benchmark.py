@@ -23,6 +23,7 @@ Examples:
 Exit codes: 0 done, 2 bad input.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -41,8 +42,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spin_jax import config as config_lib
-from spin_jax import convert, data, hosts, prepare, programs, roofline, sharding, sources
+from spin_jax import convert, data, hosts, named_loss, prepare, programs, roofline, sharding, sources
 from spin_jax.batches import (
+    Group,
     RowShape,
     ScoredPair,
     batches,
@@ -110,6 +112,7 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
     if pairs:
         rows, chat = sources.load_rows(pairs, "train"), prepare.make_chat(config, model)
         read, _ = data.load_pairs(rows, chat, path=pairs, vocab_size=vocab_size)
+        read = [dataclasses.replace(pair, start=pair.generated) for pair in read]  # as long as any
     else:
         read = programs.expected_pairs(config, vocab_size, steps * config.train.batch_size)
     if prompts:
@@ -190,7 +193,7 @@ def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[
 
 def _measure_scoring(work: Workload, params: Any) -> tuple[dict[str, Any], list]:
     model, c = work.model, work.config
-    groups = [pair_group(pair) for pair in work.pairs]
+    groups = _groups(work)
     shape, decoder = _shape(work), programs.decoder(c, model)
     logps: Any = None
 
@@ -200,7 +203,7 @@ def _measure_scoring(work: Workload, params: Any) -> tuple[dict[str, Any], list]
 
     score()
     seconds = _timed(score)
-    tokens = sum(len(p.prompt) + len(p.real) + len(p.generated) for p in work.pairs)
+    tokens = sum(len(group.prompt) + sum(map(len, group.answers)) for group in groups)
     scored = [ScoredPair(pair, tuple(row)) for pair, row in zip(work.pairs, logps, strict=True)]
     return {"real_tokens_per_s": tokens / seconds, "pairs": len(work.pairs)}, scored
 
@@ -218,7 +221,7 @@ def _measure_training(
     source = iter(
         batches(
             scored,
-            lambda chosen: pair_batches(chosen, shape),
+            lambda chosen: pair_batches(chosen, shape, roles=objective.roles),
             options.batch_size,
             shape,
             seed=0,
@@ -265,9 +268,14 @@ def _measure_training(
     }
 
 
+def _groups(work: Workload) -> list[Group]:
+    roles = named_loss.roles(work.config.loss)
+    return [pair_group(pair, roles) for pair in work.pairs]
+
+
 def _shape(work: Workload) -> RowShape:
     """The micro-batches of a run that knew these pairs."""
-    known = group_sizes([pair_group(pair) for pair in work.pairs])
+    known = group_sizes(_groups(work))
     return programs.row_shape(work.config.train, work.config, work.model, known, known.max(axis=0))
 
 

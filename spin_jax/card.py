@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from spin_jax import config as config_lib
+from spin_jax.losses import ROLES
 
 Row = Mapping[str, Any]
 
@@ -35,7 +36,7 @@ class Facts:
     config: Mapping[str, Any]  # the run's, as config.json has it
     rows: Sequence[Row]  # of summary.json, to this iteration
     model_revision: str | None  # the commit of a base from the hub
-    data_revision: str | None
+    data_revision: str | Mapping[str, str | None] | None  # of several datasets by path
     fingerprints: Mapping[str, str]
     versions: Mapping[str, str]
     commit: str | None  # of the code
@@ -87,11 +88,11 @@ def hub_id(path: str | None) -> str | None:
 def _front_matter(facts: Facts) -> str:
     from huggingface_hub import ModelCardData
 
-    datasets = hub_id(facts.config["data"]["path"])
+    datasets = list(filter(None, map(hub_id, config_lib.data_paths(facts.config["data"]["path"]))))
     method = ["spin", "self-play"] if facts.kind == "iteration" else ["sft"]
     data = ModelCardData(
         base_model=hub_id(facts.config["model"]["path"]),
-        datasets=[datasets] if datasets else None,
+        datasets=list(dict.fromkeys(datasets)) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[*method, "fine-tuning", "spin_jax"],
@@ -110,12 +111,18 @@ def _what(facts: Facts) -> str:
             "A control for self-play: the start, trained on by supervised fine-tuning for as many steps as "
             f"self-play took to the end of iteration {facts.iteration}."
         )
+    aim = "learned to prefer the human answers. There were no new labels."
+    if facts.config["selfplay"]["restart"] or facts.config["loss"]["name"] in ROLES:
+        aim = "was trained on those answers as the recipe says."
     return (
         f"Iteration {facts.iteration} of self-play fine-tuning "
         "([SPIN, arXiv 2401.01335](https://arxiv.org/abs/2401.01335)): the model of the iteration before "
-        "answered the prompts, and this one, which began as the same, learned to prefer the human answers. "
-        "There were no new labels."
+        f"answered the prompts, and this one, which began as {_began_as(facts)}, {aim}"
     )
+
+
+def _began_as(facts: Facts) -> str:
+    return "the start" if facts.config["selfplay"]["restart"] else "the same"
 
 
 def _sources(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -124,10 +131,15 @@ def _sources(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "base", _place(model["path"], facts.model_revision, "", facts.fingerprints.get("weights"))
     else:
         yield "base", f"none: a new {model['architecture'].get('model_type')}, initialized by the seed"
-    if data["path"]:
-        part = ", ".join(filter(None, [data["name"], f"split {data['split']}"]))
-        content = facts.fingerprints.get("data")
-        yield "data", f"{_place(data['path'], facts.data_revision, 'datasets/', content)}; {part}"
+    part = ", ".join(filter(None, [data["name"], f"split {data['split']}"]))
+    revision = facts.data_revision
+    for t, path in enumerate(config_lib.data_paths(data["path"])):
+        commit = revision.get(path) if isinstance(revision, Mapping) else revision
+        content = facts.fingerprints.get(f"data {t}" if t else "data")
+        yield (
+            (f"data of iteration {t}" if t else "data"),
+            f"{_place(path, commit, 'datasets/', content)}; {part}",
+        )
     for name, content in facts.fingerprints.items():
         if name.startswith("given pairs ") and facts.kind == "iteration":
             yield f"given pairs of iteration {name.split()[-1]}", content
@@ -164,8 +176,8 @@ def _recipe(facts: Facts) -> Iterator[tuple[str, str]]:
 def _self_play(facts: Facts, row: Row) -> Iterator[tuple[str, str]]:
     c, t = facts.config, facts.iteration
     loss, sampling, play = c["loss"], c["sampling"], c["selfplay"]
-    nll = f", and {loss['nll_weight']:g} × NLL of the human answer" if loss["nll_weight"] else ""
-    yield "loss", f"{loss['name']}, β {config_lib.per_iteration(loss['beta'], t):g}{nll}"
+    beta = f"β {config_lib.per_iteration(loss['beta'], t):g}"
+    yield "loss", ", ".join([loss["name"], beta, *config_lib.beside_loss(c)])
     earlier = ", ".join(map(str, range(max(t - play["mix_previous"], play["start"]), t)))
     yield "pairs", f"{row['pairs']}{earlier and f', those of iteration {earlier} among them'}"
     if f"given pairs {t}" not in facts.fingerprints:

@@ -49,6 +49,8 @@ class Pair:
     real: Ids
     generated: Ids
     truncated: bool  # the generated answer met no stop token
+    score: float | None = None  # what a verifier (1 or 0) or scorer makes of the generated answer
+    start: Ids | None = None  # what the model that self-play began with answered, where a loss asks for it
 
     @property
     def identical(self) -> bool:

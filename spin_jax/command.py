@@ -121,15 +121,15 @@ def failed(error: Exception, began: bool, again: str = "") -> int:
 
     Before the work `began`, it is the input that is bad.
     """
-    from spin_jax import files, hosts, opponent, train
+    from spin_jax import files, hosts, judging, opponent, selfplay, train
 
     if isinstance(error, hosts.OtherFailed):
         return fail(str(error), error.code)
-    if isinstance(error, files.Damaged | opponent.Missing):
+    if isinstance(error, files.Damaged | opponent.Missing | selfplay.NothingToTrainOn):
         return fail(str(error))
     if isinstance(error, ValueError | FileNotFoundError) and not began:
         return fail(str(error))
-    if isinstance(error, train.NotFinite | FloatingPointError | OSError):
+    if isinstance(error, train.NotFinite | judging.JudgeFailed | FloatingPointError | OSError):
         return fail(f"{error}{again}", 1)
     return fail("".join(traceback.format_exception(error)).rstrip("\n") + again, 1)
 

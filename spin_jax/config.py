@@ -39,7 +39,8 @@ def default() -> Any:
     m.tokenizer = placeholder(str)  # without a path: a directory, or module:function that makes one
 
     c.data = d = _section()
-    d.path = placeholder(str)  # hub id, .jsonl/.json/.parquet, directory, or module:function
+    d.path = placeholder(str)  # hub id, .jsonl/.json/.parquet, directory, or module:function; several, with
+    #                            commas between: one an iteration (held-out rows are the first one's)
     d.name = placeholder(str)  # which configuration of a hub dataset (gsm8k has main and socratic)
     d.revision = placeholder(str)  # of a hub dataset
     d.split = "train"  # in the syntax of datasets: train[:1000] …
@@ -74,6 +75,11 @@ def default() -> Any:
     p.pairs_split = "train"  # of a hub dataset of pairs
     p.pairs = placeholder(str)  # given pairs in place of sampling: path[,path…] for iterations
     #                             start, start + 1, …; or k=path for iteration k
+    p.samples = 1  # answers a prompt (K), each a row to train on
+    p.rows = "all"  # which of them: all, or those whose answer eval.verifier takes (right) or not (wrong)
+    p.scorer = placeholder(str)  # module:function(messages, answers) -> a number for each answer, for losses
+    #                              that take a score; messages end with the human answer
+    p.restart = False  # an iteration trains the start's weights, not those of the last iteration (ReST-EM)
 
     c.sampling = a = _section()
     a.max_new_tokens = 256
@@ -86,8 +92,14 @@ def default() -> Any:
     #                      where those are more
 
     c.loss = o = _section()
-    o.name = "logistic"  # logistic, hinge, exponential, correlation, or module:function
+    o.name = "logistic"  # logistic, hinge, exponential, correlation, ipo, tspin, likelihood, sppo (see
+    #                      spin_jax/losses.py), or module:function
     o.beta = (0.1,)  # per iteration; β of the paper's λ: how much margin is enough
+    o.options = placeholder(str)  # other numbers that the loss takes: name=number[,name=number…]
+    o.answers = placeholder(str)  # what a row of one's own loss has: generated, and real or start (which
+    #                               start answered); unset: real,generated, or what spin_jax's losses want
+    o.reference_alpha = 1.0  # α of α-SPIN: log-probs of the opponent's side are α times the opponent's and
+    #                          1 − α times the start's; 0: the start's alone, as DPO would
     o.nll_weight = 0.0  # adds this times −log p(human answer)
 
     c.train = t = _optimization(epochs=(1,), learning_rate=(5e-7,))  # both per iteration
@@ -336,6 +348,7 @@ _RANGES = {
         "max_prompt",
         "most_skipped",
         "row_length",
+        "selfplay.samples",
         "sampling.tensor",
         "shard_size",
         "top_k",
@@ -344,10 +357,10 @@ _RANGES = {
     "[1, 1048576]": ("batch_size", "tokens_per_device"),
     "[-1, 1048576]": ("mesh.data", "mesh.fsdp", "mesh.tensor"),
     "[0, 10000]": ("iterations", "start", "mix_previous", "sft.epochs"),
-    "[1, 10000]": ("train.epochs", "patience", "samples", "schedule_epochs"),
+    "[1, 10000]": ("train.epochs", "eval.samples", "patience", "schedule_epochs"),
     "[0, 500]": ("eval.limit",),
     "[0, 0.1]": ("eval.fraction",),
-    "[0, 1]": ("max_bad", "warmup_ratio"),
+    "[0, 1]": ("max_bad", "reference_alpha", "warmup_ratio"),
     "[0, 1)": ("momentum", "decay"),
     "(0, 1]": ("top_p",),
     "[1e-37, 1]": ("eps",),
@@ -360,6 +373,7 @@ _CHOICES = {
     "model.attention": ("plain", "splash", "triton"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "data.bad_rows": ("error", "drop"),
+    "selfplay.rows": ("all", "right", "wrong"),
 }
 
 
@@ -441,8 +455,44 @@ def _check(c: Any) -> None:
         not c.eval.include_path or bool(c.eval.tasks),
         f"eval.include_path={c.eval.include_path!r} is of no use without eval.tasks",
     )
+    need(
+        c.selfplay.rows == "all" or bool(c.eval.verifier),
+        f"selfplay.rows={c.selfplay.rows!r} needs eval.verifier, which says what is right",
+    )
+    need(
+        c.selfplay.rows == "all" or not c.selfplay.scorer,
+        f"selfplay.rows={c.selfplay.rows!r} and selfplay.scorer both judge answers: leave one of them out",
+    )
+    paths = data_paths(c.data.path)
+    need(
+        len(paths) < 2 or len(paths) >= iterations,
+        f"data.path has {len(paths)} datasets for {iterations} iterations: give one, or one each",
+    )
     given_pairs(c)
     task_names(c)
+
+
+def data_paths(path: str | None) -> list[str]:
+    """data.path as a list: nothing, one dataset for all iterations, or one each."""
+    if path and os.path.exists(path):  # whatever commas are in its name
+        return [path]
+    return [part.strip() for part in (path or "").split(",") if part.strip()]
+
+
+def beside_loss(c: Mapping[str, Any]) -> list[str]:
+    """What makes the algorithm beside loss and β, where it is not SPIN's, in words."""
+    loss, play = c["loss"], c["selfplay"]
+    alpha, rows = loss["reference_alpha"], play["rows"]
+    said = {
+        f"{loss['nll_weight']:g} × NLL of the human answer": loss["nll_weight"],
+        f"{loss['options']}": loss["options"],
+        f"{alpha:g} of the reference the opponent's and {1 - alpha:g} the start's": alpha < 1,
+        f"{play['samples']} answers a prompt": play["samples"] > 1,
+        f"trained on those that {c['eval']['verifier']} takes for {rows}": rows != "all",
+        f"scored by {play['scorer']}": play["scorer"],
+        "the start's weights trained anew each time": play["restart"],
+    }
+    return [text for text, true in said.items() if true]
 
 
 def task_names(c: Any) -> list[str]:

@@ -8,8 +8,9 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -20,6 +21,7 @@ from etils import epath
 
 from spin_jax import files, hosts, sources
 from spin_jax.chat import BadRow, Chat, EmptyAnswer, Example, Message, Pair, asked, checked, checked_text
+from spin_jax.losses import PAIR
 
 PROMPT_ANSWER_COLUMNS = (
     ("question", "answer"),
@@ -103,7 +105,7 @@ class _Tally:
         """Notes the columns that nothing reads. Those of pairs belong together."""
         used = {*used, "prompt_id"}
         if "real" in used:
-            used.update(_PAIR_SCHEMA.names)
+            used.update((*_PAIR_SCHEMA.names, "score"))
         unused = [name for name, value in row.items() if name not in used and value is not None]
         self.unused.update(unused)
         self.with_unused += bool(unused)
@@ -225,7 +227,7 @@ def load_pairs(
         with tally.row(number, sources.place(rows, number, path)):
             row = rows[number]
             pair = _load_pair(row, number, chat, vocab_size, tally.counts, answers)
-            tally.see_unused(row, ("real",))
+            tally.see_unused(_preference(row), ("real",))
             if pair is not None and (pair.prompt_id, pair.sample_id) in pairs:
                 raise BadRow(f"prompt_id {pair.prompt_id}, sample_id {pair.sample_id} came before")
             if pair is not None:
@@ -255,16 +257,19 @@ def _integer(row: dict[str, Any], name: str, default: int, end: int) -> int:
 def _load_pair(
     row: dict[str, Any], number: int, chat: Chat, vocab_size: int, counts: Counter, answers: Counter
 ) -> Pair | None:
+    row = _preference(row)
     by_ids = row.get("generated_tokens") is not None
     if row.get("real") is None or (row.get("generated") is None and not by_ids):
         raise BadRow(f"no fields real and generated among {_listed(row)}")
     prompt_id = _prompt_id(row, number)
     sample_id = _integer(row, "sample_id", answers[prompt_id], 2**31)  # the answers of a prompt in turn
     answers[prompt_id] += 1
+    score = _score(row)
     real = checked(row["real"], "real")
     generated = None if row.get("generated") is None else checked(row["generated"], "generated")
     if generated is not None and not by_ids:
-        return chat.given_pair(prompt_id, sample_id, real, generated, counts)
+        pair = chat.given_pair(prompt_id, sample_id, real, generated, counts)
+        return pair and dataclasses.replace(pair, score=score)
     if generated is not None and asked(generated) != asked(real):
         raise BadRow("real and generated do not answer the same prompt")
     ids = [_token_ids(row, name, vocab_size) for name in ("prompt_tokens", "real_tokens", "generated_tokens")]
@@ -284,7 +289,39 @@ def _load_pair(
     same = min(len(ids[1]), len(pair.real))  # either may be cut
     if not np.array_equal(ids[1][:same], pair.real[:same]):
         raise BadRow("real_tokens: not the ids of the answer in real, by this tokenizer and chat template")
-    return pair
+    return dataclasses.replace(pair, score=score)
+
+
+def _preference(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of preferences, as TRL and others have them, in the names of pairs: chosen is real.
+
+    `chosen` and `rejected` are whole conversations, or the last turn (a message or text) after `prompt`.
+    """
+    if row.get("real") is not None or row.get("chosen") is None or row.get("rejected") is None:
+        return row
+    rest = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
+    prompt = row.get("prompt")
+    head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+
+    def whole(field: str) -> Any:
+        turns = row[field]
+        if isinstance(turns, str):
+            if not head:
+                raise BadRow(f"{field} is text, and there is no field prompt that it answers")
+            turns = [{"role": "assistant", "content": turns}]
+        return [*head, *turns] if isinstance(turns, list) and len(turns) == 1 else turns
+
+    return {**rest, "real": whole("chosen"), "generated": whole("rejected")}
+
+
+def _score(row: dict[str, Any]) -> float | None:
+    """What somebody made of the generated answer: a number, where the row has one."""
+    value = row.get("score")
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow(f"score is {value!r:.40}: a finite number is wanted")
+    return float(value)
 
 
 def _as_given(
@@ -341,7 +378,8 @@ _PAIR_SCHEMA = pa.schema(
 
 
 def pairs_to_parquet(pairs: Sequence[Pair]) -> bytes:
-    """A parquet file of pairs: the published SPIN columns, and the ids."""
+    """A parquet file of pairs: the published SPIN columns, the ids and, where they have one, the score."""
+    scored = any(pair.score is not None for pair in pairs)
     rows = [
         {
             "prompt_id": pair.prompt_id,
@@ -352,10 +390,12 @@ def pairs_to_parquet(pairs: Sequence[Pair]) -> bytes:
             "real_tokens": pair.real,
             "generated_tokens": pair.generated,
             "truncated": pair.truncated,
+            **({"score": pair.score} if scored else {}),
         }
         for pair in pairs
     ]
-    return _parquet(pa.Table.from_pylist(rows, schema=_PAIR_SCHEMA))
+    schema = _PAIR_SCHEMA.append(pa.field("score", pa.float64())) if scored else _PAIR_SCHEMA
+    return _parquet(pa.Table.from_pylist(rows, schema=schema))
 
 
 def pairs_from_parquet(content: bytes, path: epath.PathLike | None = None) -> list[Pair]:
@@ -370,49 +410,46 @@ def pairs_from_parquet(content: bytes, path: epath.PathLike | None = None) -> li
             np.asarray(row["real_tokens"], np.int32),
             np.asarray(row["generated_tokens"], np.int32),
             row["truncated"],
+            row.get("score"),
         )
         for row in _rows_of(content, path or "a file of pairs")
     ]
 
 
-_SCORE_SCHEMA = pa.schema(
-    [
-        ("source_iteration", pa.int32()),
-        ("prompt_id", pa.int64()),
-        ("sample_id", pa.int32()),
-        ("real_logp", pa.float32()),
-        ("generated_logp", pa.float32()),
-    ]
-)
-
-
-def scores_to_parquet(source_iteration: int, pairs: Sequence[Pair], logps: np.ndarray) -> bytes:
-    """A parquet file of the opponent's log-probs, float32 [pairs, (real, generated)]."""
-    columns = [
-        np.full(len(pairs), source_iteration, np.int32),
-        np.array([pair.prompt_id for pair in pairs], np.int64),
-        np.array([pair.sample_id for pair in pairs], np.int32),
-        np.asarray(logps[:, 0], np.float32),
-        np.asarray(logps[:, 1], np.float32),
-    ]
-    return _parquet(pa.table(columns, schema=_SCORE_SCHEMA))
+def scores_to_parquet(
+    source_iteration: int, pairs: Sequence[Pair], logps: np.ndarray, roles: Sequence[str] = PAIR
+) -> bytes:
+    """A parquet file of the opponent's log-probs, float32 [pairs, roles]."""
+    columns = {
+        "source_iteration": np.full(len(pairs), source_iteration, np.int32),
+        "prompt_id": np.array([pair.prompt_id for pair in pairs], np.int64),
+        "sample_id": np.array([pair.sample_id for pair in pairs], np.int32),
+        **{f"{role}_logp": np.asarray(logps[:, n], np.float32) for n, role in enumerate(roles)},
+    }
+    return _parquet(pa.table(columns))
 
 
 def scores_from_parquet(
-    content: bytes, path: epath.PathLike | None = None
-) -> dict[tuple[int, int, int], tuple[float, float]]:
-    """Log-probs of (real, generated), by (source_iteration, prompt_id, sample_id).
+    content: bytes, path: epath.PathLike | None = None, roles: Sequence[str] = PAIR
+) -> dict[tuple[int, int, int], tuple[float, ...]]:
+    """Log-probs of the roles' answers, by (source_iteration, prompt_id, sample_id).
 
     Raises:
         ValueError: naming `path`, where `content` is not what `scores_to_parquet` wrote.
     """
     return {
-        (row["source_iteration"], row["prompt_id"], row["sample_id"]): (
-            row["real_logp"],
-            row["generated_logp"],
-        )
+        (row["source_iteration"], row["prompt_id"], row["sample_id"]): tuple(row[f"{r}_logp"] for r in roles)
         for row in _rows_of(content, path or "a file of scores")
     }
+
+
+def held_out_to_parquet(pairs: Sequence[Pair], columns: Mapping[str, np.ndarray]) -> bytes:
+    """A parquet file of what a model makes of held-out pairs: a column a number, float32 [pairs]."""
+    ids = {
+        "prompt_id": np.array([pair.prompt_id for pair in pairs], np.int64),
+        "sample_id": np.array([pair.sample_id for pair in pairs], np.int32),
+    }
+    return _parquet(pa.table({**ids, **{name: np.asarray(x, np.float32) for name, x in columns.items()}}))
 
 
 # Parquet's own checksums are of pages: a flipped bit in a header or in the schema shows in our digest only.

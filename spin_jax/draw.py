@@ -37,22 +37,24 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p}: in (0, 1], or unset")
 
 
-def prompt_keys(seed: int, iteration: int, prompt_ids: Sequence[int], sample_id: int = 0) -> Array:
-    """One key a prompt: fold_in(seed, iteration, prompt, sample), whatever the batch."""
+def prompt_keys(
+    seed: int, iteration: int, prompt_ids: Sequence[int], sample_ids: int | Sequence[int] = 0
+) -> Array:
+    """One key an answer: fold_in(seed, iteration, prompt, sample), whatever the batch."""
     base = jax.random.fold_in(jax.random.key(seed, impl=KEYS), iteration)
     ids = np.asarray(prompt_ids, np.int64).astype(np.uint64)
     low, high = (ids & 0xFFFFFFFF).astype(np.uint32), (ids >> 32).astype(np.uint32)
-    return _fold(base, low, high, np.uint32(sample_id))
+    return _fold(base, low, high, np.broadcast_to(np.asarray(sample_ids, np.uint32), low.shape))
 
 
 @jax.jit
-def _fold(base: Array, low: Array, high: Array, sample_id: Array) -> Array:
-    def fold(low, high):
+def _fold(base: Array, low: Array, high: Array, sample_ids: Array) -> Array:
+    def fold(low, high, sample_id):
         key = jax.random.fold_in(base, low)
         key = jnp.where(high > 0, jax.random.fold_in(key, high), key)  # ids beyond 32 bits
         return jax.random.fold_in(key, sample_id)
 
-    return jax.vmap(fold)(low, high)
+    return jax.vmap(fold)(low, high, sample_ids)
 
 
 def truncate_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

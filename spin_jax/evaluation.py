@@ -8,16 +8,16 @@ import numpy as np
 from etils import epath
 
 from spin_jax import config as config_lib
-from spin_jax import files, heldout
-from spin_jax.batches import Group, pair_batches
+from spin_jax import data, files, heldout
+from spin_jax.batches import Group, pair_group
 from spin_jax.chat import Ids
 from spin_jax.draw import Sampling
 from spin_jax.model import Params
+from spin_jax.named_loss import logps_type
 from spin_jax.opponent import BEFORE, Opponent
 from spin_jax.prepare import Prepared
 from spin_jax.sharding import free
 from spin_jax.train import SPIN
-from spin_jax.train import evaluate as evaluate_objective
 
 Row = dict[str, Any]
 
@@ -31,14 +31,27 @@ class Evaluation:
         self._objective = objective
 
     def pairs(self, t: int, params: Params, beta: float) -> Row:
-        """Loss, margin, accuracy … on held-out pairs, against the opponent of the iteration."""
+        """Loss, margin, accuracy … on held-out pairs, against the opponent of the iteration.
+
+        Each pair's numbers go to held_out.parquet.
+        """
+        run, roles = self._run, self._run.roles
         scored = self._opponent.scored_pairs(t, "test")
         if not scored:
             return {}
-        held_out = pair_batches(scored, self._run.pair_shape, self._run.chat.unattended)
-        return evaluate_objective(
-            self._objective, params, held_out, {"beta": beta}, self._run.mesh, self._opponent.stop_here
-        )
+        groups = [pair_group(s.pair, roles) for s in scored]
+        policy = self._opponent.score_groups(params, groups)
+        reference = np.array([s.opponent for s in scored], np.float32)
+        score = np.array([s.pair.score or 0.0 for s in scored], np.float32)
+        policy, opponent = (logps_type(roles)(*logps.T) for logps in (policy, reference))
+        loss, metrics = self._objective.of(policy, opponent, np.float32(beta), score)
+        columns = {name: np.asarray(values) for name, values in {"loss": loss, **metrics}.items()}
+        columns |= {f"{role}_reference": reference[:, n] for n, role in enumerate(roles)}
+        pairs = [s.pair for s in scored]
+        files.write(run.folder(t) / "held_out.parquet", data.held_out_to_parquet(pairs, columns))
+        columns["identical"] = np.array([pair.identical for pair in pairs])
+        means = {name: float(np.mean(values, dtype=np.float64)) for name, values in columns.items()}
+        return {name: mean for name, mean in means.items() if not name.endswith("_reference")}
 
     def draw(self, params: Params) -> list[Ids]:
         """A model's own answers to the held-out prompts, at temperature 1: all prompts, again and again."""
@@ -53,7 +66,7 @@ class Evaluation:
             answer
             for sample_id in range(samples)
             for answer in self._opponent.answer(
-                weights, self._run.held_out, sampling, iteration=BEFORE, sample_id=sample_id
+                weights, self._run.held_out, sampling, iteration=BEFORE, sample_ids=sample_id
             )
         ]
 
@@ -140,14 +153,16 @@ class Evaluation:
         groups = []
         for number, answer in enumerate(drawn):
             example = examples[number % len(examples)]
-            groups.append(Group(run.chat.sampling_prompt(example), (example.real, answer)))
-        return self._opponent.score_groups(params, groups)[:, 1]
+            answers = tuple(example.real if role == "real" else answer for role in run.roles)
+            groups.append(Group(run.chat.sampling_prompt(example), answers))
+        return self._opponent.score_groups(params, groups)[:, run.roles.index("generated")]
 
     def write_samples(self, t: int, params: Params) -> None:
         """samples.jsonl: the human answer beside this iteration's greedy one, on fixed prompts."""
         run = self._run
-        chosen = (run.held_out or run.examples)[: run.config.eval.fixed_prompts]
-        if not chosen:
+        chosen = (run.held_out or run.examples(BEFORE))[: run.config.eval.fixed_prompts]
+        path = run.folder(t) / "samples.jsonl"
+        if not chosen or files.exists(path):
             return
         greedy = self._run.sampling(temperature=0.0)
         answers = self._opponent.answer(self._opponent.weights(params), chosen, greedy, iteration=t)
@@ -160,4 +175,4 @@ class Evaluation:
             }
             for example, answer in zip(chosen, answers, strict=True)
         ]
-        files.write_jsonl(run.folder(t) / "samples.jsonl", rows)
+        files.write_jsonl(path, rows)

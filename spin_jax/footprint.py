@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spin_jax import collectives as traffic
-from spin_jax import convert, files, lora, programs, roofline, sharding
-from spin_jax.batches import RowShape, ScoredPair, pair_batches, stacked
+from spin_jax import convert, files, lora, named_loss, programs, roofline, sharding
+from spin_jax.batches import PairBatch, RowShape, ScoredPair, pair_batches, stacked
 from spin_jax.chat import Example, Pair
 from spin_jax.config import GPU_MEMORY
 from spin_jax.draw import KEYS
@@ -179,6 +179,12 @@ def _abstract(mesh: Any, batch: Any, axis: int = 0) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), batch)
 
 
+def batches_of(work: Work, pairs: Sequence[Pair]) -> list[PairBatch]:
+    """Micro-batches of pairs that nobody has scored."""
+    roles = named_loss.roles(work.config.loss)
+    return pair_batches([ScoredPair(pair, (0.0,) * len(roles)) for pair in pairs], work.shape, roles=roles)
+
+
 def train_program(work: Work) -> tuple[Any, tuple]:
     options, mesh = programs.optimization(work.config, 0), work.model.mesh
     params, frozen = params_on(mesh, work.model.config), None
@@ -186,14 +192,15 @@ def train_program(work: Work) -> tuple[Any, tuple]:
         frozen = params_on(mesh, work.model.config, work.model.dtype)
         params = lora.adapters_on(params, options.lora_rank, options.lora_targets)
     state = abstract_state(params, options, mesh)
-    some = [ScoredPair(pair, (0.0, 0.0)) for pair in work.pairs[: options.batch_size]]
-    batch = stacked(pair_batches(some, work.shape), -(-options.batch_size // work.shape.rows))
+    batch = stacked(
+        batches_of(work, work.pairs[: options.batch_size]), -(-options.batch_size // work.shape.rows)
+    )
     arguments = state, _abstract(mesh, batch, 1), _numbers(), {"beta": _numbers()}, frozen
     return make_step(programs.spin(work.config, work.model), options), arguments
 
 
 def _score_program(work: Work) -> tuple[Any, tuple]:
-    (rows, *_) = pair_batches([ScoredPair(pair, (0.0, 0.0)) for pair in work.pairs[:1]], work.shape)
+    (rows, *_) = batches_of(work, work.pairs[:1])
     params = params_on(work.model.mesh, work.model.config)
     decoder = programs.decoder(work.config, work.model)
     return score_rows, (decoder, params, _abstract(work.model.mesh, rows.rows))

@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,25 +66,31 @@ _PACKAGES = (
 
 
 def digests(
-    config: Any, model: Model, examples: Sequence[Example], given: Mapping[int, Sequence[Pair]], weights: str
+    config: Any,
+    model: Model,
+    datasets: Sequence[Sequence[Example]],
+    given: Mapping[int, Sequence[Pair]],
+    weights: str,
 ) -> Identity:
     """What a run is made of: fingerprints of data, tokenizer, template, weights and code, and versions.
 
     Args:
+        datasets: one for all iterations, or one each.
         weights: of the checkpoint that it starts from, "" for none.
     """
-    texts = (_json([example.prompt_id, example.messages]) for example in examples)
     tokenizer = model.tokenizer
     fingerprints = {
-        "data": f"{len(examples)} examples, {_digest(texts)}",
+        **{f"data {t}" if t else "data": _of_data(examples) for t, examples in enumerate(datasets)},
         "tokenizer": _digest([tokenizer.backend_tokenizer.to_str().encode()]),
         "chat template": _digest([_json(tokenizer.chat_template)]),
         "model": _digest([_json(dataclasses.asdict(model.config)), _json(list(model.stop_tokens))]),
         "weights": weights,
         "code": _source_of_package(),
     }
-    if ":" in config.loss.name:
-        fingerprints["loss"] = _source_of(config.loss.name.partition(":")[0])
+    judged = config.selfplay.rows != "all"
+    own = {"loss": config.loss.name, "scorer": config.selfplay.scorer}
+    own |= {"verifier": config.eval.verifier} if judged else {}
+    fingerprints |= {kind: _source_of(name) for kind, name in own.items() if name and ":" in name}
     for t, pairs in sorted(given.items()):
         parts = (part for pair in pairs for part in _content(t, pair))
         fingerprints[f"given pairs {t}"] = f"{len(pairs)} pairs, {_digest(parts)}"
@@ -108,10 +115,22 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _source_of(module: str) -> str:
-    """The digest of a module's file."""
-    path = getattr(importlib.import_module(module), "__file__", None)
-    return _digest([Path(path).read_bytes()]) if path else "no file"
+def _of_data(examples: Sequence[Example]) -> str:
+    texts = (_json([example.prompt_id, example.messages]) for example in examples)
+    return f"{len(examples)} examples, {_digest(texts)}"
+
+
+def _source_of(path: str) -> str:
+    """The digest of the file of `module:function`; of a notebook's, which has none, of the function."""
+    module, _, name = path.partition(":")
+    loaded = importlib.import_module(module)
+    file = getattr(loaded, "__file__", None)
+    try:
+        return _digest(
+            [Path(file).read_bytes() if file else inspect.getsource(getattr(loaded, name)).encode()]
+        )
+    except (OSError, TypeError):
+        return "no source"
 
 
 def _source_of_package() -> str:
@@ -145,6 +164,7 @@ def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[
         if name in config_lib.PER_ITERATION:
             theirs, ours = ([config_lib.per_iteration(v, t) for t in both] for v in (theirs, ours))
         free = name in _FREE or name.partition(".")[0] in _FREE_SECTIONS
+        free = free and not (name == "eval.verifier" and config.selfplay.rows != "all")
         if not free and theirs != ours:
             result[name] = old[name], value
     for kind, values in found.items():

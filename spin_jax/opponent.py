@@ -5,17 +5,19 @@ the log-probs of all pairs that iteration trains on. A file that is there is not
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from spin_jax import data, files, programs
+from spin_jax import data, files, judging, programs
 from spin_jax.batches import Group, ScoredPair, bucket, group_sizes, pair_group
 from spin_jax.chat import Example, Ids, Pair, asked
 from spin_jax.draw import Sampling, prompt_keys
+from spin_jax.judging import judged
 from spin_jax.metrics import Metrics, compact, progress
 from spin_jax.model import Params, sampling_params
 from spin_jax.prepare import Prepared
@@ -24,6 +26,17 @@ from spin_jax.scoring import score_groups
 from spin_jax.train import Interrupted
 
 BEFORE = -1  # the iteration number of the start
+OPPONENT, START = "opponent", "start"  # whose log-probs
+
+
+class ScoreFile(NamedTuple):
+    """A file of log-probs, and what it is made from."""
+
+    path: epath.Path
+    by: str  # whose log-probs: the opponent's, or the start's
+    source: int  # the iteration whose pairs these are
+    pairs: epath.Path
+    total: int  # of those
 
 
 @dataclasses.dataclass
@@ -43,7 +56,7 @@ class Opponent:
         Held-out prompts are answered too, into files of their own.
         """
         run = self.run
-        train, test = run.examples, run.held_out
+        train, test = run.examples(t), run.held_out
         if t in run.given:  # their ids may be another dataset's: a prompt is known by its text
             held_out = {asked(example.messages) for example in run.held_out}
             train = [pair for pair in run.given[t] if asked(pair.real_messages) not in held_out]
@@ -57,6 +70,14 @@ class Opponent:
                 result.append((run.folder(t) / "pairs" / name, shard))
         return result
 
+    def _asked(self, t: int, path: epath.Path, examples: Sequence[Example]) -> list[tuple[Example, int]]:
+        """(example, sample_id) of each answer in a file: held-out prompts are answered once."""
+        many = self.run.config.selfplay.samples if path.name.startswith("train") else 1
+        return [(example, sample_id) for example in examples for sample_id in range(many)]
+
+    def _pairs_in(self, t: int, path: epath.Path, items: Sequence[Any]) -> int:
+        return len(items) if t in self.run.given else len(self._asked(t, path, items))
+
     def has_answers(self, t: int) -> bool:
         return all(files.existing([path for path, _ in self.pair_files(t)]))
 
@@ -69,22 +90,26 @@ class Opponent:
         if t in self.run.given:
             for (path, pairs), there in zip(shards, done, strict=True):
                 if not there:
-                    files.write(path, data.pairs_to_parquet(pairs))
+                    files.write(path, data.pairs_to_parquet(judged(pairs, self.run.judge)))
             return
         weights, rounds = self.weights(params), list(self._rounds(shards, done))
-        sizes = [len(examples) for _, examples in shards]
+        wanted = [self._asked(t, path, examples) for path, examples in shards]
+        sizes = list(map(len, wanted))
         left = sum(sizes[number] for chosen in rounds for number in chosen)
         self.metrics.rewind("sample", t, lambda number: not done[number])
-        with progress(f"iteration {t}: sample", sum(sizes), sum(sizes) - left, unit="prompt") as bar:
+        with progress(f"iteration {t}: sample", sum(sizes), sum(sizes) - left, unit="answer") as bar:
             for chosen in rounds:
                 began = time.perf_counter()
-                examples = [example for number in chosen for example in shards[number][1]]
-                answers = self.answer(weights, examples, self.run.sampling(), iteration=t, bar=bar)
+                examples, ids = zip(*(one for number in chosen for one in wanted[number]), strict=True)
+                answers = self.answer(
+                    weights, examples, self.run.sampling(), iteration=t, sample_ids=ids, bar=bar
+                )
                 rate = sum(map(len, answers)) / (time.perf_counter() - began)
                 rest = iter(answers)
                 for number in chosen:
-                    path, asked_here = shards[number]
-                    pairs = [self.run.chat.pair(e, 0, next(rest)) for e in asked_here]
+                    path, _ = shards[number]
+                    pairs = [self.run.chat.pair(e, sample_id, next(rest)) for e, sample_id in wanted[number]]
+                    pairs = pairs if done[number] else judged(pairs, self.run.judge)
                     if not done[number]:  # the row first: a file that is there is not made again
                         self.metrics.write("sample", t, number, {**_described(pairs), "tokens_per_s": rate})
                         self.metrics.flush()
@@ -126,7 +151,7 @@ class Opponent:
         sampling: Sampling,
         *,
         iteration: int,
-        sample_id: int = 0,
+        sample_ids: int | Sequence[int] = 0,
         bar: Any = None,
     ) -> list[Ids]:
         """Answers to the examples' prompts, cut to the room that `lengths` leaves."""
@@ -147,14 +172,20 @@ class Opponent:
             run.decoder,
             weights,
             prompts,
-            prompt_keys(c.seed, iteration + 1, [e.prompt_id for e in examples], sample_id),
+            prompt_keys(c.seed, iteration + 1, [e.prompt_id for e in examples], sample_ids),
             mesh=run.sampling_mesh,
             sampling=sampling,
             stop_tokens=run.model.stop_tokens,
-            slots=min(programs.slots(c, run.model), len(run.examples) + len(run.held_out)),
+            slots=min(programs.slots(c, run.model), self._most_answers),
             limits=[max(c.lengths.max_length - len(prompt), 1) for prompt in prompts],
             on_chunk=on_chunk,
         )
+
+    @functools.cached_property
+    def _most_answers(self) -> int:
+        """At a time: the same for all iterations, or each would compile the sampler anew."""
+        run = self.run
+        return max(map(len, run.datasets)) * run.config.selfplay.samples + len(run.held_out)
 
     # --- scores ----------------------------------------------------------------------------------
 
@@ -164,55 +195,111 @@ class Opponent:
         earlier = range(max(0, t - c.mix_previous), t)
         return [*(s for s in earlier if s >= c.start or s in self.run.given), t]
 
-    def score_files(self, t: int) -> list[tuple[epath.Path, int, epath.Path, int]]:
-        """(file of scores, source iteration, file of pairs, how many). Earlier held-out pairs stay out."""
+    @property
+    def origin(self) -> int:
+        """The iteration whose answers are the start's."""
+        return min([self.run.config.selfplay.start, *self.run.given])
+
+    def references(self, t: int) -> dict[str, float]:
+        """Whose log-probs a loss sees as the opponent's, and with which weight (loss.reference_alpha)."""
+        alpha = self.run.config.loss.reference_alpha
+        if t == self.run.config.selfplay.start:  # the opponent is the start
+            return {OPPONENT: 1.0}
+        return {by: share for by, share in ((OPPONENT, alpha), (START, 1 - alpha)) if share}
+
+    def needed(self, t: int) -> list[int]:
+        """The iterations whose answers have to be there before iteration t is scored, t the last."""
+        first = [self.origin] if "start" in self.run.roles else []
+        return list(dict.fromkeys([*first, *self.sources(t)[:-1], t]))
+
+    def score_files(self, t: int) -> list[ScoreFile]:
+        """Those of iteration t, each reference's side by side. Earlier held-out pairs stay out."""
+        prefix, folder = {OPPONENT: "", START: "start-"}, self.run.folder(t) / "scores"
         return [
-            (self.run.folder(t) / "scores" / f"iteration_{source}-{path.name}", source, path, len(items))
+            ScoreFile(
+                folder / f"{prefix[by]}iteration_{source}-{path.name}",
+                by,
+                source,
+                path,
+                self._pairs_in(source, path, items),
+            )
+            for by in self.references(t)
             for source in self.sources(t)
             for path, items in self.pair_files(source)
             if source == t or path.name.startswith("train")
         ]
 
-    def has_scores(self, t: int) -> bool:
-        return all(files.existing([path for path, *_ in self.score_files(t)]))
+    def has_scores(self, t: int, by: str | None = None) -> bool:
+        return all(files.existing([shard.path for shard in self.score_files(t) if by in (None, shard.by)]))
 
-    def score(self, t: int, params: Params) -> None:
-        """The opponent's log-probs of both answers of every pair of iteration t, once."""
-        for source in self.sources(t):
+    def score(self, t: int, params: Params, by: str = OPPONENT) -> None:
+        """A reference's log-probs of the answers of every row of iteration t, once."""
+        for source in self.needed(t):
             if source in self.run.given:
                 self.sample(source, params)
         shards = self.score_files(t)
-        done = files.existing([path for path, *_ in shards])
-        missing = [(number, *shard) for number, shard in enumerate(shards) if not done[number]]
+        done = files.existing([shard.path for shard in shards])
+        own = [number for number, shard in enumerate(shards) if shard.by == by]
+        missing = [number for number in own if not done[number]]
         if not missing:
             return
-        need([path for _, _, path, _ in shards], f"iteration {t} has no pairs yet", "sample")
+        need([shards[number].pairs for number in own], f"iteration {t} has no pairs yet", "sample")
         self.metrics.rewind("score", t, lambda number: not done[number])
-        total = sum(count for *_, count in shards)
-        scored = total - sum(count for *_, count in missing)
-        with progress(f"iteration {t}: score", total, scored, unit="pair") as bar:
-            for number, path, source, pair_path, _ in missing:
-                began = time.perf_counter()
-                pairs = data.pairs_from_parquet(pair_path.read_bytes(), pair_path)
-                logps = self.score_groups(params, [pair_group(pair) for pair in pairs], bar)
-                _check_finite(pairs, logps, pair_path)
-                tokens = sum(len(p.prompt) + len(p.real) + len(p.generated) for p in pairs)
+        total, left = (sum(shards[number].total for number in numbers) for numbers in (own, missing))
+        title = f"iteration {t}: score" + (" (start)" if by == START else "")
+        with progress(title, total, total - left, unit="pair") as bar:
+            for number in missing:
+                began, shard = time.perf_counter(), shards[number]
+                pairs = self._rows_of(shard)
+                bar.update(shard.total - len(pairs))  # those that nobody trains on
+                groups = [pair_group(pair, self.run.roles) for pair in pairs]
+                logps = self.score_groups(params, groups, bar)
+                _check_finite(pairs, logps, shard.pairs)
+                tokens = sum(len(group.prompt) + sum(map(len, group.answers)) for group in groups)
+                rate = tokens / (time.perf_counter() - began)
+                means = {
+                    f"{r}_logp": float(logps[:, n].mean()) for n, r in enumerate(self.run.roles) if pairs
+                }
                 values = {
-                    "source_iteration": source,
+                    "source_iteration": shard.source,
                     "pairs": len(pairs),
-                    "real_logp": float(logps[:, 0].mean()),
-                    "generated_logp": float(logps[:, 1].mean()),
-                    "tokens_per_s": tokens / (time.perf_counter() - began),
+                    **means,
+                    "tokens_per_s": rate,
                 }
                 self.metrics.write("score", t, number, values)
                 self.metrics.flush()
-                files.write(path, data.scores_to_parquet(source, pairs, logps))
-                bar.set_postfix({"tok/s": compact(values["tokens_per_s"])}, refresh=False)
+                scores = data.scores_to_parquet(shard.source, pairs, logps, self.run.roles)
+                files.write(shard.path, scores)
+                bar.set_postfix({"tok/s": compact(rate)}, refresh=False)
+
+    def _rows_of(self, shard: ScoreFile) -> list[Pair]:
+        """The pairs of a file that are trained on, with the start's answers where the loss asks for them."""
+        pairs = data.pairs_from_parquet(shard.pairs.read_bytes(), shard.pairs)
+        pairs = judging.chosen(pairs, self.run.config.selfplay.rows)
+        if "start" not in self.run.roles:
+            return pairs
+        answers = self._start_answers
+        if absent := [pair for pair in pairs if (pair.prompt_id, pair.sample_id) not in answers]:
+            raise Missing(
+                f"{shard.pairs}: prompt_id {absent[0].prompt_id}, sample_id {absent[0].sample_id} has no "
+                f"answer of the start among the pairs of iteration {self.origin}, and the loss asks for one"
+            )
+        return [dataclasses.replace(p, start=answers[p.prompt_id, p.sample_id]) for p in pairs]
+
+    @functools.cached_property
+    def _start_answers(self) -> dict[tuple[int, int], Ids]:
+        """What the model that self-play began with answered."""
+        paths = [path for path, _ in self.pair_files(self.origin)]
+        need(paths, f"iteration {self.origin} has no pairs yet", "sample")
+        pairs = (pair for path in paths for pair in data.pairs_from_parquet(path.read_bytes(), path))
+        return {(pair.prompt_id, pair.sample_id): pair.generated for pair in pairs}
 
     def score_groups(self, params: Params, groups: Sequence[Group], bar: Any = None) -> np.ndarray:
-        """Log-probs of pairs of answers by any weights, float32 [groups, 2], in the rows of training."""
-        run, longest = self.run, group_sizes(groups).max(axis=0)
-        shape = run.pair_shape
+        """Log-probs of answers by any weights, float32 [groups, answers], in the rows of training."""
+        run, shape = self.run, self.run.pair_shape
+        if not groups:
+            return np.zeros((0, len(run.roles)), np.float32)
+        longest = group_sizes(groups).max(axis=0)
         if (longest > shape.capacity).any():  # `official` asks prompts whole that it cuts in training
             shape = shape._replace(length=bucket(int(max(longest[0], shape.length))))
 
@@ -232,15 +319,26 @@ class Opponent:
         )
 
     def scored_pairs(self, t: int, split: str) -> list[ScoredPair]:
-        """Iteration t's pairs of a split with their opponent log-probs, in the order of the files."""
-        shards = self.score_files(t)
-        need([path for path, *_ in shards], f"iteration {t} has no scores yet", "score")
+        """Iteration t's pairs of a split with their opponent log-probs, in the order of the files.
+
+        Where the start has a part in those, they are log p_t^α p_0^(1 − α), unnormalized (α-SPIN,
+        arXiv 2404.04291).
+        """
+        shards, shares, roles = self.score_files(t), self.references(t), self.run.roles
+        need([shard.path for shard in shards], f"iteration {t} has no scores yet", "score")
+        of_pairs: dict[epath.Path, list[ScoreFile]] = {}
+        for shard in shards:
+            if shard.pairs.name.startswith(split):
+                of_pairs.setdefault(shard.pairs, []).append(shard)
         result = []
-        for score_path, source, pair_path, _ in shards:
-            if pair_path.name.startswith(split):
-                scores = data.scores_from_parquet(score_path.read_bytes(), score_path)
-                for pair in data.pairs_from_parquet(pair_path.read_bytes(), pair_path):
-                    result.append(ScoredPair(pair, scores[source, pair.prompt_id, pair.sample_id]))
+        for alike in of_pairs.values():
+            scores = [
+                (shares[s.by], data.scores_from_parquet(s.path.read_bytes(), s.path, roles)) for s in alike
+            ]
+            for pair in self._rows_of(alike[0]):
+                key = alike[0].source, pair.prompt_id, pair.sample_id
+                sums = (sum(share * of[key][n] for share, of in scores) for n in range(len(roles)))
+                result.append(ScoredPair(pair, tuple(sums)))
         return result
 
     def stop_here(self) -> None:

@@ -160,7 +160,7 @@ def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
         "top_p": c.sampling.top_p,
         "stop_token_ids": list(prepared.model.stop_tokens),
     }
-    for example in [*prepared.examples, *prepared.held_out]:
+    for example in [*prepared.examples(t), *prepared.held_out]:
         prompt = chat.sampling_prompt(example)
         yield {
             "prompt_id": example.prompt_id,

@@ -37,12 +37,13 @@ from ml_collections import config_flags
 from spin_jax import collectives as traffic
 from spin_jax import config as config_lib
 from spin_jax import programs, roofline
-from spin_jax.batches import ScoredPair, filled_tokens, pair_batches
+from spin_jax.batches import filled_tokens
 from spin_jax.command import fail, parse, set_compiler_flags
 from spin_jax.footprint import (
     SIZES,
     Phase,
     Work,
+    batches_of,
     compiled_phases,
     estimated_phases,
     fits,
@@ -84,10 +85,7 @@ def _timed(work: Work, phases: dict[str, Phase], assumed: Assumed) -> None:
     c, m, chip, mesh = work.config, work.model.config, work.chip, work.model.mesh
     epochs = config_lib.per_iteration(c.train.epochs, 0)
     size = c.train.batch_size
-    steps = [
-        pair_batches([ScoredPair(pair, (0.0, 0.0)) for pair in work.pairs[first : first + size]], work.shape)
-        for first in range(0, len(work.pairs), size)
-    ]
+    steps = [batches_of(work, work.pairs[first : first + size]) for first in range(0, len(work.pairs), size)]
     microbatches = sum(map(len, steps)) / len(steps)
     filled = sum(filled_tokens(part) for step in steps for part in step) / len(steps)
     forward = sum(roofline.rows_flops(m, part.rows) for step in steps for part in step) / len(steps)

@@ -25,8 +25,9 @@ from spin_jax import (
     hosts,
     hub,
     identity,
+    judging,
     lora,
-    losses,
+    named_loss,
     programs,
     sharding,
     sources,
@@ -35,6 +36,7 @@ from spin_jax import (
 from spin_jax.batches import RowShape
 from spin_jax.chat import Chat, Example, Lengths, Pair, asked
 from spin_jax.draw import Sampling
+from spin_jax.judging import Judge
 from spin_jax.metrics import compact
 from spin_jax.model import Decoder, Model, Params, abstract_params, count_params, init_params
 from spin_jax.official import OfficialChat
@@ -52,14 +54,15 @@ class Prepared:
     model: Model  # without weights
     initial_params: Callable[[], Params]  # loads or initializes float32 weights
     chat: Chat
-    examples: list[Example]  # to train on
-    held_out: list[Example]
+    datasets: list[list[Example]]  # to train on: one for all iterations, or one each
+    held_out: list[Example]  # of the first
+    judge: Judge | None  # of sampled answers
     given: dict[int, list[Pair]]  # pairs from the config, by iteration
     pair_shape: RowShape  # of micro-batches, the same for all iterations
     example_shape: RowShape
     identity: identity.Identity  # fingerprints and versions: what makes this run this run
     began: Mapping[str, Any]  # the config.json that is there already, or {}
-    data_revision: str | None  # the commit of a hub dataset
+    data_revision: str | dict[str, str | None] | None  # the commit of a hub dataset; of several, by path
     today: str  # what chat templates are told
     commit: str | None  # of the code that the run began with
     notes: list[str]  # what was dropped, cut or left out
@@ -67,6 +70,11 @@ class Prepared:
     @property
     def mesh(self) -> jax.sharding.Mesh:
         return self.model.mesh
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The answers that a row of self-play has."""
+        return named_loss.roles(self.config.loss)
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -89,6 +97,10 @@ class Prepared:
         if not c.checkpoint.best:
             return 0
         return heldout.direction(c.checkpoint.best, config_lib.task_names(c), c.eval.include_path)
+
+    def examples(self, t: int) -> list[Example]:
+        """What iteration t trains on; the start trains on the first dataset."""
+        return self.datasets[0 if t < 0 or len(self.datasets) == 1 else t]
 
     def folder(self, t: int) -> epath.Path:
         """Where iteration t is kept; −1 is the start."""
@@ -136,19 +148,14 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
     _check_tasks(config, read.model)
     hosts.check_same("config or data", lambda: _seen(config, read))
     model, chat, given, notes = read.model, read.chat, read.given, read.notes
-    examples = _examples(config, read)
-    held_out = data.split_held_out(
-        [example.prompt_id for example in examples],
-        fraction=config.eval.fraction,
-        limit=config.eval.limit,
-        seed=config.seed,
-    )
+    datasets = _datasets(config, read)
+    examples, held_out = _distinct(datasets), _held_out(config, datasets[0])
     if config.lengths.max_length > model.config.max_position_embeddings:
         notes.append(
             f"lengths.max_length={config.lengths.max_length} exceeds the model's "
             f"{model.config.max_position_embeddings} positions"
         )
-    found = identity.digests(config, model, examples, given, read.start)
+    found = identity.digests(config, model, datasets, given, read.start)
     hosts.check_same("model, tokenizer, data or code", lambda: repr(found).encode())
     notes += identity.check(root, config, found, began)
     _check_given(root, read.given, began)
@@ -158,8 +165,9 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
         model=model,
         initial_params=read.initial_params,
         chat=chat,
-        examples=[example for example in examples if example.prompt_id not in held_out],
-        held_out=[example for example in examples if example.prompt_id in held_out],
+        datasets=_without(datasets, held_out),
+        held_out=held_out,
+        judge=read.judge,
         given=given,
         pair_shape=programs.pair_shape(config, model, examples, given),
         example_shape=programs.example_shape(config, model, examples),
@@ -194,31 +202,40 @@ class _Read(NamedTuple):
     initial_params: Callable[[], Params]
     chat: Chat
     given: dict[int, list[Pair]]
-    rows: Any  # a dataset; None where the given pairs are the data
-    data_revision: str | None
+    judge: Judge | None
+    rows: dict[str, Any]  # datasets by path; none where the given pairs are the data
+    data_revision: str | dict[str, str | None] | None
     start: str  # a digest of the weights that it starts from
     notes: list[str]
 
 
 def _read(config: Config, began: Mapping[str, Any], today: str) -> _Read:
-    losses.find(config.loss.name)
+    named_loss.check(config.loss)
+    judge = judging.judge(config)
     if config.eval.verifier:
         heldout.find_verifier(config.eval.verifier)
     model, initial_params, start = open_model(config, _began_with(config, began, "model"))
     programs.check_mesh(config, model)
+    named_loss.check(config.loss, model.mesh)
     notes = _other_architecture(config, model)
     chat = make_chat(config, model, today)
     given = _given(config, chat, model.config.vocab_size, notes)
     c = config.data
-    rows = revision = None
-    if c.path:
-        revision = sources.pinned(c.path, _began_with(config, began, "data") or c.revision)
-        rows = sources.load_rows(c.path, c.split, name=c.name, revision=revision)
-    return _Read(model, initial_params, chat, given, rows, revision, start, notes)
+    rows, revisions = {}, {}
+    before = _began_with(config, began, "data")
+    for path in dict.fromkeys(config_lib.data_paths(config.data.path)):
+        known = before.get(path) if isinstance(before, dict) else before
+        revisions[path] = sources.pinned(path, known or c.revision)
+        rows[path] = sources.load_rows(path, c.split, name=c.name, revision=revisions[path])
+    pinned = revisions if len(revisions) > 1 else next(iter(revisions.values()), None)
+    return _Read(model, initial_params, chat, given, judge, rows, pinned, start, notes)
 
 
-def _began_with(config: Config, began: Mapping[str, Any], section: str) -> str | None:
-    """The commit of a hub's model or dataset that the run began with, where it is still the same one's."""
+def _began_with(config: Config, began: Mapping[str, Any], section: str) -> Any:
+    """The commit of a hub's model or dataset that the run began with, where it is still the same one's.
+
+    Of several datasets it is {path: commit}.
+    """
     asked_for = [began.get("config", {}).get(section, {}).get(key) for key in ("path", "revision")]
     if asked_for != [config[section].path, config[section].revision]:
         return None
@@ -228,10 +245,12 @@ def _began_with(config: Config, began: Mapping[str, Any], section: str) -> str |
 def _seen(config: Config, read: _Read) -> bytes:
     """What processes must have alike: the config, the model's description, given pairs, some of the rows."""
     pairs = [ids for pairs in read.given.values() for p in pairs for ids in (p.prompt, p.real, p.generated)]
-    rows = [] if read.rows is None else read.rows
-    some = [_row(rows, number) for number in range(0, len(rows), max(len(rows) // 64, 1))]
+    some = [
+        (len(rows), [_row(rows, number) for number in range(0, len(rows), max(len(rows) // 64, 1))])
+        for rows in read.rows.values()
+    ]
     m = read.model
-    alike = config, m.hf_config, m.generation_config, m.stop_tokens, m.revision, len(rows), some
+    alike = config, m.hf_config, m.generation_config, m.stop_tokens, m.revision, some
     return b"|".join([repr(alike).encode(), *(ids.tobytes() for ids in pairs)])
 
 
@@ -295,6 +314,10 @@ def _check_options(prepared: Prepared) -> None:
     _ = prepared.better
     if prepared.config.export.push_to:
         hub.check(prepared.config.export.push_to)
+    if "start" in prepared.roles and len(prepared.datasets) > 1:
+        raise ValueError("loss.answers has start, which answers one dataset: data.path names several")
+    if prepared.config.selfplay.scorer is None and named_loss.takes_score(prepared.config.loss):
+        raise ValueError(f"loss.name={prepared.config.loss.name!r} takes a score: set selfplay.scorer")
     prepared.sampling()
     prepared.sft_options()
     for t in prepared.iterations:
@@ -354,29 +377,65 @@ def _check_given(root: epath.Path, given: Mapping[int, Sequence[Pair]], began: M
             )
 
 
-def _examples(config: Config, read: _Read) -> list[Example]:
-    """Prompts with their human answers."""
+# Rows of datasets after the first are numbered from here, twice this, …: a prompt has one id in a run.
+_NEXT_DATASET = 2**40
+
+
+def _datasets(config: Config, read: _Read) -> list[list[Example]]:
+    """Prompts with their human answers: one dataset for all iterations, or one each."""
     c = config.data
-    if not c.path:  # the given pairs are the data
+    if not read.rows:  # the given pairs are the data
         wanted = range(config.selfplay.start, config.selfplay.iterations)
         if absent := [t for t in wanted if t not in read.given]:
             raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")
         unique = {asked(p.real_messages): p for t in sorted(read.given, reverse=True) for p in read.given[t]}
         pairs = sorted(unique.values(), key=lambda pair: pair.prompt_id)
-        return [Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs]
-    examples, counts = data.load_examples(
-        read.rows,
-        read.chat,
-        path=c.path,
-        prompt_column=c.prompt_column,
-        answer_column=c.answer_column,
-        limit=c.limit,
+        return [[Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs]]
+    loaded: dict[str, list[Example]] = {}
+    for number, (path, rows) in enumerate(read.rows.items()):
+        examples, counts = data.load_examples(
+            rows,
+            read.chat,
+            path=path,
+            prompt_column=c.prompt_column,
+            answer_column=c.answer_column,
+            limit=c.limit,
+            seed=config.seed,
+            bad_rows=c.bad_rows,
+            max_bad=c.max_bad,
+        )
+        read.notes.extend(_counted(path, counts))
+        if number and max(example.prompt_id for example in examples) >= _NEXT_DATASET:
+            raise ValueError(f"{path}: of several datasets, a prompt_id is below {_NEXT_DATASET}")
+        moved = number * _NEXT_DATASET
+        loaded[path] = [dataclasses.replace(e, prompt_id=e.prompt_id + moved) for e in examples]
+    return [loaded[path] for path in config_lib.data_paths(config.data.path)]
+
+
+def _distinct(datasets: Sequence[list[Example]]) -> list[Example]:
+    """All examples: those of a dataset that serves several iterations once."""
+    return [example for dataset in {id(d): d for d in datasets}.values() for example in dataset]
+
+
+def _held_out(config: Config, examples: Sequence[Example]) -> list[Example]:
+    ids = data.split_held_out(
+        [example.prompt_id for example in examples],
+        fraction=config.eval.fraction,
+        limit=config.eval.limit,
         seed=config.seed,
-        bad_rows=c.bad_rows,
-        max_bad=c.max_bad,
     )
-    read.notes.extend(_counted(c.path, counts))
-    return examples
+    return [example for example in examples if example.prompt_id in ids]
+
+
+def _without(datasets: Sequence[list[Example]], held_out: Sequence[Example]) -> list[list[Example]]:
+    """The datasets without what is held out of the first; and of later ones without the same prompts."""
+    ids = {example.prompt_id for example in held_out}
+    prompts = {asked(example.messages) for example in held_out} if len(datasets) > 1 else set()
+
+    def stays(example: Example, later: bool) -> bool:
+        return example.prompt_id not in ids and not (later and asked(example.messages) in prompts)
+
+    return [[e for e in examples if stays(e, examples is not datasets[0])] for examples in datasets]
 
 
 def _counted(path: str, counts: Counter) -> list[str]:
@@ -400,7 +459,7 @@ def lengths(prepared: Prepared) -> str:
     unlimited: Config = ConfigDict(prepared.config).copy_and_resolve_references()
     unlimited.lengths.max_prompt = unlimited.lengths.max_length = 2**31 - 1
     read = hosts.together(lambda: _read(unlimited, prepared.began, prepared.today))
-    examples = _examples(unlimited, read)
+    examples = _distinct(_datasets(unlimited, read))
     prompts, answers = (
         np.array([len(ids) for ids in of]) for of in zip(*((e.prompt, e.real) for e in examples), strict=True)
     )
@@ -432,6 +491,7 @@ def plan(prepared: Prepared, finished: int) -> str:
     revision = f" at {model.revision[:12]}" if model.revision else ""
     first, last, shape = c.selfplay.start, c.selfplay.iterations - 1, prepared.pair_shape
     betas = ", ".join(f"{beta:g}" for beta in c.loss.beta)
+    beside = "".join(f", {text}" for text in config_lib.beside_loss(c))
     lines = [
         ("devices", f"{jax.device_count()} × {device.device_kind}, mesh {mesh}"),
         (
@@ -441,15 +501,19 @@ def plan(prepared: Prepared, finished: int) -> str:
         ("memory", f"{gib:.2f} GiB a device for weights, gradients and optimizer; activations come on top"),
         *([("LoRA", f"rank {rank}: {compact(trained)} numbers are trained")] if rank else []),
         ("disk", _disk(prepared, finished, count, trained)),
-        ("data", f"{len(prepared.examples)} prompts to train on, {len(prepared.held_out)} held out"),
+        ("data", f"{_counts(prepared)} prompts to train on, {len(prepared.held_out)} held out"),
         ("rows", f"{shape.rows} × {shape.length} tokens a micro-batch, {c.train.batch_size} pairs a step"),
         ("attention", prepared.decoder.kernel),
         ("self-play", f"iterations {first} to {last}, {finished} of them done"),
-        ("loss", f"{c.loss.name}, β {betas}"),
+        ("loss", f"{c.loss.name}, β {betas}{beside}"),
         ("workdir", str(prepared.workdir)),
         *(("note", note) for note in prepared.notes),
     ]
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def _counts(prepared: Prepared) -> str:
+    return ", ".join(str(len(dataset)) for dataset in prepared.datasets)
 
 
 def _disk(prepared: Prepared, finished: int, parameters: int, trained: int) -> str:

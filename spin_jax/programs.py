@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from spin_jax import config as config_lib
-from spin_jax import lora, losses, roofline, sharding
+from spin_jax import lora, named_loss, roofline, sharding
 from spin_jax.attention import kernel_for
-from spin_jax.batches import RowShape, choose_shape, example_group, group_sizes, pair_group, sizes
+from spin_jax.batches import RowShape, choose_shape, example_group, group_sizes, sizes
 from spin_jax.chat import Example, Pair
 from spin_jax.draw import Sampling
 from spin_jax.model import Decoder, Model, ModelConfig
@@ -40,7 +40,8 @@ def kernel(config: Config, model: Model) -> str:
 def spin(config: Config, model: Model) -> SPIN:
     """The config's loss on that model."""
     c = config.loss
-    return SPIN(decoder(config, model), losses.with_nll(losses.find(c.name), c.nll_weight))
+    loss, roles = named_loss.make(c), named_loss.roles(c)
+    return SPIN(decoder(config, model), loss, roles, named_loss.takes_score(c))
 
 
 def optimization(config: Config, t: int) -> Optimization:
@@ -173,7 +174,7 @@ def expected_pairs(config: Any, vocab_size: int, count: int) -> list[Pair]:
     lengths[:, 1] = np.minimum(lengths[:, 1], room)
     lengths[:, 2] = np.minimum(lengths[:, 2], np.minimum(room, config.sampling.max_new_tokens))
     ids = [[rng.integers(3, vocab_size, n).astype(np.int32) for n in row] for row in lengths]
-    return [Pair(number, 0, [], [], *row, truncated=False) for number, row in enumerate(ids)]
+    return [Pair(number, 0, [], [], *row, truncated=False, start=row[-1]) for number, row in enumerate(ids)]
 
 
 def pair_shape(
@@ -186,13 +187,23 @@ def pair_shape(
     """
     prompts, real = np.array([(len(e.prompt), len(e.real)) for e in examples]).T
     new, limit = config.sampling.max_new_tokens, config.lengths.max_length
+    roles = named_loss.roles(config.loss)
+
+    def of(sampled: np.ndarray) -> np.ndarray:
+        return sizes(prompts, *(real if role == "real" else sampled for role in roles))
+
     # As far as one can know, answers are as long as the human ones; at most, as long as they may be.
-    expected = sizes(prompts, real, np.minimum(real, new))
-    largest = sizes(prompts, real, np.clip(limit - prompts, 1, new)).max(axis=0)
-    for pairs in given.values():
-        largest = np.maximum(largest, group_sizes([pair_group(pair) for pair in pairs]).max(axis=0))
+    expected, largest = of(np.minimum(real, new)), of(np.clip(limit - prompts, 1, new)).max(axis=0)
+    for pairs in given.values():  # the start's answers may be any iteration's
+        longest = max(len(pair.generated) for pair in pairs)
+        answers = [
+            [len(p.real if r == "real" else p.generated) if r != "start" else longest for r in roles]
+            for p in pairs
+        ]
+        measured = sizes([len(pair.prompt) for pair in pairs], *np.array(answers).T)
+        largest = np.maximum(largest, measured.max(axis=0))
     if config.official:  # answers are tokenized anew, and can grow
-        largest = np.maximum(largest, sizes([0], [limit], [limit])[0])
+        largest = np.maximum(largest, sizes([0], *[[limit]] * len(roles))[0])
     return row_shape(config.train, config, model, expected, largest)
 
 

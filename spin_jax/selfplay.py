@@ -46,7 +46,7 @@ from spin_jax.evaluation import Evaluation
 from spin_jax.exports import Exports
 from spin_jax.metrics import Metrics, compact, progress
 from spin_jax.model import Params, params_on
-from spin_jax.opponent import BEFORE, Opponent
+from spin_jax.opponent import BEFORE, OPPONENT, START, Opponent
 from spin_jax.prepare import Prepared, lengths, plan, prepare, take
 from spin_jax.summary import Summary
 from spin_jax.train import (
@@ -63,6 +63,12 @@ from spin_jax.train import (
 )
 
 Row = dict[str, Any]
+
+
+class NothingToTrainOn(RuntimeError):
+    """selfplay.rows leaves nothing of an iteration's answers."""
+
+
 PHASES = ("sample", "score", "train")
 
 
@@ -192,6 +198,7 @@ class SelfPlay:
         folder = self.run.folder(BEFORE)
         if self.run.makes_start:
             self.exports.save(folder, params)
+        self.evaluation.write_samples(BEFORE, params)
         drawn = self.evaluation.draw(params)
         row: Row = {"iteration": BEFORE, **self.evaluation.alone(folder, params, drawn)}
         if self.run.makes_start:
@@ -210,13 +217,13 @@ class SelfPlay:
     def _again(self, t: int) -> Params:
         """Iteration t's parameters, from what is left of it."""
         params = self.score(t, self.sample(t, None))
-        return self._fit(params, self._spin(t))
+        return self._fit(self._begun(t, params), self._spin(t))
 
     def _sft_start(self) -> Params:
         run, options = self.run, self.run.sft_options()
         if not run.config.sft.epochs:
             return run.initial_params()
-        steps = training_steps(len(run.examples), options.batch_size, options.epochs)
+        steps = training_steps(len(run.examples(BEFORE)), options.batch_size, options.epochs)
         schedule_steps = options.schedule_steps(steps)
         return self._fit(None, self._sft("sft", BEFORE, steps, schedule_steps, run.initial_params))
 
@@ -240,7 +247,7 @@ class SelfPlay:
 
     def sample(self, t: int, params: Params | None) -> Params | None:
         """Makes the answers that are missing. `params` are the opponent's; None reads them if needed."""
-        for source in self.opponent.sources(t)[:-1]:
+        for source in self.opponent.needed(t)[:-1]:
             if not self.opponent.has_answers(source):
                 given = source in self.run.given  # then nobody answers
                 self.opponent.sample(source, {} if given else self.before(source))
@@ -250,10 +257,14 @@ class SelfPlay:
         return params
 
     def score(self, t: int, params: Params | None) -> Params | None:
-        """The same of scores."""
-        if not self.opponent.has_scores(t):
+        """The same of scores; None is left of the opponent's parameters where the start scores, too."""
+        if not self.opponent.has_scores(t, OPPONENT):
             params = self.before(t) if params is None else params
             self.opponent.score(t, params)
+        if not self.opponent.has_scores(t, START):
+            self._free(params)
+            self.opponent.score(t, self.before(self.run.config.selfplay.start), START)
+            params = None
         return params
 
     # --- training --------------------------------------------------------------------------------
@@ -265,7 +276,7 @@ class SelfPlay:
         where the last of its evaluation has made room for others.
         """
         began, folder, training = time.perf_counter(), self.run.folder(t), self._spin(t)
-        params = self._made(folder, lambda: self._fit(params, training))
+        params = self._made(folder, lambda: self._fit(self._begun(t, params), training))
         self.exports.save(folder, params)
         beta, steps = training.scalars["beta"], training.steps
         skipped = self.metrics.count("train", t, lambda row: row.get("skipped"))
@@ -288,9 +299,29 @@ class SelfPlay:
         self.exports.keep_best(self.summary.best())
         self.exports.push([row["iteration"] for row in self.summary.made])
 
+    def _origin(self, t: int) -> int:
+        """The iteration whose opponent's weights iteration t trains."""
+        return self.run.config.selfplay.start if self.run.config.selfplay.restart else t
+
+    def _begun(self, t: int, params: Params | None) -> Params | None:
+        """The opponent's parameters, where it is those that are trained."""
+        if self._origin(t) == t:
+            return params
+        self._free(params)
+        return None
+
+    def _free(self, params: Params | None) -> None:
+        self.opponent.release()
+        sharding.free(params)
+
     def _spin(self, t: int) -> Training:
         run, options = self.run, self.run.options(t)
         scored = self.opponent.scored_pairs(t, "train")
+        if not scored:
+            raise NothingToTrainOn(
+                f"iteration {t}: no answer is {run.config.selfplay.rows}, and selfplay.rows asks for those. "
+                "Take more selfplay.samples, another eval.verifier, or selfplay.rows=all"
+            )
         steps = training_steps(len(scored), options.batch_size, options.epochs)
         return Training(
             phase="train",
@@ -304,11 +335,11 @@ class SelfPlay:
             steps=steps,
             schedule_steps=options.schedule_steps(steps),
             scalars={"beta": float(config_lib.per_iteration(run.config.loss.beta, t))},
-            begins_from=lambda: self.before(t),
+            begins_from=lambda: self.before(self._origin(t)),
         )
 
     def _pairs(self, scored: Sequence[ScoredPair]) -> list[PairBatch]:
-        return pair_batches(scored, self.run.pair_shape, self.run.chat.unattended)
+        return pair_batches(scored, self.run.pair_shape, self.run.chat.unattended, self.run.roles)
 
     def _examples(self, chosen: Sequence[Example]) -> list[Rows]:
         groups = [example_group(example) for example in chosen]
@@ -324,7 +355,7 @@ class SelfPlay:
             folder=run.folder(t) if phase == "sft" else self._control_folder(t),
             objective=SFT(run.decoder),
             options=run.sft_options(control=phase == "control"),
-            items=run.examples,
+            items=run.examples(t),
             collate=self._examples,
             shape=run.example_shape,
             steps=steps,

@@ -41,3 +41,9 @@ def problems(count: int = 10_000, seed: int = 0, largest: int = 30) -> list[dict
     while len(seen) < count:
         seen[tuple(rng.randint(0, largest) for _ in range(3))] = None
     return [{"question": "+".join(map(str, terms)), "answer": str(sum(terms))} for terms in seen]
+
+
+def wins(messages: list[dict[str, str]], answers: list[str]) -> list[float]:
+    """How probably each answer is better than one of all: a selfplay.scorer. The right one wins."""
+    right = [answer.strip() == messages[-1]["content"] for answer in answers]
+    return [(1 + own - sum(right) / len(right)) / 2 for own in right]

@@ -18,8 +18,8 @@ from jaxtyping import Array
 
 from spin_jax import checkpoint, lora, losses, sharding
 from spin_jax.batches import PairBatch, Rows, filled_tokens
-from spin_jax.losses import PairLogps
 from spin_jax.model import Decoder, Params
+from spin_jax.named_loss import logps_type
 from spin_jax.scoring import response_logps
 
 Metrics = dict[str, Array]
@@ -95,29 +95,35 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SPIN:
-    """The paper's objective: mean over pairs of ℓ(policy, opponent)."""
+    """The paper's objective: mean over pairs of ℓ(policy, opponent); and those of other losses of rows."""
 
     decoder: Decoder
-    loss: losses.Loss
+    loss: losses.Loss  # from named_loss.make
+    roles: tuple[str, ...] = losses.PAIR  # of a row's answers
+    takes_score: bool = False  # whether the loss wants `score`, too
 
     def size(self, batch: PairBatch) -> Array:
         return jnp.sum(batch.rows.items > 0)
 
     def __call__(self, params: Params, batch: PairBatch, **scalars: Array) -> tuple[Array, Metrics]:
-        beta = scalars["beta"]
         logps = response_logps(self.decoder, params, batch.rows)
-        policy, opponent = (_pairs(x) for x in (logps, batch.opponent))
-        values = self.loss(policy, opponent, beta=beta)
-        details = losses.metrics(policy, opponent, beta=beta)
+        policy, opponent = (self._by_role(x) for x in (logps, batch.opponent))
+        values, details = self.of(policy, opponent, scalars["beta"], sharding.merged_rows(batch.score))
         details["identical"] = sharding.merged_rows(batch.identical)
         # Rows weigh nothing, pairs do: a row's empty places are left out.
         total = functools.partial(jnp.sum, where=sharding.merged_rows(batch.rows.items) > 0)
         return total(values), {name: total(value) for name, value in details.items()}
 
+    def of(self, policy: Any, opponent: Any, beta: Any, score: Any) -> tuple[Array, Metrics]:
+        """Loss [B] and metrics {name: [B]} of log-probs by role."""
+        scores = {"score": score} if self.takes_score else {}
+        loss = self.loss(policy, opponent, beta=beta, **scores)
+        return loss, losses.metrics(policy, opponent, beta=beta)
 
-def _pairs(logps: Array) -> PairLogps:
-    """[N, G, 2] → each role's [B]."""
-    return PairLogps(*(sharding.merged_rows(logps[..., role]) for role in range(2)))
+    def _by_role(self, logps: Array) -> Any:
+        """[N, G, A] → each role's [B]."""
+        columns = (sharding.merged_rows(logps[..., place]) for place in range(len(self.roles)))
+        return logps_type(self.roles)(*columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,31 +368,3 @@ def fit(
         if pending is not None:
             report(pending)
     return state
-
-
-def evaluate(
-    objective: Objective,
-    params: Params,
-    batches: Iterable[Any],
-    scalars: Mapping[str, float],
-    mesh: jax.sharding.Mesh,
-    on_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Means of loss and metrics over held-out micro-batches (arrays [N, …]); `on_batch` may raise to stop."""
-    arguments = {name: np.float32(value) for name, value in scalars.items()}
-    totals: dict[str, float] = {}
-    count = 0.0
-    with jax.set_mesh(mesh):
-        for batch in batches:
-            placed = sharding.put_batch(mesh, batch)
-            size, loss, metrics = _evaluate(objective, params, placed, arguments)
-            count += float(size)
-            for name, value in {"loss": loss, **metrics}.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-            on_batch()
-    return {name: total / count for name, total in totals.items()}
-
-
-@functools.partial(jax.jit, static_argnames=("objective",))
-def _evaluate(objective: Objective, params: Params, batch: Any, scalars: Mapping[str, Array]):
-    return objective.size(batch), *objective(params, batch, **scalars)

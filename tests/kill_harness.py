@@ -34,6 +34,7 @@ FLAGS = (
     "--config.sampling.shard_size=8",
     "--config.sampling.batch_size=8",
     "--config.checkpoint.every_steps=4",
+    "--config.data.today=2026-01-31",  # runs that are compared may begin on different days
 )
 STOPPED = {signal.SIGTERM: 143, signal.SIGINT: 130}  # exit codes of a run that was asked to stop
 STOPS_WITHIN = 120  # seconds from such a signal

@@ -14,7 +14,7 @@ import pytest
 from jax.interpreters import partial_eval
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from spin_jax import attention, losses, programs, sharding
+from spin_jax import attention, named_loss, programs, sharding
 from spin_jax import config as spin_config
 from spin_jax.attention import Layout, attend, kernel_for, visible
 from spin_jax.batches import Group, PairBatch, Rows, RowShape, packed
@@ -376,7 +376,8 @@ def test_training_with_triton_lowers_for_gpus(dim):
     decoder = Decoder(config, dtype=jnp.bfloat16, remat="full", kernel="triton")
     rows = abstract_rows(mesh, 2, unshared=1408)
     floats = [
-        jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for x in (rows.lengths, rows.items)
+        jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+        for x in (rows.lengths, rows.items, rows.items)
     ]
     number = jax.ShapeDtypeStruct((), jnp.float32)
     options = programs.optimization(spin_config.default(), 0)
@@ -384,7 +385,7 @@ def test_training_with_triton_lowers_for_gpus(dim):
     with jax.sharding.use_abstract_mesh(mesh):
         opt_state = jax.eval_shape(make_optimizer(options).init, params)
         state = TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
-        step = make_step(SPIN(decoder, losses.find("logistic")), options)
+        step = make_step(SPIN(decoder, named_loss.find("logistic")), options)
         traced = step.trace(state, PairBatch(rows, *floats), number, {"beta": number})
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("mha_forward", "mha_preprocess_backward", "mha_backward"):

@@ -15,7 +15,7 @@ import sys
 import pytest
 
 from spin_jax import config as config_lib
-from spin_jax import convert, files, heldout, losses, prepare, programs, tiny
+from spin_jax import convert, files, heldout, named_loss, prepare, programs, tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 INDEX = "model.safetensors.index.json"
@@ -252,7 +252,7 @@ def test_functions_that_are_none(text, message, tmp_path, monkeypatch):
         (tmp_path / "user_functions.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "user_functions", raising=False)
-    for find in (losses.find, heldout.find_verifier):
+    for find in (named_loss.find, heldout.find_verifier):
         with pytest.raises(ValueError, match=message):
             find("user_functions:f")
 
@@ -380,7 +380,7 @@ def refusal(check, given):
 def open_config(config):
     """What a run checks before it reads its data."""
     c = config_lib.resolve(config)
-    losses.find(c.loss.name)
+    named_loss.check(c.loss)
     if c.eval.verifier:
         heldout.find_verifier(c.eval.verifier)
     model, _, _ = prepare.open_model(c)

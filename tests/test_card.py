@@ -73,7 +73,7 @@ def test_an_iteration_tells_its_recipe_and_numbers():
     assert text.count("# base-sft, SPIN iteration 1") == 1
     assert found["base"] == ["[owner/base-sft](https://huggingface.co/owner/base-sft) at `c0ffee` (4567)"]
     assert "datasets/owner/sums) at `f00d` (90 examples, 0123); plain, split train" in found["data"][0]
-    assert found["loss"] == ["logistic, β 5, and 0.2 × NLL of the human answer"]
+    assert found["loss"] == ["logistic, β 5, 0.2 × NLL of the human answer"]
     assert found["pairs"] == ["180, those of iteration 0 among them"]
     assert found["answers"] == ["temperature 1, max_new_tokens 256"]
     assert found["learning rate"] == ["1e-07 at its peak, linear schedule after 10% of warm-up"]

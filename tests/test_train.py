@@ -14,7 +14,6 @@ from spin_jax import checkpoint, convert, losses, scoring, sharding, tiny
 from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, pair_group, stacked
 from spin_jax.chat import Pair
 from spin_jax.convert import new_model
-from spin_jax.losses import PairLogps
 from spin_jax.model import Decoder, abstract_params, params_on
 from spin_jax.scoring import score_groups, score_rows
 from spin_jax.train import (
@@ -25,7 +24,6 @@ from spin_jax.train import (
     Optimization,
     TrainState,
     abstract_state,
-    evaluate,
     fit,
     init_state,
     make_optimizer,
@@ -506,22 +504,6 @@ def test_adafactor_learns(model, fresh, mesh):
     options = dataclasses.replace(RMSPROP, optimizer="adafactor")
     _, history = run_step(objective, options, params, batch, mesh, steps=4)
     assert history[-1]["loss"] < history[0]["loss"] - 1e-3
-
-
-def test_evaluation_is_the_mean_over_pairs(model, fresh, mesh):
-    """Ten held-out pairs in several micro-batches, rows with and without room left: the mean of all ten."""
-    decoder, params, pairs = Decoder(model.config), fresh(mesh), random_pairs(10)
-    policy = score_groups(decoder, params, [pair_group(pair) for pair in pairs], SCORING, mesh)
-    opponent = np.random.default_rng(0).normal(-25, 5, policy.shape)
-    scored = [ScoredPair(pair, tuple(values)) for pair, values in zip(pairs, opponent, strict=True)]
-    parts = pair_batches(scored, SHAPE)
-    assert len(parts) > 1
-    assert any((part.rows.items == 0).any() for part in parts)
-    values = [PairLogps(*jnp.asarray(logps, jnp.float32).T) for logps in (policy, opponent)]
-    expected = {"loss": losses.hinge(*values, beta=0.3), **losses.metrics(*values, beta=0.3)}
-    expected = {name: float(jnp.mean(value)) for name, value in expected.items()} | {"identical": 0.0}
-    found = evaluate(SPIN(decoder, losses.hinge), params, parts, {"beta": 0.3}, mesh)
-    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_fit_reports_tokens_and_waiting(mesh):

@@ -1,0 +1,232 @@
+"""The loss that a config names, and what can be wrong with one of one's own: told before training starts."""
+
+import functools
+import inspect
+import traceback
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from spin_jax import losses, sharding
+from spin_jax.config import import_function
+
+Config = Any  # the section `loss` of a resolved config: type checkers know nothing of its keys
+
+# Roles that a row can have; each is a field of chat.Pair, too.
+KNOWN_ROLES = ("real", "generated", "start")
+
+
+def find(name: str) -> losses.Loss:
+    """The loss of that name, or of `module:function`.
+
+    Raises:
+        ValueError: no such loss, module or function.
+    """
+    if name in losses.LOSSES:
+        return losses.LOSSES[name]
+    if ":" not in name:
+        known = ", ".join(losses.LOSSES)
+        raise ValueError(f"loss.name={name!r}: choose from {known}, or give module:function")
+    return import_function(name)
+
+
+def roles(c: Config) -> tuple[str, ...]:
+    """The answers that a row has: those that loss.answers names, or those that the loss is known to want.
+
+    Raises:
+        ValueError: loss.answers names others, or leaves out `generated`.
+    """
+    if not c.answers:
+        return losses.ROLES.get(c.name, losses.PAIR)
+    named = tuple(dict.fromkeys(part.strip() for part in c.answers.split(",")))
+    if not set(named) <= set(KNOWN_ROLES) or "generated" not in named:
+        raise ValueError(
+            f"loss.answers={c.answers!r}: generated, and with it real or start, as real,generated"
+        )
+    return named
+
+
+@functools.cache
+def logps_type(names: tuple[str, ...]) -> Any:
+    """The NamedTuple that losses get of these roles: one class for each, as compiled programs want it."""
+    return losses.PairLogps if names == losses.PAIR else namedtuple("Logps", names)
+
+
+def options(c: Config) -> dict[str, float]:
+    """loss.options as {name: number}.
+
+    Raises:
+        ValueError: it is not of the form name=number,name=number.
+    """
+    result = {}
+    for entry in filter(None, (part.strip() for part in (c.options or "").split(","))):
+        name, _, number = entry.partition("=")
+        try:
+            result[name.strip()] = float(number)
+        except ValueError:
+            raise ValueError(
+                f"loss.options={c.options!r}: numbers by name are wanted, as alpha=0.5"
+            ) from None
+    return result
+
+
+def make(c: Config) -> losses.Loss:
+    """The config's loss, with its options and NLL term.
+
+    Of equal configs it is the same object, so that they share the programs compiled with it.
+    """
+    return _bound(find(c.name), c.nll_weight, tuple(options(c).items()))
+
+
+@functools.cache
+def _bound(loss: losses.Loss, nll_weight: float, chosen: tuple[tuple[str, float], ...]) -> losses.Loss:
+    return losses.with_nll(functools.partial(loss, **dict(chosen)) if chosen else loss, nll_weight)
+
+
+def _parameters(loss: losses.Loss) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(loss).parameters)
+    except (TypeError, ValueError):  # some callables have none
+        return {}
+
+
+def takes_score(c: Config) -> bool:
+    """Whether the loss asks for what selfplay.scorer gives."""
+    return "score" in _parameters(find(c.name))
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+_ROWS = 6
+
+
+def check(c: Config, mesh: jax.sharding.Mesh | None = None) -> None:
+    """Checks what the config says of its loss, and calls one's own as training will, on made-up log-probs.
+
+    Args:
+        mesh: traces one's own for that, instead.
+
+    Raises:
+        ValueError: there is no such loss; it fails, has another shape than [B], or is not finite where an
+            iteration begins; or what it returns for a row is no function of that row's log-probs.
+    """
+    loss, names, chosen = find(c.name), roles(c), options(c)
+    problem = _of_signature(loss, chosen) or _of_roles(c, names)
+    try:
+        if ":" in c.name and not problem:
+            problem = _of_values(c, names) if mesh is None else _trace_on_mesh(c, names, mesh)
+    except Exception as error:  # it can raise anything
+        problem = _told(error, names)
+    if problem:
+        raise ValueError(f"loss.name={c.name!r}: {problem}")
+
+
+def _of_signature(loss: losses.Loss, chosen: Mapping[str, float]) -> str:
+    parameters = _parameters(loss)
+    if not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return ""
+    own = [name for name in list(parameters)[2:] if name not in ("beta", "score")]
+    if unknown := [name for name in chosen if name not in own]:
+        has = f"there are {', '.join(own)}" if own else "it has none"
+        return f"it has no option {unknown[0]} (loss.options); {has}"
+    missing = [n for n in own if parameters[n].default is inspect.Parameter.empty and n not in chosen]
+    return (
+        f"it wants {missing[0]}: --config.loss.options={missing[0]}=NUMBER, or a default" if missing else ""
+    )
+
+
+def _of_roles(c: Config, names: Sequence[str]) -> str:
+    lacking = c.nll_weight and "real" not in names
+    return (
+        f"loss.nll_weight={c.nll_weight:g} is for rows with a human answer: these have none"
+        if lacking
+        else ""
+    )
+
+
+def _of_values(c: Config, names: tuple[str, ...]) -> str:
+    """What is wrong with the values and gradients of a few rows; "" for nothing."""
+    loss, kind, beta = make(c), logps_type(names), np.float32(c.beta[0])
+    rng = np.random.default_rng(0)
+    opponent = rng.uniform(-60, -5, (len(names), _ROWS)).astype(np.float32)
+    moved = rng.normal(size=opponent.shape) * min(1 / beta, 5.0)  # margins of a size that is met
+    score = {"score": np.linspace(0, 1, _ROWS, dtype=np.float32)} if takes_score(c) else {}
+
+    def value(policy: Any, rows: int = _ROWS) -> Any:
+        logps = [kind(*x[:, :rows]) for x in (policy, opponent)]
+        return loss(*logps, beta=beta, **{name: x[:rows] for name, x in score.items()})
+
+    @jax.jit
+    def evaluated(policy: Any) -> tuple[Array, Array]:
+        """The values and their gradient."""
+        return value(policy), jax.grad(lambda policy: value(policy).sum())(policy)
+
+    away = (opponent + moved).astype(np.float32)
+    first = jax.jit(value)(away)
+    if wrong := _of_shape(first):
+        return wrong
+    values, gradient = map(np.asarray, evaluated(away))
+    at_start = tuple(map(np.asarray, evaluated(opponent)))
+    start = ", where policy equals opponent, as it does when an iteration begins"
+    for where, numbers in ((start, at_start), ("", (values, gradient))):
+        for what, array in zip(("value", "gradient"), numbers, strict=True):
+            if not np.isfinite(array).all():
+                return f"its {what} is {array[~np.isfinite(array)][0]}{where}"
+    if not gradient.any() and not at_start[1].any():
+        return "it does not depend on policy: there is nothing to learn from it"
+    if not np.allclose(values, first, rtol=1e-5, atol=1e-6):  # traced twice
+        return (
+            "the same log-probs give another loss each time: it has to be a function of its arguments "
+            "alone, without random numbers or state"
+        )
+    if not np.allclose(values[: _ROWS // 2], value(away, _ROWS // 2), rtol=1e-4, atol=1e-5):
+        return (
+            "a row's loss depends on the other rows (a mean, a rank?), and those are whatever was packed "
+            "with it: it has to be a function of that row's log-probs"
+        )
+    return ""
+
+
+def _of_shape(values: Any) -> str:
+    shape = getattr(values, "shape", None)
+    if shape is None:
+        return f"it returns {type(values).__name__}: an array [B] is wanted, a number a row"
+    if shape != (_ROWS,):
+        mean = "; the step takes the mean" if shape == () else ""
+        return f"of {_ROWS} rows it returns an array {list(shape)}: [{_ROWS}] is wanted, a number a row{mean}"
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        return f"it returns {values.dtype}: floating-point numbers are wanted"
+    return ""
+
+
+def _trace_on_mesh(c: Config, names: tuple[str, ...], mesh: jax.sharding.Mesh) -> str:
+    """As the training step does: its arguments are spread over the mesh. It raises what is wrong."""
+    row = jax.ShapeDtypeStruct((2 * mesh.size,), jnp.float32, sharding=sharding.batch_layout(mesh))
+    logps = logps_type(names)(*[row] * len(names))
+    score = {"score": row} if takes_score(c) else {}
+
+    def total(policy: Any, opponent: Any, **score: Any) -> Array:
+        return make(c)(policy, opponent, beta=float(c.beta[0]), **score).sum()
+
+    with jax.set_mesh(mesh):
+        jax.eval_shape(jax.grad(total), logps, logps, **score)
+    return ""
+
+
+def _told(error: Exception, names: Sequence[str]) -> str:
+    """What it raised, where, and what may help."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and f.filename != __file__]
+    place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    said, hint = str(error).strip().split("\n")[0], ""
+    if isinstance(error, jax.errors.JAXTypeError):
+        hint = ". JAX traces it: jnp.where in place of if, jnp in place of np and float()"
+    elif isinstance(error, AttributeError) and "Logps" in said:
+        more = ",".join(dict.fromkeys((*names, *KNOWN_ROLES)))
+        hint = f". Rows have the answers {', '.join(names)}; --config.loss.answers={more} adds others"
+    return f"called as loss(policy, opponent, beta=β) it fails: {type(error).__name__}: {said}{place}{hint}"

@@ -1,0 +1,120 @@
+"""Runs several variants of a config with several seeds, one after the other, and compares what they come to.
+
+    python -m spin_jax.sweep --config=FILE --variants=A,B --seeds=0,1,2 --workdir=DIR [--config.key=value …]
+
+  --config=FILE            a config file; each run is --config=FILE:VARIANT of spin_jax.main
+  --variants=A,B           those of its get_config
+  --seeds=0,1,2            of each
+  --workdir=DIR            runs are kept in DIR/VARIANT/seed_SEED; the same command goes on with them
+  --numbers=A,B            numbers of summary.json that are compared (sampled_accuracy,greedy_accuracy,nll)
+  --config.section.key=…   for all of them
+
+It prints a table (DIR/table.md; of each run in DIR/table.json): the start, the SFT control where a run
+has one, and the final model of each variant; mean, least and most of the seeds.
+
+Example, the README's table of algorithms:
+
+  python -m spin_jax.sweep --config=configs/algorithms.py --seeds=0,1,2 --workdir=/tmp/algorithms \\
+      --variants=spin,hinge,exponential,correlation,spin_nll,alpha_spin,tspin,dpo,ipo,rest_em,sppo
+
+Exit codes are those of spin_jax.main: the first that is not 0.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from etils import epath
+
+from spin_jax import files
+from spin_jax.command import fail, parse
+
+Numbers = dict[str, float]
+
+
+def run(config: str, variant: str, seed: int, workdir: epath.Path, overrides: Sequence[str]) -> int:
+    """One run, in a process of its own; returns its exit code."""
+    command = ["-m", "spin_jax.main", f"--config={config}:{variant}", f"--workdir={workdir}"]
+    return subprocess.call([sys.executable, *command, f"--config.seed={seed}", *overrides])
+
+
+def outcome(rows: Sequence[Mapping[str, Any]], variant: str, numbers: Sequence[str]) -> dict[str, Numbers]:
+    """{start, SFT control, variant: its numbers}, from a run's summary.json."""
+    final = next((row for row in rows if row.get("final")), rows[-1])
+    parts = {"start": rows[0], "SFT control": rows[-1].get("control") or {}, variant: final}
+    found = {name: {n: row[n] for n in numbers if row.get(n) is not None} for name, row in parts.items()}
+    return {name: values for name, values in found.items() if values}
+
+
+def table(runs: Sequence[tuple[str, int, Mapping[str, Numbers]]], numbers: Sequence[str]) -> str:
+    """Markdown: a line for what runs came to; mean and, of several seeds, (least, most).
+
+    Args:
+        runs: (variant, seed, what `outcome` says) of each.
+    """
+    lines: dict[str, dict[int, Numbers]] = {}
+    for _, seed, found in runs:
+        for name, values in found.items():
+            lines.setdefault(name, {}).setdefault(seed, dict(values))  # all runs of a seed have one start
+    text = [f"| | {' | '.join(numbers)} |", "|---" * (len(numbers) + 1) + "|"]
+    for name, by_seed in lines.items():
+        columns = [[values[n] for values in by_seed.values() if n in values] for n in numbers]
+        text.append(f"| {name} | {' | '.join(map(_cell, columns))} |")
+    return "\n".join(text)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ({min(values):.4g}, {max(values):.4g})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4g}{spread}"
+
+
+def read_flags() -> tuple[str, list[str], list[int], epath.Path, list[str]]:
+    """(config, variants, seeds, workdir, numbers)."""
+    given = flags.FLAGS
+    if not (given.config and given.variants and given.workdir):
+        raise ValueError("--config, --variants and --workdir are needed; see --help")
+    try:
+        seeds = [int(seed) for seed in given.seeds]
+    except ValueError:
+        raise ValueError(f"--seeds={','.join(given.seeds)}: whole numbers, as 0,1,2") from None
+    return given.config, given.variants, seeds, epath.Path(given.workdir), given.numbers
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    argv = sys.argv if argv is None else argv
+    flags.DEFINE_string("config", None, "A config file.")  # here: who imports the module has other flags
+    flags.DEFINE_string("workdir", None, "Where the runs are kept.")
+    flags.DEFINE_list("variants", [], "Of the config file.")
+    flags.DEFINE_list("seeds", ["0"], "Of each variant.")
+    flags.DEFINE_list("numbers", ["sampled_accuracy", "greedy_accuracy", "nll"], "Of summary.json.")
+    overrides = [argument for argument in argv[1:] if argument.startswith("--config.")]
+    try:
+        config, variants, seeds, workdir, numbers = parse([a for a in argv if a not in overrides], read_flags)
+    except ValueError as error:
+        return fail(str(error))
+    runs = []
+    for number, (seed, variant) in enumerate((s, v) for s in seeds for v in variants):
+        folder = workdir / variant / f"seed_{seed}"
+        print(f"\n=== {number + 1} of {len(seeds) * len(variants)}: {variant}, seed {seed}\n", flush=True)
+        if code := run(config, variant, seed, folder, overrides):
+            return fail(f"{variant}, seed {seed}, ended with {code}; the same command goes on", code)
+        runs.append(
+            (variant, seed, outcome(json.loads((folder / "summary.json").read_text()), variant, numbers))
+        )
+    text = table(runs, numbers)
+    records = [{"variant": variant, "seed": seed, "numbers": found} for variant, seed, found in runs]
+    files.write_here(workdir / "table.json", json.dumps(records, indent=1).encode())
+    files.write_here(workdir / "table.md", f"{text}\n".encode())
+    print(f"\n{text}\n\nin {workdir / 'table.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

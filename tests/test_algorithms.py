@@ -1,0 +1,409 @@
+"""SPIN's relatives on its engine: what rows they train on, against what reference, from which weights."""
+
+import json
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+from runs import assert_same_run, read_metrics, read_pairs, weights
+
+from spin_jax import config as config_lib
+from spin_jax import judging, selfplay
+from spin_jax.opponent import Missing
+
+ROOT = pathlib.Path(__file__).parents[1]
+ALGORITHMS = runpy.run_path(str(ROOT / "configs" / "algorithms.py"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_device():
+    """What algorithms differ in has nothing to do with devices, and one compiles in less time."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: first)
+        yield
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, _one_device):
+    """settings(algorithm, **{"section.key": value}) → the config over tiny.py:smoke, from one start."""
+    base = ALGORITHMS["get_config"]("spin,tiny:smoke")
+    base.update({"sft": {"control": False}, "selfplay": {"iterations": 0}, "eval": {"kl": False}})
+    start = tmp_path_factory.mktemp("start")
+    selfplay.run(base, str(start))
+
+    def make(algorithm="spin", **keys):
+        c = ALGORITHMS["get_config"](f"{algorithm},tiny:smoke")
+        keys = {"data.limit": 80, "train.batch_size": 16, "eval.kl": False, "eval.verifier": "exact", **keys}
+        keys = {"logging.plot": False, "logging.tensorboard": False, "eval.fixed_prompts": 1, **keys}
+        keys = {"sft.control": False, "sft.epochs": 0, "model.path": str(start / "start" / "model"), **keys}
+        for key, value in keys.items():
+            section, _, last = key.partition(".")
+            c[section][last] = value
+        return c
+
+    return make
+
+
+def even(reference, answer):
+    """A verifier that an untrained model's answers pass now and then."""
+    return len(answer) % 2 == 0
+
+
+def lengths(messages, answers):
+    """A scorer."""
+    assert messages[-1]["role"] == "assistant"
+    return [len(answer) / 10 for answer in answers]
+
+
+def scores_of(workdir, t):
+    return read_pairs(workdir / f"iteration_{t}" / "scores")
+
+
+def first_step(workdir, t):
+    return next(row for row in read_metrics(workdir) if (row["phase"], row["iteration"]) == ("train", t))
+
+
+# --- one engine ----------------------------------------------------------------------------------
+
+RELATIVES = {
+    "alpha_spin": {},
+    "tspin": {},
+    "rest_em": {"eval.verifier": "test_algorithms:even"},
+    "sppo": {"selfplay.scorer": "test_algorithms:lengths"},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(settings, tmp_path_factory):
+    """{algorithm: workdir} of two iterations each."""
+    made = {}
+    for name, keys in RELATIVES.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        selfplay.run(settings(name, **keys), str(made[name]))
+    return made
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_phase_by_phase(name, runs, settings, tmp_path):
+    """Each phase by itself comes to the same, to the bit: what it needs of others is on disk."""
+    for _ in range(2):
+        for phase in selfplay.PHASES:
+            selfplay.run(settings(name, **RELATIVES[name]), str(tmp_path), only=phase)
+    selfplay.run(settings(name, **RELATIVES[name]), str(tmp_path))
+    assert_same_run(runs[name], tmp_path)
+
+
+def test_rest_em_trains_on_what_the_verifier_takes(runs):
+    """K answers a prompt with their verdicts; likelihood of the right ones; each time from the start."""
+    workdir = runs["rest_em"]
+    summary = json.loads((workdir / "summary.json").read_text())
+    for t in (0, 1):
+        pairs = read_pairs(workdir / f"iteration_{t}" / "pairs")
+        train = [
+            row
+            for path in sorted((workdir / f"iteration_{t}" / "pairs").glob("train*"))
+            for row in files_rows(path)
+        ]
+        assert {row["sample_id"] for row in train} == {0, 1}
+        answers = {row["prompt_id"]: [] for row in train}
+        for row in train:
+            answers[row["prompt_id"]].append(tuple(row["generated_tokens"]))
+        assert any(len(set(of)) > 1 for of in answers.values())  # drawn apart
+        for row in pairs:
+            text = row["generated"][-1]["content"]
+            assert row["score"] == float(even(None, text))
+        right = {(row["prompt_id"], row["sample_id"]) for row in pairs if row["score"] == 1}
+        scored = {(row["prompt_id"], row["sample_id"]) for row in scores_of(workdir, t)}
+        assert scored == right
+        assert 0 < len(right) < len(pairs)
+        assert summary[t + 1]["pairs"] == sum(row["score"] == 1 for row in train)
+        step = first_step(workdir, t)
+        assert step["loss"] == pytest.approx(-step["generated_logp"], rel=1e-6)
+        assert "margin" not in step
+    assert first_step(workdir, 0)["generated_reward"] == pytest.approx(0, abs=1e-4)
+    assert abs(first_step(workdir, 1)["generated_reward"]) > 1e-4  # the opponent is not what is trained
+
+
+def files_rows(path):
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
+
+
+def test_alpha_spin_mixes_references(runs, settings, tmp_path):
+    """The reference's log-probs are half the opponent's, half the start's, which are those of iteration 0."""
+    workdir = runs["alpha_spin"]
+    names = {path.name for path in (workdir / "iteration_1" / "scores").iterdir()}
+    own = {name for name in names if not name.startswith("start-")}
+    assert names == own | {f"start-{name}" for name in own}
+    assert not list((workdir / "iteration_0" / "scores").glob("start-*"))
+
+    def by_id(folder, name):
+        return {(r["prompt_id"], r["sample_id"]): r for r in files_rows(folder / name)}
+
+    name = next(name for name in own if name.startswith("iteration_0-train"))
+    folder = workdir / "iteration_1" / "scores"
+    before, start = by_id(workdir / "iteration_0" / "scores", name), by_id(folder, f"start-{name}")
+    opponent = by_id(folder, name)
+    assert start.keys() == before.keys()
+    for key, row in start.items():  # the start was the opponent of iteration 0
+        assert row["real_logp"] == pytest.approx(before[key]["real_logp"], abs=1e-4)
+    held_out = {
+        (r["prompt_id"], r["sample_id"]): r for r in files_rows(workdir / "iteration_1" / "held_out.parquet")
+    }
+    (test,) = (path for path in folder.glob("iteration_1-test*"))
+    opponent, start = by_id(folder, test.name), by_id(folder, f"start-{test.name}")
+    for key, row in held_out.items():
+        for role in ("real", "generated"):
+            mixed = (opponent[key][f"{role}_logp"] + start[key][f"{role}_logp"]) / 2
+            assert row[f"{role}_reference"] == pytest.approx(mixed, abs=1e-4)
+        reward = 10 * (row["real_logp"] - row["real_reference"])
+        assert row["real_reward"] == pytest.approx(reward, abs=1e-3)
+
+
+def test_tspin_sees_what_the_start_answered(runs):
+    workdir = runs["tspin"]
+    for t in (0, 1):
+        assert all("start_logp" in row for row in scores_of(workdir, t))
+    first = {(r["prompt_id"], r["source_iteration"]): r for r in scores_of(workdir, 0)}
+    assert all(row["start_logp"] == pytest.approx(row["generated_logp"], abs=1e-4) for row in first.values())
+    later = scores_of(workdir, 1)
+    assert any(abs(row["start_logp"] - row["generated_logp"]) > 0.1 for row in later)
+    same = [row for row in later if row["source_iteration"] == 0]
+    assert all(row["start_logp"] == pytest.approx(row["generated_logp"], abs=1e-4) for row in same)
+
+
+def test_sppo_gets_the_scores(runs):
+    """At its start the log-ratio is 0 and the loss the mean of ((P − ½)/β)², of what the scorer gave."""
+    workdir = runs["sppo"]
+    pairs = read_pairs(workdir / "iteration_0" / "pairs")
+    assert all(row["score"] == pytest.approx(len(row["generated"][-1]["content"]) / 10) for row in pairs)
+    row = next(r for r in read_metrics(workdir) if (r["phase"], r["iteration"]) == ("train", 0))
+    losses = [((row["score"] - 0.5) / 0.25) ** 2 for row in pairs]
+    assert min(losses) <= row["loss"] <= max(losses)
+    held_out = files_rows(workdir / "iteration_0" / "held_out.parquet")
+    by_id = {
+        r["prompt_id"]: r["score"] for r in pairs if r["prompt_id"] in {h["prompt_id"] for h in held_out}
+    }
+    for row in held_out:
+        gap = row["generated_logp"] - row["generated_reference"] - (by_id[row["prompt_id"]] - 0.5) / 0.25
+        assert row["loss"] == pytest.approx(gap**2, rel=1e-3, abs=1e-3)
+
+
+def test_a_fixed_reference_is_the_start(settings, tmp_path):
+    """loss.reference_alpha=0: nobody scores by the opponent after the first iteration."""
+    selfplay.run(settings(**{"loss.reference_alpha": 0.0, "selfplay.mix_previous": 0}), str(tmp_path))
+    names = [path.name for path in (tmp_path / "iteration_1" / "scores").iterdir()]
+    assert names
+    assert all(name.startswith("start-") for name in names)
+    assert first_step(tmp_path, 0)["real_reward"] == pytest.approx(0, abs=1e-3)
+    assert abs(first_step(tmp_path, 1)["real_reward"]) > 1e-3
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"selfplay.rows": "right", "eval.verifier": None}, "selfplay.rows='right' needs eval.verifier"),
+        ({"selfplay.rows": "some"}, "selfplay.rows='some': one of all, right, wrong"),
+        ({"selfplay.rows": "right", "selfplay.scorer": "a:b"}, "both judge answers"),
+        ({"selfplay.scorer": "exact"}, "selfplay.scorer='exact': module:function"),
+        ({"loss.name": "sppo"}, "'sppo' takes a score: set selfplay.scorer"),
+        ({"loss.name": "likelihood", "loss.nll_weight": 1.0}, "rows with a human answer"),
+        ({"loss.answers": "real"}, "loss.answers='real': generated"),
+        ({"loss.answers": "real,generated,final"}, "loss.answers"),
+        ({"loss.options": "alpha"}, "loss.options='alpha': numbers by name"),
+        ({"loss.options": "alpha=1"}, r"has no option alpha .*it has none"),
+        ({"loss.name": "tspin", "loss.options": "alhpa=1"}, r"has no option alhpa .*there are alpha"),
+        ({"loss.reference_alpha": 1.5}, "loss.reference_alpha=1.5"),
+        ({"data.path": "a,b,c", "selfplay.iterations": 4}, "data.path has 3 datasets for 4 iterations"),
+        (
+            {"loss.name": "tspin", "data.path": "spin_jax.tiny:problems,test_algorithms:others"},
+            "loss.answers has start",
+        ),
+    ],
+)
+def test_what_cannot_be(keys, message, settings, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        selfplay.run(settings(**keys), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_right(settings, tmp_path):
+    keys = {"selfplay.rows": "right", "eval.verifier": "exact"}
+    with pytest.raises(selfplay.NothingToTrainOn, match="iteration 0: no answer is right"):
+        selfplay.run(settings(**keys), str(tmp_path))
+
+
+def nonsense(messages, answers):
+    return [float("nan")] * len(answers)
+
+
+def broken(messages, answers):
+    raise KeyError("no such server")
+
+
+@pytest.mark.parametrize(
+    ("scorer", "said"), [("nonsense", "a finite number for each"), ("broken", "KeyError")]
+)
+def test_a_scorer_that_fails(scorer, said, settings, tmp_path):
+    keys = {"selfplay.scorer": f"test_algorithms:{scorer}"}
+    with pytest.raises(judging.JudgeFailed, match=f"prompt_id .*{said}"):
+        selfplay.run(settings("sppo", **keys), str(tmp_path))
+
+
+def test_pairs_without_the_starts_answer(settings, runs, tmp_path):
+    """T-SPIN on given pairs of other prompts than the start's."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = read_pairs(runs["tspin"] / "iteration_1" / "pairs")
+    pairs.write_text(
+        "".join(json.dumps({"real": r["real"], "generated": r["generated"]}) + "\n" for r in rows[:40])
+    )
+    keys = {"selfplay.pairs": f"1={pairs}", "selfplay.mix_previous": 0}
+    with pytest.raises(Missing, match=r"pairs.*prompt_id \d+, sample_id 0 has no answer of the start"):
+        selfplay.run(settings("tspin", **keys), str(tmp_path / "run"))
+
+
+# --- preferences ---------------------------------------------------------------------------------
+
+
+def test_preferences_are_pairs(settings, tmp_path):
+    """The forms that TRL documents, whole or with the prompt apart, are the same pairs."""
+    asked, good, bad = (
+        {"role": r, "content": c} for r, c in (("user", "1+2+3"), ("assistant", "6"), ("assistant", "7"))
+    )
+    forms = {
+        "pairs": {"real": [asked, good], "generated": [asked, bad]},
+        "whole": {"chosen": [asked, good], "rejected": [asked, bad]},
+        "both": {"prompt": "1+2+3", "chosen": [asked, good], "rejected": [asked, bad]},
+        "messages": {"prompt": [asked], "chosen": [good], "rejected": [bad]},
+        "text": {"prompt": "1+2+3", "chosen": "6", "rejected": "7"},
+    }
+    found = {}
+    for name, row in forms.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text((json.dumps(row) + "\n") * 12)
+        c = settings("dpo", **{"selfplay.pairs": str(path), "data.path": None, "eval.limit": 0})
+        found[name] = selfplay.prepare(config_lib.resolve(c), None).given[0]
+    for pairs in found.values():
+        assert len(pairs) == 12
+        for pair, other in zip(pairs, found["pairs"], strict=True):
+            assert pair.real_messages == other.real_messages
+            assert pair.generated_messages == other.generated_messages
+            np.testing.assert_array_equal(pair.generated, other.generated)
+
+
+def test_a_preference_without_its_prompt(settings, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"chosen": "6", "rejected": "7"}) + "\n")
+    with pytest.raises(ValueError, match=r"pairs.jsonl.*1: chosen is text, and there is no field prompt"):
+        selfplay.run(settings("dpo", **{"selfplay.pairs": str(path)}), str(tmp_path / "run"))
+
+
+def test_given_scores(settings, tmp_path, runs):
+    """Pairs that bring their scores keep them; the others are judged here."""
+    rows = read_pairs(runs["sppo"] / "iteration_0" / "pairs")
+    rows = [
+        {
+            "real": r["real"],
+            "generated": r["generated"],
+            "prompt_id": r["prompt_id"],
+            "sample_id": r["sample_id"],
+            **({"score": 0.75} if n % 2 else {}),
+        }
+        for n, r in enumerate(rows)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {
+        "selfplay.pairs": str(path),
+        "selfplay.scorer": "test_algorithms:lengths",
+        "selfplay.iterations": 1,
+    }
+    selfplay.run(settings("sppo", **keys), str(tmp_path / "run"), only="sample")
+    stored = {
+        (r["prompt_id"], r["sample_id"]): r for r in read_pairs(tmp_path / "run" / "iteration_0" / "pairs")
+    }
+    kept = [row for row in rows if (row["prompt_id"], row["sample_id"]) in stored]  # but for empty answers
+    assert len(kept) > len(rows) / 2
+    for row in kept:
+        pair = stored[row["prompt_id"], row["sample_id"]]
+        own = len(pair["generated"][-1]["content"]) / 10
+        assert pair["score"] == pytest.approx(row.get("score", own))
+
+
+# --- data that changes ---------------------------------------------------------------------------
+
+
+def sums():
+    return [{"question": f"{a}+{b}", "answer": str(a + b)} for a in range(8) for b in range(8)]
+
+
+def others():
+    """Some of the same prompts, and new ones."""
+    return [
+        *sums()[:32],
+        *({"question": f"{a}*{b}", "answer": str(a * b)} for a in range(8) for b in range(8)),
+    ]
+
+
+def test_a_dataset_an_iteration(settings, tmp_path):
+    """Prompts of each iteration are its dataset's; held-out rows are the first's, and in no other."""
+    path = "test_algorithms:sums,test_algorithms:others"
+    keys = {"data.path": path, "data.limit": None, "selfplay.mix_previous": 0}
+    selfplay.run(settings(**keys), str(tmp_path))
+
+    def asked(kind, t):
+        paths = sorted((tmp_path / f"iteration_{t}" / "pairs").glob(f"{kind}*"))
+        return {row["real"][0]["content"]: row["prompt_id"] for path in paths for row in files_rows(path)}
+
+    held_out = set(asked("test", 0))
+    assert len(held_out) == 6
+    assert set(asked("test", 1)) == held_out
+    assert set(asked("train", 0)) == {row["question"] for row in sums()} - held_out
+    assert set(asked("train", 1)) == {row["question"] for row in others()} - held_out
+    ids = [*asked("train", 0).values(), *asked("train", 1).values(), *asked("test", 0).values()]
+    assert len(set(ids)) == len(ids)
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    assert {"data", "data 1"} <= recorded["fingerprints"].keys()
+
+
+def test_a_dataset_that_comes_later(settings, tmp_path):
+    """A run on one dataset goes on with another; one that has been used cannot change."""
+    keys = {"data.path": "test_algorithms:sums", "data.limit": None, "selfplay.iterations": 1}
+    selfplay.run(settings(**keys), str(tmp_path))
+    before = weights(tmp_path / "iteration_0" / "model")
+    two = {"data.path": "test_algorithms:sums,test_algorithms:others", "selfplay.iterations": 2}
+    selfplay.run(settings(**{**keys, **two}), str(tmp_path))
+    after = weights(tmp_path / "iteration_0" / "model")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    with pytest.raises(ValueError, match=r"fingerprints\.data is"):
+        selfplay.run(
+            settings(**{**keys, **two, "data.path": "test_algorithms:others,test_algorithms:others"}),
+            str(tmp_path),
+        )
+
+
+# --- configs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALGORITHMS["ALGORITHMS"])
+def test_each_is_a_config(name):
+    for base in ("", ",tiny:smoke", ",zephyr"):
+        c = ALGORITHMS["get_config"](name + base)
+        if name == "rest_em" and base == ",zephyr":
+            c.eval.verifier = "gsm8k"
+        resolved = config_lib.resolve(c)
+        for key, value in ALGORITHMS["ALGORITHMS"][name].items():
+            section, _, last = key.partition(".")
+            assert base != ",zephyr" or resolved[section][last] == value
+
+
+def test_a_config_that_is_none():
+    with pytest.raises(ValueError, match="spin, hinge"):
+        ALGORITHMS["get_config"]("spinn")
