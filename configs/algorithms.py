@@ -1,7 +1,7 @@
 """SPIN and its relatives as a few keys each, over another config.
 
     python -m spin_jax.main --config=configs/algorithms.py:rest_em --workdir=DIR                # over tiny.py
-    python -m spin_jax.main --config=configs/algorithms.py:rest_em,small_gsm8k --workdir=DIR …  # over another
+    python -m spin_jax.main --config=configs/algorithms.py:rest_em/small_gsm8k --workdir=DIR …  # over another
 
 `python -m spin_jax.sweep` runs several, with several seeds, and compares them: the README's table. SFT alone
 is any config with --config.selfplay.iterations=0 and sft.epochs; beside self-play it is sft.control.
@@ -49,7 +49,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def get_config(variant: str = "spin") -> Any:
-    name, _, base = variant.partition(",")
+    name, _, base = variant.partition("/")
     if name not in ALGORITHMS:
         raise ValueError(f"configs/algorithms.py has {', '.join(ALGORITHMS)}, and not {name!r}")
     file, _, base_variant = (base or "tiny").partition(":")

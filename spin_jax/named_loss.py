@@ -102,7 +102,7 @@ def takes_score(c: Config) -> bool:
 
 # --- checks --------------------------------------------------------------------------------------
 
-_ROWS = 6
+_ROWS = 8
 
 
 def check(c: Config, mesh: jax.sharding.Mesh | None = None) -> None:
@@ -177,8 +177,6 @@ def _of_values(c: Config, names: tuple[str, ...]) -> str:
         for what, array in zip(("value", "gradient"), numbers, strict=True):
             if not np.isfinite(array).all():
                 return f"its {what} is {array[~np.isfinite(array)][0]}{where}"
-    if not gradient.any() and not at_start[1].any():
-        return "it does not depend on policy: there is nothing to learn from it"
     if not np.allclose(values, first, rtol=1e-5, atol=1e-6):  # traced twice
         return (
             "the same log-probs give another loss each time: it has to be a function of its arguments "
@@ -189,6 +187,8 @@ def _of_values(c: Config, names: tuple[str, ...]) -> str:
             "a row's loss depends on the other rows (a mean, a rank?), and those are whatever was packed "
             "with it: it has to be a function of that row's log-probs"
         )
+    if not gradient.any() and not at_start[1].any():
+        return "it does not depend on policy: there is nothing to learn from it"
     return ""
 
 

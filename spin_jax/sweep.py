@@ -29,6 +29,7 @@ from typing import Any
 
 from absl import flags
 from etils import epath
+from ml_collections import config_flags
 
 from spin_jax import files
 from spin_jax.command import fail, parse
@@ -75,7 +76,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def read_flags() -> tuple[str, list[str], list[int], epath.Path, list[str]]:
-    """(config, variants, seeds, workdir, numbers)."""
+    """(config file, variants, seeds, workdir, numbers)."""
     given = flags.FLAGS
     if not (given.config and given.variants and given.workdir):
         raise ValueError("--config, --variants and --workdir are needed; see --help")
@@ -83,20 +84,21 @@ def read_flags() -> tuple[str, list[str], list[int], epath.Path, list[str]]:
         seeds = [int(seed) for seed in given.seeds]
     except ValueError:
         raise ValueError(f"--seeds={','.join(given.seeds)}: whole numbers, as 0,1,2") from None
-    return given.config, given.variants, seeds, epath.Path(given.workdir), given.numbers
+    file = config_flags.get_config_filename(given["config"])
+    return file, given.variants, seeds, epath.Path(given.workdir), given.numbers
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     argv = sys.argv if argv is None else argv
-    flags.DEFINE_string("config", None, "A config file.")  # here: who imports the module has other flags
+    config_flags.DEFINE_config_file("config", None, "Config file.")  # here: importers have other flags
     flags.DEFINE_string("workdir", None, "Where the runs are kept.")
     flags.DEFINE_list("variants", [], "Of the config file.")
     flags.DEFINE_list("seeds", ["0"], "Of each variant.")
     flags.DEFINE_list("numbers", ["sampled_accuracy", "greedy_accuracy", "nll"], "Of summary.json.")
     overrides = [argument for argument in argv[1:] if argument.startswith("--config.")]
     try:
-        config, variants, seeds, workdir, numbers = parse([a for a in argv if a not in overrides], read_flags)
+        config, variants, seeds, workdir, numbers = parse(argv, read_flags)
     except ValueError as error:
         return fail(str(error))
     runs = []

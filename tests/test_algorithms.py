@@ -29,13 +29,13 @@ def _one_device():
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, _one_device):
     """settings(algorithm, **{"section.key": value}) → the config over tiny.py:smoke, from one start."""
-    base = ALGORITHMS["get_config"]("spin,tiny:smoke")
+    base = ALGORITHMS["get_config"]("spin/tiny:smoke")
     base.update({"sft": {"control": False}, "selfplay": {"iterations": 0}, "eval": {"kl": False}})
     start = tmp_path_factory.mktemp("start")
     selfplay.run(base, str(start))
 
     def make(algorithm="spin", **keys):
-        c = ALGORITHMS["get_config"](f"{algorithm},tiny:smoke")
+        c = ALGORITHMS["get_config"](f"{algorithm}/tiny:smoke")
         keys = {"data.limit": 80, "train.batch_size": 16, "eval.kl": False, "eval.verifier": "exact", **keys}
         keys = {"logging.plot": False, "logging.tensorboard": False, "eval.fixed_prompts": 1, **keys}
         keys = {"sft.control": False, "sft.epochs": 0, "model.path": str(start / "start" / "model"), **keys}
@@ -394,14 +394,14 @@ def test_a_dataset_that_comes_later(settings, tmp_path):
 
 @pytest.mark.parametrize("name", ALGORITHMS["ALGORITHMS"])
 def test_each_is_a_config(name):
-    for base in ("", ",tiny:smoke", ",zephyr"):
+    for base in ("", "/tiny:smoke", "/zephyr"):
         c = ALGORITHMS["get_config"](name + base)
-        if name == "rest_em" and base == ",zephyr":
+        if name == "rest_em" and base == "/zephyr":
             c.eval.verifier = "gsm8k"
         resolved = config_lib.resolve(c)
         for key, value in ALGORITHMS["ALGORITHMS"][name].items():
             section, _, last = key.partition(".")
-            assert base != ",zephyr" or resolved[section][last] == value
+            assert base != "/zephyr" or resolved[section][last] == value
 
 
 def test_a_config_that_is_none():

@@ -1,0 +1,177 @@
+"""One's own loss: found by name, run without touching the package, explained where it cannot be trained."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spin_jax import config, losses, named_loss, selfplay
+from spin_jax.losses import PairLogps
+
+
+def section(**keys):
+    """The section `loss` of a config."""
+    c = config.default().loss
+    for key, value in keys.items():
+        c[key] = value
+    return c
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """written(text) → the name of a loss in a module that has this text."""
+
+    def write(text, name="my_losses"):
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return f"{name}:loss"
+
+    return write
+
+
+def test_find():
+    assert named_loss.find("hinge") is losses.hinge
+    assert named_loss.find("spin_jax.losses:exponential") is losses.exponential
+    with pytest.raises(ValueError, match="logistic, hinge"):
+        named_loss.find("logistik")
+    with pytest.raises(ValueError, match="cannot be imported"):
+        named_loss.find("no_such_module:loss")
+
+
+def test_equal_configs_share_a_loss():
+    """And so the programs that are compiled with it."""
+    assert named_loss.make(section(name="hinge")) is losses.hinge
+    for keys in ({"options": "alpha=0.5", "name": "tspin"}, {"nll_weight": 0.5}):
+        assert named_loss.make(section(**keys)) is named_loss.make(section(**keys))
+    assert named_loss.make(section(nll_weight=0.5)) is not named_loss.make(section(nll_weight=0.25))
+
+
+def test_options_reach_the_loss():
+    c = section(name="tspin", options="alpha=0.5")
+    logps = named_loss.logps_type(named_loss.roles(c))
+    policy = logps(*jnp.array([[-3.0], [-5.0], [-9.0]]))
+    found = named_loss.make(c)(policy, policy, beta=0.1)
+    expected = np.log1p(np.exp(-0.5 * 2)) + 0.1 * np.log1p(np.exp(-0.5 * 4))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# What is wrong, a loss, and what is said of it.
+BROKEN = {
+    "a mean": (
+        "return (policy.real - opponent.real).mean()",
+        r"array \[\]: \[8\] is wanted, a number a row; the step",
+    ),
+    "a column": ("return policy.real[:, None]", r"an array \[8, 1\]: \[8\] is wanted"),
+    "a tuple": ("return policy.real, 1.0", "it returns tuple: an array"),
+    "nothing": ("pass", "it returns NoneType"),
+    "truth": ("return policy.real > opponent.real", "it returns bool: floating"),
+    "no policy": ("return opponent.real", "it does not depend on policy"),
+    "a kink at 0": (
+        "return jnp.sqrt(abs(policy.real - opponent.real))",
+        "its gradient is .*, where policy equals opponent, as it does when an iteration begins",
+    ),
+    "a log of less than 0": ("return jnp.log(policy.real)", "its value is nan, where policy equals opponent"),
+    "nan elsewhere": ("return jnp.sqrt(0.1 - (policy.real - opponent.real))", "its value is nan$"),
+    "a branch": (
+        "return policy.real if policy.real[0] > 0 else -policy.real",
+        r"TracerBoolConversionError: .*my_losses.py:5\)\. JAX traces it: jnp.where in place of if",
+    ),
+    "numpy": (
+        "return np.exp(-policy.real)",
+        r"TracerArrayConversionError: .*my_losses.py:5\)\. JAX traces it",
+    ),
+    "a typo": ("return -policy.reel", "AttributeError.*Rows have the answers real, generated"),
+    "another role": ("return -policy.start", "--config.loss.answers=real,generated,start adds others"),
+    "noise": ("return -policy.real * np.random.rand()", "the same log-probs give another loss each time"),
+    "a baseline": ("return -(policy.real - policy.real.mean())", "depends on the other rows"),
+    "an error": ("raise RuntimeError('no')", r"RuntimeError: no \(.*my_losses.py:5\)"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_losses_are_explained(name, written):
+    body, message = BROKEN[name]
+    head = "import jax.numpy as jnp\nimport numpy as np\n\ndef loss(policy, opponent, *, beta):\n"
+    loss = written(f"{head}    {body}")
+    with pytest.raises(ValueError, match=rf"loss.name='{loss}': .*{message}"):
+        named_loss.check(section(name=loss))
+
+
+@pytest.mark.parametrize(
+    ("signature", "message"),
+    [
+        ("policy, opponent", "unexpected keyword argument 'beta'"),
+        ("policy, opponent, *, beta, tau", "it wants tau: --config.loss.options=tau=NUMBER"),
+    ],
+)
+def test_signatures_are_explained(signature, message, written):
+    loss = written(f"def loss({signature}): return -policy.real")
+    with pytest.raises(ValueError, match=message):
+        named_loss.check(section(name=loss))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import jax\nfrom spin_jax.losses import margin\ndef loss(policy, opponent, *, beta):\n"
+        "  return jax.nn.relu(1 - margin(policy, opponent, beta)) ** 2",
+        "def loss(policy, opponent, beta, **options): return -(policy.real - policy.generated)",
+        "def loss(policy, opponent, *, beta, score): return (score - policy.real) ** 2",
+        "class Loss:\n  def __call__(self, policy, opponent, *, beta): return -policy.real\nloss = Loss()",
+        "def loss(policy, opponent, *, beta, tau=2.0): return (policy.real - opponent.real - tau) ** 2",
+    ],
+)
+@pytest.mark.parametrize("beta", [1e-3, 0.1, 50.0])
+def test_sound_losses_are_taken(text, beta, written, mesh8):
+    c = section(name=written(text), beta=(beta,))
+    named_loss.check(c)
+    named_loss.check(c, mesh8)
+
+
+def test_what_only_a_mesh_refuses(written, mesh8):
+    """What cannot be split over devices is known before training."""
+    body = "return -policy.real[jnp.arange(len(policy.real))]"
+    text = f"import jax.numpy as jnp\n\ndef loss(policy, opponent, *, beta):\n    {body}"
+    c = section(name=written(text))
+    named_loss.check(c)
+    with pytest.raises(ValueError, match=r"loss.name=.*it fails: ShardingTypeError"):
+        named_loss.check(c, mesh8)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_our_own_would_pass(name):
+    c = section(name=f"spin_jax.losses:{name}", answers=",".join(losses.ROLES.get(name, losses.PAIR)))
+    named_loss.check(c)
+
+
+def test_a_run_ends_before_anything_is_made(written, tmp_path):
+    name = written("def loss(policy, opponent, *, beta): return (policy.real - policy.generated).mean()")
+    with pytest.raises(ValueError, match="the step takes the mean"):
+        selfplay.run(
+            {"loss": {"name": name}, "model": {"path": "nowhere"}, "data": {"path": "x"}},
+            str(tmp_path / "run"),
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_notebooks_function(monkeypatch):
+    """What stands in a cell is `__main__:name`; its text is its fingerprint."""
+    from spin_jax import identity
+
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "in_a_cell", losses.hinge, raising=False)
+    monkeypatch.delattr(main, "__file__", raising=False)
+    assert named_loss.find("__main__:in_a_cell") is losses.hinge
+    digest = identity._source_of("__main__:in_a_cell")
+    monkeypatch.setattr(main, "in_a_cell", losses.logistic)
+    assert len(digest) == 16
+    assert digest != identity._source_of("__main__:in_a_cell")
+
+
+def test_pair_logps_are_pairs():
+    assert named_loss.logps_type(("real", "generated")) is PairLogps
+    assert named_loss.logps_type(("real", "generated", "start"))._fields == ("real", "generated", "start")
+    assert json.dumps(named_loss.options(section(options=" a=1, b=-2.5e-1 "))) == '{"a": 1.0, "b": -0.25}'
