@@ -37,10 +37,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "sppo": {"loss.name": "sppo", "selfplay.samples": 5, "selfplay.mix_previous": 0, "loss.beta": (1e-3,)},
 }
 
-# Numbers that suit answers of two digits, and as many steps for all: 188 of 256 rows.
+# Numbers that suit answers of two digits, and some 188 steps of 256 rows for all.
 TINY: dict[str, dict[str, Any]] = {
-    "spin": {},
-    "tspin": {"loss.options": "alpha=10"},
+    "exponential": {"loss.beta": (3.0,), "train.learning_rate": (1e-4, 7e-5, *[3e-5] * 8)},
+    "correlation": {"train.learning_rate": (1e-5, 7e-6, *[3e-6] * 8)},
+    "spin_nll": {"loss.nll_weight": 10.0},
     "dpo": {"train.epochs": (5,)},
     "ipo": {"train.epochs": (5,), "loss.beta": (0.5,)},
     "rest_em": {"selfplay.samples": 2},
