@@ -44,7 +44,7 @@ def default() -> Any:
     d.name = placeholder(str)  # which configuration of a hub dataset (gsm8k has main and socratic)
     d.revision = placeholder(str)  # of a hub dataset
     d.split = "train"  # in the syntax of datasets: train[:1000] …
-    d.limit = placeholder(int)  # use this many rows, chosen by the seed
+    d.limit = placeholder(int)  # use this many rows of a dataset, chosen by the seed
     d.prompt_column = placeholder(str)  # where columns are not found by themselves
     d.answer_column = placeholder(str)
     d.chat_template = placeholder(str)  # Jinja text or a file of it; unset: the tokenizer's

@@ -1,7 +1,6 @@
 """What sampled answers are worth: a verifier's verdicts, or a scorer's numbers, beside them on disk."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +37,7 @@ def judge(config: Any) -> Judge | None:
 
 
 def judged(pairs: Sequence[Pair], by: Judge | None) -> list[Pair]:
-    """The pairs with their scores; those that have one keep it. Answers to one prompt stand side by side.
+    """The pairs with their scores; those that have one keep it.
 
     Process 0 asks the judge, which may be slow, cost money, or give another number each time.
 
@@ -55,9 +54,11 @@ def judged(pairs: Sequence[Pair], by: Judge | None) -> list[Pair]:
 
 
 def _scores(pairs: Sequence[Pair], by: Judge) -> list[float]:
-    scores: list[float] = []
-    for prompt_id, group in itertools.groupby(pairs, key=lambda pair: pair.prompt_id):
-        of_prompt = list(group)
+    by_prompt: dict[int, list[Pair]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair.prompt_id, []).append(pair)
+    scores: dict[tuple[int, int], float] = {}
+    for prompt_id, of_prompt in by_prompt.items():
         answers = [pair.generated_messages[-1]["content"] for pair in of_prompt]
         try:
             given = [float(score) for score in by(of_prompt[0].real_messages, answers)]
@@ -70,8 +71,8 @@ def _scores(pairs: Sequence[Pair], by: Judge) -> list[float]:
                 f"prompt_id {prompt_id}: the scorer gave {given!r:.80} for {len(answers)} answers: a finite "
                 "number for each is wanted"
             )
-        scores += given
-    return scores
+        scores |= {(prompt_id, p.sample_id): score for p, score in zip(of_prompt, given, strict=True)}
+    return [scores[pair.prompt_id, pair.sample_id] for pair in pairs]
 
 
 def chosen(pairs: Sequence[Pair], rows: str) -> list[Pair]:

@@ -71,8 +71,12 @@ class Opponent:
         return result
 
     def _asked(self, t: int, path: epath.Path, examples: Sequence[Example]) -> list[tuple[Example, int]]:
-        """(example, sample_id) of each answer in a file: held-out prompts are answered once."""
-        many = self.run.config.selfplay.samples if path.name.startswith("train") else 1
+        """(example, sample_id) of each answer in a file.
+
+        Held-out prompts are answered once, unless a scorer compares answers.
+        """
+        play = self.run.config.selfplay
+        many = play.samples if path.name.startswith("train") or play.scorer else 1
         return [(example, sample_id) for example in examples for sample_id in range(many)]
 
     def _pairs_in(self, t: int, path: epath.Path, items: Sequence[Any]) -> int:

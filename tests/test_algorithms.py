@@ -185,11 +185,11 @@ def test_sppo_gets_the_scores(runs):
     losses = [((row["score"] - 0.5) / 0.25) ** 2 for row in pairs]
     assert min(losses) <= row["loss"] <= max(losses)
     held_out = files_rows(workdir / "iteration_0" / "held_out.parquet")
-    by_id = {
-        r["prompt_id"]: r["score"] for r in pairs if r["prompt_id"] in {h["prompt_id"] for h in held_out}
-    }
+    assert {row["sample_id"] for row in held_out} == {0, 1}  # who compares answers, compares these as well
+    scores = {(row["prompt_id"], row["sample_id"]): row["score"] for row in pairs}
     for row in held_out:
-        gap = row["generated_logp"] - row["generated_reference"] - (by_id[row["prompt_id"]] - 0.5) / 0.25
+        wanted = (scores[row["prompt_id"], row["sample_id"]] - 0.5) / 0.25
+        gap = row["generated_logp"] - row["generated_reference"] - wanted
         assert row["loss"] == pytest.approx(gap**2, rel=1e-3, abs=1e-3)
 
 
