@@ -197,17 +197,18 @@ plt.show()
 #
 # Each point is a pair whose answers differ. Below the diagonal the opponent itself found the human
 # answer likelier, and drew its own by chance; above it, it believed in its own. Both are what
-# training takes away.
+# training takes away. (Where answers are short, the points fill a curved edge: there the two share
+# all the probability that there is.)
 
 # %%
+differ = {t: table[table.human != table.answer] for t, table in pairs.items()}
+low = min(table[["real_logp", "generated_logp"]].quantile(0.01).min() for table in differ.values())
 figure, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 4), layout="constrained", squeeze=False)
-for axis, (t, table) in zip(axes.flat, pairs.items(), strict=True):
-    differ = table[table.human != table.answer]
-    low = differ[["real_logp", "generated_logp"]].quantile(0.01).min()
+for axis, (t, table) in zip(axes.flat, differ.items(), strict=True):
     axis.plot([low, 0], [low, 0], color="grey", linewidth=0.8)
-    axis.scatter(differ.real_logp, differ.generated_logp, s=9, alpha=0.3, color=OPPONENT, linewidths=0)
+    axis.scatter(table.real_logp, table.generated_logp, s=8, alpha=0.25, color=OPPONENT, linewidths=0)
     axis.set(xlim=(low, -low / 50), ylim=(low, -low / 50), aspect="equal")
-    axis.set(title=f"iteration {t}: {len(differ)} pairs", xlabel="log p of the human answer")
+    axis.set(title=f"iteration {t}: {len(table)} pairs", xlabel="log p of the human answer")
 axes[0, 0].set_ylabel("log p of its own answer")
 plt.show()
 

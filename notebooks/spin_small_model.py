@@ -13,9 +13,10 @@
 # iteration the model of the last one, the *opponent*, answers the training questions; the new model
 # learns to tell the human answers from those; and then it is the opponent.
 #
-# Here a model of 135 million parameters plays on grade-school maths: minutes on the GPU of a free
-# Colab (*Runtime → Change runtime type*). With no network, a tiny model that learns sums takes its
-# place.
+# Here a model of 135 million parameters plays on grade-school maths, cut down to what the GPU of a
+# free Colab can do in minutes (*Runtime → Change runtime type*). A CPU gets a tenth of it, and takes
+# a quarter of an hour to show that all works. With no network, a tiny model that learns sums takes
+# its place.
 
 # %% [markdown]
 # **Setup.** Where spin_jax is installed (`pip install -e .` in a clone), this cell only imports it.
@@ -86,9 +87,7 @@ online = reachable(MODEL)
 if online:
     print(f"Playing with {MODEL} on {DATA}.")
 else:
-    print(
-        "So this notebook falls back to the tiny model, made and trained here: it learns sums like 12+19+7."
-    )
+    print("So this falls back to the tiny model, which is made here and learns sums like 12+19+7.")
 
 # %% [markdown]
 # **What can the machine do?** Weights are always kept in float32; `dtype` is what the model computes
