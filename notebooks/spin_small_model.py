@@ -15,8 +15,8 @@
 #
 # Here a model of 135 million parameters plays on grade-school maths, cut down to what the GPU of a
 # free Colab can do in minutes (*Runtime → Change runtime type*). A CPU gets a tenth of it, and takes
-# a quarter of an hour to show that all works. With no network, a tiny model that learns sums takes
-# its place.
+# twenty minutes to show that all works. With no network, a tiny model that learns sums takes its
+# place.
 
 # %% [markdown]
 # **Setup.** Where spin_jax is installed (`pip install -e .` in a clone), this cell only imports it.
