@@ -1,0 +1,281 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Inside a run
+#
+# A workdir holds all that a run has seen and done: its numbers, the opponents' answers and what was
+# thought of them, and every iteration's model. This notebook reads one. For the short version, a page
+# to send to somebody:
+#
+# ```bash
+# python -m spin_jax.report --workdir=DIR
+# ```
+
+# %% [markdown]
+# **Setup.** Where spin_jax is installed (`pip install -e .` in a clone), this cell only imports it.
+# On a bare machine, a Colab say, it fetches the code from `REPO` and installs it; if you are asked to
+# restart the session afterwards, do, and run this cell again.
+
+# %%
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+import sys
+import warnings
+
+REPO = "https://github.com/OWNER/spin_jax"  # put here where you have this notebook from
+
+if importlib.util.find_spec("spin_jax") is None:
+    code = pathlib.Path("spin_jax_code").resolve()
+    if "OWNER" in REPO and not code.exists():
+        raise ValueError(
+            "spin_jax is not installed: write into REPO where its code is, and run this cell again"
+        )
+    if not code.exists():
+        subprocess.run(["git", "clone", "-q", REPO, str(code)], check=True)
+    extra = "[cuda]" if shutil.which("nvidia-smi") else ""
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{code}{extra}"], check=True)
+    sys.path.insert(0, str(code))
+
+import spin_jax
+
+sys.path.insert(0, str(pathlib.Path(spin_jax.__file__).parents[1]))  # configs/ is beside the package
+warnings.filterwarnings("ignore", message="IProgress not found")  # plain progress bars will do
+
+# %% tags=["parameters"]
+WORKDIR = "/tmp/spin_tiny"  # any run of spin_jax, finished or not; this is the README's first one
+TINY = ""  # where there is none yet: the tiny run, in three minutes; "smoke": in half a minute, and for tests
+
+# %%
+import contextlib
+import io
+
+if not pathlib.Path(WORKDIR, "summary.json").exists():
+    from configs import tiny
+
+    print(f"There is no run in {WORKDIR}, so a tiny one is made in runs/tiny.")
+    WORKDIR, recipe = "runs/tiny", tiny.get_config(TINY)
+    recipe.selfplay.iterations = 2
+    recipe.sft.control = False
+    with contextlib.redirect_stdout(io.StringIO()):  # of what it says, only the progress
+        spin_jax.run(recipe, WORKDIR)
+RUN = pathlib.Path(WORKDIR)
+
+# %% [markdown]
+# ## The table
+#
+# `summary.json` has a row for the start and one for each iteration; the README says what each number
+# means.
+
+# %%
+import json
+
+import pandas as pd
+
+rows = json.loads((RUN / "summary.json").read_text())
+ITERATIONS = [row["iteration"] for row in rows if row["iteration"] >= 0]
+config = json.loads((RUN / "config.json").read_text())["config"]
+
+summary = pd.DataFrame(rows).set_index("iteration").rename(index={-1: "start"})
+numbers = summary.drop(columns=["control", "final", "stopped"], errors="ignore").T
+numbers.style.format(lambda x: f"{x:g}" if x == round(x) else f"{x:.3f}", na_rep="–")
+
+# %% [markdown]
+# ## The curves
+#
+# `metrics.jsonl` has a row for each step of each phase. A *reward* is β times what an answer has
+# gained over the opponent; the margin is the difference of the two.
+#
+# Look at where the margin comes from: the human answers may rise, or the generated ones fall, or both
+# fall, and the generated ones faster. The last is the rule on large models, and no bug.
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+
+plt.rc("axes", grid=True)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("grid", alpha=0.25)
+plt.rc("figure", dpi=110)
+plt.rc("legend", frameon=False)
+HUMAN, OPPONENT, BLACK = "#1f5fa8", "#d9822b", "#333333"
+OUTLINE = {"histtype": "step", "linewidth": 2}  # of histograms that lie over others
+
+metrics = pd.read_json(RUN / "metrics.jsonl", lines=True)
+steps = metrics[metrics.phase == "train"].reset_index()
+panels = {
+    "rewards": {"real_reward": HUMAN, "generated_reward": OPPONENT},
+    "margin": {"margin": BLACK},
+    "log-probs (nats an answer)": {"real_logp": HUMAN, "generated_logp": OPPONENT},
+}
+labels = {"real": "human answers", "generated": "the opponent's"}
+
+figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+    for key, color in curves.items():
+        for t, part in steps.groupby("iteration"):
+            label = labels.get(key.split("_")[0]) if t == ITERATIONS[0] else None
+            axis.plot(part.index, part[key], color=color, label=label)
+    for t, part in steps.groupby("iteration"):
+        axis.axvline(part.index[0], color="grey", linewidth=0.8, linestyle=":")
+        axis.text(part.index[0], 1, f" {t}", transform=axis.get_xaxis_transform(), fontsize=8, va="top")
+    axis.set(title=title, xlabel="step (dotted: an iteration begins)")
+axes[0].legend()
+plt.show()
+
+# %% [markdown]
+# ## The pairs
+#
+# `iteration_t/pairs/` are the opponent's answers beside the human ones, as conversations and as token
+# ids; `iteration_t/scores/` is what the opponent of iteration t thinks of both. From the second
+# iteration on, it has scored the pairs of the one before as well, which are trained on again.
+
+
+# %%
+def read(t, kind, prefix="train"):
+    """The rows of an iteration's parquet files."""
+    files = sorted((RUN / f"iteration_{t}" / kind).glob(f"{prefix}-*.parquet"))
+    return pd.concat(map(pd.read_parquet, files), ignore_index=True)
+
+
+def scored(t, source):
+    """The pairs that iteration `source` made, with the log-probs that iteration t's opponent gives them."""
+    pairs = read(source, "pairs").merge(read(t, "scores", f"iteration_{source}-train"))
+    pairs["question"] = [turns[-2]["content"] for turns in pairs.real]
+    pairs["human"] = [turns[-1]["content"] for turns in pairs.real]
+    pairs["answer"] = [turns[-1]["content"] for turns in pairs.generated]
+    pairs["human_tokens"] = pairs.real_tokens.map(len)
+    pairs["answer_tokens"] = pairs.generated_tokens.map(len)
+    return pairs
+
+
+def show(table):
+    """Conversations read better to the left, and with their lines."""
+    look = {"white-space": "pre-wrap", "text-align": "left", "vertical-align": "top"}
+    return table.style.hide().format(precision=1).set_properties(**look)
+
+
+pairs = {t: scored(t, t) for t in ITERATIONS}
+WORDS = ["question", "human", "answer"]
+for t in ITERATIONS:
+    same, cut = (pairs[t].human == pairs[t].answer).mean(), pairs[t].truncated.mean()
+    print(f"iteration {t}: {len(pairs[t])} pairs, {same:.0%} the same answer twice, {cut:.0%} cut off")
+
+# %% [markdown]
+# The longest answers of the last opponent. Where a model rambles, or repeats itself, it shows here
+# first.
+
+# %%
+last = pairs[ITERATIONS[-1]]
+show(last.nlargest(4, "answer_tokens")[[*WORDS, "answer_tokens"]])
+
+# %% [markdown]
+# How long are they? Answers that grow from iteration to iteration, or pile up at the right edge
+# (there they were cut), deserve a look.
+
+# %%
+longest = max(table[["human_tokens", "answer_tokens"]].max().max() for table in pairs.values())
+bins = np.arange(longest + 2) - 0.5 if longest < 40 else np.linspace(0, longest, 41)
+figure, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 3.2), layout="constrained", squeeze=False)
+for axis, (t, table) in zip(axes.flat, pairs.items(), strict=True):
+    axis.hist(table.human_tokens, bins, color=HUMAN, alpha=0.35, label=labels["real"])
+    axis.hist(table.answer_tokens, bins, color=OPPONENT, label=labels["generated"], **OUTLINE)
+    axis.set(title=f"iteration {t}", xlabel="tokens")
+axes[0, 0].legend()
+axes[0, 0].set_ylabel("pairs")
+plt.show()
+
+# %% [markdown]
+# ## What the opponents thought of them
+#
+# Each point is a pair whose answers differ. Below the diagonal the opponent itself found the human
+# answer likelier, and drew its own by chance; above it, it believed in its own. Both are what
+# training takes away. (Where answers are short, the points fill a curved edge: there the two share
+# all the probability that there is.)
+
+# %%
+differ = {t: table[table.human != table.answer] for t, table in pairs.items()}
+low = min(table[["real_logp", "generated_logp"]].quantile(0.01).min() for table in differ.values())
+figure, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 4), layout="constrained", squeeze=False)
+for axis, (t, table) in zip(axes.flat, differ.items(), strict=True):
+    axis.plot([low, 0], [low, 0], color="grey", linewidth=0.8)
+    axis.scatter(table.real_logp, table.generated_logp, s=8, alpha=0.25, color=OPPONENT, linewidths=0)
+    axis.set(xlim=(low, -low / 50), ylim=(low, -low / 50), aspect="equal")
+    axis.set(title=f"iteration {t}: {len(table)} pairs", xlabel="log p of the human answer")
+axes[0, 0].set_ylabel("log p of its own answer")
+plt.show()
+
+# %% [markdown]
+# ## What an iteration changed
+#
+# The pairs of the first iteration, scored by its opponent and again by the model that it made. What a
+# pair has gained is the margin in nats, without β. At the top is what training did; at the bottom
+# what it did not manage, or undid.
+
+# %%
+gained = None
+if len(ITERATIONS) > 1 and config["selfplay"]["mix_previous"]:
+    first, second = ITERATIONS[:2]
+    scores = read(second, "scores", f"iteration_{first}-train")
+    gained = pairs[first].merge(scores, on=["prompt_id", "sample_id"], suffixes=("", "_after"))
+    gained["human_gained"] = gained.real_logp_after - gained.real_logp
+    gained["answer_gained"] = gained.generated_logp_after - gained.generated_logp
+    gained["margin"] = gained.human_gained - gained.answer_gained
+    gained = gained[gained.human != gained.answer].sort_values("margin", ascending=False)
+    shown = show(pd.concat([gained[:4], gained[-4:]])[[*WORDS, "human_gained", "answer_gained", "margin"]])
+else:
+    shown = "This takes two iterations, and selfplay.mix_previous."
+shown
+
+# %%
+if gained is not None:
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    ends = np.quantile(gained[["human_gained", "answer_gained"]], [0.005, 0.995])
+    bins = np.linspace(*ends, 50)
+    axis.hist(gained.human_gained, bins, color=HUMAN, alpha=0.35, label=labels["real"])
+    axis.hist(gained.answer_gained, bins, color=OPPONENT, label=labels["generated"], **OUTLINE)
+    axis.set(title=f"what iteration {first} did to its pairs", xlabel="log-prob gained (nats)")
+    axis.set_ylabel("pairs")
+    axis.legend()
+    plt.show()
+
+# %% [markdown]
+# ## Answers side by side
+#
+# `samples.jsonl` has the same held-out questions in each iteration, answered greedily.
+
+# %%
+answers = {}
+for t in ITERATIONS:
+    samples = pd.read_json(RUN / f"iteration_{t}" / "samples.jsonl", lines=True, dtype=False)
+    answers |= {"question": samples.prompt.map(lambda turns: turns[-1]["content"]), "human": samples.real}
+    answers[f"iteration {t}"] = samples.generated
+show(pd.DataFrame(answers))
+
+# %% [markdown]
+# ## Your own sentence
+#
+# Every iteration's model is there to be asked. How likely is each of these answers, at the start and
+# at the end?
+
+# %%
+PROMPT = "12+9+7"
+ANSWERS = ["28", "27", "38", "I do not know"]
+
+start = RUN / "start" / "model"
+models = {
+    "start": spin_jax.load(str(start) if start.exists() else config["model"]["path"]),
+    "last": spin_jax.load(str(RUN / f"iteration_{ITERATIONS[-1]}" / "model")),
+}
+asked = [
+    [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": answer}] for answer in ANSWERS
+]
+mine = pd.DataFrame({name: spin_jax.score(model, asked) for name, model in models.items()}, index=ANSWERS)
+mine.rename_axis(PROMPT).style.format(precision=2).set_caption("log p of the answer, in nats")

@@ -1,0 +1,172 @@
+"""The notebooks: each is what its source says, and runs from top to bottom, without a network."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from runs import ROOT, Command
+
+NOTEBOOKS = ROOT / "notebooks"
+NAMES = ("inspect_a_run", "modify_the_loss", "spin_small_model")
+
+
+def source_of(name):
+    return jupytext.read(NOTEBOOKS / f"{name}.py")
+
+
+def tagged(notebook, tag):
+    """The number of the cell with a tag."""
+    return next(i for i, cell in enumerate(notebook.cells) if tag in cell.metadata.get("tags", ()))
+
+
+class Executed:
+    """What the cells of a notebook have put out."""
+
+    def __init__(self, name, folder, **parameters):
+        """`parameters` are set after the cell that is tagged so, as papermill does."""
+        notebook = source_of(name)
+        given = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
+        notebook.cells.insert(tagged(notebook, "parameters") + 1, nbformat.v4.new_code_cell(given))
+        environment = Command().environment() | {
+            "HF_HUB_OFFLINE": "1",
+            "IPYTHONDIR": str(folder / "ipython"),
+            "PYTHONPATH": str(ROOT),
+        }
+        resources = {"metadata": {"path": str(folder)}}
+        client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources)
+        client.execute(env=environment)
+        outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+        self.text = "".join(out.text for out in outputs if out.output_type == "stream")
+        shown = [out.data for out in outputs if "data" in out]
+        self.figures = [data["image/png"] for data in shown if "image/png" in data]
+        self.tables = [data["text/html"] for data in shown if "text/html" in data]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.fixture(scope="module")
+def small_model(folder):
+    """The first notebook, on the tiny model; it leaves its run where the last one looks."""
+    return Executed("spin_small_model", folder, TINY="smoke", WORKDIR="runs/tiny")
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_there_is_no_other_notebook():
+    assert {path.stem for path in NOTEBOOKS.iterdir() if path.is_file()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_what_jupytext_makes_of_its_source(name):
+    source, notebook = source_of(name), nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+    def cells(of):
+        return [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in of.cells]
+
+    again = f"python -m jupytext --to ipynb --update notebooks/{name}.py"
+    assert cells(notebook) == cells(source), again
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), f"clear the outputs: {again}"
+
+
+def test_all_are_set_up_alike(tmp_path, monkeypatch):
+    """Without the package they fetch it from where they are told; where they are not told, they say so."""
+    cells = {
+        cell.source
+        for name in NAMES
+        for cell in source_of(name).cells
+        if cell.cell_type == "code" and "REPO =" in cell.source
+    }
+    (setup,) = cells
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ValueError, match="REPO"):
+        exec(setup, {})
+    assert not commands
+    exec(setup.replace("com/OWNER", "com/someone"), {})
+    code = str(tmp_path / "spin_jax_code")
+    assert commands == [
+        ["git", "clone", "-q", "https://github.com/someone/spin_jax", code],
+        [sys.executable, "-m", "pip", "install", "-q", "-e", code],
+    ]
+    assert sys.path[:2] == [str(ROOT), code]
+
+
+def test_a_silent_hub_is_not_waited_for(tmp_path):
+    notebook = source_of("spin_small_model")
+    cell = tmp_path / "cell.py"
+    cell.write_text(
+        "MODEL, DATA = 'some/model', 'some/data'\n" + notebook.cells[tagged(notebook, "network")].source
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "HF_HUB_OFFLINE": "0",
+        }
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, cell], env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+    assert "falls back to the tiny model" in done.stdout
+    assert time.monotonic() - began < 20
+
+
+def test_spin_small_model(small_model, folder):
+    assert "falls back to the tiny model" in small_model.text
+    assert "held-out pairs, against the opponent" in small_model.text
+    assert [row["iteration"] for row in json.loads((folder / "runs/tiny/summary.json").read_text())] == [
+        -1,
+        0,
+        1,
+    ]
+    assert len(small_model.figures) == 1
+    (answers,) = small_model.tables
+    for row in read_rows(folder / "runs/tiny/iteration_1/samples.jsonl"):
+        assert f">{row['prompt'][0]['content']}</td>" in answers
+
+
+def test_modify_the_loss(folder):
+    executed = Executed("modify_the_loss", folder, TINY="smoke")
+    assert len(executed.figures) == 2
+    runs = folder / "runs/modify_the_loss"
+    begun, done = [], []
+    for name in ("logistic", "smoothed"):
+        begun.append(next(row for row in read_rows(runs / name / "metrics.jsonl") if row["phase"] == "train"))
+        done.append(json.loads((runs / name / "summary.json").read_text())[-1])
+    logistic, smoothed = begun
+    assert logistic["real_logp"] == smoothed["real_logp"]  # the same start
+    assert logistic["generated_logp"] == smoothed["generated_logp"]  # and the same opponent's answers
+    assert logistic["loss"] == pytest.approx(smoothed["loss"])  # ln 2, both
+    logistic, smoothed = done
+    assert logistic["margin"] > smoothed["margin"] + 0.01
+    (table,) = executed.tables
+    assert "smoothed" in table
+    assert "averaged: " in executed.text
+
+
+def test_inspect_a_run(small_model, folder):
+    executed = Executed("inspect_a_run", folder, TINY="smoke", WORKDIR="absent")
+    assert "There is no run in absent" in executed.text
+    assert "iteration 1: 180 pairs, 0% the same answer twice" in executed.text
+    assert len(executed.figures) == 4
+    assert len(executed.tables) == 5
+    sums = read_rows(folder / "runs/tiny/iteration_0/samples.jsonl")
+    assert f">{sums[0]['prompt'][0]['content']}</td>" in executed.tables[3]
