@@ -75,8 +75,7 @@ def smoothed(policy, opponent, *, beta, doubt=0.1):
 
 
 # %% [markdown]
-# Python imports a module once. After a change to the file, run this too, or you train with the old
-# one.
+# A run sees when the file has been edited. This notebook's own plots need to be told.
 
 # %%
 import importlib
@@ -120,11 +119,11 @@ def shape(loss):
 
 t = jnp.linspace(-4, 6, 401)
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-for name, loss in {**LOSSES, "smoothed": my_losses.smoothed}.items():
-    ell = shape(loss)
+for name in STYLES:
+    ell = shape(LOSSES.get(name, my_losses.smoothed))
     slope = jax.grad(lambda t, ell=ell: ell(t).sum())
-    left.plot(t, ell(t), label=name, **STYLES.get(name, {}))
-    right.plot(t, slope(t), **STYLES.get(name, {}))
+    left.plot(t, ell(t), label=name, **STYLES[name])
+    right.plot(t, slope(t), **STYLES[name])
 left.set(title="ℓ(t)", xlabel="margin t", ylim=(-2, 6))
 right.set(title="its slope, ℓ′(t)", xlabel="margin t", ylim=(-3, 0.5))
 right.axhline(0, color="black", linewidth=0.6)
@@ -242,7 +241,7 @@ table.loc[list(keys)].rename(index=keys).style.format(precision=3, na_rep="–")
 #
 # Two mistakes that are easily made: to average over the pairs, where the training step does that
 # itself (it knows which rows are padding), and a slope that is no number at t = 0, which is where
-# every pair begins.
+# every pair begins. Both are told before anything is computed.
 
 # %%
 # %%writefile broken_losses.py
@@ -265,15 +264,16 @@ def square_root(policy, opponent, *, beta):
 for function in ("averaged", "square_root"):
     try:
         play("broken", f"broken_losses:{function}", START)
-    except Exception as error:
-        print(f"{function}: {type(error).__name__}: {error}\n")
+    except ValueError as error:
+        print(f"{error}\n")
 
 # %% [markdown]
 # ## Now yours
 #
-# Change `my_losses.py` above and run on from there. Some to try: IPO's square, `(t − ½)²`; the
-# logistic loss with `− 0.1 * policy.real` added, which keeps the human answers likely; a margin
-# without the opponent, `beta * (policy.real − policy.generated)`.
+# Change `my_losses.py` above and run on from there. Some to try: a square, `(t − 1)²`; the logistic
+# loss with `− 0.1 * policy.real` added, which keeps the human answers likely; a margin without the
+# opponent, `beta * (policy.real − policy.generated)`. `configs/algorithms.py` has the relatives of
+# SPIN that have a name.
 #
 # Outside of a notebook, in the folder where your file is:
 #

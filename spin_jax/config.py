@@ -10,6 +10,7 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -253,11 +254,23 @@ def nearest(key: str, keys: list[str], prefix: str = "") -> str:
     return f"; there are {', '.join(sorted(keys))}"
 
 
+_SOURCES: dict[str, bytes] = {}  # of users' modules, as they were imported
+
+
 def import_function(path: str) -> Callable:
-    """The function behind `module:function`; ValueError when there is none, or its module fails."""
+    """The function behind `module:function`; ValueError when there is none, or its module fails.
+
+    A module whose file has been edited since, as in a notebook, is imported anew.
+    """
     module, _, name = path.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        loaded = importlib.import_module(module)
+        file = getattr(loaded, "__file__", None)
+        source = Path(file).read_bytes() if file else b""
+        if _SOURCES.setdefault(module, source) != source:
+            loaded = importlib.reload(loaded)
+            _SOURCES[module] = source
+        function = getattr(loaded, name)
     except (Exception, SystemExit) as error:  # a module can raise anything
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
         place = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""

@@ -23,10 +23,12 @@ def section(**keys):
 def written(tmp_path, monkeypatch):
     """written(text) → the name of a loss in a module that has this text."""
 
-    def write(text, name="my_losses"):
+    def write(text, name="my_losses", keep=False):
         (tmp_path / f"{name}.py").write_text(text)
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        if not keep:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+            monkeypatch.setattr(config, "_SOURCES", {})
         return f"{name}:loss"
 
     return write
@@ -155,6 +157,16 @@ def test_a_run_ends_before_anything_is_made(written, tmp_path):
             str(tmp_path / "run"),
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_an_edited_module_is_imported_anew(written):
+    """In a live kernel: or the old loss would be trained under the new one's fingerprint."""
+    body = "def loss(policy, opponent, *, beta): return -beta * policy.real * {}"
+    values = []
+    for factor in (1, 2.5, 2.5):
+        name = written(body.format(factor), keep=bool(values))
+        values.append(float(named_loss.find(name)(PairLogps(-1.0, -1.0), None, beta=1.0)))
+    assert values == [1.0, 2.5, 2.5]
 
 
 def test_a_notebooks_function(monkeypatch):

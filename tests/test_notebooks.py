@@ -159,7 +159,9 @@ def test_modify_the_loss(folder):
     assert logistic["margin"] > smoothed["margin"] + 0.01
     (table,) = executed.tables
     assert "smoothed" in table
-    assert "averaged: " in executed.text
+    assert "'broken_losses:averaged': of 8 rows it returns an array []" in executed.text
+    assert "'broken_losses:square_root': its gradient is" in executed.text
+    assert not (runs / "broken").exists()  # told before anything was made
 
 
 def test_inspect_a_run(small_model, folder):
