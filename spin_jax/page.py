@@ -80,11 +80,13 @@ def of_runs(groups: Sequence[Group]) -> tuple[str, list[Panel]]:
     over, learned = panels.compared_iterations(groups), panels.compared_steps(groups)
     count = sum(len(group.runs) for group in groups)
     several = [group.name for group in groups if len(group.runs) > 1]
-    seeds = _note("Runs that differ in nothing but the seed are one: their mean, from lowest to highest.")
+    seeds = _note("Runs that differ in nothing but the seed are one: their mean, and from lowest to highest.")
     sections = [
-        _section("Results", seeds if several else "", _final_rows(groups)),
         _section("What differs", _differences(groups)),
-        _section("Over iterations", _figures(over, "Nothing has been evaluated yet.")),
+        _section(
+            "Over iterations", seeds if several else "", _figures(over, "Nothing has been evaluated yet.")
+        ),
+        _section("Final models", _final_rows(groups)),
         _section(
             "Learning curves",
             _note("Of the first run of each.") if several else "",
@@ -351,9 +353,8 @@ def _mean(rows: Sequence[Row], key: str, form: str) -> str:
         return "–"
     exact = form.replace("d", ".0f")
     mean = _cell(sum(values) / len(values), exact)
-    if len(values) < 2:
-        return mean
-    return f"{mean} <small>{_cell(min(values), exact)}…{_cell(max(values), exact)}</small>"
+    low, high = _cell(min(values), exact), _cell(max(values), exact)
+    return mean if low == high else f"{mean} <small>{low} to {high}</small>"
 
 
 def _differences(groups: Sequence[Group]) -> str:

@@ -167,7 +167,7 @@ def learning(run: Run) -> list[Panel]:
     """What self-play learns, step by step; a loss's own numbers come last."""
     own = dict.fromkeys(key for row in run.steps.get("train", ())[-50:] for key in row)
     others = [
-        (f"own_{n}", key, key, ((key, key),), "")
+        (f"own_{n}", key, "", ((key, key),), "")
         for n, key in enumerate(own)
         if key not in _TOLD | _NOT_NUMBERS
     ]
@@ -337,15 +337,18 @@ def margins(run: Run) -> Panel | None:
         Curve(f"iteration {t}", edges, _shares(unlike[t], edges), n, n % 4) for n, t in enumerate(chosen)
     ]
     above = ", ".join(f"{(unlike[t] > 0).mean():.0%}" for t in chosen)
-    same = ", ".join(f"{1 - len(unlike[t]) / len(run.margins[t]):.0%}" for t in chosen)
+    same = [1 - len(unlike[t]) / len(run.margins[t]) for t in chosen]
+    left_out = (
+        f" Left out: identical pairs, {', '.join(f'{share:.0%}' for share in same)}." if any(same) else ""
+    )
     return Panel(
         "margins",
         "Margins of held-out pairs",
         "margin, β · nats an answer",
         "share of these pairs",
         curves,
-        f"Each against the opponent of its iteration. Above 0: {above}. Left out: pairs whose margin is 0, "
-        f"identical ones ({same}). The outermost bins hold what lies beyond.",
+        f"Each against the opponent of its iteration. Above 0: {above}.{left_out} The outermost bins hold "
+        "what lies beyond.",
         zero=True,
     )
 

@@ -73,6 +73,7 @@ th:first-child {{
   width: 38%;
 }}
 .tables:not(.few, .code) th:first-child {{ width: 9rem; }}
+.code th:first-child {{ width: 36%; }}
 caption {{ text-align: left; font-weight: 600; padding: .2rem 0; }}
 td {{ white-space: nowrap; }}
 thead th {{ border-bottom: 1px solid var(--line); vertical-align: bottom; color: var(--quiet); }}
@@ -145,14 +146,25 @@ summary {{ cursor: pointer; padding: .3rem 0; }}
 @media print {{
   @page {{ margin: 14mm; }}
   body {{ max-width: none; padding: 0; font-size: 9.5pt; }}
+  h1 {{ margin-top: 0; }}
+  h2 {{ margin-top: 1.2rem; break-after: avoid; }}
+  p {{ max-width: none; }}
   nav {{ display: none; }}
-  h2 {{ margin-top: 1.4rem; break-after: avoid; }}
+  .tiles {{ grid-template-columns: repeat(3, 1fr); max-width: none; }}
+  .tiles div {{ font-size: 8pt; column-gap: .5rem; }}
+  .tiles dt + dd {{ font-size: 14pt; }}
+  code, .code td, .code tbody th {{ font-size: 7.5pt; }}
+  .code th:first-child {{ width: 46%; }}
   .scroll {{ overflow: visible; }}
-  table {{ font-size: 8.5pt; }}
+  .tables {{ min-width: 0; max-width: none; }}
+  .few {{ columns: 2; column-gap: 2rem; }}
+  table {{ font-size: 8pt; }}
   th:first-child {{ position: static; }}
   tr, article, .tiles div {{ break-inside: avoid; }}
-  .figures {{ grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem 1.4rem; }}
   .long article {{ break-inside: auto; }}
+  .figures {{ grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .8rem 1.4rem; }}
+  figure > svg {{ max-height: 56mm; }}
+  figure p {{ font-size: 8pt; }}
   details::details-content {{ content-visibility: visible; block-size: auto; }}
   .tiles div, article, td.final, th.final {{ print-color-adjust: exact; }}
 }}

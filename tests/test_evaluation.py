@@ -13,7 +13,7 @@ import pytest
 from runs import weights
 
 import spin_jax
-from spin_jax import config, evaluation, figures, heldout, panels, table, train
+from spin_jax import config, evaluation, figures, heldout, panels, report, table, train
 from spin_jax.tiny import problems
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -435,3 +435,14 @@ def test_the_table_leaves_out_what_nobody_has():
         "* the final model",
     ]
     assert figures.grid(panels.of_iterations(rows)).startswith(b"\x89PNG")
+
+
+def test_a_report_of_a_real_run(stopped, tmp_path):
+    """The files that a run leaves are those that the report reads."""
+    _, folder, _ = stopped
+    report.write([str(folder)], str(tmp_path / "page.html"))
+    text = (tmp_path / "page.html").read_text()
+    assert "Stopped early: nll has not improved" in text
+    for title in ("Right answers", "Training loss", "Lengths, pairs of iteration 1", "SFT loss"):
+        assert f"<b>{title}</b>" in text
+    assert text.count("<article") == len((folder / "iteration_0" / "samples.jsonl").read_text().splitlines())
