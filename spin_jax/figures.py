@@ -54,6 +54,7 @@ class Panel:
     parts: Sequence[tuple[float, float, str]] = ()  # of the x axis: begin, end, name
     log: bool = False
     zero: bool = False  # a line where x is 0
+    whole: bool = True  # only whole numbers on the x axis
     ylim: tuple[float, float] | None = None
 
     def text(self) -> str:
@@ -185,7 +186,7 @@ def _draw(axis: Any, panel: Panel, ink: _Ink) -> None:
         axis.set_xticks(list(panel.ticks), list(panel.ticks.values()))
         axis.set_xlim(min(panel.ticks) - 0.2, max(panel.ticks) + 0.2)
     else:
-        axis.locator_params(axis="x", nbins=6)
+        axis.locator_params(axis="x", nbins=6, integer=panel.whole)
     if panel.log:
         axis.set_yscale("log")
     else:
@@ -224,7 +225,7 @@ def _fit(axis: Any, panel: Panel) -> None:
     low, high = sorted(axis.get_ylim())
     ticks = [tick for tick in axis.get_yticks() if low <= tick <= high]
     longest = max(map(len, axis.yaxis.get_major_formatter().format_ticks(ticks)), default=0)
-    left, right, bottom, top = 0.36 + 0.08 * longest, 0.12, 0.46, 0.24 if panel.parts else 0.1  # inches
+    left, right, bottom, top = 0.36 + 0.08 * longest, 0.2, 0.46, 0.24 if panel.parts else 0.1  # inches
     width, height = _SIZE
     axis.set_position(
         (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
@@ -243,6 +244,8 @@ def _number(axis: Any) -> None:
     class Numbers(FuncFormatter):
         def format_ticks(self, values: Sequence[float]) -> list[str]:
             texts = [self(value) for value in values]
+            if max(map(abs, values), default=0) >= 10_000:
+                return [f"{value / 1000:g}k".replace("-", "−") if value else "0" for value in values]
             if isinstance(axis.get_major_locator(), FixedLocator) or axis.get_scale() == "log":
                 return texts
             decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
@@ -251,8 +254,7 @@ def _number(axis: Any) -> None:
 
     def text(value: float, position: int | None = None) -> str:
         value = 0.0 if abs(value) < 1e-12 else value
-        short = f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
-        return short.replace("-", "−")
+        return f"{value:g}".replace("-", "−")
 
     axis.set_major_formatter(Numbers(text))
 

@@ -7,6 +7,7 @@ import dataclasses
 import html
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -148,8 +149,8 @@ def _lead(run: Run) -> str:
     betas = ", ".join(f"{beta:g}" for beta in _listed(c.get("loss.beta")))
     weight = c.get("loss.nll_weight")
     loss = f"{c.get('loss.name', 'loss')} loss, β {betas}" + (f", NLL × {weight:g}" if weight else "")
-    said = ", ".join(filter(None, [_model(c), _data(run), loss, f"seed {c.get('seed', '?')}"]))
-    return f"<p>{_text(said)}.</p><p>{_text(_state(run))}</p>{_tiles(run)}"
+    said = f"{_model(c)} on {_data(run)}: {loss}, seed {c.get('seed', '?')}."
+    return f"<p>{_text(said)}</p><p>{_text(_state(run))}</p>{_tiles(run)}"
 
 
 def _state(run: Run) -> str:
@@ -192,7 +193,7 @@ def _tiles(run: Run) -> str:
     """The first numbers of the final model, with those of the start and the control beside."""
     final, start, control = run.final, run.start, run.final.get("control") or {}
     known = {key: (label, form) for _, wanted in GROUPS for key, label, form in wanted}
-    known |= {name: (name, "{:.4g}") for name in tasks_of([final])} if final else {}
+    known |= {name: (name, _form([final, start], name)) for name in tasks_of([final])} if final else {}
     first = (
         [key for key in (*_FIRST, *tasks_of([final])) if math.isfinite(number(final, key))] if final else []
     )
@@ -205,7 +206,9 @@ def _tiles(run: Run) -> str:
             for name, row in (("start", start), ("SFT control", control))
             if math.isfinite(number(row, key))
         ]
-        tiles.append(f"<div><dt>{_text(label)}</dt><dd>{_cell(final[key], form)}</dd>{''.join(beside)}</div>")
+        tiles.append(
+            f"<div><dt>{_breakable(label)}</dt><dd>{_cell(final[key], form)}</dd>{''.join(beside)}</div>"
+        )
     return f'<dl class="tiles">{"".join(tiles)}</dl>' if tiles else ""
 
 
@@ -236,10 +239,10 @@ def _tables(
         return "".join(f"<{tag}{mark}>{content}</{tag.split()[0]}>" for mark, content in pairs)
 
     def table(title: str, lines: Sequence[_Line]) -> str:
-        rows = "".join(
-            f'<tr class="{line.kind}"><th scope="row">{_text(line.label)}</th>{cells("td", line.cells)}</tr>'
-            for line in lines
-        )
+        rows = ""
+        for line in lines:
+            first = f'<th scope="row">{_breakable(line.label)}</th>'
+            rows += f'<tr class="{line.kind}">{first}{cells("td", line.cells)}</tr>'
         heads = cells('th scope="col"', list(map(_text, head)))
         caption = f"<caption>{_text(title)}</caption>" if title else ""
         top = f'<thead><tr><th scope="col">{_text(corner)}</th>{heads}</tr></thead>'
@@ -253,6 +256,11 @@ def _tables(
     )
 
 
+def _breakable(name: str) -> str:
+    """A name that may go on in the next line after / and _."""
+    return re.sub("[/_.](?=.)", r"\g<0><wbr>", _text(name))
+
+
 def _cell(value: Any, form: str) -> str:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "–"
@@ -262,7 +270,7 @@ def _cell(value: Any, form: str) -> str:
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
     """(title, its numbers that any row has), the ones nobody told of last."""
-    tasks = [(name, name, "{:.4g}") for name in tasks_of(rows)]  # pyright: ignore[reportArgumentType]
+    tasks = [(name, name, _form(rows, name)) for name in tasks_of(rows)]  # pyright: ignore[reportArgumentType]
     training = ("training", (("beta", "β", "{:g}"), *GROUPS[-1][1]))
     named = [GROUPS[0], ("tasks", tasks), GROUPS[1], _MORE, *GROUPS[2:-1], training]
     told = {key for _, wanted in named for key, *_ in wanted} | _MARKS
@@ -277,6 +285,11 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[str, str, str
     for title, wanted in named:
         if there := [one for one in wanted if shown(one[0])]:
             yield title, there
+
+
+def _form(rows: Sequence[Row], task: str) -> str:
+    """How a task's number is written: shares alike, others as they are."""
+    return "{:.4f}" if max(number(row, task) for row in rows) <= 1 else "{:.4g}"
 
 
 def _results(run: Run) -> str:
@@ -447,14 +460,15 @@ def _card(prompt_id: int, of: Mapping[int, Row]) -> str:
         same = row["generated"].strip() == first["real"].strip()
         name = "start" if t == START else f"iteration {t}"
         answers.append(_answer(name, row["generated"], "same" if same else ""))
-    inside = f'<div class="prompt">{turns}</div><dl>{"".join(answers)}</dl>'
+    inside = f'<div class="prompt" tabindex="0">{turns}</div><dl>{"".join(answers)}</dl>'
     return f'<article aria-label="Prompt {prompt_id}">{inside}</article>'
 
 
 def _answer(who: str, text: str, kind: str) -> str:
     mark = ' <span class="mark">= human</span>' if kind == "same" else ""
     content = _cut(text) if text else "<i>(empty)</i>"
-    return f'<div class="{kind}"><dt>{_text(who)}</dt><dd>{content}{mark}</dd></div>'
+    reach = ' tabindex="0"' if len(text) > _SHORT else ""  # it scrolls
+    return f'<div class="{kind}"><dt>{_text(who)}</dt><dd{reach}>{content}{mark}</dd></div>'
 
 
 def _cut(text: str) -> str:

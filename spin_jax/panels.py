@@ -60,11 +60,9 @@ def of_iterations(rows: Sequence[Row]) -> list[Panel]:
                 said = f"SFT, {label}" if len(wanted) > 1 else "SFT control"
                 curves.append(Curve(said, *_columns(control), color=color, dash=1, marks=True))
         if curves:
-            panels.append(
-                Panel(
-                    f"by_{name}", title, "iteration", unit, curves, _NOTES.get(name, ""), _ticks(rows, curves)
-                )
-            )
+            alone = f", {curves[0].label}" if len(curves) == 1 < len(wanted) else ""
+            note, ticks = _NOTES.get(name, ""), _ticks(rows, curves)
+            panels.append(Panel(f"by_{name}", f"{title}{alone}", "iteration", unit, curves, note, ticks))
     return panels
 
 
@@ -202,14 +200,15 @@ def _of_steps(
     known = values[np.isfinite(values)]
     if not len(known):
         return None
+    parts = _parts(runs[0][0]) if len(runs) == 1 else []
     return Panel(
         f"steps_{name}",
         title,
-        "optimizer steps",
+        "optimizer steps (above: iteration)" if parts else "optimizer steps",
         unit,
         curves,
         " ".join(dict.fromkeys(notes)),
-        parts=_parts(runs[0][0]) if len(runs) == 1 else (),
+        parts=parts,
         log=name == "grad_norm" and _wide(known),
         ylim=(-0.03, 1.03) if unit.startswith("share") else None,
     )
@@ -224,7 +223,7 @@ def _parts(run: Run) -> list[tuple[float, float, str]]:
     ends = [int(steps[-1]) + 1 for steps, _ in series.values()]
     begins = [int(steps[0]) for steps, _ in series.values()]
     return [
-        (begin, end, "" if n % every else f"iteration {t}" if n == 0 and len(series) < 6 else str(t))
+        (begin, end, "" if n % every else str(t))
         for n, (t, begin, end) in enumerate(zip(series, begins, ends, strict=True))
     ]
 
@@ -350,6 +349,7 @@ def margins(run: Run) -> Panel | None:
         f"Each against the opponent of its iteration. Above 0: {above}.{left_out} The outermost bins hold "
         "what lies beyond.",
         zero=True,
+        whole=False,
     )
 
 

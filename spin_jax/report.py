@@ -19,6 +19,7 @@ Exit codes: 0 done, 1 failed (a full disk), 2 bad input.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -69,14 +70,9 @@ def write(workdirs: Sequence[str], output: str, png: str | None = None) -> list[
 
 def names(workdirs: Sequence[str]) -> list[str]:
     """Each run's, short: the last part of its path, and as many before that as tell it from the others."""
-    parts = [path.rstrip("/").split("/") for path in workdirs]
-    if len(parts) == 1:
-        return [parts[0][-1]]
-    shared = 0
-    while len({part[shared] if shared < len(part) - 1 else None for part in parts}) == 1 and all(
-        shared < len(part) - 1 for part in parts
-    ):
-        shared += 1
+    whole = [os.path.abspath(path) if path.endswith(".") else path for path in workdirs]
+    parts = [path.rstrip("/").split("/") for path in whole]
+    shared = len(os.path.commonprefix([part[:-1] for part in parts]))
     return ["/".join(part[shared:]) for part in parts]
 
 
@@ -87,7 +83,11 @@ def grouped(runs: dict[str, Any]) -> list[Any]:
     groups: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         groups.setdefault(json.dumps(page.differing_of(run), sort_keys=True), {})[name] = run
-    return [panels.Group(_shared(list(group)), list(group.values())) for group in groups.values()]
+    shared = [_shared(list(group)) for group in groups.values()]
+    return [
+        panels.Group(name if shared.count(name) == 1 else ", ".join(group), list(group.values()))
+        for name, group in zip(shared, groups.values(), strict=True)
+    ]
 
 
 def _shared(several: list[str]) -> str:
@@ -102,14 +102,14 @@ def _shared(several: list[str]) -> str:
 def read_flags() -> Asked:
     """Raises ValueError for flags that do not go together."""
     given = flags.FLAGS
-    workdirs = [part for value in given.workdir or [] for part in value.split(",") if part]
+    workdirs = [part.rstrip("/") for value in given.workdir or [] for part in value.split(",") if part]
     if not workdirs:
         raise ValueError("--workdir is needed; see --help")
     if repeated := next((path for n, path in enumerate(workdirs) if path in workdirs[:n]), None):
         raise ValueError(f"--workdir names {repeated} twice")
     if len(workdirs) > 1 and not given.output:
         raise ValueError("several workdirs need --output=FILE.html: whose would the page be?")
-    return Asked(workdirs, given.output or f"{workdirs[0].rstrip('/')}/report.html", given.png)
+    return Asked(workdirs, given.output or f"{workdirs[0]}/report.html", given.png)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -46,21 +46,19 @@ nav a {{ padding: .2rem 0; }}
 :focus-visible {{ outline: 2px solid var(--c0); outline-offset: 2px; }}
 
 .tiles {{
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)); gap: .6rem;
-  margin: 1rem 0; max-width: 64rem;
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .6rem; margin: 1rem 0;
+  max-width: 60rem;
 }}
 .tiles div {{
-  background: var(--sheet); border-radius: .5rem; padding: .6rem .9rem; display: grid; font-size: .9rem;
-  grid-template-columns: 1fr auto; grid-auto-flow: dense; column-gap: 1rem; align-content: start;
+  background: var(--sheet); border-radius: .5rem; padding: .6rem .9rem; font-size: .9rem; display: grid;
+  grid-template-rows: subgrid; grid-row: span 4; row-gap: 0;
 }}
-.tiles dt {{ color: var(--quiet); line-height: 1.3; padding-bottom: .2rem; }}
+.tiles dt {{ color: var(--quiet); line-height: 1.3; }}
 .tiles dd {{ margin: 0; }}
-.tiles dt + dd {{
-  grid-column: 2; grid-row: 1 / span 3; align-self: center; font-size: 1.7rem; font-weight: 600;
-}}
+.tiles dt + dd {{ font-size: 1.7rem; font-weight: 600; line-height: 1.35; }}
 
 .scroll {{ overflow-x: auto; max-width: 100%; margin: .6rem 0; }}
-.tables {{ min-width: calc(7rem + var(--columns) * 3.4rem); max-width: calc(17rem + var(--columns) * 7rem); }}
+.tables {{ min-width: calc(7rem + var(--columns) * 3.6rem); max-width: calc(17rem + var(--columns) * 7rem); }}
 table {{
   border-collapse: collapse; font-size: .88rem; line-height: 1.35; width: 100%; table-layout: fixed;
   margin-bottom: 1.2rem; break-inside: avoid;
@@ -78,7 +76,7 @@ caption {{ text-align: left; font-weight: 600; padding: .2rem 0; }}
 td {{ white-space: nowrap; }}
 thead th {{ border-bottom: 1px solid var(--line); vertical-align: bottom; color: var(--quiet); }}
 tr.sub th {{ padding-left: .8rem; color: var(--quiet); }}
-td.final, th.final {{ background: var(--mark); font-weight: 600; }}
+td.final, th.final {{ background: var(--mark); font-weight: 600; white-space: nowrap; }}
 .sub td.final {{ font-weight: 400; }}
 td small {{ display: block; }}
 .code {{ min-width: calc(10rem + var(--columns) * 8rem); max-width: calc(20rem + var(--columns) * 20rem); }}
@@ -118,9 +116,12 @@ article {{ background: var(--sheet); border-radius: .5rem; padding: .7rem .9rem;
 .samples dd {{ margin: 0; white-space: pre-wrap; }}
 .samples .human dd {{ font-weight: 600; }}
 .short dl > div {{ display: grid; grid-template-columns: 6rem minmax(0, 1fr); align-items: baseline; }}
-.long dl {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: .8rem 1.2rem; }}
+.long .prompt {{ font-weight: 400; margin-bottom: .8rem; max-height: 14rem; overflow-y: auto; }}
+.long dl {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); gap: 1rem 1.2rem; }}
+.long dl > div {{ border-top: 1px solid var(--line); padding-top: .3rem; }}
+.long .human {{ border-color: var(--text); }}
+.long dd {{ font-size: .9rem; max-height: 16.9rem; overflow-y: auto; }}
 .long .human dd {{ font-weight: 400; }}
-.long .human {{ border-left: 3px solid var(--c7); padding-left: .6rem; }}
 .long dt {{ font-weight: 600; }}
 .mark {{ color: var(--c2); font-size: .85rem; }}
 
@@ -134,12 +135,16 @@ details {{ margin: 1rem 0; }}
 summary {{ cursor: pointer; padding: .3rem 0; }}
 
 @media (max-width: 30rem) {{
+  .tiles {{ grid-template-columns: 1fr; }}
+  .tiles div {{ grid-template: none / 1fr auto; grid-row: auto; column-gap: 1rem; }}
+  .tiles dt + dd {{ grid-column: 2; grid-row: 1 / span 3; align-self: center; }}
   table {{ font-size: .82rem; }}
   .few th:first-child {{ width: 7rem; }}
   th, td {{ padding: .2rem .25rem; }}
   td.final {{ font-weight: 400; }}
 }}
 @media (min-width: 70rem) {{
+  .tables:not(.few, .code) th:first-child {{ width: 15rem; }}
   .few {{ max-width: none; columns: 2; column-gap: 3rem; }}
 }}
 
@@ -150,8 +155,8 @@ summary {{ cursor: pointer; padding: .3rem 0; }}
   h2 {{ margin-top: 1.2rem; break-after: avoid; }}
   p {{ max-width: none; }}
   nav {{ display: none; }}
-  .tiles {{ grid-template-columns: repeat(3, 1fr); max-width: none; }}
-  .tiles div {{ font-size: 8pt; column-gap: .5rem; }}
+  .tiles {{ grid-template-columns: repeat(4, 1fr); max-width: none; }}
+  .tiles div {{ font-size: 8pt; }}
   .tiles dt + dd {{ font-size: 14pt; }}
   code, .code td, .code tbody th {{ font-size: 7.5pt; }}
   .code th:first-child {{ width: 46%; }}
@@ -162,6 +167,7 @@ summary {{ cursor: pointer; padding: .3rem 0; }}
   th:first-child {{ position: static; }}
   tr, article, .tiles div {{ break-inside: avoid; }}
   .long article {{ break-inside: auto; }}
+  .long dd, .long .prompt {{ max-height: none; overflow: visible; font-size: 8pt; }}
   .figures {{ grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .8rem 1.4rem; }}
   figure > svg {{ max-height: 56mm; }}
   figure p {{ font-size: 8pt; }}

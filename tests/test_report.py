@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from matplotlib import image
+from runs import ROOT
 from test_command import run
 
 from spin_jax import config, data, figures, files, identity, metrics, panels, report, workdir
@@ -139,7 +140,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        self.text += " "
+        self.text += "" if tag == "wbr" else " "
 
     def handle_endtag(self, tag):
         self.text += " "
@@ -159,12 +160,12 @@ def test_the_page_of_a_run(finished, tmp_path):
     text = written([finished], tmp_path / "page.html")
     page = Page(text)
     for said in (
-        "logistic org/base, org/chat (60 examples, 6 prompts held out), logistic loss, β 0.1, seed 42.",
+        "logistic org/base on org/chat (60 examples, 6 prompts held out): logistic loss, β 0.1, seed 42.",
         "Finished: 2 of 2 iterations are done. Final model: iteration 1.",
         "NLL of the human's, nats a token 0.7000 start 0.9000 SFT control 0.8500",
         "iteration start 0 1 (final)",
         "right, greedy 0.500 0.600 0.600",
-        "gsm8k/acc 0.25 0.5 ± 0.013 0.5 ± 0.013",
+        "gsm8k/acc 0.2500 0.5000 ± 0.013 0.5000 ± 0.013",
         "novel_number – 12.5 12.5",
         "known to ±0.400 (two standard errors, 6 held-out prompts)",
         "log p of human answers may fall while the margin grows",
@@ -180,7 +181,13 @@ def test_the_page_of_a_run(finished, tmp_path):
         assert said in page.words, said
     titles = re.findall(r"<figcaption><b>(.*?)</b>", text)
     assert titles == [
-        *("Right answers", "NLL of held-out human answers", "Held-out margin", "KL divergence", "Tasks"),
+        *(
+            "Right answers",
+            "NLL of held-out human answers",
+            "Held-out margin",
+            "KL divergence, from the start",
+            "Tasks",
+        ),
         *("Training loss", "Margin", "Human answer preferred", "Rewards", "Log-probability of answers"),
         *("Margins of held-out pairs", "Lengths, pairs of iteration 0", "Lengths, pairs of iteration 1"),
         *("Gradient norm", "Learning rate", "Identical pairs", "Speed", "SFT loss"),
@@ -466,10 +473,23 @@ def test_runs_at_different_points_and_with_other_numbers(several, tmp_path):
         (["gs://bucket/a", "gs://bucket/b/c"], ["a", "b/c"]),
         (["a/b", "a/b/c"], ["b", "b/c"]),
         (["x", "/a/x"], ["x", "/a/x"]),
+        ([f"{ROOT}/tests/.."], [ROOT.name]),
     ],
 )
 def test_names_are_short(paths, names):
     assert report.names(paths) == names
+
+
+def test_names_of_groups(several):
+    runs = [workdir.read(str(path)) for path in several]
+
+    def named(*names):
+        pairs = zip(names, [runs[0], runs[1], runs[2], runs[2]], strict=False)
+        return [group.name for group in report.grouped(dict(pairs))]
+
+    assert named("a/spin_seed0", "a/spin_seed1", "a/b") == ["a/spin (2 seeds)", "a/b"]
+    assert named("0", "1", "x") == ["0 (2 seeds)", "x"]
+    assert named("a0", "a1", "a2", "a3") == ["a0, a1", "a2, a3"]
 
 
 # --- PNGs ----------------------------------------------------------------------------------------
