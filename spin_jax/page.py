@@ -307,9 +307,9 @@ def _results(run: Run) -> str:
                 lines.append(_Line("SFT control", [_with_error(row, key, form) for row in controls], "sub"))
     head = ["start" if row["iteration"] == START else str(row["iteration"]) for row in rows]
     final = next((n for n, row in enumerate(rows) if row.get("final")), -1)
-    head = [f"{name} (final)" if n == final else name for n, name in enumerate(head)]
-    notes = [note for note in (_chance(run), _without(run)) if note]
-    return _tables("iteration", head, parts, final=final) + "".join(map(_note, notes))
+    head = [f"{name} *" if n == final else name for n, name in enumerate(head)]
+    notes = ["* The final model." if final >= 0 else "", _chance(run), _without(run)]
+    return _tables("iteration", head, parts, final=final) + "".join(_note(note) for note in notes if note)
 
 
 def _with_error(row: Row, key: str, form: str) -> str:

@@ -72,7 +72,8 @@ def names(workdirs: Sequence[str]) -> list[str]:
     """Each run's, short: the last part of its path, and as many before that as tell it from the others."""
     whole = [os.path.abspath(path) if path.endswith(".") else path for path in workdirs]
     parts = [path.rstrip("/").split("/") for path in whole]
-    shared = len(os.path.commonprefix([part[:-1] for part in parts]))
+    folders = list(zip(*(part[:-1] for part in parts), strict=False))
+    shared = next((n for n, several in enumerate(folders) if len(set(several)) > 1), len(folders))
     return ["/".join(part[shared:]) for part in parts]
 
 

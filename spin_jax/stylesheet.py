@@ -58,7 +58,7 @@ nav a {{ padding: .2rem 0; }}
 .tiles dt + dd {{ font-size: 1.7rem; font-weight: 600; line-height: 1.35; }}
 
 .scroll {{ overflow-x: auto; max-width: 100%; margin: .6rem 0; }}
-.tables {{ min-width: calc(7rem + var(--columns) * 3.6rem); max-width: calc(17rem + var(--columns) * 7rem); }}
+.tables {{ min-width: calc(6rem + var(--columns) * 3.6rem); max-width: calc(17rem + var(--columns) * 7rem); }}
 table {{
   border-collapse: collapse; font-size: .88rem; line-height: 1.35; width: 100%; table-layout: fixed;
   margin-bottom: 1.2rem; break-inside: avoid;
@@ -139,7 +139,7 @@ summary {{ cursor: pointer; padding: .3rem 0; }}
   .tiles div {{ grid-template: none / 1fr auto; grid-row: auto; column-gap: 1rem; }}
   .tiles dt + dd {{ grid-column: 2; grid-row: 1 / span 3; align-self: center; }}
   table {{ font-size: .82rem; }}
-  .few th:first-child {{ width: 7rem; }}
+  .tables:not(.code) th:first-child {{ width: 6rem; }}
   th, td {{ padding: .2rem .25rem; }}
   td.final {{ font-weight: 400; }}
 }}
@@ -150,27 +150,23 @@ summary {{ cursor: pointer; padding: .3rem 0; }}
 
 @media print {{
   @page {{ margin: 14mm; }}
-  body {{ max-width: none; padding: 0; font-size: 9.5pt; }}
+  html {{ font-size: 9.5pt; }}
+  body {{ max-width: none; padding: 0; }}
   h1 {{ margin-top: 0; }}
-  h2 {{ margin-top: 1.2rem; break-after: avoid; }}
+  h2 {{ margin-top: 1.6rem; break-after: avoid; }}
   p {{ max-width: none; }}
   nav {{ display: none; }}
   .tiles {{ grid-template-columns: repeat(4, 1fr); max-width: none; }}
-  .tiles div {{ font-size: 8pt; }}
-  .tiles dt + dd {{ font-size: 14pt; }}
-  code, .code td, .code tbody th {{ font-size: 7.5pt; }}
-  .code th:first-child {{ width: 46%; }}
   .scroll {{ overflow: visible; }}
   .tables {{ min-width: 0; max-width: none; }}
   .few {{ columns: 2; column-gap: 2rem; }}
-  table {{ font-size: 8pt; }}
+  .code th:first-child {{ width: 46%; }}
   th:first-child {{ position: static; }}
   tr, article, .tiles div {{ break-inside: avoid; }}
   .long article {{ break-inside: auto; }}
-  .long dd, .long .prompt {{ max-height: none; overflow: visible; font-size: 8pt; }}
-  .figures {{ grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .8rem 1.4rem; }}
+  .long dd, .long .prompt {{ max-height: none; overflow: visible; }}
+  .figures {{ grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem 1.8rem; }}
   figure > svg {{ max-height: 56mm; }}
-  figure p {{ font-size: 8pt; }}
   details::details-content {{ content-visibility: visible; block-size: auto; }}
   .tiles div, article, td.final, th.final {{ print-color-adjust: exact; }}
 }}

@@ -163,7 +163,7 @@ def test_the_page_of_a_run(finished, tmp_path):
         "logistic org/base on org/chat (60 examples, 6 prompts held out): logistic loss, β 0.1, seed 42.",
         "Finished: 2 of 2 iterations are done. Final model: iteration 1.",
         "NLL of the human's, nats a token 0.7000 start 0.9000 SFT control 0.8500",
-        "iteration start 0 1 (final)",
+        "iteration start 0 1 *",
         "right, greedy 0.500 0.600 0.600",
         "gsm8k/acc 0.2500 0.5000 ± 0.013 0.5000 ± 0.013",
         "novel_number – 12.5 12.5",
