@@ -66,7 +66,8 @@ def of_run(name: str, run: Run) -> tuple[str, list[Panel]]:
             ""
             if margins
             else _note("No held-out margins are stored: iteration_N/held_out.parquet has none."),
-            _figures([*spread, *lengths], "No answers have been sampled yet."),
+            "" if lengths else _note("No answers have been sampled yet."),
+            _figures([*spread, *lengths]),
         ),
         _section("Fixed prompts", _samples(run)),
         _section("Optimization", _figures(optimized, "Nothing has been trained yet.")),
@@ -399,9 +400,10 @@ def differing_of(run: Run) -> dict[str, Any]:
 # --- figures -------------------------------------------------------------------------------------
 
 
-def _figures(drawn: Sequence[Panel], none: str) -> str:
+def _figures(drawn: Sequence[Panel], none: str = "") -> str:
+    """Figures side by side; without any, what there is to say."""
     if not drawn:
-        return _note(none)
+        return _note(none) if none else ""
     return f'<div class="figures">{"".join(map(_figure, drawn))}</div>'
 
 
