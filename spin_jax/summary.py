@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from spin_jax import files, heldout, hosts, report
+from spin_jax import figures, files, heldout, hosts, panels, table
 from spin_jax.metrics import Metrics
 from spin_jax.prepare import Prepared
 
@@ -90,7 +90,7 @@ class Summary:
 
     def report(self) -> None:
         """Prints the table; draws summary.png."""
-        hosts.say(f"\n{report.table(self.rows)}\n")
+        hosts.say(f"\n{table.table(self.rows)}\n")
         if self._run.config.logging.plot:
-            files.write(self._run.workdir / "summary.png", report.plot(self.rows))
+            files.write(self._run.workdir / "summary.png", figures.grid(panels.of_iterations(self.rows)))
         hosts.say(f"models, metrics and pairs are in {self._run.workdir}")

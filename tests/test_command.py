@@ -24,14 +24,14 @@ def run(module, *arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("module", ["main", "pairs", "plan", "benchmark", "evaluate"])
+@pytest.mark.parametrize("module", ["main", "pairs", "plan", "benchmark", "evaluate", "report"])
 def test_help_names_every_flag_and_exit_code(module):
     began = time.monotonic()
     result = run(module, "--help")
     assert module in ("plan", "benchmark") or time.monotonic() - began < 4  # a busy machine; alone 0.2 s
     assert (result.returncode, result.stderr) == (0, "")
     defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "spin_jax" / f"{module}.py").read_text())
-    assert len(defined) >= 4
+    assert len(defined) >= 3
     for name in defined:
         assert f"--{name}" in result.stdout
     assert f"python -m spin_jax.{module} --" in result.stdout
@@ -61,6 +61,10 @@ def test_main_tells_of_other_processes_and_libraries_flags():
         ("pairs", ["--workdir=x"], "--workdir is needed, and --output or --prompts; see --help"),
         ("pairs", ["--workdir=x", "--output=y"], "--output needs --iteration: whose pairs?"),
         ("pairs", ["--workdir=x", "--ouput=y"], "no flag --ouput; did you mean --output?"),
+        ("report", [], "--workdir is needed; see --help"),
+        ("report", ["--workdir=a,b"], "several workdirs need --output=FILE.html: whose would the page be?"),
+        ("report", ["--workdir=a", "--workdir=b,a"], "--workdir names a twice"),
+        ("report", ["--workdri=x"], "no flag --workdri; did you mean --workdir?"),
     ],
 )
 def test_mistyped_flags(module, arguments, said):
