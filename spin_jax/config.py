@@ -495,17 +495,18 @@ def data_paths(path: str | None) -> list[str]:
 def beside_loss(c: Mapping[str, Any]) -> list[str]:
     """What makes the algorithm beside loss and β, where it is not SPIN's, in words."""
     loss, play = c["loss"], c["selfplay"]
-    alpha, rows = loss["reference_alpha"], play["rows"]
-    said = {
-        f"{loss['nll_weight']:g} × NLL of the human answer": loss["nll_weight"],
-        f"{loss['options']}": loss["options"],
-        f"{alpha:g} of the reference the opponent's and {1 - alpha:g} the start's": alpha < 1,
-        f"{play['samples']} answers a prompt": play["samples"] > 1,
-        f"trained on those that {c['eval']['verifier']} takes for {rows}": rows != "all",
-        f"scored by {play['scorer']}": play["scorer"],
-        "the start's weights trained anew each time": play["restart"],
-    }
-    return [text for text, true in said.items() if true]
+    weight, options, alpha = (loss.get(key) for key in ("nll_weight", "options", "reference_alpha"))
+    samples, rows, scorer, restart = (play.get(key) for key in ("samples", "rows", "scorer", "restart"))
+    said = [
+        weight and f"{weight:g} × NLL of the human answer",
+        options,
+        alpha not in (None, 1) and f"{alpha:g} of the reference the opponent's and {1 - alpha:g} the start's",
+        samples not in (None, 1) and f"{samples} answers a prompt",
+        rows not in (None, "all") and f"trained on those that {c['eval'].get('verifier')} takes for {rows}",
+        scorer and f"scored by {scorer}",
+        restart and "the start's weights trained anew each time",
+    ]
+    return [text for text in said if text]
 
 
 def task_names(c: Any) -> list[str]:

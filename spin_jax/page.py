@@ -148,8 +148,12 @@ def _lead(run: Run) -> str:
     """What was run, in a line; how far it has come; and the numbers that it was run for."""
     c = run.config
     betas = ", ".join(f"{beta:g}" for beta in _listed(c.get("loss.beta")))
-    weight = c.get("loss.nll_weight")
-    loss = f"{c.get('loss.name', 'loss')} loss, β {betas}" + (f", NLL × {weight:g}" if weight else "")
+    sections = {
+        section: {key.partition(".")[2]: value for key, value in c.items() if key.startswith(f"{section}.")}
+        for section in ("loss", "selfplay", "eval")
+    }
+    beside = "".join(f", {text}" for text in config_lib.beside_loss(sections))
+    loss = f"{c.get('loss.name', 'loss')} loss, β {betas}{beside}"
     said = f"{_model(c)} on {_data(run)}: {loss}, seed {c.get('seed', '?')}."
     return f"<p>{_text(said)}</p><p>{_text(_state(run))}</p>{_tiles(run)}"
 
