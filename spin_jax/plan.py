@@ -4,7 +4,7 @@
 
   --topology=TOPOLOGY      TPUs: v4:2x2x4, v5e:8x8, v5p:2x2x2, v6e:4x4 …; GPUs: h200:1, h100:8 …
                            v5e:8x8*2 are two slices, h100:8*2 two nodes
-  --pairs=N                of an iteration; unset: data.limit, or 50,000
+  --pairs=N                of an iteration; unset: of data.limit prompts, or of 50,000, selfplay.samples each
   --json                   one JSON object in place of the table
   --mfu=0.45               share of the peak that training and scoring reach
   --decode_efficiency=0.5  share of its roofline that decoding reaches
@@ -134,7 +134,9 @@ def _run(work: Work, phases: Mapping[str, Phase]) -> dict[str, float]:
     for t in range(c.selfplay.start, c.selfplay.iterations):
         sources = 1 + min(t - c.selfplay.start, c.selfplay.mix_previous)
         epochs = config_lib.per_iteration(c.train.epochs, t) / config_lib.per_iteration(c.train.epochs, 0)
-        hours += (seconds["sample"] + sources * (seconds["score"] + epochs * seconds["train"])) / 3600
+        references = 2 if t > c.selfplay.start and 0 < c.loss.reference_alpha < 1 else 1
+        scoring = references * seconds["score"]
+        hours += (seconds["sample"] + sources * (scoring + epochs * seconds["train"])) / 3600
     iterations = c.selfplay.iterations - c.selfplay.start
     return {"iterations": iterations, "hours": hours, "device_hours": hours * work.model.mesh.size}
 
@@ -344,7 +346,8 @@ def read_flags() -> tuple[Any, str, int]:
     config = _CONFIG.value
     config.data.path = config.data.path or "planned"
     config = config_lib.resolve(config)
-    return config, _TOPOLOGY.value, _PAIRS.value or config.data.limit or 50_000
+    pairs = _PAIRS.value or (config.data.limit or 50_000) * config.selfplay.samples
+    return config, _TOPOLOGY.value, pairs
 
 
 def main(argv: list[str] | None = None) -> int:
