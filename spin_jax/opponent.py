@@ -353,12 +353,13 @@ class Opponent:
 
 def _described(pairs: Sequence[Pair]) -> dict[str, float]:
     """What metrics.jsonl says of sampled pairs."""
-    count = len(pairs)
+    count, scores = len(pairs), [pair.score for pair in pairs if pair.score is not None]
     return {
         "prompts": count,
         "response_tokens": sum(len(pair.generated) for pair in pairs) / count,
         "truncated": sum(pair.truncated for pair in pairs) / count,
         "identical": sum(pair.identical for pair in pairs) / count,
+        **({"score": sum(scores) / count} if len(scores) == count else {}),
     }
 
 

@@ -21,6 +21,7 @@ Exit codes are those of spin_jax.main: the first that is not 0.
 """
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,9 +39,18 @@ Numbers = dict[str, float]
 
 
 def run(config: str, variant: str, seed: int, workdir: epath.Path, overrides: Sequence[str]) -> int:
-    """One run, in a process of its own; returns its exit code."""
+    """One run, in a process of its own; returns its exit code.
+
+    Ctrl-C reaches that process by itself, and SIGTERM is handed on: it saves, and both end.
+    """
     command = ["-m", "spin_jax.main", f"--config={config}:{variant}", f"--workdir={workdir}"]
-    return subprocess.call([sys.executable, *command, f"--config.seed={seed}", *overrides])
+    process = subprocess.Popen([sys.executable, *command, f"--config.seed={seed}", *overrides])
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def outcome(rows: Sequence[Mapping[str, Any]], variant: str, numbers: Sequence[str]) -> dict[str, Numbers]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from runs import ROOT, Command
@@ -79,6 +80,25 @@ def test_the_command(tmp_path):
     (record,) = json.loads((tmp_path / "table.json").read_text())
     assert (record["variant"], record["seed"]) == ("spin/tiny:smoke", 0)
     assert record["numbers"]["spin/tiny:smoke"]["nll"] != record["numbers"]["start"]["nll"]
+
+
+def test_sigterm_is_handed_on(tmp_path):
+    """The run saves and ends, and the sweep with it, with its exit code."""
+    command = [sys.executable, "-m", "spin_jax.sweep", "--config=configs/algorithms.py"]
+    flags = ["--variants=spin/tiny:smoke", "--config.sft.epochs=500", f"--workdir={tmp_path}"]
+    flags.append("--config.sft.schedule_epochs=500")
+    process = subprocess.Popen(
+        [*command, *flags], cwd=ROOT, env=Command().environment(), stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "spin" / "tiny:smoke" / "seed_0" / "metrics.jsonl"
+    began = time.monotonic()
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() - began < 120:
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert "spin/tiny:smoke, seed 0, ended with 143; the same command goes on" in said
+    assert list((tmp_path / "spin" / "tiny:smoke" / "seed_0" / "start" / "train").iterdir())  # it has saved
 
 
 @pytest.mark.parametrize(
