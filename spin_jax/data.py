@@ -208,7 +208,14 @@ def split_held_out(ids: Sequence[int], *, fraction: float, limit: int, seed: int
 
 
 def load_pairs(
-    rows: Any, chat: Chat, *, path: str, vocab_size: int, bad_rows: str = "error", max_bad: float = 0.1
+    rows: Any,
+    chat: Chat,
+    *,
+    path: str,
+    vocab_size: int,
+    bad_rows: str = "error",
+    max_bad: float = 0.1,
+    scored: bool = False,
 ) -> tuple[list[Pair], Counter]:
     """Pairs of a published SPIN dataset, or those of another run or sampler, whose token columns count.
 
@@ -216,6 +223,9 @@ def load_pairs(
     row needs no text of the generated answer.
 
     What is dropped, and how much of it may be, is as in `load_examples`.
+
+    Args:
+        scored: reads the column `score`, where there is one.
 
     Raises:
         ValueError: naming path, row and field; or saying that nothing is left.
@@ -225,7 +235,7 @@ def load_pairs(
     pairs: dict[tuple[int, int], Pair] = {}
     for number in range(len(rows)):
         with tally.row(number, sources.place(rows, number, path)):
-            row = rows[number]
+            row = rows[number] if scored else {k: v for k, v in rows[number].items() if k != "score"}
             pair = _load_pair(row, number, chat, vocab_size, tally.counts, answers)
             tally.see_unused(_preference(row), ("real",))
             if pair is not None and (pair.prompt_id, pair.sample_id) in pairs:
@@ -302,6 +312,8 @@ def _preference(row: dict[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
     prompt = row.get("prompt")
     head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    if not isinstance(head, list):
+        raise BadRow(f"prompt is {type(prompt).__name__}: expected text or a list of messages")
 
     def whole(field: str) -> Any:
         turns = row[field]

@@ -76,7 +76,7 @@ class Evaluation:
 
     def _answers(self, params: Params, drawn: Sequence[Ids]) -> Row:
         """NLL of held-out human answers; length of the `drawn` ones and, with a verifier, the share right."""
-        run, c = self._run, self._run.config
+        run = self._run
         if not run.held_out:
             return {}
         row: Row = {
@@ -90,7 +90,7 @@ class Evaluation:
                 on_batch=lambda scored: self._opponent.stop_here(),
             )
         }
-        if c.eval.verifier:
+        if run.verifier:
             greedy = self._answer_held_out(params, run.sampling(temperature=0.0), 1)
             row["greedy_accuracy"] = self._share_right(greedy)
             row["sampled_accuracy"] = self._share_right(drawn)
@@ -98,8 +98,10 @@ class Evaluation:
 
     def _share_right(self, answers: Sequence[Ids]) -> float:
         run = self._run
-        verifier = heldout.find_verifier(run.config.eval.verifier)
-        return heldout.share_right(verifier, run.held_out, [run.chat.decode(answer) for answer in answers])
+        assert run.verifier is not None
+        return heldout.share_right(
+            run.verifier, run.held_out, [run.chat.decode(answer) for answer in answers]
+        )
 
     def _tasks(self, folder: epath.Path, params: Params) -> Row:
         """Numbers of lm-eval's tasks. Each is on disk when it is done: an interruption costs one of them."""

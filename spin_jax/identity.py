@@ -100,6 +100,8 @@ def digests(
 
 def _content(t: int, pair: Pair) -> Iterator[bytes]:
     yield _json([t, pair.prompt_id, pair.sample_id])
+    if pair.score is not None:
+        yield _json(pair.score)
     for ids in (pair.prompt, pair.real, pair.generated):
         yield len(ids).to_bytes(8) + ids.tobytes()
 
@@ -159,16 +161,19 @@ def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[
     old, new = (_flat(c) for c in (began["config"], recorded(config)))
     both = range(min(old.get("selfplay.iterations", 0), new["selfplay.iterations"]))
     result: dict[str, tuple[Any, Any]] = {}
+    defaults = _flat(recorded(config_lib.default()))
     for name, value in new.items():
-        theirs, ours = old.get(name, value), value
+        theirs, ours = old.get(name, defaults.get(name, value)), value
         if name in config_lib.PER_ITERATION:
             theirs, ours = ([config_lib.per_iteration(v, t) for t in both] for v in (theirs, ours))
         free = name in _FREE or name.partition(".")[0] in _FREE_SECTIONS
         free = free and not (name == "eval.verifier" and config.selfplay.rows != "all")
         if not free and theirs != ours:
-            result[name] = old[name], value
+            result[name] = theirs, value
     for kind, values in found.items():
-        theirs = began.get(kind, {})
+        theirs = dict(began.get(kind, {}))
+        if "data" in theirs and "data 1" in values:  # one dataset has become several: it served all
+            theirs |= {f"data {t}": theirs.get(f"data {t}", theirs["data"]) for t in both if t}
         # What is new here is none: pairs can be given for an iteration to come.
         result |= {f"{kind}.{k}": (v, values.get(k)) for k, v in theirs.items() if values.get(k) != v}
     return result

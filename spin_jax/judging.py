@@ -61,7 +61,8 @@ def _scores(pairs: Sequence[Pair], by: Judge) -> list[float]:
     for prompt_id, of_prompt in by_prompt.items():
         answers = [pair.generated_messages[-1]["content"] for pair in of_prompt]
         try:
-            given = [float(score) for score in by(of_prompt[0].real_messages, answers)]
+            messages = [dict(message) for message in of_prompt[0].real_messages]  # its own, to change
+            given = [float(score) for score in by(messages, answers)]
         except Exception as error:  # a stranger's function can raise anything
             raise JudgeFailed(
                 f"prompt_id {prompt_id}: the verifier or scorer failed: {type(error).__name__}: {error}"

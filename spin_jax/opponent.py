@@ -6,6 +6,7 @@ the log-probs of all pairs that iteration trains on. A file that is there is not
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -92,9 +93,12 @@ class Opponent:
         if all(done):
             return
         if t in self.run.given:
+            # All at once: a scorer may compare the answers to a prompt, and files part them.
+            rest = iter(judged([pair for _, pairs in shards for pair in pairs], self.run.judge))
             for (path, pairs), there in zip(shards, done, strict=True):
+                scored = list(itertools.islice(rest, len(pairs)))
                 if not there:
-                    files.write(path, data.pairs_to_parquet(judged(pairs, self.run.judge)))
+                    files.write(path, data.pairs_to_parquet(scored))
             return
         weights, rounds = self.weights(params), list(self._rounds(shards, done))
         wanted = [self._asked(t, path, examples) for path, examples in shards]
@@ -282,21 +286,21 @@ class Opponent:
         pairs = judging.chosen(pairs, self.run.config.selfplay.rows)
         if "start" not in self.run.roles:
             return pairs
-        answers = self._start_answers
-        if absent := [pair for pair in pairs if (pair.prompt_id, pair.sample_id) not in answers]:
+        answers, wanted = self._start_answers, [_question(pair) for pair in pairs]
+        if absent := [pair for pair, key in zip(pairs, wanted, strict=True) if key not in answers]:
             raise Missing(
                 f"{shard.pairs}: prompt_id {absent[0].prompt_id}, sample_id {absent[0].sample_id} has no "
                 f"answer of the start among the pairs of iteration {self.origin}, and the loss asks for one"
             )
-        return [dataclasses.replace(p, start=answers[p.prompt_id, p.sample_id]) for p in pairs]
+        return [dataclasses.replace(p, start=answers[key]) for p, key in zip(pairs, wanted, strict=True)]
 
     @functools.cached_property
-    def _start_answers(self) -> dict[tuple[int, int], Ids]:
+    def _start_answers(self) -> dict[tuple[bytes, int], Ids]:
         """What the model that self-play began with answered."""
         paths = [path for path, _ in self.pair_files(self.origin)]
         need(paths, f"iteration {self.origin} has no pairs yet", "sample")
         pairs = (pair for path in paths for pair in data.pairs_from_parquet(path.read_bytes(), path))
-        return {(pair.prompt_id, pair.sample_id): pair.generated for pair in pairs}
+        return {_question(pair): pair.generated for pair in pairs}
 
     def score_groups(self, params: Params, groups: Sequence[Group], bar: Any = None) -> np.ndarray:
         """Log-probs of answers by any weights, float32 [groups, answers], in the rows of training."""
@@ -349,6 +353,11 @@ class Opponent:
         """Raises Interrupted where the run is asked to stop: between two units of work."""
         if number := self.should_stop():
             raise Interrupted(int(number))
+
+
+def _question(pair: Pair) -> tuple[bytes, int]:
+    """What an answer answers. A given pair's prompt_id may be another dataset's; its prompt is not."""
+    return pair.prompt.tobytes(), pair.sample_id
 
 
 def _described(pairs: Sequence[Pair]) -> dict[str, float]:

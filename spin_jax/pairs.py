@@ -58,6 +58,9 @@ def export(workdir: str, iteration: int, output: str) -> list[str]:
             continue
         pairs = [pair for path in paths for pair in data.pairs_from_parquet(path.read_bytes(), path)]
         rows = [{"real": pair.real_messages, "generated": pair.generated_messages} for pair in pairs]
+        if any(pair.sample_id or pair.score is not None for pair in pairs):  # several answers, or judged ones
+            for row, pair in zip(rows, pairs, strict=True):
+                row |= {"prompt_id": pair.prompt_id, "sample_id": pair.sample_id, "score": pair.score}
         target = epath.Path(output) if whole else epath.Path(output) / f"{split}-00000-of-00001.parquet"
         if target.suffix == ".jsonl":
             files.write_jsonl(target, rows)
@@ -106,6 +109,10 @@ def write_prompts(workdir: str, output: str, iteration: int | None = None) -> st
 
     prepared = prepare(_config_of(workdir), workdir)
     done = [row["iteration"] for row in files.read_agreed(prepared.workdir / "summary.json") or []]
+    if prepared.config.selfplay.samples > 1:
+        raise ValueError(
+            f"selfplay.samples={prepared.config.selfplay.samples}: prompts are written for one answer each"
+        )
     t = max([prepared.config.selfplay.start, *(n + 1 for n in done)]) if iteration is None else iteration
     answers = prepared.folder(t) / "pairs"
     if files.exists(answers):

@@ -57,6 +57,7 @@ class Prepared:
     datasets: list[list[Example]]  # to train on: one for all iterations, or one each
     held_out: list[Example]  # of the first
     judge: Judge | None  # of sampled answers
+    verifier: heldout.Verifier | None  # of held-out ones
     given: dict[int, list[Pair]]  # pairs from the config, by iteration
     pair_shape: RowShape  # of micro-batches, the same for all iterations
     example_shape: RowShape
@@ -99,7 +100,13 @@ class Prepared:
         return heldout.direction(c.checkpoint.best, config_lib.task_names(c), c.eval.include_path)
 
     def examples(self, t: int) -> list[Example]:
-        """What iteration t trains on; the start trains on the first dataset."""
+        """What iteration t trains on; the start trains on the first dataset.
+
+        Raises:
+            ValueError: data.path names datasets, and none for iteration t.
+        """
+        if 0 < len(self.datasets) <= t and len(self.datasets) > 1:
+            raise ValueError(f"data.path names {len(self.datasets)} datasets, and none for iteration {t}")
         return self.datasets[0 if t < 0 or len(self.datasets) == 1 else t]
 
     def folder(self, t: int) -> epath.Path:
@@ -168,6 +175,7 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
         datasets=_without(datasets, held_out),
         held_out=held_out,
         judge=read.judge,
+        verifier=read.verifier,
         given=given,
         pair_shape=programs.pair_shape(config, model, examples, given),
         example_shape=programs.example_shape(config, model, examples),
@@ -203,6 +211,7 @@ class _Read(NamedTuple):
     chat: Chat
     given: dict[int, list[Pair]]
     judge: Judge | None
+    verifier: heldout.Verifier | None
     rows: dict[str, Any]  # datasets by path; none where the given pairs are the data
     data_revision: str | dict[str, str | None] | None
     start: str  # a digest of the weights that it starts from
@@ -211,10 +220,9 @@ class _Read(NamedTuple):
 
 def _read(config: Config, began: Mapping[str, Any], today: str) -> _Read:
     named_loss.check(config.loss)
-    judge = judging.judge(config)
-    if config.eval.verifier:
-        heldout.find_verifier(config.eval.verifier)
-    model, initial_params, start = open_model(config, _began_with(config, began, "model"))
+    judge, name = judging.judge(config), config.eval.verifier
+    verifier = heldout.find_verifier(name) if name else None
+    model, initial_params, start = open_model(config, _model_began_with(config, began))
     programs.check_mesh(config, model)
     named_loss.check(config.loss, model.mesh)
     notes = _other_architecture(config, model)
@@ -222,24 +230,31 @@ def _read(config: Config, began: Mapping[str, Any], today: str) -> _Read:
     given = _given(config, chat, model.config.vocab_size, notes)
     c = config.data
     rows, revisions = {}, {}
-    before = _began_with(config, began, "data")
-    for path in dict.fromkeys(config_lib.data_paths(config.data.path)):
-        known = before.get(path) if isinstance(before, dict) else before
-        revisions[path] = sources.pinned(path, known or c.revision)
+    known = _data_began_with(config, began)
+    for path in dict.fromkeys(config_lib.data_paths(c.path)):
+        revisions[path] = sources.pinned(path, known.get(path) or c.revision)
         rows[path] = sources.load_rows(path, c.split, name=c.name, revision=revisions[path])
     pinned = revisions if len(revisions) > 1 else next(iter(revisions.values()), None)
-    return _Read(model, initial_params, chat, given, judge, rows, pinned, start, notes)
+    return _Read(model, initial_params, chat, given, judge, verifier, rows, pinned, start, notes)
 
 
-def _began_with(config: Config, began: Mapping[str, Any], section: str) -> Any:
-    """The commit of a hub's model or dataset that the run began with, where it is still the same one's.
+def _model_began_with(config: Config, began: Mapping[str, Any]) -> str | None:
+    """The commit of the hub's model that the run began with, where it is still the same one's."""
+    asked_for = [began.get("config", {}).get("model", {}).get(key) for key in ("path", "revision")]
+    same = asked_for == [config.model.path, config.model.revision]
+    return began.get("model_revision") if same else None
 
-    Of several datasets it is {path: commit}.
-    """
-    asked_for = [began.get("config", {}).get(section, {}).get(key) for key in ("path", "revision")]
-    if asked_for != [config[section].path, config[section].revision]:
-        return None
-    return began.get(f"{section}_revision")
+
+def _data_began_with(config: Config, began: Mapping[str, Any]) -> Mapping[str, str | None]:
+    """The same of each dataset, by path: others can have joined it."""
+    before, commits = began.get("config", {}).get("data", {}), began.get("data_revision")
+    if before.get("revision") != config.data.revision:
+        return {}
+    return (
+        commits
+        if isinstance(commits, dict)
+        else dict.fromkeys(config_lib.data_paths(before.get("path")), commits)
+    )
 
 
 def _seen(config: Config, read: _Read) -> bytes:
@@ -314,8 +329,14 @@ def _check_options(prepared: Prepared) -> None:
     _ = prepared.better
     if prepared.config.export.push_to:
         hub.check(prepared.config.export.push_to)
-    if "start" in prepared.roles and len(prepared.datasets) > 1:
-        raise ValueError("loss.answers has start, which answers one dataset: data.path names several")
+    if "start" in prepared.roles:
+        _check_start_answers(prepared)
+    if prepared.config.selfplay.start and prepared.config.selfplay.restart:
+        raise ValueError("selfplay.restart trains the start anew: with selfplay.start that is another model")
+    if prepared.config.selfplay.start and prepared.config.loss.reference_alpha < 1:
+        raise ValueError("loss.reference_alpha asks the start: with selfplay.start that is another model")
+    if best in ("margin", "accuracy") and not {"real", "generated"} <= set(prepared.roles):
+        raise ValueError(f"checkpoint.best={best!r}: rows of loss {prepared.config.loss.name!r} have none")
     if prepared.config.selfplay.scorer is None and named_loss.takes_score(prepared.config.loss):
         raise ValueError(f"loss.name={prepared.config.loss.name!r} takes a score: set selfplay.scorer")
     prepared.sampling()
@@ -325,6 +346,30 @@ def _check_options(prepared: Prepared) -> None:
     for section in (prepared.config.train, prepared.config.sft):
         if section.lora_rank:
             lora.check(prepared.model.config, section.lora_targets)
+
+
+def _check_start_answers(prepared: Prepared) -> None:
+    """Whether there will be an answer of the start to every prompt, for losses that see one.
+
+    Raises:
+        ValueError: there will be none.
+    """
+    c, given = prepared.config, prepared.given
+    if len(prepared.datasets) > 1:
+        raise ValueError("loss.answers has start, which answers one dataset: data.path names several")
+    if c.selfplay.start and 0 not in given:
+        raise ValueError(
+            "loss.answers has start; with selfplay.start, selfplay.pairs=0=PATH gives its answers"
+        )
+    origin = min([c.selfplay.start, *given])
+    prompts = {asked(e.messages) for e in (*prepared.datasets[0], *prepared.held_out)}
+    prompts = {asked(p.real_messages) for p in given[origin]} if origin in given else prompts
+    for t, pairs in given.items():
+        if absent := [pair for pair in pairs if asked(pair.real_messages) not in prompts]:
+            raise ValueError(
+                f"selfplay.pairs: the start answers no such prompt as that of prompt_id {absent[0].prompt_id}, "
+                f"iteration {t}, and loss.answers asks for its answer"
+            )
 
 
 def make_chat(config: Config, model: Model, today: str | None = None) -> Chat:
@@ -352,7 +397,13 @@ def _given(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dic
     for t, path in config_lib.given_pairs(config).items():
         rows = sources.load_rows(path, config.selfplay.pairs_split, all_files=True)
         given[t], counts = data.load_pairs(
-            rows, chat, path=path, vocab_size=vocab_size, bad_rows=c.bad_rows, max_bad=c.max_bad
+            rows,
+            chat,
+            path=path,
+            vocab_size=vocab_size,
+            bad_rows=c.bad_rows,
+            max_bad=c.max_bad,
+            scored=bool(config.selfplay.scorer),
         )
         notes += _counted(path, counts)
     start = config.selfplay.start

@@ -106,7 +106,7 @@ def run(
         stack.callback(play.metrics.close)
         hosts.say(plan(play.run, sum(map(play.finished, play.run.iterations))))
 
-        params = play.start()
+        params, spent = play.start(), ""
         play.hand_out()  # what failed before
         for t in play.run.iterations:
             if play.finished(t):
@@ -119,14 +119,19 @@ def run(
             if only in (None, "score"):
                 params = play.score(t, params)
             if only in (None, "train"):
-                params = play.train(t, params)  # the next opponent
-            if only is not None:
+                try:
+                    params = play.train(t, params)  # the next opponent
+                except NothingToTrainOn as error:
+                    if t == play.run.config.selfplay.start:
+                        raise
+                    spent = str(error)
+            if only is not None or spent:
                 break
         del params
 
-        if play.summary.stops_early() or all(map(play.finished, play.run.iterations)):
+        if spent or play.summary.stops_early() or all(map(play.finished, play.run.iterations)):
             play.control()
-            play.summary.conclude()
+            play.summary.conclude(spent)
             play.hand_out()
             play.summary.report()
         return play.summary.rows
@@ -319,8 +324,8 @@ class SelfPlay:
         scored = self.opponent.scored_pairs(t, "train")
         if not scored:
             raise NothingToTrainOn(
-                f"iteration {t}: no answer is {run.config.selfplay.rows}, and selfplay.rows asks for those. "
-                "Take more selfplay.samples, another eval.verifier, or selfplay.rows=all"
+                f"iteration {t}: no answer is {run.config.selfplay.rows}, and selfplay.rows asks for those; "
+                "more selfplay.samples or another eval.verifier may find some, in a new --workdir"
             )
         steps = training_steps(len(scored), options.batch_size, options.epochs)
         return Training(

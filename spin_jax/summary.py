@@ -64,8 +64,10 @@ class Summary:
             f"{c.best} has not improved on {mark}'s {best[c.best]:.4g} since (selfplay.patience={patience})"
         )
 
-    def conclude(self) -> None:
+    def conclude(self, spent: str = "") -> None:
         """Puts in summary.json which model is the final one, and why there are no more, and says so.
+
+        `spent` says why no more could be made, if that is so.
 
         Final is the best iteration's, where checkpoint.best says what is best, and else the last one's.
         """
@@ -73,9 +75,10 @@ class Summary:
         made = self.made
         if not made:
             return
-        if why := self.stops_early():
+        if why := spent or self.stops_early():
             made[-1]["stopped"] = why
-            hosts.say(f"\nstopped after iteration {made[-1]['iteration']}: {why}; more patience goes on")
+            more = "" if spent else "; more patience goes on"
+            hosts.say(f"\nstopped after iteration {made[-1]['iteration']}: {why}{more}")
         best = self.best()
         final = best or made[-1]
         final["final"] = True

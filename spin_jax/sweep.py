@@ -48,7 +48,8 @@ def run(config: str, variant: str, seed: int, workdir: epath.Path, overrides: Se
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while True:
         try:
-            return process.wait()
+            code = process.wait()
+            return code if code >= 0 else 128 - code  # killed by a signal
         except KeyboardInterrupt:
             continue
 
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.DEFINE_list("variants", [], "Of the config file.")
     flags.DEFINE_list("seeds", ["0"], "Of each variant.")
     flags.DEFINE_list("numbers", ["sampled_accuracy", "greedy_accuracy", "nll"], "Of summary.json.")
-    overrides = [argument for argument in argv[1:] if argument.startswith("--config.")]
+    overrides = [argument for argument in argv[1:] if argument.lstrip("-").startswith("config.")]
     try:
         config, variants, seeds, workdir, numbers = parse(argv, read_flags)
     except ValueError as error:

@@ -11,7 +11,6 @@ from runs import assert_same_run, read_metrics, read_pairs, weights
 
 from spin_jax import config as config_lib
 from spin_jax import judging, selfplay
-from spin_jax.opponent import Missing
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALGORITHMS = runpy.run_path(str(ROOT / "configs" / "algorithms.py"))
@@ -221,6 +220,18 @@ def test_a_fixed_reference_is_the_start(settings, tmp_path):
         ({"loss.options": "alpha=1"}, r"has no option alpha .*it has none"),
         ({"loss.name": "tspin", "loss.options": "alhpa=1"}, r"has no option alhpa .*there are alpha"),
         ({"loss.reference_alpha": 1.5}, "loss.reference_alpha=1.5"),
+        (
+            {"loss.answers": "generated"},
+            "'logistic': it wants real, generated, and loss.answers='generated' leaves",
+        ),
+        ({"loss.name": "tspin", "loss.options": "alpha=nan"}, "loss.options='alpha=nan': numbers"),
+        ({"loss.name": "likelihood", "checkpoint.best": "margin"}, "checkpoint.best='margin': rows of loss"),
+        ({"selfplay.restart": True, "selfplay.start": 1}, "selfplay.restart trains the start anew"),
+        ({"loss.reference_alpha": 0.5, "selfplay.start": 1}, "loss.reference_alpha asks the start"),
+        (
+            {"loss.name": "tspin", "selfplay.start": 1},
+            "which after selfplay.start selfplay.pairs=0=PATH gives",
+        ),
         ({"data.path": "a,b,c", "selfplay.iterations": 4}, "data.path has 3 datasets for 4 iterations"),
         (
             {"loss.name": "tspin", "data.path": "spin_jax.tiny:problems,test_algorithms:others"},
@@ -240,6 +251,26 @@ def test_nothing_right(settings, tmp_path):
         selfplay.run(settings(**keys), str(tmp_path))
 
 
+EASY = [False]
+
+
+def easy(reference, answer):
+    return EASY[0]
+
+
+def test_nothing_left_to_learn_from(settings, tmp_path, monkeypatch):
+    """A model that errs no more ends self-play on mistakes as a run that is done."""
+    keys = {"selfplay.rows": "wrong", "eval.verifier": "test_algorithms:easy", "selfplay.mix_previous": 0}
+    for phase in selfplay.PHASES:
+        selfplay.run(settings(**keys), str(tmp_path), only=phase)
+    monkeypatch.setattr("test_algorithms.EASY", [True])
+    for _ in range(2):
+        rows = selfplay.run(settings(**keys), str(tmp_path))
+        assert [row["iteration"] for row in rows] == [-1, 0]
+        assert rows[-1]["final"]
+        assert "iteration 1: no answer is wrong" in rows[-1]["stopped"]
+
+
 def nonsense(messages, answers):
     return [float("nan")] * len(answers)
 
@@ -257,16 +288,32 @@ def test_a_scorer_that_fails(scorer, said, settings, tmp_path):
         selfplay.run(settings("sppo", **keys), str(tmp_path))
 
 
-def test_pairs_without_the_starts_answer(settings, runs, tmp_path):
-    """T-SPIN on given pairs of other prompts than the start's."""
-    pairs = tmp_path / "pairs.jsonl"
-    rows = read_pairs(runs["tspin"] / "iteration_1" / "pairs")
-    pairs.write_text(
-        "".join(json.dumps({"real": r["real"], "generated": r["generated"]}) + "\n" for r in rows[:40])
-    )
-    keys = {"selfplay.pairs": f"1={pairs}", "selfplay.mix_previous": 0}
-    with pytest.raises(Missing, match=r"pairs.*prompt_id \d+, sample_id 0 has no answer of the start"):
-        selfplay.run(settings("tspin", **keys), str(tmp_path / "run"))
+def test_the_starts_answers_are_found_by_prompt(settings, runs, tmp_path):
+    """Given pairs number their prompts as they like."""
+    rows, path = read_pairs(runs["tspin"] / "iteration_1" / "pairs")[40:20:-1], tmp_path / "pairs.jsonl"
+    columns = ("real", "generated", "prompt_tokens", "real_tokens", "generated_tokens")
+    path.write_text("".join(json.dumps({name: row[name] for name in columns}) + "\n" for row in rows))
+    keys = {"selfplay.pairs": f"1={path}", "selfplay.mix_previous": 0}
+    selfplay.run(settings("tspin", **keys), str(tmp_path / "run"), only="sample")
+    for phase in ("score", "train", "sample", "score"):
+        selfplay.run(settings("tspin", **keys), str(tmp_path / "run"), only=phase)
+    found = {row["prompt_id"]: row["start_logp"] for row in scores_of(tmp_path / "run", 1)}
+    theirs = {
+        r["prompt_id"]: r["start_logp"] for r in scores_of(runs["tspin"], 1) if r["source_iteration"] == 1
+    }
+    assert len(found) == len(rows)
+    for number, row in enumerate(rows):
+        assert found[number] == pytest.approx(theirs[row["prompt_id"]], abs=1e-4)
+
+
+def test_prompts_that_the_start_does_not_answer(settings, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "3*3*3", "chosen": "27", "rejected": "9"}) + "\n")
+    with pytest.raises(
+        ValueError, match="the start answers no such prompt as that of prompt_id 0, iteration 1"
+    ):
+        selfplay.run(settings("tspin", **{"selfplay.pairs": f"1={path}"}), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 # --- preferences ---------------------------------------------------------------------------------
@@ -382,6 +429,9 @@ def test_a_dataset_that_comes_later(settings, tmp_path):
     selfplay.run(settings(**{**keys, **two}), str(tmp_path))
     after = weights(tmp_path / "iteration_0" / "model")
     assert all(np.array_equal(before[name], after[name]) for name in before)
+    swapped = {**two, "selfplay.iterations": 3, "data.path": ",".join(["test_algorithms:sums"] * 3)}
+    with pytest.raises(ValueError, match=r"fingerprints\.data 1 is"):
+        selfplay.run(settings(**{**keys, **swapped}), str(tmp_path))
     with pytest.raises(ValueError, match=r"fingerprints\.data is"):
         selfplay.run(
             settings(**{**keys, **two, "data.path": "test_algorithms:others,test_algorithms:others"}),

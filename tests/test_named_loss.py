@@ -87,6 +87,7 @@ BROKEN = {
     ),
     "a typo": ("return -policy.reel", "AttributeError.*Rows have the answers real, generated"),
     "another role": ("return -policy.start", "--config.loss.answers=real,generated,start adds others"),
+    "a branch on β": ("return -policy.real if beta > 1 else -2 * policy.real", "TracerBoolConversionError"),
     "noise": ("return -policy.real * np.random.rand()", "the same log-probs give another loss each time"),
     "a baseline": ("return -(policy.real - policy.real.mean())", "depends on the other rows"),
     "an error": ("raise RuntimeError('no')", r"RuntimeError: no \(.*my_losses.py:5\)"),
@@ -124,9 +125,13 @@ def test_signatures_are_explained(signature, message, written):
         "def loss(policy, opponent, *, beta, score): return (score - policy.real) ** 2",
         "class Loss:\n  def __call__(self, policy, opponent, *, beta): return -policy.real\nloss = Loss()",
         "def loss(policy, opponent, *, beta, tau=2.0): return (policy.real - opponent.real - tau) ** 2",
+        "def loss(policy, opponent, *, beta): return -policy.real.at[:].add(opponent.real)",
+        "import jax\ndef loss(policy, opponent, *, beta):\n"
+        "  own = beta * policy.real - beta * opponent.real\n"
+        "  return jax.nn.softplus(-(own - (beta * policy.generated - beta * opponent.generated)))",
     ],
 )
-@pytest.mark.parametrize("beta", [1e-3, 0.1, 50.0])
+@pytest.mark.parametrize("beta", [1e-3, 0.1, 200.0])
 def test_sound_losses_are_taken(text, beta, written, mesh8):
     c = section(name=written(text), beta=(beta,))
     named_loss.check(c)
