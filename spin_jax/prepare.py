@@ -358,9 +358,7 @@ def _check_start_answers(prepared: Prepared) -> None:
     if len(prepared.datasets) > 1:
         raise ValueError("loss.answers has start, which answers one dataset: data.path names several")
     if c.selfplay.start and 0 not in given:
-        raise ValueError(
-            "loss.answers has start; with selfplay.start, selfplay.pairs=0=PATH gives its answers"
-        )
+        raise ValueError("loss.answers has start, which after selfplay.start selfplay.pairs=0=PATH gives")
     origin = min([c.selfplay.start, *given])
     prompts = {asked(e.messages) for e in (*prepared.datasets[0], *prepared.held_out)}
     prompts = {asked(p.real_messages) for p in given[origin]} if origin in given else prompts
