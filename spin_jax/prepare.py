@@ -365,8 +365,8 @@ def _check_start_answers(prepared: Prepared) -> None:
     for t, pairs in given.items():
         if absent := [pair for pair in pairs if asked(pair.real_messages) not in prompts]:
             raise ValueError(
-                f"selfplay.pairs: the start answers no such prompt as that of prompt_id {absent[0].prompt_id}, "
-                f"iteration {t}, and loss.answers asks for its answer"
+                f"selfplay.pairs: the start answers no such prompt as that of prompt_id "
+                f"{absent[0].prompt_id}, iteration {t}, and loss.answers asks for its answer"
             )
 
 
