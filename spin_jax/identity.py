@@ -169,7 +169,7 @@ def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[
         free = name in _FREE or name.partition(".")[0] in _FREE_SECTIONS
         free = free and not (name == "eval.verifier" and config.selfplay.rows != "all")
         if not free and theirs != ours:
-            result[name] = theirs, value
+            result[name] = old.get(name, defaults.get(name)), value
     for kind, values in found.items():
         theirs = dict(began.get(kind, {}))
         if "data" in theirs and "data 1" in values:  # one dataset has become several: it served all
