@@ -105,7 +105,7 @@ class _Tally:
         """Notes the columns that nothing reads. Those of pairs belong together."""
         used = {*used, "prompt_id"}
         if "real" in used:
-            used.update((*_PAIR_SCHEMA.names, "score"))
+            used.update(_PAIR_SCHEMA.names)
         unused = [name for name, value in row.items() if name not in used and value is not None]
         self.unused.update(unused)
         self.with_unused += bool(unused)
@@ -235,9 +235,11 @@ def load_pairs(
     pairs: dict[tuple[int, int], Pair] = {}
     for number in range(len(rows)):
         with tally.row(number, sources.place(rows, number, path)):
-            row = rows[number] if scored else {k: v for k, v in rows[number].items() if k != "score"}
+            row = _preference(rows[number])
+            score = _score(row) if scored else None
             pair = _load_pair(row, number, chat, vocab_size, tally.counts, answers)
-            tally.see_unused(_preference(row), ("real",))
+            pair = pair and dataclasses.replace(pair, score=score)
+            tally.see_unused(row, ("real", "score") if scored else ("real",))
             if pair is not None and (pair.prompt_id, pair.sample_id) in pairs:
                 raise BadRow(f"prompt_id {pair.prompt_id}, sample_id {pair.sample_id} came before")
             if pair is not None:
@@ -267,19 +269,16 @@ def _integer(row: dict[str, Any], name: str, default: int, end: int) -> int:
 def _load_pair(
     row: dict[str, Any], number: int, chat: Chat, vocab_size: int, counts: Counter, answers: Counter
 ) -> Pair | None:
-    row = _preference(row)
     by_ids = row.get("generated_tokens") is not None
     if row.get("real") is None or (row.get("generated") is None and not by_ids):
         raise BadRow(f"no fields real and generated among {_listed(row)}")
     prompt_id = _prompt_id(row, number)
     sample_id = _integer(row, "sample_id", answers[prompt_id], 2**31)  # the answers of a prompt in turn
     answers[prompt_id] += 1
-    score = _score(row)
     real = checked(row["real"], "real")
     generated = None if row.get("generated") is None else checked(row["generated"], "generated")
     if generated is not None and not by_ids:
-        pair = chat.given_pair(prompt_id, sample_id, real, generated, counts)
-        return pair and dataclasses.replace(pair, score=score)
+        return chat.given_pair(prompt_id, sample_id, real, generated, counts)
     if generated is not None and asked(generated) != asked(real):
         raise BadRow("real and generated do not answer the same prompt")
     ids = [_token_ids(row, name, vocab_size) for name in ("prompt_tokens", "real_tokens", "generated_tokens")]
@@ -299,7 +298,7 @@ def _load_pair(
     same = min(len(ids[1]), len(pair.real))  # either may be cut
     if not np.array_equal(ids[1][:same], pair.real[:same]):
         raise BadRow("real_tokens: not the ids of the answer in real, by this tokenizer and chat template")
-    return dataclasses.replace(pair, score=score)
+    return pair
 
 
 def _preference(row: dict[str, Any]) -> dict[str, Any]:

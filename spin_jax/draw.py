@@ -38,13 +38,13 @@ class Sampling:
 
 
 def prompt_keys(
-    seed: int, iteration: int, prompt_ids: Sequence[int], sample_ids: int | Sequence[int] = 0
+    seed: int, iteration: int, prompt_ids: Sequence[int], sample_id: int | Sequence[int] = 0
 ) -> Array:
     """One key an answer: fold_in(seed, iteration, prompt, sample), whatever the batch."""
     base = jax.random.fold_in(jax.random.key(seed, impl=KEYS), iteration)
     ids = np.asarray(prompt_ids, np.int64).astype(np.uint64)
     low, high = (ids & 0xFFFFFFFF).astype(np.uint32), (ids >> 32).astype(np.uint32)
-    return _fold(base, low, high, np.broadcast_to(np.asarray(sample_ids, np.uint32), low.shape))
+    return _fold(base, low, high, np.broadcast_to(np.asarray(sample_id, np.uint32), low.shape))
 
 
 @jax.jit

@@ -48,7 +48,9 @@ class Evaluation:
         columns = {name: np.asarray(values) for name, values in {"loss": loss, **metrics}.items()}
         columns |= {f"{role}_reference": reference[:, n] for n, role in enumerate(roles)}
         pairs = [s.pair for s in scored]
-        files.write(run.folder(t) / "held_out.parquet", data.held_out_to_parquet(pairs, columns))
+        path = run.folder(t) / "held_out.parquet"
+        if not files.exists(path):  # an evaluation that was interrupted begins anew, and comes to the same
+            files.write(path, data.held_out_to_parquet(pairs, columns))
         columns["identical"] = np.array([pair.identical for pair in pairs])
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in columns.items()}
         return {name: mean for name, mean in means.items() if not name.endswith("_reference")}

@@ -174,6 +174,7 @@ def test_a_run_learns_and_exports_merged_weights(whole):
     assert len(json.loads((whole / "summary.json").read_text())) == 3
 
 
+@pytest.mark.long
 def test_a_run_that_is_interrupted_goes_on_to_the_bit(command, whole, tmp_path):
     workdir = tmp_path / "run"
     process = command.start(workdir, *LORA)

@@ -283,6 +283,7 @@ def test_a_tpu_program_moves_what_fsdp_must(tpu):
     assert 0.8 < estimate / sum(footprint.taken(program)) < 2
 
 
+@pytest.mark.long
 def test_slices_exchange_gradients_alone():
     """Two slices of four chips, compiled: a chip sends the quarter that it keeps, once."""
     pytest.importorskip("libtpu", reason="needs jax[tpu], though no TPU")

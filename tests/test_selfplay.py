@@ -348,7 +348,8 @@ def small_mistral(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("official", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("official", [False, True])
 def test_real_prompts(command, small_mistral, tmp_path, official):
     """Two iterations on 64 GSM8K prompts with the real tokenizer, in bfloat16, from one command."""
     lines = (SHARED / "gsm8k" / "train.jsonl").read_text().splitlines()
