@@ -341,6 +341,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{section.key: value} of a config."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return result
+
+
 def per_iteration(values: tuple, iteration: int) -> Any:
     """The value of a per-iteration key at `iteration`."""
     return values[min(iteration, len(values) - 1)]

@@ -158,10 +158,10 @@ def commit() -> str | None:
 
 def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{name: (what a run began with, what is here now)}, but for what may differ."""
-    old, new = (_flat(c) for c in (began["config"], recorded(config)))
+    old, new = (config_lib.flat(c) for c in (began["config"], recorded(config)))
     both = range(min(old.get("selfplay.iterations", 0), new["selfplay.iterations"]))
     result: dict[str, tuple[Any, Any]] = {}
-    defaults = _flat(recorded(config_lib.default()))
+    defaults = config_lib.flat(recorded(config_lib.default()))
     for name, value in new.items():
         theirs, ours = old.get(name, defaults.get(name, value)), value
         if name in config_lib.PER_ITERATION:
@@ -248,13 +248,3 @@ def _see(path: epath.Path) -> None:
             f"{path}, which process 0 has written, is not here: processes need one workdir, on a shared disk "
             "or in an object store"
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

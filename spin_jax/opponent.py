@@ -237,8 +237,8 @@ class Opponent:
             if source == t or path.name.startswith("train")
         ]
 
-    def has_scores(self, t: int, by: str | None = None) -> bool:
-        return all(files.existing([shard.path for shard in self.score_files(t) if by in (None, shard.by)]))
+    def has_scores(self, t: int, by: str) -> bool:
+        return all(files.existing([shard.path for shard in self.score_files(t) if shard.by == by]))
 
     def score(self, t: int, params: Params, by: str = OPPONENT) -> None:
         """A reference's log-probs of the answers of every row of iteration t, once."""

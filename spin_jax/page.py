@@ -18,8 +18,8 @@ from spin_jax.card import hub_id
 from spin_jax.figures import Curve, Panel
 from spin_jax.panels import Group
 from spin_jax.stylesheet import STYLE
-from spin_jax.table import GROUPS, tasks_of
-from spin_jax.workdir import START, Run, flat, number
+from spin_jax.table import GROUPS, IF_ANY, tasks_of
+from spin_jax.workdir import START, Run, number
 
 Row = Mapping[str, Any]
 
@@ -40,7 +40,6 @@ _MORE = (
 )
 _FIRST = ("sampled_accuracy", "greedy_accuracy", "nll")  # what a run is asked for first
 _FIRST_ELSE = ("accuracy", "margin", "loss")
-_IF_ANY = ("skipped", "response_truncated")  # told where they are not 0
 _MARKS = {"iteration", "final", "stopped", "control"}
 
 
@@ -285,7 +284,7 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[str, str, str
 
     def shown(key: str) -> bool:
         values = [number(row, key) for row in every]
-        return any(math.isfinite(value) and (value or key not in _IF_ANY) for value in values)
+        return any(math.isfinite(value) and (value or key not in IF_ANY) for value in values)
 
     for title, wanted in named:
         if there := [one for one in wanted if shown(one[0])]:
@@ -524,7 +523,7 @@ def _at(name: str, revision: str | None) -> str:
 
 
 def _config(run: Run) -> str:
-    defaults = flat(json.loads(json.dumps(config_lib.default().to_dict())))
+    defaults = config_lib.flat(json.loads(json.dumps(config_lib.default().to_dict())))
     changed = {
         key: value for key, value in run.config.items() if key not in defaults or defaults[key] != value
     }

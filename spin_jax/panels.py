@@ -1,7 +1,6 @@
 """Which figures there are of a run, and of several beside one another: numbers to panels of curves."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -424,8 +423,8 @@ def _over(group: Group, key: str, placed: Sequence[Row], color: int) -> Curve | 
 def compared_steps(groups: Sequence[Group]) -> list[Panel]:
     """Learning curves over one another; of a group that of its first run."""
     runs = [(group.runs[0], group.name) for group in groups]
-    parts = itertools.chain.from_iterable(
-        [(f"{name}_{n}", title if len(wanted) == 1 else f"{title}: {label}", unit, ((key, label),), note)]
+    parts = (
+        (f"{name}_{n}", title if len(wanted) == 1 else f"{title}: {label}", unit, ((key, label),), note)
         for name, title, unit, wanted, note in _LEARNING
         for n, (key, label) in enumerate(wanted)
     )

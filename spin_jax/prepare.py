@@ -105,9 +105,10 @@ class Prepared:
         Raises:
             ValueError: data.path names datasets, and none for iteration t.
         """
-        if 0 < len(self.datasets) <= t and len(self.datasets) > 1:
+        place = 0 if t < 0 or len(self.datasets) == 1 else t
+        if place >= len(self.datasets):
             raise ValueError(f"data.path names {len(self.datasets)} datasets, and none for iteration {t}")
-        return self.datasets[0 if t < 0 or len(self.datasets) == 1 else t]
+        return self.datasets[place]
 
     def folder(self, t: int) -> epath.Path:
         """Where iteration t is kept; −1 is the start."""

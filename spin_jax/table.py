@@ -43,6 +43,7 @@ GROUPS = (
         ),
     ),
 )
+IF_ANY = ("skipped", "response_truncated")  # told where they are not 0
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -104,7 +105,7 @@ def _lines(
 
 def _shown(key: str, row: Mapping[str, Any]) -> bool:
     """Whether a number says something: a step that was skipped does, none that was does not."""
-    return row.get(key) is not None and not (key in ("skipped", "response_truncated") and row[key] == 0)
+    return row.get(key) is not None and not (key in IF_ANY and row[key] == 0)
 
 
 def _cell(value: Any, form: str) -> str:

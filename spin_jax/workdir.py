@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from spin_jax import config as config_lib
+
 Row = dict[str, Any]
 START = -1  # the iteration number of the start
 
@@ -44,7 +46,7 @@ class Run:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """{section.key: value}."""
-        return flat(self.record["config"])
+        return config_lib.flat(self.record["config"])
 
     @property
     def made(self) -> list[Row]:
@@ -89,14 +91,6 @@ def number(row: Mapping[str, Any], key: str) -> float:
     """A row's number of that name; NaN where it has none."""
     value = row.get(key)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{section.key: value} of a config."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return result
 
 
 def read(workdir: str) -> Run:

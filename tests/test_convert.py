@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import conftest
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,7 @@ from spin_jax import convert, files, tiny
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+LLAMA3 = {**conftest.LLAMA3, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
