@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "between slices"  # by way of the hosts and the data-centre network
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
@@ -22,8 +24,12 @@ class Collective(NamedTuple):
     times: int  # how often it runs, at most; loops without a known bound count once
 
 
-def collectives(hlo: str) -> list[Collective]:
+def collectives(hlo: str, node: int = 0) -> list[Collective]:
     """All that a program runs, from `compiled.as_text()`. A conditional counts with all its branches.
+
+    Args:
+        node: devices of a node of GPUs, where there are several. A TPU program says itself what goes between
+            slices; a GPU program only says which devices take part.
 
     TPU's compiler writes a reduce-scatter as a fusion called all-reduce-scatter around an all-reduce, and
     starts an asynchronous collective in one fusion and ends it in another, both with its channel: such a
@@ -38,12 +44,17 @@ def collectives(hlo: str) -> list[Collective]:
             if operation in KINDS:
                 kind = "reduce-scatter" if "all-reduce-scatter" in name else operation
                 channel = re.search(r"channel_id=(\d+)", line)
-                size = _size(line, operation)
+                size, members = _size(line, operation), _group(line)
                 if operation == "reduce-scatter":
-                    size *= _group(line)
+                    size *= len(members)
                 key = (outer, f"{operation} {channel[1]}" if channel else line)
-                before = found.get(key, Collective(kind, 0, 0))
-                found[key] = Collective(kind, max(before.bytes, size), times)
+                nodes = len({member // node for member in members}) if node else 1
+                if nodes > 1:  # each device of a node fetches its share of what the other nodes hold
+                    share = (nodes - 1) / len(members) * (2 if operation == "all-reduce" else 1)
+                    found[key[0], f"{key[1]} of nodes"] = Collective(BETWEEN_SLICES, int(size * share), times)
+                if nodes < len(members) or not node:
+                    before = found.get(key, Collective(kind, 0, 0))
+                    found[key] = Collective(kind, max(before.bytes, size), times)
             elif operation == "send" and "megascale" in line:
                 found[name, line] = Collective(BETWEEN_SLICES, _size(line, "send"), times)
             elif operation == "while":
@@ -114,19 +125,44 @@ def _trips(condition: list[str]) -> int:
 def _size(line: str, operation: str) -> int:
     """Bytes of an operation's result, of all arrays that a combined one has."""
     shapes = line.split(" = ", 1)[1].split(f" {operation}", 1)[0]
+    nested = shapes.startswith("((")  # ((operands), (results)) of what starts and ends apart from that
+    shapes = _after_first(shapes) if nested else shapes
     arrays = [
         math.prod(map(int, filter(None, dims.split(",")))) * _BYTES.get(dtype, 4)
         for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
     ]
-    if f" {operation}-start(" in line and operation in ("all-gather", "collective-permute"):
+    starts = f" {operation}-start(" in line and operation in ("all-gather", "collective-permute")
+    if starts and not nested:
         arrays = arrays[len(arrays) // 2 :]  # the operands stand before the results
     return sum(arrays)
 
 
-def _group(line: str) -> int:
-    """How many devices take part."""
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(iota[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return listed[1].count(",") + 1
-    return 1
+def _after_first(shapes: str) -> str:
+    """What follows the first part of a tuple that is itself a tuple."""
+    depth = 0
+    for place, letter in enumerate(shapes[1:], 1):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth == 0:
+            return shapes[place + 1 :]
+    return shapes
+
+
+def _group(line: str) -> list[int]:
+    """The devices of the first group, in any of the three ways in which HLO writes groups.
+
+    {{0,1},{2,3}}; [2,2]<=[4], a reshaped count; mesh['x'=2,'y'=2] {'y'}, along one axis of two.
+    """
+    written = line.partition("replica_groups=")[2]
+    if listed := re.match(r"\{\{([\d,]*)\}", written):
+        return [int(n) for n in listed[1].split(",")]
+    if iota := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", written):
+        sizes = [int(n) for n in iota[3].split(",")]
+        order = [int(n) for n in iota[4].split(",")] if iota[4] else None
+        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+        return devices.reshape(int(iota[1]), int(iota[2]))[0].tolist()
+    if mesh := re.match(r"mesh\[([^\]]*)\] \{([^}]*)\}", written):
+        axes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        along = re.findall(r"'([^']+)'", mesh[2])
+        devices = np.arange(math.prod(map(int, axes.values()))).reshape([int(n) for n in axes.values()])
+        return devices[tuple(slice(None) if axis in along else 0 for axis in axes)].reshape(-1).tolist()
+    return [0]

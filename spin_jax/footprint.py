@@ -1,24 +1,22 @@
-"""What a run takes of a machine that need not be there: memory by phase, and what devices send each other.
+"""What a run takes of a machine that need not be there: its own programs, compiled for it.
 
-For TPUs the run's own programs are compiled for a topology; for GPUs, and for settings that might fit,
-there is arithmetic.
+That gives memory by phase and what devices send each other. The compilers are a run's own, with its flags. What
+they leave out where no GPU is, `spin_jax.plan` says.
 """
 
 import concurrent.futures
 import dataclasses
-import functools
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from spin_jax import collectives as traffic
-from spin_jax import convert, files, lora, named_loss, programs, roofline, sharding
+from spin_jax import convert, files, lora, machines, named_loss, programs, roofline, sharding
 from spin_jax.batches import PairBatch, RowShape, ScoredPair, pair_batches, stacked
 from spin_jax.chat import Example, Pair
 from spin_jax.config import GPU_MEMORY
@@ -27,34 +25,9 @@ from spin_jax.model import Model, params_on, sampling_params_on
 from spin_jax.sample import DECODE_STEPS, cache_columns, prefill_rows
 from spin_jax.scoring import score_rows
 from spin_jax.slots import decode, new_slots, prefill
-from spin_jax.train import MOMENTS, abstract_state, make_step
+from spin_jax.train import abstract_state, make_step
 
-GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200"}
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-SIZES = {"v5e": _FLAT, "v6e": _FLAT, "v4": _DEEP, "v5p": _DEEP, **dict.fromkeys(GPUS, ("1", "2", "4", "8"))}
 _GIB = 2.0**30
-# libtpu asks where it runs, complains where that is nowhere, and else lets one process in at a time.
-_NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-
-class Described(NamedTuple):
-    """What is asked of a mesh, where there is nothing to make one of."""
-
-    devices: np.ndarray
-    shape: Mapping[str, int]
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Gpu:
-    device_kind: str
-    platform: str = "gpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +35,19 @@ class Work:
     """A config on a machine."""
 
     config: Any
-    topology: str
-    slices: int
-    model: Model  # without weights; its mesh is Described for GPUs
+    topology: machines.Topology
+    model: Model  # without weights; its mesh is Described where nothing is compiled
     shape: RowShape
     pairs: list[Pair]
+    uncompiled: str = ""  # why nothing is
 
     @property
     def compiles(self) -> bool:
-        return isinstance(self.model.mesh, jax.sharding.Mesh)
+        return not self.uncompiled
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.model.mesh.devices.flat[0].platform == "gpu"
 
     @property
     def chip(self) -> roofline.Chip:
@@ -101,65 +78,43 @@ class Phase:
 # --- the machine ---------------------------------------------------------------------------------
 
 
-def workload(config: Any, topology: str) -> Work:
+def workload(config: Any, topology: str, compiles: bool = True) -> Work:
     """Reads the config for a machine.
+
+    Args:
+        compiles: False for arithmetic, which needs no compiler.
 
     Raises:
         ValueError: an unknown machine, or a mesh that does not suit it.
     """
-    family, size, slices = parsed(topology)
+    machine = machines.parsed(topology)
     stated = config.model.architecture.to_dict()
     if config.model.path and os.path.isdir(config.model.path):  # where the two differ, the checkpoint counts
         stated = files.read_json(os.path.join(config.model.path, "config.json"))
     if not stated:
         raise ValueError("the config states no model.architecture: --config.model.path=DIR has one")
     model = convert.new_model(stated, None, dtype=config.model.dtype)
-    if family in GPUS:
-        count = int(size) * slices
-        sizes = programs.mesh_sizes(config, model.config, count, slices)
-        axes: dict[str, int] = dict(zip(sharding.AXES, sizes, strict=True))
-        mesh: Any = Described(np.array([_Gpu(GPUS[family])] * count), axes, count)
-        model = dataclasses.replace(model, mesh=mesh)
-    else:
-        model = programs.placed(config, model, _tpus(f"{family}:{size}", slices))
+    sizes = programs.mesh_sizes(config, model.config, machine.devices, machine.slices)
+    uncompiled = "" if compiles else "--nocompile"
+    mesh: Any = machines.described(machine, dict(zip(sharding.AXES, sizes, strict=True)))
+    if compiles:
+        try:
+            mesh = sharding.make_mesh(*sizes, machines.devices(machine))
+        except machines.NoCompiler as missing:
+            uncompiled = str(missing)
+    model = dataclasses.replace(model, mesh=mesh)
     programs.check_mesh(config, model)
     pairs = programs.expected_pairs(config, model.config.vocab_size, 16 * config.train.batch_size)
     examples = [Example(p.prompt_id, [], p.prompt, p.real) for p in pairs]
     prompt = np.zeros(min(config.lengths.max_prompt, config.lengths.max_length - 1), np.int32)
     answer = np.zeros(config.lengths.max_length - len(prompt), np.int32)
     shape = programs.pair_shape(config, model, [*examples, Example(-1, [], prompt, answer)], {})
-    return Work(config, topology, slices, model, shape, pairs)
-
-
-def parsed(topology: str) -> tuple[str, str, int]:
-    """(family, size of a slice, slices) of `v5e:8x8`, or of `v5e:8x8*2`: two slices, or nodes of GPUs."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*([1-9]\d*))?", topology)
-    if not found or found[1] not in SIZES or (found[1] in GPUS and "x" in found[2]):
-        machines = ", ".join(f"{name}:{sizes[3]}" for name, sizes in SIZES.items())
-        raise ValueError(f"--topology={topology}: a machine such as {machines}; v5e:8x8*2 is two slices")
-    return found[1], found[2], int(found[3] or 1)
-
-
-@functools.cache
-def _tpus(topology: str, slices: int) -> list[Any]:
-    """The devices of TPU slices that need not be there."""
-    from jax.experimental import topologies
-
-    for name, value in _NO_TPU.items():
-        os.environ.setdefault(name, value)
-    try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices)
-        return list(described.devices)
-    except Exception as error:  # whatever kind it is, it says that libtpu is missing or the name is wrong
-        raise ValueError(
-            f"--topology={topology} cannot be compiled for here (pip install 'jax[tpu]'): {error}"
-        ) from error
+    return Work(config, machine, model, shape, pairs, uncompiled)
 
 
 def limit(work: Work) -> float:
     """Bytes of a device that a program may have: some are the runtime's own; of a GPU, what JAX takes."""
-    on_gpu = work.model.mesh.devices.flat[0].platform == "gpu"
-    return work.chip.memory * (float(GPU_MEMORY) if on_gpu else 63 / 64)
+    return work.chip.memory * (float(GPU_MEMORY) if work.on_gpu else 63 / 64)
 
 
 def fits(work: Work, phases: Mapping[str, Phase], margin: float = 1.0) -> bool:
@@ -239,7 +194,8 @@ def compiled(
     """
     platform = mesh.devices.flat[0].platform
     with jax.set_mesh(mesh):
-        lowered = program.trace(*arguments, **keywords or {}).lower(lowering_platforms=(platform,))
+        traced = program.trace(*arguments, **keywords or {})
+        lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),))
         try:
             return lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
         except jax.errors.JaxRuntimeError as error:
@@ -262,13 +218,22 @@ def taken(program: Any) -> tuple[float, float]:
     return m.argument_size_in_bytes, m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
 
 
-def compiled_phases(work: Work, only: tuple[str, ...] = ("train", "score", "sample")) -> dict[str, Phase]:
-    """Memory and traffic as TPU's compiler has them.
+def compiled_phases(
+    work: Work, guess: Mapping[str, Phase], only: tuple[str, ...] = ("train", "score", "sample")
+) -> dict[str, Phase]:
+    """Memory and traffic as the compiler has them.
 
-    Training, which takes most, is compiled as the run compiles it; the others with little effort, which is
-    a few times as fast and finds the same memory within some tenths of a GiB.
+    Training, which takes most, is compiled as the run compiles it; the others for TPUs with little effort,
+    which is a few times as fast and finds the same memory within some tenths of a GiB. TPU's compiler refuses
+    what has no room, and says what it would take; that for GPUs leaves it to who compares with `limit`.
+
+    Args:
+        guess: of arithmetic, whose parts those of the compiler are told apart by.
     """
-    guess, mesh = estimated_phases(work), work.model.mesh
+    mesh, node = work.model.mesh, 0
+    if work.on_gpu and work.topology.slices > 1:
+        node = mesh.size // work.topology.slices
+    hasty = 0.0 if work.on_gpu else -1.0
 
     def step(name: str, make: Callable[[Work], tuple[Any, tuple]], effort: float = 0.0) -> Phase:
         weights = guess[name].parts["weights"]
@@ -280,7 +245,7 @@ def compiled_phases(work: Work, only: tuple[str, ...] = ("train", "score", "samp
             return dataclasses.replace(guess[name], parts={**known, "temporary": rest})
         state, temporary = taken(program)
         parts = {"weights": weights, "optimizer": max(state - weights, 0.0), "temporary": temporary}
-        found = traffic.collectives(program.as_text())
+        found = traffic.collectives(program.as_text(), node)
         return dataclasses.replace(guess[name], parts=parts, traffic=traffic.totals(found))
 
     def sample() -> Phase:
@@ -288,153 +253,23 @@ def compiled_phases(work: Work, only: tuple[str, ...] = ("train", "score", "samp
         temporary, found = 0.0, {}
         for name, (program, arguments, keywords) in _sample_programs(work).items():
             try:
-                made = compiled(mesh, program, arguments, keywords, effort=-1.0)
+                made = compiled(mesh, program, arguments, keywords, effort=hasty)
             except OutOfMemory as error:
                 known = guess["sample"].parts["copy"] + guess["sample"].parts["cache"]
                 temporary = max(temporary, error.needed - known)
                 continue
             temporary = max(temporary, taken(made)[1])
             if name == "decode":
-                of_call = traffic.totals(traffic.collectives(made.as_text()))
+                of_call = traffic.totals(traffic.collectives(made.as_text(), node))
                 found = {kind: size / DECODE_STEPS for kind, size in of_call.items()}
         parts = {**guess["sample"].parts, "temporary": temporary}
         return dataclasses.replace(guess["sample"], parts=parts, traffic=found)
 
     jobs = {
         "train": lambda: step("train", train_program),
-        "score": lambda: step("score", _score_program, effort=-1.0),
+        "score": lambda: step("score", _score_program, effort=hasty),
         "sample": sample,
     }
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         running = {name: pool.submit(jobs[name]) for name in only}
         return {name: job.result() for name, job in running.items()}
-
-
-# --- arithmetic ----------------------------------------------------------------------------------
-
-
-def _per_device(work: Work) -> float:
-    """Parameters that each device keeps in training."""
-    shape = work.model.mesh.shape
-    return roofline.all_params(work.model.config) / (shape["fsdp"] * shape["tensor"])
-
-
-def estimated_phases(work: Work) -> dict[str, Phase]:
-    """Memory and traffic by arithmetic: what GPUs are told, and what suggestions are made of."""
-    return {"train": _training(work), "score": _scoring(work), "sample": _sampling(work)}
-
-
-class _Layer(NamedTuple):
-    """Of a micro-batch on a device."""
-
-    tokens: int
-    wide: float  # numbers of a token's inner MLP layer, or of those of the experts it goes through
-    heads: float  # numbers of a token's queries, keys, values and attended values
-    weights: float  # bytes of a layer, gathered
-    working: float  # bytes that a layer works on
-    logits: float  # bytes of a chunk's, and of their softmax
-
-
-def _layer(work: Work) -> _Layer:
-    m, shape, item = work.model.config, work.shape, work.model.dtype.itemsize
-    tensor = work.model.mesh.shape["tensor"]
-    tokens = shape.rows // sharding.batch_shards(work.model.mesh) * shape.length
-    heads = 2 * (m.num_attention_heads + m.num_key_value_heads) * m.head_dim / tensor
-    wide = max(1, m.experts_per_token) * m.intermediate_size / tensor
-    return _Layer(
-        tokens,
-        wide,
-        heads,
-        weights=item * roofline.layer_params(m, m.num_experts) / tensor,
-        working=item * tokens * (3 * wide + 6 * m.hidden_size + 2 * heads),
-        logits=2 * 4 * min(2**25, tokens * m.vocab_size / 4) / tensor,  # scoring's chunks: a quarter at most
-    )
-
-
-def _training(work: Work) -> Phase:
-    c, m, layer, item = work.config, work.model.config, _layer(work), work.model.dtype.itemsize
-    whole = _per_device(work)
-    share = programs.trained(c, m) / roofline.all_params(m)
-    weights, mine = item * whole if c.train.lora_rank else 4 * whole, 4 * share * whole
-    tensor, D = work.model.mesh.shape["tensor"], m.hidden_size
-    kept = {  # numbers of a token and layer, beside the layer's input
-        "full": 0,
-        "attention": layer.heads,
-        "attention+mlp": layer.heads + D + 2 * layer.wide,
-        "none": 2 * layer.heads + 6 * D + 4 * layer.wide,
-    }[c.train.remat]
-    moments = MOMENTS[c.train.optimizer] * mine
-    gradients = mine * (2 if c.train.batch_size > work.shape.rows else 1)  # the sum, and a micro-batch's
-    # The head in both dtypes, the embedding, and their gradients; a layer's weights, the next one's as they
-    # arrive, and a gradient. Frozen ones have none.
-    gathered = 14 * m.vocab_size * D / tensor + 3 * layer.weights
-    if c.train.lora_rank:
-        gathered = 8 * m.vocab_size * D / tensor + 2 * layer.weights
-    activations = m.num_hidden_layers * layer.tokens * item * (kept + D)
-    temporary = gradients + gathered + activations + layer.working + layer.logits
-    return Phase(
-        {
-            "weights": weights,
-            "optimizer": (mine if c.train.lora_rank else 0.0) + (0.0 if c.train.offload else moments),
-            "temporary": temporary + (moments if c.train.offload else 0.0),
-        },
-        _estimated_traffic(work, layer.tokens, passes=3, gradients=share),
-        "step",
-        offloaded=moments if c.train.offload else 0.0,
-    )
-
-
-def _scoring(work: Work) -> Phase:
-    m, layer, item = work.model.config, _layer(work), work.model.dtype.itemsize
-    table = item * m.vocab_size * m.hidden_size / work.model.mesh.shape["tensor"]
-    temporary = layer.weights + layer.working + table + layer.logits
-    return Phase(
-        {"weights": 4 * _per_device(work), "optimizer": 0.0, "temporary": temporary},
-        _estimated_traffic(work, layer.tokens, passes=1),
-        "micro-batch",
-    )
-
-
-def _sampling(work: Work) -> Phase:
-    c, m, item = work.config, work.model.config, work.model.dtype.itemsize
-    share = programs.sampling_tensor(c, work.model)
-    copies = work.model.mesh.size // share
-    columns, prompt = cache_columns(m, programs.longest(c)), c.lengths.max_prompt
-    rows = prefill_rows(programs.slots(c, work.model), prompt, copies) // copies
-    scores = 4 * m.num_attention_heads * prompt * prompt / share / 8  # of a block of queries
-    states = item * prompt * (4 * m.hidden_size + 3 * m.intermediate_size / share)
-    read = rows * (scores + states + item * roofline.cached_numbers(m, prompt) / share)
-    return Phase(
-        {
-            "weights": 4 * _per_device(work),
-            "copy": item * roofline.all_params(m) / share,
-            "cache": item * roofline.cached_numbers(m, columns) * c.sampling.batch_size / share,
-            "temporary": 4 * c.sampling.batch_size * m.vocab_size + read,
-        },
-        {},
-        "token",
-    )
-
-
-def _estimated_traffic(work: Work, tokens: float, passes: int, gradients: float = 1.0) -> dict[str, float]:
-    """A micro-batch's bytes: FSDP gathers for each pass over the weights, and scatters their gradients.
-
-    `gradients` is the share of the weights that have some.
-    """
-    m, shape, item = work.model.config, work.model.mesh.shape, work.model.dtype.itemsize
-    weights = item * roofline.all_params(m) / shape["tensor"]
-    result = {}
-    if shape["fsdp"] > 1:
-        result["all-gather"] = weights * min(passes, 2)
-    if passes > 1 and sharding.batch_shards(work.model.mesh) > 1:
-        result["reduce-scatter"] = gradients * weights
-    replicas = math.gcd(shape["data"], work.slices)
-    between = 2 * (1 - 1 / replicas) * gradients * weights / shape["fsdp"] if passes > 1 else 0.0
-    if parts := work.slices // replicas - 1:  # fsdp spans slices: each gets what the others hold
-        mine = work.model.mesh.size / work.slices
-        between += (min(passes, 2) + (passes > 2) * gradients) * weights * parts / (parts + 1) / mine
-    if between:
-        result[traffic.BETWEEN_SLICES] = between
-    if shape["tensor"] > 1:
-        result["all-reduce"] = 2 * passes * m.num_hidden_layers * tokens * m.hidden_size * item
-    return result

@@ -2,17 +2,23 @@
 
     python -m spin_jax.plan --config=FILE[:VARIANT] --topology=TOPOLOGY [--config.section.key=value …]
 
-  --topology=TOPOLOGY      TPUs: v4:2x2x4, v5e:8x8, v5p:2x2x2, v6e:4x4 …; GPUs: h200:1, h100:8 …
-                           v5e:8x8*2 are two slices, h100:8*2 two nodes
+  --topology=TOPOLOGY      TPUs: v4:2x2x4, v5e:8x8, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1 …; GPUs: h200:1, h100:8,
+                           a100:8 …; v5e:8x8*2 are two slices, h100:8*2 two nodes
   --pairs=N                of an iteration; unset: of data.limit prompts, or of 50,000, selfplay.samples each
   --json                   one JSON object in place of the table
   --mfu=0.45               share of the peak that training and scoring reach
   --decode_efficiency=0.5  share of its roofline that decoding reaches
   --dcn_gbit_s=50          what a device gets from other slices
+  --nocompile              arithmetic alone, in seconds
 
-For TPUs the run's own programs are compiled for the topology, anywhere that jax[tpu] is installed; for GPUs
-memory comes from arithmetic. Lengths are those of `lengths.expected`, and the longest that `lengths` allows;
-times are a roofline's at the efficiencies above.
+The run's own programs are compiled for the topology: for TPUs wherever jax[tpu] is installed, for GPUs
+wherever jax[cuda13] is. No TPU or GPU is needed. Without jax[cuda13], memory on GPUs comes from arithmetic, and
+the answer says so. Lengths are those of `lengths.expected`, and the longest that `lengths` allows; times are a
+roofline's at the efficiencies above.
+
+Where no GPU is, XLA cannot time kernels and choose between them (autotuning), cuDNN's kernels are not compiled,
+and none are assembled to machine code. Memory is compared with the share of the card that JAX takes, 92%;
+CUDA's and NCCL's own must fit into the rest, and is not counted.
 
 Examples:
 
@@ -36,21 +42,11 @@ from ml_collections import config_flags
 
 from spin_jax import collectives as traffic
 from spin_jax import config as config_lib
-from spin_jax import programs, roofline
+from spin_jax import machines, programs, roofline
 from spin_jax.batches import filled_tokens
 from spin_jax.command import fail, parse, set_compiler_flags
-from spin_jax.footprint import (
-    SIZES,
-    Phase,
-    Work,
-    batches_of,
-    compiled_phases,
-    estimated_phases,
-    fits,
-    limit,
-    parsed,
-    workload,
-)
+from spin_jax.estimate import estimated_phases
+from spin_jax.footprint import Phase, Work, batches_of, compiled_phases, fits, limit, workload
 from spin_jax.metrics import compact
 from spin_jax.train import MOMENTS
 
@@ -62,6 +58,7 @@ _MFU = flags.DEFINE_float(
     "mfu", 0.45, "Share of the peak that training and scoring reach, padding counted as work."
 )
 _DECODE = flags.DEFINE_float("decode_efficiency", 0.5, "Share of its roofline that decoding reaches.")
+_COMPILE = flags.DEFINE_bool("compile", True, "Compile the run's programs; --nocompile: arithmetic alone.")
 _DCN = flags.DEFINE_float("dcn_gbit_s", 50.0, "Gbit a second that a device gets from other slices.")
 
 _GIB = 2.0**30
@@ -151,12 +148,14 @@ _SPLITS = (2, 4, 8)
 _ANSWERS = (64, 32, 16)
 
 
-def suggestion(work: Work) -> tuple[Work, list[str]] | None:
-    """The nearest settings that fit by arithmetic: what is computed again, accumulation, mesh, machine."""
-    family, size, slices = parsed(work.topology)
-    larger = SIZES[family][SIZES[family].index(size) :] if size in SIZES[family] else (size,)
-    several = f"*{slices}" if slices > 1 else ""
-    c = work.config
+def suggestion(work: Work, margin: float = 1.0) -> tuple[Work, list[str]] | None:
+    """The nearest settings that fit by arithmetic: what is computed again, accumulation, mesh, machine.
+
+    Args:
+        margin: share of the memory that arithmetic may fill.
+    """
+    c, own_machine, sizes = work.config, work.topology, machines.FAMILIES[work.topology.family].sizes
+    larger = sizes[sizes.index(own_machine.size) :] if own_machine.size in sizes else (own_machine.size,)
     choices = {
         "sampling.batch_size": [n for n in _ANSWERS if n < c.sampling.batch_size],
         "train.offload": [True] * (not c.train.offload),
@@ -164,19 +163,18 @@ def suggestion(work: Work) -> tuple[Work, list[str]] | None:
         "train.tokens_per_device": [n for n in _TOKENS if n < c.train.tokens_per_device],
         "train.remat": _REMATS[_REMATS.index(c.train.remat) + 1 :],
     }
-    margin = 0.9 if work.compiles else 1.0  # compilation will have the last word
     own = [_value(c, key) for key in choices]
     options = [[mine, *more] for mine, more in zip(own, choices.values(), strict=True)]
 
-    def tried(machine: str, values: tuple) -> tuple[Work | None, dict[str, Any]]:
+    def tried(machine: machines.Topology, values: tuple) -> tuple[Work | None, dict[str, Any]]:
         keys = {k: v for k, v, mine in zip(choices, values, own, strict=True) if v != mine}
         try:
-            candidate = workload(_changed(c, keys), f"{family}:{machine}{several}")
+            candidate = workload(_changed(c, keys), str(machine), work.compiles)
         except ValueError:  # heads that the mesh does not divide, say
             return None, keys
         return candidate if fits(candidate, estimated_phases(candidate), margin) else None, keys
 
-    for machine in larger:
+    for machine in [own_machine._replace(size=size) for size in larger]:
         frugal = [
             values if key == "mesh.tensor" else values[-1:]
             for key, values in zip(choices, options, strict=True)
@@ -187,7 +185,7 @@ def suggestion(work: Work) -> tuple[Work, list[str]] | None:
             candidate, keys = tried(machine, values)
             if candidate:
                 settings = [f"--config.{key}={str(value).lower()}" for key, value in keys.items()]
-                return candidate, [f"--topology={family}:{machine}{several}"] * (machine != size) + settings
+                return candidate, [f"--topology={machine}"] * (machine != own_machine) + settings
     return None
 
 
@@ -207,18 +205,23 @@ def _changed(config: Any, keys: Mapping[str, Any]) -> Any:
 
 def plan(work: Work, assumed: Assumed) -> dict[str, Any]:
     """The whole answer, as --json prints it."""
-    phases = compiled_phases(work) if work.compiles else estimated_phases(work)
+    phases, margin = estimated_phases(work), 1.0
+    if work.compiles:
+        guess, phases = phases, compiled_phases(work, phases)
+        # Compilation will have the last word: arithmetic is as far off for other settings as for these.
+        margin = min(0.9, *(0.97 * guess[name].memory / phase.memory for name, phase in phases.items()))
     _timed(work, phases, assumed)
     model, mesh, whole = work.model.config, work.model.mesh, fits(work, phases)
-    other = None if whole else suggestion(work)
+    other = None if whole else suggestion(work, margin)
     confirmed = None
     if other and other[0].compiles:
-        confirmed = fits(other[0], compiled_phases(other[0], ("train",)))
+        confirmed = fits(other[0], compiled_phases(other[0], estimated_phases(other[0]), ("train",)))
     return {
         "fits": whole,
-        "topology": work.topology,
+        "topology": str(work.topology),
         "devices": f"{mesh.size} × {mesh.devices.flat[0].device_kind}",
         "by": "compilation" if work.compiles else "arithmetic",
+        "uncompiled": work.uncompiled or None,
         "mesh": dict(mesh.shape),
         "model": f"{model.model_type}, {compact(roofline.all_params(model))} parameters",
         "lora": _saved(work),
@@ -275,10 +278,11 @@ def _saved(work: Work) -> dict[str, Any] | None:
 def table(answer: Mapping[str, Any]) -> str:
     """The answer for people."""
     mesh = " × ".join(f"{name} {size}" for name, size in answer["mesh"].items())
+    why = f" ({answer['uncompiled']})" if answer["uncompiled"] else ""
     sampling, assumed, room = answer["sampling"], answer["assumed"], answer["hbm_limit_gib"]
     run = answer["run"]
     lines = [
-        f"{answer['topology']}: {answer['devices']}, mesh {mesh}; memory by {answer['by']}",
+        f"{answer['topology']}: {answer['devices']}, mesh {mesh}; memory by {answer['by']}{why}",
         f"model      {answer['model']}",
         f"training   {answer['rows']['rows']} × {answer['rows']['length']} tokens a micro-batch, "
         f"remat {answer['remat']}",
@@ -357,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
         config, topology, pairs = parse(argv, read_flags)
         set_compiler_flags(config)
         jax.config.update("jax_platforms", "cpu")  # nothing runs; an accelerator here is left alone
-        work = workload(config, topology)
+        work = workload(config, topology, _COMPILE.value)
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
     answer = plan(work, Assumed(pairs, _MFU.value, _DECODE.value, _DCN.value))

@@ -24,26 +24,37 @@ class Chip:
 
 
 _GIB = 2.0**30
-CHIPS = {  # by the beginning of `device_kind`; the longest that fits
-    "NVIDIA A100": Chip(312e12, 2.04e12, 80e9, 300e9),
-    "NVIDIA A100-PCIE-40GB": Chip(312e12, 1.555e12, 40e9, 300e9),
-    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1.555e12, 40e9, 300e9),
-    "NVIDIA H100 NVL": Chip(835e12, 3.9e12, 94e9, 300e9),
-    "NVIDIA H100 PCIe": Chip(756e12, 2.0e12, 80e9, 300e9),
-    "NVIDIA H100": Chip(989e12, 3.35e12, 80e9, 450e9),
-    "NVIDIA H200": Chip(989e12, 4.8e12, 141e9, 450e9),
-    "TPU v4": Chip(275e12, 1.23e12, 32 * _GIB, 150e9),
-    "TPU v5 lite": Chip(197e12, 0.82e12, 16 * _GIB, 100e9),
-    "TPU v5p": Chip(459e12, 2.77e12, 95 * _GIB, 300e9),
-    "TPU v5": Chip(459e12, 2.77e12, 95 * _GIB, 300e9),
-    "TPU v6 lite": Chip(918e12, 1.64e12, 32 * _GIB, 224e9),
+_V5P = Chip(459e12, 2.77e12, 95 * _GIB, 600e9)
+_V5E = Chip(197e12, 0.82e12, 16 * _GIB, 200e9)
+_V6E = Chip(918e12, 1.64e12, 32 * _GIB, 400e9)
+# By the whole `device_kind`: "TPU v5" is a v5p and "TPU v5 lite" a v5e, and a part of a card (MIG) has a
+# name of its own. TPUs' names are those of jax/_src/pallas/mosaic/tpu_info.py, their numbers those of
+# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. A TPU7x (Ironwood) is two devices, each half of the
+# chip's 2307 TFLOP/s, 192 GiB, 7380 GB/s and 1200 GB/s of links. A GPU's memory is as CUDA counts it.
+CHIPS = {
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2.04e12, 79.2 * _GIB, 300e9),
+    "NVIDIA A100 80GB PCIe": Chip(312e12, 1.94e12, 79.2 * _GIB, 300e9),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1.555e12, 39.4 * _GIB, 300e9),
+    "NVIDIA A100-PCIE-40GB": Chip(312e12, 1.555e12, 39.4 * _GIB, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3.35e12, 79.1 * _GIB, 450e9),
+    "NVIDIA H100 PCIe": Chip(756e12, 2.0e12, 79.1 * _GIB, 300e9),
+    "NVIDIA H100 NVL": Chip(835e12, 3.9e12, 93.1 * _GIB, 300e9),
+    "NVIDIA H200": Chip(989e12, 4.8e12, 139.8 * _GIB, 450e9),
+    "NVIDIA H200 NVL": Chip(835e12, 4.8e12, 139.8 * _GIB, 450e9),
+    "TPU v4": Chip(275e12, 1.23e12, 32 * _GIB, 300e9),
+    "TPU v5e": _V5E,
+    "TPU v5 lite": _V5E,
+    "TPU v5p": _V5P,
+    "TPU v5": _V5P,
+    "TPU v6e": _V6E,
+    "TPU v6 lite": _V6E,
+    "TPU7x": Chip(2307e12 / 2, 7.38e12 / 2, 96 * _GIB, 300e9),
 }
 
 
 def chip(device_kind: str) -> Chip | None:
     """The chip of `jax.Device.device_kind`, or None for one that is not listed, a CPU among them."""
-    known = [name for name in CHIPS if device_kind.startswith(name)]
-    return CHIPS[max(known, key=len)] if known else None
+    return CHIPS.get(device_kind)
 
 
 def layer_params(c: ModelConfig, experts: int | None = None) -> int:

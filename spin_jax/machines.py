@@ -1,0 +1,217 @@
+"""The machines that `plan` knows, and their devices, which need not be there.
+
+A topology is FAMILY:SIZE or FAMILY:SIZE*COUNT. `v5e:8x8` is a slice of TPUs and `v5e:8x8*2` are two; `h100:8`
+is a node of eight GPUs and `h100:8*2` are two.
+
+Compilers work without the device they compile for: libtpu's knows its TPUs by name, XLA's for GPUs (a plugin
+of JAX) wants a description of the chip. Where none is installed, arithmetic makes do with a `Described` mesh.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_NODE = ("1", "2", "4", "8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What XLA's compiler asks about a GPU: the numbers of CUDA's device properties."""
+
+    cores: int  # streaming multiprocessors
+    units: int  # float32 units in each
+    shared: int  # bytes of shared memory of a core
+    shared_block: int  # bytes of it that a block may ask for
+    l2: int  # bytes
+    clock: float  # GHz
+    bandwidth: int  # bytes of device memory, a second
+    memory: int  # bytes
+    capability: tuple[int, str]  # CUDA's compute capability: major, and what is compiled for beside it
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Machines of one kind of chip."""
+
+    device_kind: str  # JAX's name of a device
+    sizes: tuple[str, ...]  # of a slice or node, the smallest first
+    gpu: Gpu | None = None  # None: a TPU, whose compiler knows it by name
+    per_chip: int = 1  # devices
+
+
+# A GPU's numbers are those of XLA's own descriptions, openxla/xla at 4336d12e (H100: 0774019d),
+# xla/backends/gpu/target_config/specs/{a100_sxm_80,h100_sxm,h200}.txtpb. H200's memory is the 139.80 GiB that
+# PyTorch's messages name; XLA's file has a round 141.
+_A100 = Gpu(108, 64, 167936, 166912, 41943040, 1.41, 2039040000000, 85100068864, (8, "NONE"))
+_H100 = Gpu(132, 128, 233472, 232448, 52428800, 1.98, 3352320000000, 84942979072, (9, "ACCELERATED_FEATURES"))
+_H200 = dataclasses.replace(_H100, bandwidth=4800000000000, memory=int(139.8 * 2**30))
+
+# TPU7x is the seventh generation, Ironwood: a chip has two chiplets, and each is a device.
+FAMILIES = {
+    "v4": Family("TPU v4", _DEEP),
+    "v5e": Family("TPU v5 lite", _FLAT),
+    "v5p": Family("TPU v5", _DEEP),
+    "v6e": Family("TPU v6 lite", _FLAT),
+    "tpu7x": Family("TPU7x", _DEEP, per_chip=2),
+    "a100": Family("NVIDIA A100-SXM4-80GB", _NODE, _A100),
+    "h100": Family("NVIDIA H100 80GB HBM3", _NODE, _H100),
+    "h200": Family("NVIDIA H200", _NODE, _H200),
+}
+
+# libtpu asks where it runs, complains where that is nowhere, and else lets one process in at a time.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# JAX's plugin looks for a driver and for libraries that compiling does not need. XLA warns of each program that
+# takes more memory than there is, which is the question here.
+_NO_GPU = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+class Topology(NamedTuple):
+    family: str
+    size: str  # of a slice or node
+    slices: int  # of TPUs; of GPUs, nodes
+
+    @property
+    def devices(self) -> int:
+        return math.prod(map(int, self.size.split("x"))) * FAMILIES[self.family].per_chip * self.slices
+
+    def __str__(self) -> str:
+        return f"{self.family}:{self.size}" + (f"*{self.slices}" if self.slices > 1 else "")
+
+
+def parsed(topology: str) -> Topology:
+    """What a topology's name says.
+
+    Raises:
+        ValueError: it names no machine that is known.
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*([1-9]\d*))?", topology)
+    known = FAMILIES.get(found[1]) if found else None
+    if not found or not known or (known.gpu and "x" in found[2]) or int(found[2].split("x")[0]) == 0:
+        machines = ", ".join(f"{name}:{family.sizes[3]}" for name, family in FAMILIES.items())
+        raise ValueError(f"--topology={topology}: a machine such as {machines}; v5e:8x8*2 is two slices")
+    return Topology(found[1], found[2], int(found[3] or 1))
+
+
+# --- devices that are not there ------------------------------------------------------------------
+
+
+class Described(NamedTuple):
+    """What is asked of a mesh, where there is nothing to make one of."""
+
+    devices: np.ndarray
+    shape: Mapping[str, int]
+    size: int
+
+
+class Device(NamedTuple):
+    """What is asked of a device."""
+
+    device_kind: str
+    platform: str
+
+
+class NoCompiler(Exception):
+    """No compiler for the machine is installed; says what would install it."""
+
+
+def described(topology: Topology, shape: Mapping[str, int]) -> Described:
+    """A mesh for arithmetic."""
+    family = FAMILIES[topology.family]
+    device = Device(family.device_kind, "gpu" if family.gpu else "tpu")
+    devices = np.empty(topology.devices, object)
+    devices[:] = [device] * topology.devices  # an array of the tuples, not of their fields
+    return Described(devices, shape, topology.devices)
+
+
+@functools.cache
+def devices(topology: Topology) -> list[Any]:
+    """The devices, for programs that are compiled and not run; a node's or slice's stand together.
+
+    Raises:
+        NoCompiler: none is installed.
+        ValueError: the compiler knows no machine of that size.
+    """
+    from jax.experimental import topologies
+
+    family, on_gpu = FAMILIES[topology.family], FAMILIES[topology.family].gpu is not None
+    for name, value in (_NO_GPU if on_gpu else _NO_TPU).items():
+        os.environ.setdefault(name, value)
+    try:
+        if on_gpu:
+            # Slices × processes × devices of each. One process for a node, as the run has it.
+            grid = f"1x{topology.slices}x{topology.size}"
+            made = topologies.get_topology_desc(
+                platform="cuda", topology_name="", target_config=target(family), topology=grid
+            )
+        else:
+            options = {"num_slices": topology.slices}
+            # A v4's two cores are one device, as on Google's machines. (v5p's are without being asked.)
+            options |= {"chip_config_name": "megacore"} if topology.family == "v4" else {}
+            name = f"{topology.family}:{topology.size}"
+            made = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as error:  # of whatever kind: the compiler is missing, or it knows no such size
+        if on_gpu:
+            why = "" if isinstance(error, NotImplementedError) else f": {error}"
+            raise NoCompiler(f"to compile: pip install 'jax[cuda13]', no GPU is needed{why}") from error
+        raise ValueError(
+            f"--topology={topology} cannot be compiled for here (pip install 'jax[tpu]'): {error}"
+        ) from error
+    return list(made.devices)
+
+
+def target(family: Family) -> str:
+    """XLA's description of a GPU, a GpuTargetConfigProto in text."""
+    gpu, name = family.gpu, family.device_kind
+    assert gpu
+    (major, features) = gpu.capability
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {gpu.shared}
+  shared_memory_per_block_optin: {gpu.shared_block}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  core_count: {gpu.cores}
+  fpus_per_core: {gpu.units}
+  clock_rate_ghz: {gpu.clock}
+  memory_bandwidth: {gpu.bandwidth}
+  l2_cache_size: {gpu.l2}
+  device_memory_size: {gpu.memory}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  cuda_compute_capability {{ major: {major} feature_extension: {features} }}
+  device_address_bits: 64
+  pcie_bandwidth: 34359738368
+  ecc_enabled: true
+  device_vendor: "NVIDIA Corporation"
+  name: "{name}"
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.15.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 15 }}
+runtime_version {{ major: 13 minor: 0 }}
+device_description_str: "{name}"
+"""
