@@ -484,19 +484,20 @@ class Decoder(nn.Module):
         def layer_with(window: int | None):
             block = Block(c, self.dtype, window, self.kernel, parent=None)
 
-            def layer(variables, x):
-                return block.apply(variables, x, layout)[0]
+            def layer(number, variables, x):
+                # The slice is taken in here: what a checkpointed function is given, its backward pass keeps.
+                return block.apply(jax.tree.map(lambda w: w[number], variables), x, layout)[0]
 
             if self.remat == "none":
                 return layer
             keep = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
-            return jax.checkpoint(layer, prevent_cse=False, policy=keep)
+            return jax.checkpoint(layer, prevent_cse=False, policy=keep, static_argnums=0)
 
         each = [layer_with(window) for window in c.windows]
 
         def round_of(x, layers):
             for number, layer in enumerate(each):
-                x = layer(jax.tree.map(lambda w, i=number: w[i], layers), x)
+                x = layer(number, layers, x)
             return x, None
 
         layers = {kind: tree["layers"] for kind, tree in self.variables.items()}
