@@ -1,7 +1,7 @@
 """What a run takes of a machine that need not be there: its own programs, compiled for it.
 
-That gives memory by phase and what devices send each other. The compilers are a run's own, with its flags. What
-they leave out where no GPU is, `spin_jax.plan` says.
+That gives memory by phase and what devices send each other. The compilers are a run's own, with its flags;
+`spin_jax.plan` says what they leave out where no GPU is.
 """
 
 import concurrent.futures

@@ -73,8 +73,8 @@ _NO_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# JAX's plugin looks for a driver and for libraries that compiling does not need. XLA warns of each program that
-# takes more memory than there is, which is the question here.
+# JAX's plugin looks for a driver and for libraries that compiling does not need. XLA warns of each program
+# that takes more memory than there is, which is the question here.
 _NO_GPU = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 

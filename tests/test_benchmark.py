@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import convert, programs, roofline
+from spin_jax import benchmark, convert, machines, programs, roofline
 from spin_jax.attention import Layout
 from spin_jax.model import Decoder, abstract_params, forward, output_head, project
 
@@ -185,15 +185,43 @@ def test_decode_roofline(mistral_7b):
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("TPU v5 lite", 197e12),
         ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
         ("TPU v6 lite", 918e12),
+        ("TPU7x", 1153.5e12),  # half a chip
     ],
 )
 def test_chips(kind, flops):
     assert roofline.chip(kind).flops == flops
 
 
-def test_unknown_chips():
-    assert roofline.chip("cpu") is None
+@pytest.mark.parametrize(
+    "kind", ["cpu", "TPU v5 litepod", "TPU v5x", "TPU7", "NVIDIA H100", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+)
+def test_unknown_chips(kind):
+    """A name that only begins like a known one's is none: its peak would be another's."""
+    assert roofline.chip(kind) is None
+
+
+def test_tpus_have_the_names_that_jax_knows():
+    """Both names of a generation are the same chip, and no name is ours alone."""
+    from jax._src.pallas.mosaic import tpu_info  # JAX's own table
+
+    by_version = {}
+    for kind, chip in roofline.CHIPS.items():
+        if kind.startswith("TPU"):
+            version = tpu_info.chip_version_from_device_kind(kind)
+            assert version is not None, kind
+            assert by_version.setdefault(version, chip) == chip
+    assert {str(version) for version in by_version} == {"v4", "v5e", "v5p", "v6e", "7x"}
+
+
+def test_an_unknown_accelerator_is_told():
+    """The number would be wrong; that there is none, and why, is said once. A CPU is asked for no peak."""
+    said = benchmark.unknown_peak(machines.Device("TPU v99", "tpu"))
+    assert "'TPU v99'" in said
+    assert "MFU" in said
+    assert benchmark.unknown_peak(machines.Device("TPU v5 lite", "tpu")) == ""
+    assert benchmark.unknown_peak(machines.Device("cpu", "cpu")) == ""
 
 
 def test_expected_pairs_have_the_lengths_asked_for():

@@ -217,7 +217,7 @@ def test_plan_says_what_adapters_save(capsys):
     c = config.default()
     c.data.path, c.model.architecture = "planned", architecture
     c.train.lora_rank = 16
-    work = footprint.workload(config.resolve(c), "h200:1")
+    work = footprint.workload(config.resolve(c), "h200:1", compiles=False)
     answer = plan.plan(work, plan.Assumed(pairs=1000))
     with_adapters = answer["phases"]["train"]["parts_gib"]
     assert with_adapters["weights"] == pytest.approx(2 * 7.24e9 / 2**30, rel=0.01)  # bfloat16

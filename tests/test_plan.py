@@ -1,4 +1,7 @@
-"""What a run takes of a machine that is not there: arithmetic for GPUs, libtpu's compiler for TPUs."""
+"""What a run takes of a machine that is not there: by arithmetic, by libtpu's compiler, by XLA's for GPUs.
+
+Without libtpu, or JAX's plugin for CUDA, what needs the compiler is skipped.
+"""
 
 import json
 import pathlib
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from spin_jax import collectives, config, footprint, plan, programs
+from spin_jax import collectives, config, estimate, footprint, machines, plan, programs, roofline
 from spin_jax.collectives import Collective
 
 # Mistral's shape, small enough to be compiled in half a minute, large enough that weights exceed a MiB.
@@ -76,6 +79,40 @@ def test_collectives_of_a_tpu_program_by_hand():
     assert collectives.received(sums) == 2 * sums["all-gather"] + 2 * sums["all-reduce"]
 
 
+# What XLA writes for GPUs: ((operands), (results)) of what ends elsewhere, and groups in three ways.
+GPU_HLO = """\
+HloModule jit_step, is_scheduled=true
+
+ENTRY %main (w: bf16[128,64]) -> bf16[128,64] {
+  %g = (bf16[128,64]{1,0}, bf16[1024,64]{1,0}) all-gather-start(%w), channel_id=1, replica_groups=mesh['data'=2,'fsdp'=8,'tensor'=1] {'fsdp'}, dimensions={0}
+  %gd = bf16[1024,64]{1,0} all-gather-done(%g)
+  %s = ((bf16[1024,64]{1,0}, bf16[512,64]{1,0}), (bf16[128,64]{1,0}, bf16[64,64]{1,0})) reduce-scatter-start(%a, %b), channel_id=2, replica_groups=[2,8]<=[16], dimensions={0}, to_apply=%add
+  %sd = (bf16[128,64]{1,0}, bf16[64,64]{1,0}) reduce-scatter-done(%s)
+  %n = ((bf16[128,64]{1,0}), bf16[128,64]{1,0}) all-reduce-start(%x), channel_id=3, replica_groups=[8,2]<=[2,8]T(1,0), to_apply=%add
+  %nd = bf16[128,64]{1,0} all-reduce-done(%n)
+  %all = bf16[1024,64]{1,0} all-reduce(%y), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_gpu_program_by_hand():
+    """Two nodes of eight. A sum over both crosses the network once each way, divided among a node's GPUs."""
+    found = collectives.collectives(GPU_HLO, node=8)
+    part = 128 * 64 * 2
+    between = collectives.BETWEEN_SLICES
+    assert sorted(found) == [
+        Collective("all-gather", 8 * part, 1),
+        Collective(
+            "all-reduce", 8 * part, 1
+        ),  # within the nodes; the other one's groups have one GPU in each
+        Collective(between, 2 * 8 * part // 16, 1),  # of all 16
+        Collective(between, 2 * part // 2, 1),  # of pairs of GPUs, one in each node
+        Collective("reduce-scatter", 8 * (128 + 64) * 64 * 2, 1),
+    ]
+    # One node: nothing crosses.
+    assert between not in collectives.totals(collectives.collectives(GPU_HLO))
+
+
 def test_collectives_of_a_compiled_program(mesh8):
     """XLA's CPU compiler gathers and sums in the shapes asked for, once for every turn of a loop."""
 
@@ -113,8 +150,10 @@ def zephyr(**changes):
     return config.resolve(c)
 
 
-def planned(c, topology):
-    return plan.plan(footprint.workload(c, topology), plan.Assumed(pairs=50_000))
+def planned(c, topology, **assumed):
+    """By arithmetic."""
+    work = footprint.workload(c, topology, compiles=False)
+    return plan.plan(work, plan.Assumed(pairs=50_000, **assumed))
 
 
 def test_one_h200_holds_a_7b():
@@ -181,8 +220,7 @@ def test_offloaded_state_is_told_and_takes_its_time():
     assert train["parts_gib"]["optimizer"] == 0
     assert train["offloaded_gib"] * 2**30 == 4 * 7_241_732_096
     assert "26.98 GiB of each device's optimizer state" in plan.table(answer)
-    slow = plan.Assumed(pairs=50_000, host_gb_s=1.0)
-    slow = plan.plan(footprint.workload(zephyr(train__offload=True), "h200:1"), slow)["phases"]["train"]
+    slow = planned(zephyr(train__offload=True), "h200:1", host_gb_s=1.0)["phases"]["train"]
     assert slow["bottleneck"] == "host memory"
     assert slow["unit_s"] == pytest.approx(2 * 4 * 7.241732096)
 
@@ -194,8 +232,7 @@ def test_nodes_exchange_gradients_over_their_network():
     across = answer["phases"]["train"]["collective_gib"]["between slices"]
     assert across == pytest.approx(2 * 7.24e9 / 8 / 2**30, rel=0.01)
     assert answer["phases"]["train"]["bottleneck"] == "compute"
-    slow = plan.Assumed(pairs=50_000, dcn_gbit_s=10.0)
-    slow = plan.plan(footprint.workload(zephyr(), "h100:8*2"), slow)["phases"]["train"]
+    slow = planned(zephyr(), "h100:8*2", dcn_gbit_s=10.0)["phases"]["train"]
     assert slow["bottleneck"] == "network between slices"
 
 
@@ -215,15 +252,55 @@ def test_impossible_machines(topology, changes, message):
 
 
 def test_the_command(capsys):
-    code = plan.main(["plan", "--config=configs/zephyr.py", "--topology=h200:1", "--json"])
+    code = plan.main(["plan", "--config=configs/zephyr.py", "--topology=h200:1", "--json", "--nocompile"])
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == 0
+    assert (answer["by"], answer["uncompiled"]) == ("arithmetic", "--nocompile")
     assert answer["fits"] is True
     assert {name: phase["hbm_gib"] > 0 for name, phase in answer["phases"].items()} == {
         "train": True,
         "score": True,
         "sample": True,
     }
+
+
+def test_without_the_compiler_arithmetic_says_so(monkeypatch):
+    """And what to install."""
+
+    def absent(*arguments, **options):
+        raise NotImplementedError("topology not implemented for cuda")  # JAX's words
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", absent)
+    machines.devices.cache_clear()
+    try:
+        work = footprint.workload(zephyr(), "h100:4")
+    finally:
+        machines.devices.cache_clear()
+    answer = plan.plan(work, plan.Assumed(pairs=1000))
+    assert answer["by"] == "arithmetic"
+    assert "pip install 'jax[cuda13]'" in answer["uncompiled"]
+    assert "memory by arithmetic (to compile: pip install 'jax[cuda13]'" in plan.table(answer)
+
+
+@pytest.mark.parametrize(
+    ("topology", "devices"),
+    [("v4:2x2x1", 4), ("v5e:2x2", 4), ("v5p:2x2x1", 4), ("v6e:2x2", 4), ("tpu7x:2x2x1", 8), ("v5e:2x2*2", 8)],
+)
+def test_tpus_are_what_libtpu_says(topology, devices):
+    """A v4's and a v5p's two cores are one device, Ironwood's two chiplets are two."""
+    pytest.importorskip("libtpu", reason="needs jax[tpu], though no TPU")
+    machine = machines.parsed(topology)
+    found = machines.devices(machine)
+    assert len(found) == machine.devices == devices
+    assert {device.device_kind for device in found} == {machines.FAMILIES[machine.family].device_kind}
+
+
+def test_each_machine_has_a_chip():
+    """Whose memory is that of the description which is compiled for, to half a percent."""
+    for family in machines.FAMILIES.values():
+        chip = roofline.chip(family.device_kind)
+        assert chip
+        assert not family.gpu or chip.memory == pytest.approx(family.gpu.memory, rel=5e-3)
 
 
 def config_file(name, variant=""):
@@ -234,12 +311,11 @@ def config_file(name, variant=""):
 
 def test_each_machine_of_the_recipe_has_room():
     """By arithmetic, which compilation agrees with to a quarter; the 70B on 64 chips of v5p too."""
-    pytest.importorskip("libtpu", reason="needs jax[tpu], though no TPU")
     _, machines = config_file("zephyr.py")
     cases = [("zephyr.py", name, name.replace("-", ":")) for name in machines]
     for file, variant, topology in [*cases, ("llama2_70b.py", "", "v5p:4x4x4")]:
-        work = footprint.workload(config.resolve(config_file(file, variant)[0]), topology)
-        assert footprint.fits(work, footprint.estimated_phases(work)), topology
+        work = footprint.workload(config.resolve(config_file(file, variant)[0]), topology, compiles=False)
+        assert footprint.fits(work, estimate.estimated_phases(work)), topology
     with pytest.raises(ValueError, match="no variant 'v5e'"):
         config_file("zephyr.py", "v5e")
 
@@ -278,9 +354,9 @@ def test_a_tpu_program_moves_what_fsdp_must(tpu):
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * 4 for leaf in jax.tree.leaves(arguments[0])
     )
     assert program.memory_analysis().alias_size_in_bytes == pytest.approx(state, rel=0.01)  # padded scales
-    estimate = footprint.estimated_phases(tpu)["train"].memory
+    guess = estimate.estimated_phases(tpu)["train"].memory
     # Within a quarter of a 7B's; here the arithmetic's fixed parts weigh more.
-    assert 0.8 < estimate / sum(footprint.taken(program)) < 2
+    assert 0.8 < guess / sum(footprint.taken(program)) < 2
 
 
 @pytest.mark.long
@@ -302,5 +378,58 @@ def test_sampling_shares_weights_only_where_it_must(tpu):
     assert programs.sampling_tensor(tpu.config, tpu.model) == 1
     large = footprint.workload(zephyr(), "v5e:2x4")
     assert programs.sampling_tensor(large.config, large.model) > 1
-    card = footprint.workload(zephyr(), "h200:1")
+    card = footprint.workload(zephyr(), "h200:1", compiles=False)
     assert programs.sampling_tensor(card.config, card.model) == 1
+
+
+# --- GPUs, compiled ------------------------------------------------------------------------------
+
+
+def compiled_for(topology, **changes):
+    """(work, its training program) of a small model."""
+    pytest.importorskip("jax_cuda13_plugin", reason="needs jax[cuda13], though no GPU")
+    c = zephyr(**changes)
+    c.model.architecture = dict(SMALL)
+    work = footprint.workload(config.resolve(c), topology)
+    assert work.compiles, work.uncompiled
+    return work, footprint.compiled(work.model.mesh, *footprint.train_program(work))
+
+
+def test_gpus_move_what_fsdp_must():
+    """Each weight is gathered for both passes, its gradient scattered; the state stays where it is."""
+    work, program = compiled_for("h100:8")
+    found = [one for one in collectives.collectives(program.as_text()) if one.bytes > 2**20]
+    sums = collectives.totals(found)
+    state = footprint.train_program(work)[1][0]
+    matrices = 2 * sum(leaf.size for leaf in jax.tree.leaves(state.params) if leaf.ndim > 2)
+    tables = 2 * 2 * 8192 * 1024
+    assert 2 * matrices <= sums["all-gather"] <= 2 * matrices + 2 * tables
+    assert sums["reduce-scatter"] == pytest.approx(matrices + tables, rel=0.3)  # of the tables' either dtype
+    mine = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * 4 for leaf in jax.tree.leaves(state))
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == pytest.approx(mine, rel=0.01)
+    assert memory.argument_size_in_bytes == pytest.approx(mine, rel=0.01)  # and the batch
+
+
+def test_gpu_nodes_exchange_gradients_alone():
+    """Between two nodes of two goes what arithmetic says: no weights, each gradient there and back."""
+    work, program = compiled_for("h100:2*2")
+    assert dict(work.model.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    sums = collectives.totals(collectives.collectives(program.as_text(), node=2))
+    guess = estimate.estimated_phases(work)["train"].traffic
+    assert sums[collectives.BETWEEN_SLICES] == pytest.approx(guess[collectives.BETWEEN_SLICES], rel=0.3)
+
+
+def test_a_gpu_plan_is_compiled():
+    """All of an answer, on the card that the arithmetic is for."""
+    pytest.importorskip("jax_cuda13_plugin", reason="needs jax[cuda13], though no GPU")
+    c = zephyr()
+    c.model.architecture = dict(SMALL)
+    work = footprint.workload(config.resolve(c), "h200:1")
+    answer = plan.plan(work, plan.Assumed(pairs=1000))
+    assert answer["fits"]
+    assert answer["by"] == "compilation"
+    assert "memory by compilation" in plan.table(answer)
+    for name, guess in estimate.estimated_phases(work).items():
+        # A 7B's is told to a tenth; here what does not grow with the model weighs more.
+        assert 0.5 < answer["phases"][name]["hbm_gib"] * 2**30 / guess.memory < 2, name
