@@ -385,51 +385,45 @@ def test_sampling_shares_weights_only_where_it_must(tpu):
 # --- GPUs, compiled ------------------------------------------------------------------------------
 
 
-def compiled_for(topology, **changes):
-    """(work, its training program) of a small model."""
-    pytest.importorskip("jax_cuda13_plugin", reason="needs jax[cuda13], though no GPU")
-    c = zephyr(**changes)
-    c.model.architecture = dict(SMALL)
-    work = footprint.workload(config.resolve(c), topology)
-    assert work.compiles, work.uncompiled
-    return work, footprint.compiled(work.model.mesh, *footprint.train_program(work))
-
-
-def test_gpus_move_what_fsdp_must():
-    """Each weight is gathered for both passes, its gradient scattered; the state stays where it is."""
-    work, program = compiled_for("h100:8")
-    found = [one for one in collectives.collectives(program.as_text()) if one.bytes > 2**20]
-    sums = collectives.totals(found)
-    state = footprint.train_program(work)[1][0]
-    matrices = 2 * sum(leaf.size for leaf in jax.tree.leaves(state.params) if leaf.ndim > 2)
-    tables = 2 * 2 * 8192 * 1024
-    assert 2 * matrices <= sums["all-gather"] <= 2 * matrices + 2 * tables
-    assert sums["reduce-scatter"] == pytest.approx(matrices + tables, rel=0.3)  # of the tables' either dtype
-    mine = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * 4 for leaf in jax.tree.leaves(state))
-    memory = program.memory_analysis()
-    assert memory.alias_size_in_bytes == pytest.approx(mine, rel=0.01)
-    assert memory.argument_size_in_bytes == pytest.approx(mine, rel=0.01)  # and the batch
-
-
-def test_gpu_nodes_exchange_gradients_alone():
-    """Between two nodes of two goes what arithmetic says: no weights, each gradient there and back."""
-    work, program = compiled_for("h100:2*2")
-    assert dict(work.model.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
-    sums = collectives.totals(collectives.collectives(program.as_text(), node=2))
-    guess = estimate.estimated_phases(work)["train"].traffic
-    assert sums[collectives.BETWEEN_SLICES] == pytest.approx(guess[collectives.BETWEEN_SLICES], rel=0.3)
-
-
-def test_a_gpu_plan_is_compiled():
-    """All of an answer, on the card that the arithmetic is for."""
+def small_on(topology):
     pytest.importorskip("jax_cuda13_plugin", reason="needs jax[cuda13], though no GPU")
     c = zephyr()
     c.model.architecture = dict(SMALL)
-    work = footprint.workload(config.resolve(c), "h200:1")
+    work = footprint.workload(config.resolve(c), topology)
+    assert work.compiles, work.uncompiled
+    return work
+
+
+def test_a_gpu_plan_is_compiled():
+    """Eight GPUs: the state is what it is by hand, weights are gathered for both passes, gradients scattered."""
+    work = small_on("h100:8")
     answer = plan.plan(work, plan.Assumed(pairs=1000))
-    assert answer["fits"]
     assert answer["by"] == "compilation"
     assert "memory by compilation" in plan.table(answer)
+    assert answer["fits"]
+    train = answer["phases"]["train"]
+    state = footprint.train_program(work)[1][0]
+    mine = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * 4 for leaf in jax.tree.leaves(state))
+    held = train["parts_gib"]["weights"] + train["parts_gib"]["optimizer"]
+    assert held * 2**30 == pytest.approx(mine, rel=0.02)  # and the batch
+    matrices = 2 * sum(leaf.size for leaf in jax.tree.leaves(state.params) if leaf.ndim > 2)
+    tables = 2 * 2 * 8192 * 1024
+    sums = {kind: size * 2**30 for kind, size in train["collective_gib"].items()}
+    assert 2 * matrices <= sums["all-gather"] <= 1.01 * (2 * matrices + 2 * tables)  # norms' scales besides
+    # The tables' gradients may travel in float32.
+    assert matrices + tables <= sums["reduce-scatter"] + sums["all-reduce"] <= matrices + 2.1 * tables
     for name, guess in estimate.estimated_phases(work).items():
         # A 7B's is told to a tenth; here what does not grow with the model weighs more.
         assert 0.5 < answer["phases"][name]["hbm_gib"] * 2**30 / guess.memory < 2, name
+
+
+@pytest.mark.long
+def test_gpu_nodes_exchange_gradients_alone():
+    """Between two nodes of two goes what arithmetic says: no weights, each gradient there and back."""
+    work = small_on("h100:2*2")
+    assert dict(work.model.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    program = footprint.compiled(work.model.mesh, *footprint.train_program(work))
+    sums = collectives.totals(collectives.collectives(program.as_text(), node=2))
+    guess = estimate.estimated_phases(work)["train"].traffic
+    # The tables' gradients may travel in float32.
+    assert 0.9 < sums[collectives.BETWEEN_SLICES] / guess[collectives.BETWEEN_SLICES] < 1.5
