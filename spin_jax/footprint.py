@@ -191,6 +191,7 @@ def compiled(
 
     Raises:
         OutOfMemory: the compiler found no room.
+        CompilerFailed: of anything else.
     """
     platform = mesh.devices.flat[0].platform
     with jax.set_mesh(mesh):
@@ -203,7 +204,12 @@ def compiled(
                 r"(?:Used |temporaries \()([\d.]+)([GM])\)? .*hbm", str(error), re.IGNORECASE
             ):
                 raise OutOfMemory(float(used[1]) * {"G": _GIB, "M": 2.0**20}[used[2]]) from error
-            raise
+            said = str(error).partition("\n")[0]
+            raise CompilerFailed(f"the compiler fails, and would in a run: {said}") from error
+
+
+class CompilerFailed(Exception):
+    """On a program that it should compile."""
 
 
 class OutOfMemory(Exception):

@@ -25,7 +25,7 @@ Examples:
   python -m spin_jax.plan --config=configs/zephyr.py --topology=v5e:8x8
   python -m spin_jax.plan --config=configs/zephyr.py --topology=h200:1 --config.train.batch_size=32 --json
 
-Exit codes: 0 it fits, 1 it does not, 2 bad input.
+Exit codes: 0 it fits, 1 it does not, or the compiler fails, 2 bad input.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from spin_jax import machines, programs, roofline
 from spin_jax.batches import filled_tokens
 from spin_jax.command import fail, parse, set_compiler_flags
 from spin_jax.estimate import estimated_phases
-from spin_jax.footprint import Phase, Work, batches_of, compiled_phases, fits, limit, workload
+from spin_jax.footprint import CompilerFailed, Phase, Work, batches_of, compiled_phases, fits, limit, workload
 from spin_jax.metrics import compact
 from spin_jax.train import MOMENTS
 
@@ -364,7 +364,10 @@ def main(argv: list[str] | None = None) -> int:
         work = workload(config, topology, _COMPILE.value)
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
-    answer = plan(work, Assumed(pairs, _MFU.value, _DECODE.value, _DCN.value))
+    try:
+        answer = plan(work, Assumed(pairs, _MFU.value, _DECODE.value, _DCN.value))
+    except CompilerFailed as error:
+        return fail(f"{error}\n--nocompile gives the answer of arithmetic", 1)
     print(json.dumps(answer, ensure_ascii=False) if _JSON.value else table(answer), flush=True)
     return 0 if answer["fits"] else 1
 

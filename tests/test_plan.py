@@ -395,7 +395,7 @@ def small_on(topology):
 
 
 def test_a_gpu_plan_is_compiled():
-    """Eight GPUs: the state is what it is by hand, weights are gathered for both passes, gradients scattered."""
+    """Eight GPUs: the state is that by hand, weights are gathered for both passes, gradients scattered."""
     work = small_on("h100:8")
     answer = plan.plan(work, plan.Assumed(pairs=1000))
     assert answer["by"] == "compilation"
