@@ -62,7 +62,7 @@ def _training(work: Work) -> Phase:
         "full": 0,
         "attention": layer.heads,
         "attention+mlp": layer.heads + D + 2 * layer.wide,
-        # JAX keeps norms, rotations and the gate in float32 then, too: of a 7B, on GPUs, twice what they seem.
+        # JAX then keeps float32 copies of norms, rotations and gates as well: of a 7B, twice the obvious.
         "none": 3 * layer.heads + 14 * D + 7 * layer.wide,
     }[c.train.remat]
     moments = MOMENTS[c.train.optimizer] * mine
@@ -74,8 +74,8 @@ def _training(work: Work) -> Phase:
         gathered = 8 * m.vocab_size * D / tensor + 2 * layer.weights
     activations = m.num_hidden_layers * layer.tokens * item * (kept + D)
     temporary = gradients + gathered + activations + layer.working + layer.logits
-    if c.train.offload:  # the optimizer's state comes when activations are gone, beside the gradients
-        temporary = max(temporary, mine + moments)
+    if c.train.offload:  # for GPUs the state comes when activations are gone; TPU's compiler does not wait
+        temporary = max(temporary, mine + moments) if work.on_gpu else temporary + moments
     return Phase(
         {
             "weights": weights,

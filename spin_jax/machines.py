@@ -66,16 +66,15 @@ FAMILIES = {
     "h200": Family("NVIDIA H200", _NODE, _H200),
 }
 
-# libtpu asks where it runs, complains where that is nowhere, and else lets one process in at a time.
-_NO_TPU = {
+_NO_DEVICE = {
+    # libtpu asks where it runs, complains where that is nowhere, and else lets one process in at a time.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # JAX's plugin for CUDA looks for a driver and for libraries that compiling does not need.
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
-# JAX's plugin looks for a driver and for libraries that compiling does not need. XLA warns of each program
-# that takes more memory than there is, which is the question here.
-_NO_GPU = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 class Topology(NamedTuple):
@@ -136,6 +135,15 @@ def described(topology: Topology, shape: Mapping[str, int]) -> Described:
     return Described(devices, shape, topology.devices)
 
 
+def expect_no_device() -> None:
+    """Tells the compilers' libraries, which look when they are first asked for something."""
+    for name, value in _NO_DEVICE.items():
+        os.environ.setdefault(name, value)
+    # XLA warns of programs that take more memory than there is, which is the question here. JAX has set 1.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+
 @functools.cache
 def devices(topology: Topology) -> list[Any]:
     """The devices, for programs that are compiled and not run; a node's or slice's stand together.
@@ -147,8 +155,7 @@ def devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     family, on_gpu = FAMILIES[topology.family], FAMILIES[topology.family].gpu is not None
-    for name, value in (_NO_GPU if on_gpu else _NO_TPU).items():
-        os.environ.setdefault(name, value)
+    expect_no_device()
     try:
         if on_gpu:
             # Slices × processes × devices of each. One process for a node, as the run has it.

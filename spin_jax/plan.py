@@ -360,6 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, topology, pairs = parse(argv, read_flags)
         set_compiler_flags(config)
+        machines.expect_no_device()
         jax.config.update("jax_platforms", "cpu")  # nothing runs; an accelerator here is left alone
         work = workload(config, topology, _COMPILE.value)
     except (ValueError, FileNotFoundError) as error:
