@@ -22,7 +22,7 @@ MACHINES: dict[str, dict[str, Any]] = {
     "v5e-4x4": {"train.remat": "full"},
     "v6e-4x4": {"train.remat": "attention+mlp"},
     "v5e-8x8": {"train.remat": "attention+mlp"},
-    "h200-1": {"train.remat": "full", "sampling.batch_size": 256},
+    "h200-1": {"train.remat": "attention+mlp", "sampling.batch_size": 256},
     "h100-8": {"train.remat": "attention+mlp"},
 }
 

@@ -69,9 +69,10 @@ def _training(work: Work) -> Phase:
     gradients = mine * (2 if c.train.batch_size > work.shape.rows else 1)  # the sum, and a micro-batch's
     # The head in both dtypes, the embedding, and their gradients; a layer's weights, the next one's as they
     # arrive, and a gradient. Frozen ones have none.
-    gathered = 14 * m.vocab_size * D / tensor + 3 * layer.weights
-    if c.train.lora_rank:
-        gathered = 8 * m.vocab_size * D / tensor + 2 * layer.weights
+    tables, layers = (8, 2) if c.train.lora_rank else (14, 3)
+    if work.model.mesh.shape["fsdp"] * tensor == 1:  # nothing arrives: what is used is there, or a copy of it
+        tables, layers = (4, 1) if c.train.lora_rank else (6, 2)
+    gathered = tables * m.vocab_size * D / tensor + layers * layer.weights
     activations = m.num_hidden_layers * layer.tokens * item * (kept + D)
     temporary = gradients + gathered + activations + layer.working + layer.logits
     if c.train.offload:  # for GPUs the state comes when activations are gone; TPU's compiler does not wait
