@@ -305,15 +305,6 @@ def _count_compilation() -> list[float]:
     return seconds
 
 
-def unknown_peak(device: Any) -> str:
-    """What there is to say where MFU and roofline cannot be told; nothing of a CPU, of which none asks."""
-    if device.platform == "cpu" or roofline.chip(device.device_kind):
-        return ""
-    return (
-        f"roofline.CHIPS has no {device.device_kind!r}: MFU and the share of the roofline are unknown (null)"
-    )
-
-
 def resolved_config() -> Any:
     """The config that the flags ask for."""
     c = _CONFIG.value
@@ -359,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
-    if said := unknown_peak(work.model.mesh.devices.flat[0]):
+    if said := roofline.unknown_peak(work.model.mesh.devices.flat[0]):
         hosts.say(said)
     hosts.say(json.dumps(measure(work, _STEPS.value, _PROFILE.value), ensure_ascii=False))
     return 0

@@ -5,6 +5,7 @@ Axes: L layers, D model, N query heads, K key/value heads, H head dim, F mlp, V 
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,15 @@ CHIPS = {
 def chip(device_kind: str) -> Chip | None:
     """The chip of `jax.Device.device_kind`, or None for one that is not listed, a CPU among them."""
     return CHIPS.get(device_kind)
+
+
+def unknown_peak(device: Any) -> str:
+    """What there is to say of a device whose MFU cannot be told; nothing of a CPU, where none is asked for."""
+    if device.platform == "cpu" or chip(device.device_kind):
+        return ""
+    return (
+        f"roofline.CHIPS has no {device.device_kind!r}: MFU and the share of the roofline are unknown (null)"
+    )
 
 
 def layer_params(c: ModelConfig, experts: int | None = None) -> int:

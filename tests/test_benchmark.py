@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import benchmark, convert, machines, programs, roofline
+from spin_jax import convert, machines, programs, roofline
 from spin_jax.attention import Layout
 from spin_jax.model import Decoder, abstract_params, forward, output_head, project
 
@@ -217,11 +217,11 @@ def test_tpus_have_the_names_that_jax_knows():
 
 def test_an_unknown_accelerator_is_told():
     """The number would be wrong; that there is none, and why, is said once. A CPU is asked for no peak."""
-    said = benchmark.unknown_peak(machines.Device("TPU v99", "tpu"))
+    said = roofline.unknown_peak(machines.Device("TPU v99", "tpu"))
     assert "'TPU v99'" in said
     assert "MFU" in said
-    assert benchmark.unknown_peak(machines.Device("TPU v5 lite", "tpu")) == ""
-    assert benchmark.unknown_peak(machines.Device("cpu", "cpu")) == ""
+    assert roofline.unknown_peak(machines.Device("TPU v5 lite", "tpu")) == ""
+    assert roofline.unknown_peak(machines.Device("cpu", "cpu")) == ""
 
 
 def test_expected_pairs_have_the_lengths_asked_for():
