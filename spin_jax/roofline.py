@@ -59,7 +59,7 @@ def chip(device_kind: str) -> Chip | None:
 
 
 def unknown_peak(device: Any) -> str:
-    """What there is to say of a device whose MFU cannot be told; nothing of a CPU, where none is asked for."""
+    """What there is to say of a device whose MFU cannot be told; nothing of a CPU, of which none asks."""
     if device.platform == "cpu" or chip(device.device_kind):
         return ""
     return (
