@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -172,7 +173,8 @@ def devices(topology: Topology) -> list[Any]:
     except Exception as error:  # of whatever kind: the compiler is missing, or it knows no such size
         if on_gpu:
             why = "" if isinstance(error, NotImplementedError) else f": {error}"
-            raise NoCompiler(f"to compile: pip install 'jax[cuda13]', no GPU is needed{why}") from error
+            install = f"pip install jax-cuda13-plugin=={jax.__version__}"  # which is the compiler alone
+            raise NoCompiler(f"to compile: {install}, no GPU is needed{why}") from error
         raise ValueError(
             f"--topology={topology} cannot be compiled for here (pip install 'jax[tpu]'): {error}"
         ) from error

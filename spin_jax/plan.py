@@ -12,9 +12,9 @@
   --nocompile              arithmetic alone, in seconds
 
 The run's own programs are compiled for the topology: for TPUs wherever jax[tpu] is installed, for GPUs
-wherever jax[cuda13] is. No TPU or GPU is needed. Without jax[cuda13], memory on GPUs comes from arithmetic,
-and the answer says so. Lengths are those of `lengths.expected`, and the longest that `lengths` allows; times
-are a roofline's at the efficiencies above.
+wherever jax[cuda13] is, or jax-cuda13-plugin alone. No TPU or GPU is needed. Without the plugin, memory on
+GPUs comes from arithmetic, and the answer says so. Lengths are those of `lengths.expected`, and the longest
+that `lengths` allows; times are a roofline's at the efficiencies above.
 
 Where no GPU is, XLA cannot time kernels and choose between them (autotuning), cuDNN's kernels are not
 compiled, and none are assembled to machine code. Memory is compared with the share of the card that JAX

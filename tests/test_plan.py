@@ -278,8 +278,8 @@ def test_without_the_compiler_arithmetic_says_so(monkeypatch):
         machines.devices.cache_clear()
     answer = plan.plan(work, plan.Assumed(pairs=1000))
     assert answer["by"] == "arithmetic"
-    assert "pip install 'jax[cuda13]'" in answer["uncompiled"]
-    assert "memory by arithmetic (to compile: pip install 'jax[cuda13]'" in plan.table(answer)
+    assert f"pip install jax-cuda13-plugin=={jax.__version__}" in answer["uncompiled"]
+    assert "memory by arithmetic (to compile: pip install jax-cuda13-plugin" in plan.table(answer)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_sampling_shares_weights_only_where_it_must(tpu):
 
 
 def small_on(topology):
-    pytest.importorskip("jax_cuda13_plugin", reason="needs jax[cuda13], though no GPU")
+    pytest.importorskip("jax_cuda13_plugin", reason="needs jax-cuda13-plugin, though no GPU")
     c = zephyr()
     c.model.architecture = dict(SMALL)
     work = footprint.workload(config.resolve(c), topology)
