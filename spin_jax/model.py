@@ -486,7 +486,11 @@ class Decoder(nn.Module):
 
             def layer(number, variables, x):
                 # The slice is taken in here: what a checkpointed function is given, its backward pass keeps.
-                return block.apply(jax.tree.map(lambda w: w[number], variables), x, layout)[0]
+                if len(c.windows) > 1:
+                    variables = jax.tree.map(lambda w: w[number], variables)
+                if copies := variables.pop("copies", None):
+                    variables["params"] = jax.tree.map(_copy_for, variables["params"], copies)
+                return block.apply(variables, x, layout)[0]
 
             if self.remat == "none":
                 return layer
@@ -501,8 +505,9 @@ class Decoder(nn.Module):
             return x, None
 
         layers = {kind: tree["layers"] for kind, tree in self.variables.items()}
-        rounds = jax.tree.map(lambda w: w.reshape(-1, len(each), *w.shape[1:]), layers)
-        return lax.scan(round_of, x, rounds)[0]
+        if len(each) > 1:  # a reshaped array's gradient is not added up in place: train.py
+            layers = jax.tree.map(lambda w: w.reshape(-1, len(each), *w.shape[1:]), layers)
+        return lax.scan(round_of, x, layers)[0]
 
     def _decode(self, x, layout: Layout, cache: Cache):
         def write(cached, new):
@@ -524,6 +529,33 @@ class Decoder(nn.Module):
         )
 
 
+def copies(params: Params, dtype: Any) -> Params:
+    """{"copies": the layers' matrices in the compute dtype}, for `forward` beside the parameters themselves.
+
+    Made once, they spare every later pass the casts. Gradients go to the parameters, in their own dtype.
+    Matrices that have the compute dtype already need none: {}.
+    """
+    layers = params["layers"]
+    if all(w.dtype == dtype for w in jax.tree.leaves(layers) if w.ndim > 2):
+        return {}
+    return {"copies": {"layers": jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 2 else w, layers)}}
+
+
+@jax.custom_vjp
+def _copy_for(weight: Array, copy: Array) -> Array:
+    """The copy, as a function of the weight."""
+    del weight
+    return copy
+
+
+_copy_for.defvjp(
+    lambda weight, copy: (copy, jnp.zeros(0, weight.dtype)),
+    lambda of_weight, gradient: (gradient.astype(of_weight.dtype), None),
+)
+
+_BESIDE = {"adapters": "lora", "copies": "copies"}  # what may stand beside the weights: Linen's collections
+
+
 def forward(
     decoder: Decoder,
     params: Params,
@@ -531,10 +563,12 @@ def forward(
     layout: Layout,
     cache: Cache | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """`Decoder.__call__` as a function of the parameters, with adapters where lora.py has joined some."""
-    variables = {"params": {name: tree for name, tree in params.items() if name != "adapters"}}
-    if "adapters" in params:
-        variables["lora"] = params["adapters"]
+    """`Decoder.__call__` as a function of the parameters.
+
+    Beside the weights they may hold "adapters" (lora.py) and "copies" (`with_copies`).
+    """
+    variables = {"params": {name: tree for name, tree in params.items() if name not in _BESIDE}}
+    variables |= {_BESIDE[name]: tree for name, tree in params.items() if name in _BESIDE}
     return decoder.apply(variables, tokens, layout, cache)  # pyright: ignore[reportReturnType]
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from spin_jax import checkpoint, lora, losses, sharding
 from spin_jax.batches import PairBatch, Rows, filled_tokens
-from spin_jax.model import Decoder, Params
+from spin_jax.model import Decoder, Params, copies
 from spin_jax.named_loss import logps_type
 from spin_jax.scoring import response_logps
 
@@ -83,6 +83,11 @@ class Optimization:
 
 class Objective(Protocol):
     """What a batch costs. Sums, so that micro-batches add up to the large batch."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model, whose compute dtype the step's copies of the weights have."""
+        ...
 
     def size(self, batch: Any) -> Array:
         """What the sums are divided by, counted over the whole batch: []."""
@@ -207,27 +212,18 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
         frozen: Params | None = None,
     ):
         size = objective.size(batch)
+        cast = copies(state.params if frozen is None else frozen, objective.decoder.dtype)
 
         def mean_loss(params: Params, part: Any) -> tuple[Array, Metrics]:
             params = params if frozen is None else lora.joined(frozen, params, options.lora_scale)
-            loss, metrics = objective(params, part, **scalars)
+            loss, metrics = objective({**params, **cast}, part, **scalars)
             metrics = {"loss": loss, **metrics}
             return loss / size, jax.tree.map(lambda total: total / size, metrics)
 
-        def sums_of(number: Array | int) -> tuple[Params, Metrics]:
-            return jax.grad(mean_loss, has_aux=True)(state.params, jax.tree.map(lambda x: x[number], batch))
-
-        microbatches = len(jax.tree.leaves(batch)[0])
-        if microbatches == 1:
-            gradients, metrics = sums_of(0)
-        else:
-            # How many hold something differs from step to step: the count is data, not shape.
-            filled = jax.vmap(objective.size)(batch) > 0
-            count = jnp.max(jnp.where(filled, jnp.arange(1, microbatches + 1), 0))
-            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, 0))
-            gradients, metrics = jax.lax.fori_loop(
-                0, count, lambda number, sums: jax.tree.map(jnp.add, sums, sums_of(number)), zeros
-            )
+        # How many micro-batches hold something differs from step to step: the count is data, not shape.
+        filled = jax.vmap(objective.size)(batch) > 0
+        count = jnp.max(jnp.where(filled, jnp.arange(1, len(filled) + 1), 0))
+        gradients, metrics = summed_gradients(mean_loss, state.params, batch, count, in_place=frozen is None)
         metrics["grad_norm"] = optax.tree.norm(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         before = sharding.to_device(state.opt_state) if options.offload else state.opt_state
@@ -242,6 +238,41 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
         return TrainState(params, opt_state, skipped), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def summed_gradients(
+    loss: Callable[[Params, Any], tuple[Array, Metrics]],
+    params: Params,
+    batch: Any,
+    count: Array | int,
+    in_place: bool = True,
+) -> tuple[Params, Metrics]:
+    """Gradients and metrics of a batch's first `count` micro-batches, added up.
+
+    Args:
+        loss: (parameters, a micro-batch) → (loss [], metrics {name: []}).
+        params: of the model, or its adapters; the sums have their dtypes.
+        batch: arrays [M, …].
+        in_place: the layers' gradients, which are nearly all, are added up where the sums stand, within the
+            backward pass over the layers: no second tree of them exists. `loss` hands "layers" to the
+            decoder as they are, for JAX 0.10 confuses destinations of gradients with gradients by value.
+    """
+    sums = jax.tree.map(jnp.zeros_like, params)
+    places = {"layers": jax.tree.map(jax.new_ref, sums.pop("layers"))} if in_place else {}
+    wanted = {**jax.tree.map(lambda _: jax.ad.GradValue(), sums), **places}
+
+    def part_of(number: Array | int) -> Any:
+        return jax.tree.map(lambda x: x[number], batch)
+
+    def add(number: Array | int, so_far: Any) -> Any:
+        vjp: Any = jax.vjp(lambda p: loss(p, part_of(number)), params, has_aux=True)
+        value, backward, metrics = vjp
+        (gradients,) = backward.with_refs(wanted)(jnp.ones_like(value))
+        return jax.tree.map(jnp.add, so_far, ({name: gradients[name] for name in sums}, metrics))
+
+    metrics = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: loss(params, part_of(0)))[1])
+    sums, metrics = jax.lax.fori_loop(0, count, add, (sums, metrics))
+    return {**sums, **jax.tree.map(lambda place: place[...], places)}, metrics
 
 
 def init_state(params: Params, options: Optimization, mesh: jax.sharding.Mesh) -> TrainState:
