@@ -66,7 +66,9 @@ def _training(work: Work) -> Phase:
         "none": 3 * layer.heads + 14 * D + 7 * layer.wide,
     }[c.train.remat]
     moments = MOMENTS[c.train.optimizer] * mine
-    gradients = mine * (2 if c.train.batch_size > work.shape.rows else 1)  # the sum, and a micro-batch's
+    # The sums, which micro-batches are added to in place, and a step's copies of the weights in the compute
+    # dtype. Adapters' gradients stand beside their sums; frozen weights have that dtype.
+    gradients = 2 * mine if c.train.lora_rank else mine + (item * whole if item < 4 else 0.0)
     # The head in both dtypes, the embedding, and their gradients; a layer's weights, the next one's as they
     # arrive, and a gradient. Frozen ones have none.
     tables, layers = (8, 2) if c.train.lora_rank else (14, 3)
