@@ -77,8 +77,8 @@ def _training(work: Work) -> Phase:
     gathered = tables * m.vocab_size * D / tensor + layers * layer.weights
     activations = m.num_hidden_layers * layer.tokens * item * (kept + D)
     temporary = gradients + gathered + activations + layer.working + layer.logits
-    if c.train.offload:  # for GPUs the state comes when activations are gone; TPU's compiler does not wait
-        temporary = max(temporary, mine + moments) if work.on_gpu else temporary + moments
+    if c.train.offload and not work.on_gpu:  # for GPUs the state comes and goes a piece at a time
+        temporary += moments
     return Phase(
         {
             "weights": weights,
