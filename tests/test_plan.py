@@ -179,11 +179,18 @@ def test_one_h200_holds_a_7b():
 
 
 def test_what_would_fit_is_suggested():
-    """One H100 has no room for a 7B's training, however it is done; two have."""
-    answer = planned(zephyr(), "h100:1")
+    """One H100 has no room for training 10B parameters, however it is done; two have."""
+    larger = zephyr()
+    larger.model.architecture.num_hidden_layers = 48
+    answer = planned(larger, "h100:1")
     assert not answer["fits"]
     (machine, *_) = answer["suggestion"]["flags"]
     assert machine == "--topology=h100:2"
+    # A 7B has some there, once the optimizer's state waits in the host's memory.
+    answer = planned(zephyr(), "h100:1")
+    assert not answer["fits"]
+    assert "--config.train.offload=true" in answer["suggestion"]["flags"]
+    assert not any("topology" in flag for flag in answer["suggestion"]["flags"])
     # A card that is only short of activations is told to compute more of them again.
     answer = planned(zephyr(train__remat="none", train__tokens_per_device=32768), "h200:1")
     assert not answer["fits"]
