@@ -268,7 +268,10 @@ def summed_gradients(
         vjp: Any = jax.vjp(lambda p: loss(p, part_of(number)), params, has_aux=True)
         value, backward, metrics = vjp
         (gradients,) = backward.with_refs(wanted)(jnp.ones_like(value))
-        return jax.tree.map(jnp.add, so_far, ({name: gradients[name] for name in sums}, metrics))
+        # The barrier keeps each micro-batch's sum over devices apart: moved out of the loop together with
+        # these additions, it makes the compiler for TPU7x fail (libtpu 0.0.48).
+        more = jax.lax.optimization_barrier(({name: gradients[name] for name in sums}, metrics))
+        return jax.tree.map(jnp.add, so_far, more)
 
     metrics = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: loss(params, part_of(0)))[1])
     sums, metrics = jax.lax.fori_loop(0, count, add, (sums, metrics))
