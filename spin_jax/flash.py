@@ -164,9 +164,9 @@ def key_stretches(until: Int[Array, "B T"], blocks: Blocks) -> Int[Array, "B I 4
     """
     T = until.shape[1]
     queries = pl.cdiv(T, blocks.queries)
-    end = _by_block(jnp.max, until, blocks.keys, 0)[:, None]  # [B, 1, J]
+    begin, end = (x[:, None] for x in _extents(until, blocks.keys))  # [B, 1, J]
     i, j = jnp.arange(queries, dtype=jnp.int32)[:, None], jnp.arange(end.shape[-1], dtype=jnp.int32)
-    seen = (end > i * blocks.queries) & (j * blocks.keys < (i + 1) * blocks.queries)
+    seen = (begin < (i + 1) * blocks.queries) & (end > i * blocks.queries)
 
     def after(chosen: Array) -> Array:  # the last of the chosen
         return jnp.max(jnp.where(chosen, j + 1, 0), axis=-1)
@@ -180,16 +180,17 @@ def key_stretches(until: Int[Array, "B T"], blocks: Blocks) -> Int[Array, "B I 4
 
 def query_stretches(until: Int[Array, "B T"], blocks: Blocks) -> Int[Array, "B J 2"]:
     """(first, how many) of the blocks of queries that look at each block of keys."""
-    T = until.shape[1]
-    index = jnp.arange(T, dtype=jnp.int32)
-    begin = _by_block(jnp.min, jnp.where(until > 0, index, T), blocks.keys, T) // blocks.queries
-    end = pl.cdiv(_by_block(jnp.max, until, blocks.keys, 0), blocks.queries)
+    begin, end = _extents(until, blocks.keys)
+    begin, end = begin // blocks.queries, pl.cdiv(end, blocks.queries)
     return jnp.stack([begin, jnp.maximum(end - begin, 0)], axis=-1)
 
 
-def _by_block(reduce: Callable[..., Array], x: Int[Array, "B T"], size: int, fill: int) -> Int[Array, "B J"]:
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=fill)
-    return reduce(x.reshape(x.shape[0], -1, size), axis=2)
+def _extents(until: Int[Array, "B T"], size: int) -> tuple[Int[Array, "B J"], Int[Array, "B J"]]:
+    """(the first query that sees a key of each block, the index after the last); (T or more, 0) without any."""
+    B, T = until.shape
+    until = jnp.pad(until, ((0, 0), (0, -T % size)))
+    first = jnp.where(until > 0, jnp.arange(until.shape[1], dtype=jnp.int32), T)
+    return first.reshape(B, -1, size).min(axis=2), until.reshape(B, -1, size).max(axis=2)
 
 
 # --- inside a kernel -----------------------------------------------------------------------------
@@ -355,7 +356,7 @@ def _dkv_kernel(
 
 def _call(kernel: Callable, plan: Plan, blocks: Blocks, grid: tuple[int, ...], inputs, in_specs, outputs, out_specs):
     name = kernel.__name__.strip("_").removesuffix("_kernel")
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel, plan=plan),
         grid=grid,
         in_specs=in_specs,
@@ -364,7 +365,8 @@ def _call(kernel: Callable, plan: Plan, blocks: Blocks, grid: tuple[int, ...], i
         compiler_params=pallas_triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=plan.interpret,
         name=f"flash_{name}",
-    )(*inputs)
+    )
+    return jax.jit(call)(*inputs)  # JAX leaves out a jitted call that nobody needs, but no kernel by itself
 
 
 class _Specs:
