@@ -47,7 +47,7 @@ def matmul_precision(dtype: Any) -> lax.Precision | None:
 
 
 def kernel_for(platform: str, dtype: Any) -> str:
-    """What `attend` runs on a platform. float32 is always plain: kernels are for what matrix units multiply."""
+    """What `attend` runs on a platform; float32 is plain: splash multiplies in less, flash spills registers."""
     kernels = {"tpu": "splash", "gpu": "flash", "cuda": "flash"}
     return "plain" if dtype == jnp.float32 else kernels.get(platform, "plain")
 
