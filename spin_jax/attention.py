@@ -38,7 +38,9 @@ class Layout(NamedTuple):
     positions: Any  # int32 [B, T]: within the token's own sequence, from 0
     segments: Any  # int32 [B, T]: the group
     branches: Any = None  # int32 [B, T]: 0 the prompt, 1 and up the answers to it; None: no answers
-    unshared: Any = None  # int32 [B, U]: the tokens, counted from 1, sequence by sequence; 0 fills up (splash)
+    unshared: Any = (
+        None  # int32 [B, U]: the tokens, counted from 1, sequence by sequence; 0 fills up (splash)
+    )
 
 
 def matmul_precision(dtype: Any) -> lax.Precision | None:
@@ -47,7 +49,7 @@ def matmul_precision(dtype: Any) -> lax.Precision | None:
 
 
 def kernel_for(platform: str, dtype: Any) -> str:
-    """What `attend` runs on a platform; float32 is plain: splash multiplies in less, flash spills registers."""
+    """What `attend` runs on a platform; float32 is plain: splash multiplies in less, flash slowly."""
     kernels = {"tpu": "splash", "gpu": "flash", "cuda": "flash"}
     return "plain" if dtype == jnp.float32 else kernels.get(platform, "plain")
 
@@ -78,16 +80,21 @@ def attend(
     if kernel == "plain":
         out = _in_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), layout, window, scale, softcap)
         return checkpoint_name(out, KEPT)
-    options = {"window": window if narrow else None, "scale": scale, "softcap": softcap, "interpret": _on_cpu()}
+    options = {
+        "window": window if narrow else None,
+        "scale": scale,
+        "softcap": softcap,
+        "interpret": _on_cpu(),
+    }
     if kernel == "splash":
         run = functools.partial(_unshared, functools.partial(splash, **options))
         return sharding.by_rows_and_heads(run)(q, k, v, layout.positions, layout.unshared)
     from spin_jax import flash
 
-    def run(q, k, v, *rows):
+    def local(q, k, v, *rows):
         return flash.attend(q, k, v, Layout(*rows), **options)
 
-    return sharding.by_rows_and_heads(run)(q, k, v, *(x for x in layout[:3] if x is not None))
+    return sharding.by_rows_and_heads(local)(q, k, v, *(x for x in layout[:3] if x is not None))
 
 
 def visible(queries: Layout, keys: Layout, window: int | None) -> Bool[Array, "B T S"]:

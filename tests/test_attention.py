@@ -194,8 +194,8 @@ def test_who_sees_whom():
 def test_kernels_equal_plain(kernel, window, unshared, dim):
     """Values and gradients of grouped queries, to the rounding of float32.
 
-    Rows are several blocks long, with sequences across them. No block of splash's that is large enough divides
-    896: it fills the last one up. Flash asks for no unshared rows.
+    Rows are several blocks long, with sequences across them. No block of splash's that is large enough
+    divides 896: it fills the last one up. Flash asks for no unshared rows.
     """
     shape = RowShape(1, 672, 8, unshared) if unshared else RowShape(1, 320, 8)
     _, rows = full_rows(1, shape, longest=shape.length * 2 // 9)
@@ -248,7 +248,7 @@ def test_eight_devices_attend_as_one(kernel, kv_heads, mesh8):
 
 
 def test_which_kernel_runs_where():
-    """float32 is given to no kernel by itself: splash would multiply in less, and flash spill registers."""
+    """float32 is given to no kernel by itself: splash would multiply in less, and flash slowly."""
     names = {platform: kernel_for(platform, jnp.bfloat16) for platform in ("cpu", "tpu", "gpu", "cuda")}
     assert names == {"cpu": "plain", "tpu": "splash", "gpu": "flash", "cuda": "flash"}
     assert {kernel_for(platform, jnp.float32) for platform in names} == {"plain"}

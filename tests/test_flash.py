@@ -83,7 +83,7 @@ def assert_same(results, expected, layout):
 
 @pytest.mark.parametrize("options", [{"window": None}, {"window": 30, "softcap": 2.0, "scale": 0.4}], ids=str)
 def test_any_packing_equals_plain(options, small_blocks):
-    """Forward and backward: one to three answers a group, anything from a token to a quarter of a row long."""
+    """Forward and backward: one to three answers a group, from a token to a quarter of a row long."""
     plain, kernel = gradients("plain", **options), gradients("flash", **options)
     for seed in range(25):
         layout = random_rows(seed)
@@ -102,7 +102,7 @@ def test_left_padded_prompts_equal_plain(small_blocks):
 
 @pytest.mark.parametrize(("dim", "heads"), [(80, (2, 2)), (24, (6, 2))])
 def test_any_head_dim(dim, heads):
-    """No powers of two, as Phi-2's 80, and any number of query heads that share a key's; the card's own blocks."""
+    """No powers of two, as Phi-2's 80; any number of heads that share a key's; in the card's own blocks."""
     layout = random_rows(0)
     arrays = arrays_for(layout, heads, dim)
     results, expected = (gradients(kernel, window=None)(arrays, layout) for kernel in ("flash", "plain"))
@@ -132,7 +132,9 @@ def blocks_seen(layout, window, blocks) -> np.ndarray:
     fill = [(0, 0), (0, -T % blocks.queries), (0, -T % blocks.keys)]
     seen = np.pad(seen, fill)
     B, queries, keys = seen.shape
-    return seen.reshape(B, queries // blocks.queries, blocks.queries, keys // blocks.keys, blocks.keys).any((2, 4))
+    return seen.reshape(B, queries // blocks.queries, blocks.queries, keys // blocks.keys, blocks.keys).any(
+        (2, 4)
+    )
 
 
 def blocks_visited(layout, window, blocks) -> tuple[np.ndarray, np.ndarray]:
@@ -167,13 +169,14 @@ def test_no_other_blocks_are_visited(rows, window, blocks):
 
 @pytest.mark.parametrize("blocks", [Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1)], ids=str)
 def test_a_window_over_branches_visits_little_else(blocks):
-    """Every block with a key that a query sees, once; a tenth more at most, for answers' ends far from a prompt."""
+    """Every block with a key that a query sees, once; a tenth more at most, of prompts far from answers' ends."""
     wanted = visits = 0
     for seed in range(20):
         layout = random_rows(seed)
         seen = blocks_seen(layout, 9, blocks)
         for visited in blocks_visited(layout, 9, blocks):
-            assert (visited[seen] == 1).all() and visited.max() == 1
+            assert (visited[seen] == 1).all()
+            assert visited.max() == 1
             wanted, visits = wanted + seen.sum(), visits + visited.sum()
     assert visits <= 1.1 * wanted
 
@@ -245,7 +248,7 @@ def test_what_remat_keeps(remat):
 
 
 def test_a_layer_compiled_for_a_gpu():
-    """No row is unshared (which takes scatters back), no score leaves a kernel, nor is any transposed for one."""
+    """Three kernels; no row is unshared (which takes scatters back), and no score leaves a kernel."""
     length = 640
     config = layer_config(head_dim=128, rotary_dim=128, hidden_size=512, intermediate_size=896)
     gradient, arguments = layer_gradients(config, "attention", length, mesh=gpu_mesh())
@@ -260,7 +263,13 @@ def test_a_layer_compiled_for_a_gpu():
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("dim", "dtype", "softcap"),
-    [(64, "bfloat16", None), (80, "float16", None), (256, "bfloat16", 50.0), (256, "float32", 50.0), (512, "float32", None)],
+    [
+        (64, "bfloat16", None),
+        (80, "float16", None),
+        (256, "bfloat16", 50.0),
+        (256, "float32", 50.0),
+        (512, "float32", None),
+    ],
 )
 def test_whatever_the_heads_it_compiles_for_a_gpu(dim, dtype, softcap):
     """Blocks of every head dim fit a card's shared memory, with windows over branches as well."""
@@ -269,7 +278,9 @@ def test_whatever_the_heads_it_compiles_for_a_gpu(dim, dtype, softcap):
     q, k, v = (jax.ShapeDtypeStruct((2, 700, n, dim), dtype, sharding=batch) for n in (4, 2, 2))
 
     def run(q, k, v, layout):
-        return jnp.sum(attend(q, k, v, layout, window=300, softcap=softcap, kernel="flash").astype(jnp.float32))
+        return jnp.sum(
+            attend(q, k, v, layout, window=300, softcap=softcap, kernel="flash").astype(jnp.float32)
+        )
 
     text = for_gpu(jax.grad(run, argnums=(0, 1, 2)), q, k, v, layout).as_text()
     assert len(re.findall(r'"flash_\w+"', text)) >= 3
