@@ -169,7 +169,7 @@ def test_no_other_blocks_are_visited(rows, window, blocks):
 
 @pytest.mark.parametrize("blocks", [Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1)], ids=str)
 def test_a_window_over_branches_visits_little_else(blocks):
-    """Every block with a key that a query sees, once; a tenth more at most, of prompts far from answers' ends."""
+    """Every block with a key that a query sees, once; a tenth more at most, of prompts far from an answer."""
     wanted = visits = 0
     for seed in range(20):
         layout = random_rows(seed)
