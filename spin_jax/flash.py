@@ -12,6 +12,8 @@ From it follows which blocks of keys any query of a block sees: those of its gro
 the beginning of its answer on. No other is loaded. Scores and weights never leave a program's registers; the
 backward pass computes them anew, from the log-sum-exp that the forward pass kept.
 
+jax 0.11 runs these kernels, and warns that a later one will have no Triton behind Pallas.
+
 Axes: B rows, T tokens, N query heads, K key/value heads, G = N / K, H head dim; I blocks of queries, J blocks
 of keys.
 """
