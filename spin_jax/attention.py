@@ -4,8 +4,9 @@
 
 A row holds several groups, each a prompt with the answers that share it: prompt, real, generated. All
 that works on single tokens runs on that layout. In attention an answer sees its prompt and itself, never
-the other answer: `plain` says so with a mask, the kernels get the row `unshared` first, as
-[prompt + real | prompt + generated | …], which any causal kernel with segment ids understands.
+the other answer: `plain` says so with a mask, `flash` with where the queries end that see a key; splash gets
+the row `unshared` first, as [prompt + real | prompt + generated | …], which any causal kernel with segment
+ids understands.
 
 Axes: B rows, T queries, S keys, U tokens of an unshared row, N query heads, K key/value heads, G = N / K,
 H head dim.
@@ -37,7 +38,9 @@ class Layout(NamedTuple):
     positions: Any  # int32 [B, T]: within the token's own sequence, from 0
     segments: Any  # int32 [B, T]: the group
     branches: Any = None  # int32 [B, T]: 0 the prompt, 1 and up the answers to it; None: no answers
-    unshared: Any = None  # int32 [B, U]: the tokens, counted from 1, sequence by sequence; 0 fills up
+    unshared: Any = (
+        None  # int32 [B, U]: the tokens, counted from 1, sequence by sequence; 0 fills up (splash)
+    )
 
 
 def matmul_precision(dtype: Any) -> lax.Precision | None:
@@ -46,8 +49,8 @@ def matmul_precision(dtype: Any) -> lax.Precision | None:
 
 
 def kernel_for(platform: str, dtype: Any) -> str:
-    """What `attend` runs on a platform; float32 is always plain, for the kernels multiply in less."""
-    kernels = {"tpu": "splash", "gpu": "triton", "cuda": "triton"}
+    """What `attend` runs on a platform; float32 is plain: splash multiplies in less, flash slowly."""
+    kernels = {"tpu": "splash", "gpu": "flash", "cuda": "flash"}
     return "plain" if dtype == jnp.float32 else kernels.get(platform, "plain")
 
 
@@ -69,20 +72,29 @@ def attend(
         window: a token sees itself and the window − 1 tokens before it; None: all.
         scale: of the scores; None: H^−½.
         softcap: scores are kept within ± this by tanh; None: they are not.
-        kernel: "plain", "splash" (TPU) or "triton" (GPU). Kernels want the layout `unshared` in multiples
-            of 128, and no segments below zero. On CPU they are interpreted.
+        kernel: "plain", "splash" (TPU), which wants the layout `unshared` in multiples of 128, or "flash"
+            (CUDA). Kernels know no segments below zero, and are interpreted on CPU.
     """
     narrow = window is not None and window < layout.positions.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if kernel == "plain" or (kernel == "triton" and (narrow or softcap)):  # Triton's knows neither
+    if kernel == "plain":
         out = _in_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), layout, window, scale, softcap)
         return checkpoint_name(out, KEPT)
-    run = {"splash": splash, "triton": triton}[kernel]
-    run = functools.partial(
-        run, window=window if narrow else None, scale=scale, softcap=softcap, interpret=_on_cpu()
-    )
-    run = functools.partial(_unshared, run)
-    return sharding.by_rows_and_heads(run)(q, k, v, layout.positions, layout.unshared)
+    options = {
+        "window": window if narrow else None,
+        "scale": scale,
+        "softcap": softcap,
+        "interpret": _on_cpu(),
+    }
+    if kernel == "splash":
+        run = functools.partial(_unshared, functools.partial(splash, **options))
+        return sharding.by_rows_and_heads(run)(q, k, v, layout.positions, layout.unshared)
+    from spin_jax import flash
+
+    def local(q, k, v, *rows):
+        return flash.attend(q, k, v, Layout(*rows), **options)
+
+    return sharding.by_rows_and_heads(local)(q, k, v, *(x for x in layout[:3] if x is not None))
 
 
 def visible(queries: Layout, keys: Layout, window: int | None) -> Bool[Array, "B T S"]:
@@ -200,19 +212,3 @@ def splash(
     heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
     out: Any = jax.vmap(kernel)(*heads_first, kernels.SegmentIds(segments, segments))
     return out.swapaxes(1, 2)[:, :U]
-
-
-def triton(
-    q, k, v, segments, *, window: None, scale: float, softcap: None, interpret: bool = False
-) -> Float[Array, "B U N H"]:
-    """JAX's Pallas/Triton flash attention for GPU, which knows no grouped heads, no window and no softcap.
-
-    Nor does it name what its backward pass needs: under every remat policy the forward kernel runs again.
-    """
-    from jax.experimental.pallas.ops.gpu.attention import mha
-
-    del window, softcap
-    groups = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    out = mha(q, k, v, segments, sm_scale=scale, causal=True, interpret=interpret)
-    return checkpoint_name(out, KEPT)

@@ -263,7 +263,6 @@ def choose_shape(
     overhead: float,
     granule: int,
     row_length: int | None = None,
-    longest: int | None = None,
     unshared: bool = False,
 ) -> RowShape:
     """The micro-batch that wastes least, found by packing a few steps of groups as they are expected.
@@ -281,8 +280,7 @@ def choose_shape(
         overhead: what a micro-batch costs whatever is in it, in tokens a device.
         granule: lengths are multiples of it.
         row_length: takes the place of the search over lengths.
-        longest: rows are no longer, unless a group is.
-        unshared: the shape has `unshared`, for kernels.
+        unshared: the shape has `unshared`, for splash attention.
 
     Raises:
         ValueError: row_length is shorter than a group can be.
@@ -300,7 +298,7 @@ def choose_shape(
     fewest = max(int(expected[:, 0].min()), 1)
     best: tuple[float, RowShape] | None = None
     for T in sorted(lengths):
-        if row_length is None and max(shortest, min(tokens_per_device, longest or T)) < T:
+        if row_length is None and max(shortest, tokens_per_device) < T:
             continue
         shape = RowShape(1, T, max(1, min(T // fewest, _MOST_GROUPS)))
         packings = [pack(step, shape.capacity) for step in steps]

@@ -36,7 +36,7 @@ def default() -> Any:
     m.dtype = "bfloat16"  # of computation and exports; master weights are float32
     m.architecture = _section()  # config.json keys: without a path, of a model to initialize; with one,
     #                              where the checkpoint differs it counts, and a note says so
-    m.attention = placeholder(str)  # plain, splash (TPU), triton (GPU); unset: by platform and dtype
+    m.attention = placeholder(str)  # plain, splash (TPU), flash (CUDA); unset: by platform and dtype
     m.tokenizer = placeholder(str)  # without a path: a directory, or module:function that makes one
 
     c.data = d = _section()
@@ -391,7 +391,7 @@ _RANGES = {
 _RANGE_OF = {name: interval for interval, names in _RANGES.items() for name in names}
 _CHOICES = {
     "train.remat": ("none", "attention", "attention+mlp", "full"),
-    "model.attention": ("plain", "splash", "triton"),
+    "model.attention": ("plain", "splash", "flash"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "data.bad_rows": ("error", "drop"),
     "selfplay.rows": ("all", "right", "wrong"),

@@ -33,8 +33,7 @@ def kernel(config: Config, model: Model) -> str:
     """How attention is computed; only `plain` knows tokens that none attends to."""
     if config.official:
         return "plain"
-    name = config.model.attention or kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
-    return "plain" if name == "triton" and model.config.attention_softcap else name
+    return config.model.attention or kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
 
 
 def spin(config: Config, model: Model) -> SPIN:
@@ -216,8 +215,7 @@ def row_shape(
     options: Config, config: Config, model: Model, expected: np.ndarray, largest: np.ndarray
 ) -> RowShape:
     """`choose_shape` for a section of options and what attention costs on this machine."""
-    name, window = kernel(config, model), model.config.longest_window
-    plain = name == "plain"
+    name = kernel(config, model)
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     return choose_shape(
         expected,
@@ -225,13 +223,13 @@ def row_shape(
         batch_size=options.batch_size,
         shards=sharding.batch_shards(model.mesh),
         tokens_per_device=options.tokens_per_device,
-        # A kernel skips what causality hides; plain scores cost their softmax beside the matmuls.
-        attention=roofline.score_share(model.config) * (1.5 if plain else 0.5),
+        # Plain scores cost their softmax beside the matmuls, splash skips what causality hides, and flash all
+        # that is not of a token's own group, however long the row.
+        attention=roofline.score_share(model.config) * {"plain": 1.5, "splash": 0.5, "flash": 0}[name],
         # Accelerators: reading weights and adding up gradients takes as long as some hundred tokens. A CPU
         # needs milliseconds to get going (2 at 100 GFLOP/s): all or nothing, by the size of the model.
         overhead=2e8 / (3 * roofline.forward_flops(model.config, 1, 1, 0)) if on_cpu else 256,
-        granule=16 if plain else 128,
+        granule=16 if name == "plain" else 128,
         row_length=options.row_length,
-        longest=window if name == "triton" else None,  # which knows no window: longer rows would be plain
-        unshared=not plain,
+        unshared=name == "splash",
     )

@@ -3,7 +3,7 @@
 import copy
 import os
 
-# Both are read when the libraries are imported, hence before anything else. Eight devices are only
+# They are read when the libraries are imported, hence before anything else. Eight devices are only
 # offered: a test that asks for `mesh` uses one.
 # A test compiles for longer than it computes: LLVM's optimizations would double the suite's time.
 os.environ["XLA_FLAGS"] = " ".join(

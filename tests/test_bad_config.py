@@ -208,7 +208,7 @@ def test_every_number_has_a_range(name):
         ("mesh.fsdp", -2, "mesh.fsdp=-2: at least -1"),
         ("model.path", 3, "model.path=3: text is wanted"),
         ("model.dtype", "int8", "model.dtype='int8': one of float32, bfloat16, float16"),
-        ("model.attention", "flash", "model.attention='flash': one of plain, splash, triton"),
+        ("model.attention", "triton", "model.attention='triton': one of plain, splash, flash"),
         ("official", 1, "official=1: true or false is wanted"),
         ("train.batchsize", 1, "no key train.batchsize; did you mean train.batch_size?"),
         ("train", 3, "config.train is a section, and got 3"),

@@ -1,0 +1,418 @@
+"""Flash attention over packed rows as they are: Pallas kernels that Triton compiles for CUDA GPUs.
+
+    out = attend(q, k, v, layout, window=None)
+
+In a packed row the queries that see a key are one stretch: from the key itself to the end of its group, if it
+belongs to the prompt, else to the end of its own answer. Where that stretch ends is one number a key, and all
+that the kernels are told of segments, branches and padding:
+
+    query t sees key s  where  s <= t < until[s]
+
+From it follows which blocks of keys any query of a block sees: those of its group's prompt, and those from
+the beginning of its answer on. No other is loaded. Scores and weights never leave a program's registers; the
+backward pass computes them anew, from the log-sum-exp that the forward pass kept.
+
+jax 0.11 runs these kernels, and warns that a later one will have no Triton behind Pallas.
+
+Axes: B rows, T tokens, N query heads, K key/value heads, G = N / K, H head dim; I blocks of queries, J blocks
+of keys.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pallas_triton
+from jaxtyping import Array, Float, Int
+
+from spin_jax.attention import KEPT, Layout, matmul_precision
+
+_LOG2E = math.log2(math.e)  # GPUs have an instruction for 2^x
+_UNSEEN = -1e30  # the score of a key that a query does not see, and
+_LEAST = -1e29  # what its largest score counts as at least: 2^(unseen − least) is 0, with no key seen too
+
+
+class Blocks(NamedTuple):
+    """What a kernel's programs take of a row at a time, and how Triton compiles them."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By head dim, for the forward kernel, dq's, and dk and dv's: of those tried the largest that XLA compiles for
+# an H200 to its matrix instructions with hardly a register spilled. None was timed on a card.
+_BLOCKS = {
+    64: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+    128: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+    256: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(32, 64, 8, 2)),
+}
+_SMALL = Blocks(16, 16, 4, 1)  # float32, which no matrix instruction multiplies exactly, and larger heads
+
+
+def blocks_for(H: int, dtype: Any) -> tuple[Blocks, Blocks, Blocks]:
+    """The blocks of the three kernels."""
+    fitting = [blocks for size, blocks in _BLOCKS.items() if size >= H]
+    return fitting[0] if fitting and jnp.dtype(dtype).itemsize == 2 else (_SMALL, _SMALL, _SMALL)
+
+
+class Plan(NamedTuple):
+    """What is known of a call when its kernels are compiled."""
+
+    scale: float
+    softcap: float | None
+    window: int | None  # None where `until` says it all
+    interpret: bool
+    blocks: tuple[Blocks, Blocks, Blocks]
+
+
+class Sight(NamedTuple):
+    """Who sees whom, token by token, and block by block for each kernel."""
+
+    until: Int[Array, "B T"]  # of `seen_until`
+    positions: Int[Array, "B T"]
+    forward: Int[Array, "B I 4"]
+    dq: Int[Array, "B I 4"]
+    dkv: Int[Array, "B J 2"]
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    layout: Layout,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention among the tokens of each row; softmax in float32, zeros for padding.
+
+    Any T and H will do; heads that are no power of two are filled up. Gradients are the same bits every time:
+    one program adds each up, in one order.
+
+    Args:
+        layout: as `batches.packed` lays rows out: the tokens of a group side by side, first the prompt
+            (branch 0), then answer by answer. Without branches a segment is one sequence.
+        window: a token sees itself and the window − 1 tokens before it; None: all.
+        scale: of the scores; None: H^−½.
+        softcap: scores are kept within ± this by tanh; None: they are not.
+        interpret: run the kernels operation by operation, on any platform.
+    """
+    blocks = forward, dq, dkv = blocks_for(q.shape[-1], q.dtype)
+    used = q.shape[-1] ** -0.5 if scale is None else scale
+    plan = Plan(used, softcap, None if layout.branches is None else window, interpret, blocks)
+    until = seen_until(layout, window)
+    stretches = key_stretches(until, forward), key_stretches(until, dq), query_stretches(until, dkv)
+    return _attention(plan, q, k, v, Sight(until, layout.positions, *stretches))
+
+
+# --- who sees whom -------------------------------------------------------------------------------
+
+
+def seen_until(layout: Layout, window: int | None) -> Int[Array, "B T"]:
+    """The index after the last query that sees each key; 0 for padding, which none sees.
+
+    With a window, an answer's token before it may be too far from a key of the prompt: positions say that.
+    """
+    segments, branches = layout.segments, layout.branches
+    T = segments.shape[1]
+    index = jnp.arange(T, dtype=jnp.int32)
+
+    def end_of_run(*numbers: Array) -> Array:
+        """The index after the last of the neighbours that have the same numbers."""
+        last = functools.reduce(jnp.logical_or, [x[:, 1:] != x[:, :-1] for x in numbers])
+        last = jnp.pad(last, ((0, 0), (0, 1)), constant_values=True)
+        return lax.cummin(jnp.where(last, index + 1, T), axis=1, reverse=True)
+
+    group_end = end_of_run(segments)
+    part_end = group_end if branches is None else end_of_run(segments, branches)
+    until = part_end if window is None else jnp.minimum(part_end, index + window)
+    if branches is not None:
+        by_answers = branches == 0
+        if (
+            window is not None
+        ):  # an answer's first token is the nearest: its position follows the prompt's last
+            by_answers &= index + window > part_end
+        until = jnp.where(by_answers, group_end, until)
+    return jnp.where(segments == 0, 0, until)
+
+
+def key_stretches(until: Int[Array, "B T"], blocks: Blocks) -> Int[Array, "B I 4"]:
+    """The blocks of keys that each block of queries looks at: those of a prompt, and those up to its own end.
+
+    As (first, far, shift, count): the n-th of count blocks is n + first where n < far, else n + shift.
+    """
+    begin, end = (x[:, None] for x in _extents(until, blocks.keys))
+    i = jnp.arange(pl.cdiv(until.shape[1], blocks.queries), dtype=jnp.int32)[:, None]
+    j = jnp.arange(end.shape[-1], dtype=jnp.int32)
+    seen = (begin < (i + 1) * blocks.queries) & (end > i * blocks.queries)  # [B, I, J]
+
+    def after(chosen: Array) -> Array:  # the last of the chosen
+        return jnp.max(jnp.where(chosen, j + 1, 0), axis=-1)
+
+    stop = after(seen)
+    near = after(~seen & (j < stop[..., None]))
+    first = jnp.minimum(jnp.min(jnp.where(seen, j, end.shape[-1]), axis=-1), near)
+    far = jnp.maximum(after(seen & (j < near[..., None])) - first, 0)
+    return jnp.stack([first, far, near - far, far + stop - near], axis=-1)
+
+
+def query_stretches(until: Int[Array, "B T"], blocks: Blocks) -> Int[Array, "B J 2"]:
+    """(first, count) of the blocks of queries that look at each block of keys."""
+    begin, end = _extents(until, blocks.keys)
+    begin, end = begin // blocks.queries, pl.cdiv(end, blocks.queries)
+    return jnp.stack([begin, jnp.maximum(end - begin, 0)], axis=-1)
+
+
+def _extents(until: Int[Array, "B T"], size: int) -> tuple[Int[Array, "B J"], Int[Array, "B J"]]:
+    """(the first query that sees a key of each block, the index after the last); (T, 0): none does."""
+    B, T = until.shape
+    until = jnp.pad(until, ((0, 0), (0, -T % size)))
+    first = jnp.where(until > 0, jnp.arange(until.shape[1], dtype=jnp.int32), T)
+    return first.reshape(B, -1, size).min(axis=2), until.reshape(B, -1, size).max(axis=2)
+
+
+# --- inside a kernel -----------------------------------------------------------------------------
+
+
+class _Span:
+    """One block of a row's tokens. Behind the row's end zeros are read, and nothing is written."""
+
+    def __init__(self, number: Any, size: int, T: int):
+        self.at = pl.ds(number * size, size)
+        self.index = number * size + jnp.arange(size, dtype=jnp.int32)
+        self.there = self.index < T if T % size else None
+
+    def vectors(self, ref: Any, *head: Any) -> Array:
+        """Of a reference [T, H], or [T, G, H] and a head."""
+        return self._load(ref.at[self.at, *head], None if self.there is None else self.there[:, None])
+
+    def numbers(self, ref: Any, *head: Any) -> Array:
+        """Of a reference [T], or [G, T] and a head."""
+        return self._load(ref.at[*head, self.at], self.there)
+
+    def write(self, ref: Any, values: Array) -> None:
+        """To a reference [T] or [T, H]."""
+        mask = self.there if self.there is None or values.ndim == 1 else self.there[:, None]
+        pallas_triton.store(ref.at[self.at], values.astype(ref.dtype), mask=mask)
+
+    def _load(self, ref: Any, mask: Array | None) -> Array:
+        return pallas_triton.load(ref, mask=mask, other=None if mask is None else 0)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.dot(a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _seen(plan: Plan, sight: Sequence[Any], queries: _Span, keys: _Span, axis: int) -> Array:
+    """Whether each query sees each key; queries along that axis, keys along the other."""
+
+    def of(query: Array, key: Array) -> tuple[Array, Array]:
+        return jnp.expand_dims(query, 1 - axis), jnp.expand_dims(key, axis)
+
+    query, key = of(queries.index, keys.index)
+    _, until = of(queries.index, keys.numbers(sight[0]))
+    seen = (key <= query) & (query < until)
+    if plan.window is not None:
+        query, key = of(queries.numbers(sight[1]), keys.numbers(sight[1]))
+        seen &= query - key < plan.window
+    return seen
+
+
+def _logits(plan: Plan, a: Array, b: Array, seen: Array) -> tuple[Array, Array | None]:
+    """(base-2 logits of all pairs of rows, the slope that the softcap gives them)."""
+    scores, slope = _dot(a, b.T), None
+    if plan.softcap is None:
+        scores *= plan.scale * _LOG2E
+    else:
+        bent = jnp.tanh(scores * (plan.scale / plan.softcap))
+        scores, slope = bent * (plan.softcap * _LOG2E), 1 - bent * bent
+    return jnp.where(seen, scores, _UNSEEN), slope
+
+
+def _weights(plan: Plan, scored: Any, valued: Any, seen: Array, lse: Array, delta: Array) -> Any:
+    """(softmax weights, gradients of scores), of (q, k) and (d_out, v), or of both the other way round."""
+    (a, b), (c, d) = scored, valued
+    logits, slope = _logits(plan, a, b, seen)
+    weights = jnp.exp2(logits - lse)
+    d_scores = weights * (_dot(c, d.T) - delta)
+    return weights, d_scores if slope is None else d_scores * slope
+
+
+def _over_keys(stretches: Any, step: Callable[[Any, Any], Any], start: Any) -> Any:
+    """The blocks of `key_stretches`, one after the other."""
+    first, far, shift, count = (stretches[n] for n in range(4))
+    return lax.fori_loop(0, count, lambda n, carry: step(n + jnp.where(n < far, first, shift), carry), start)
+
+
+# --- kernels -------------------------------------------------------------------------------------
+# All arguments but the plan are references; `sight` are three: until, positions, the blocks to look at.
+
+
+def _forward_kernel(plan, q_ref, k_ref, v_ref, sight, out_ref, lse_ref):
+    """A block of queries of one head: the output, and log2 of the sum of 2^logits."""
+    blocks, (T, H) = plan.blocks[0], q_ref.shape
+    queries = _Span(pl.program_id(0), blocks.queries, T)
+    q = queries.vectors(q_ref)
+
+    def step(j, carry):
+        out, top, total = carry
+        keys = _Span(j, blocks.keys, T)
+        logits, _ = _logits(plan, q, keys.vectors(k_ref), _seen(plan, sight, queries, keys, 0))
+        v, higher = keys.vectors(v_ref), jnp.maximum(top, jnp.max(logits, axis=1))
+        weights, shrink = jnp.exp2(logits - higher[:, None]), jnp.exp2(top - higher)
+        out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v)
+        return out, higher, total * shrink + jnp.sum(weights, axis=1)
+
+    start = jnp.zeros((blocks.queries, H)), jnp.full(blocks.queries, _LEAST), jnp.zeros(blocks.queries)
+    out, top, total = _over_keys(sight[2], step, start)
+    total = jnp.where(total > 0, total, 1)  # of padding, which sees nothing
+    queries.write(out_ref, out / total[:, None])
+    queries.write(lse_ref, top + jnp.log2(total))
+
+
+def _dq_kernel(plan, q_ref, k_ref, v_ref, sight, out_ref, d_out_ref, lse_ref, dq_ref, delta_ref):
+    """A block of queries of one head: their gradients, and output · its gradient for the other kernel."""
+    blocks, (T, H) = plan.blocks[1], q_ref.shape
+    queries = _Span(pl.program_id(0), blocks.queries, T)
+    q, d_out, lse = queries.vectors(q_ref), queries.vectors(d_out_ref), queries.numbers(lse_ref)
+    out = queries.vectors(out_ref).astype(jnp.float32)
+    delta = jnp.sum(out * d_out.astype(jnp.float32), axis=1)
+
+    def step(j, dq):
+        keys = _Span(j, blocks.keys, T)
+        k, v = keys.vectors(k_ref), keys.vectors(v_ref)
+        seen = _seen(plan, sight, queries, keys, 0)
+        _, d_scores = _weights(plan, (q, k), (d_out, v), seen, lse[:, None], delta[:, None])
+        return dq + _dot(d_scores.astype(k.dtype), k)
+
+    dq = _over_keys(sight[2], step, jnp.zeros((blocks.queries, H)))
+    queries.write(dq_ref, dq * plan.scale)
+    queries.write(delta_ref, delta)
+
+
+def _dkv_kernel(plan, q_ref, k_ref, v_ref, sight, d_out_ref, lse_ref, delta_ref, dk_ref, dv_ref):
+    """A block of keys of one head: gradients of keys and values, over all query heads that look at them.
+
+    Scores are computed keys by queries, as the sums want them: no block is transposed on the way.
+    """
+    blocks, (T, G, H) = plan.blocks[2], q_ref.shape
+    keys = _Span(pl.program_id(0), blocks.keys, T)
+    k, v = keys.vectors(k_ref), keys.vectors(v_ref)
+    first, count = sight[2][0], sight[2][1]
+
+    def step(n, carry):
+        dk, dv = carry
+        head, i = lax.div(n, count), first + lax.rem(n, count)
+        queries = _Span(i, blocks.queries, T)
+        q, d_out = queries.vectors(q_ref, head), queries.vectors(d_out_ref, head)
+        lse, delta = queries.numbers(lse_ref, head), queries.numbers(delta_ref, head)
+        seen = _seen(plan, sight, queries, keys, 1)
+        weights, d_scores = _weights(plan, (k, q), (v, d_out), seen, lse[None], delta[None])
+        dv += _dot(weights.astype(d_out.dtype), d_out)
+        return dk + _dot(d_scores.astype(q.dtype), q), dv
+
+    start = jnp.zeros((blocks.keys, H)), jnp.zeros((blocks.keys, H))
+    dk, dv = lax.fori_loop(0, G * count, step, start)
+    keys.write(dk_ref, dk * plan.scale)
+    keys.write(dv_ref, dv)
+
+
+# --- calls of kernels ----------------------------------------------------------------------------
+
+
+def _call(
+    kernel: Callable, plan: Plan, blocks: Blocks, grid: Sequence[int], G: int, reads: list, writes: list
+):
+    """Runs a kernel for each (block, head, row); with every array comes which part of it each is handed."""
+    T, H = reads[0][1].shape[1], reads[0][1].shape[3]
+    token = pl.BlockSpec((None, T), lambda i, n, b: (b, 0))
+
+    def sight(numbers: int) -> tuple[pl.BlockSpec, ...]:
+        return token, token, pl.BlockSpec((None, None, numbers), lambda i, n, b: (b, i, 0))
+
+    parts = {  # all of a row, of:
+        "head": pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n, 0)),
+        "shared head": pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n // G, 0)),
+        "sharing heads": pl.BlockSpec((None, T, G, H), lambda i, n, b: (b, 0, n, 0)),
+        "head's numbers": pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0)),
+        "sharing heads' numbers": pl.BlockSpec((None, G, T), lambda i, n, b: (b, n, 0)),
+        "key stretches": sight(4),
+        "query stretches": sight(2),
+    }
+    call = pl.pallas_call(
+        functools.partial(kernel, plan),
+        grid=tuple(grid),
+        in_specs=[parts[part] for part, _ in reads],
+        out_specs=[parts[part] for part, _ in writes],
+        out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in writes],
+        compiler_params=pallas_triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        interpret=plan.interpret,
+        name="flash" + kernel.__name__.removesuffix("_kernel"),
+    )
+    # Jitted: JAX leaves out a call of a function whose results nobody needs, but no kernel by itself.
+    return jax.jit(call)(*(array for _, array in reads))
+
+
+def _widened(*arrays: Array) -> list[Array]:
+    """Heads filled up to a power of two: Triton has no other sizes."""
+    H = arrays[0].shape[-1]
+    fill = max(16, 1 << (H - 1).bit_length()) - H
+    return [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, fill))) for x in arrays]
+
+
+def _forward(plan: Plan, q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Array]:
+    """(the output, log2 Σ 2^logits [B, N, T])."""
+    (B, T, N, H), K, blocks = q.shape, k.shape[2], plan.blocks[0]
+    q, k, v = _widened(q, k, v)
+    reads = [
+        ("head", q),
+        ("shared head", k),
+        ("shared head", v),
+        ("key stretches", (*sight[:2], sight.forward)),
+    ]
+    writes = [("head", q), ("head's numbers", jax.ShapeDtypeStruct((B, N, T), jnp.float32))]
+    grid = pl.cdiv(T, blocks.queries), N, B
+    out, lse = _call(_forward_kernel, plan, blocks, grid, N // K, reads, writes)
+    return checkpoint_name(out[..., :H], KEPT), checkpoint_name(lse, KEPT)
+
+
+def _backward(plan: Plan, kept: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
+    """Gradients of q, k and v."""
+    q, k, v, sight, out, lse = kept
+    (B, T, N, H), K, (_, for_dq, for_dkv) = q.shape, k.shape[2], plan.blocks
+    q, k, v, out, d_out = _widened(q, k, v, out, d_out)
+
+    reads = [("head", q), ("shared head", k), ("shared head", v), ("key stretches", (*sight[:2], sight.dq))]
+    reads += [("head", out), ("head", d_out), ("head's numbers", lse)]
+    writes = [("head", q), ("head's numbers", lse)]
+    grid = pl.cdiv(T, for_dq.queries), N, B
+    dq, delta = _call(_dq_kernel, plan, for_dq, grid, N // K, reads, writes)
+
+    reads = [("sharing heads", q), ("head", k), ("head", v), ("query stretches", (*sight[:2], sight.dkv))]
+    reads += [("sharing heads", d_out), *(("sharing heads' numbers", x) for x in (lse, delta))]
+    grid = pl.cdiv(T, for_dkv.keys), K, B
+    dk, dv = _call(_dkv_kernel, plan, for_dkv, grid, N // K, reads, [("head", k), ("head", v)])
+    return dq[..., :H], dk[..., :H], dv[..., :H], None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan: Plan, q: Array, k: Array, v: Array, sight: Sight) -> Array:
+    return _forward(plan, q, k, v, sight)[0]
+
+
+def _attention_forward(plan: Plan, q: Array, k: Array, v: Array, sight: Sight) -> tuple[Array, Any]:
+    out, lse = _forward(plan, q, k, v, sight)
+    return out, (q, k, v, sight, out, lse)
+
+
+_attention.defvjp(_attention_forward, _backward)
