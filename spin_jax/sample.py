@@ -165,7 +165,7 @@ def cache_columns(config: ModelConfig, longest: int) -> int:
 def _with_columns(state: Slots | None, decoder: Decoder, slots: int, columns: int) -> Slots:
     if state is None:
         return new_slots(decoder, slots, columns)
-    return state if columns <= state.cache.layout.positions.shape[1] else widened(state, columns)
+    return state if columns <= state.cache.columns else widened(state, columns)
 
 
 def generate(
