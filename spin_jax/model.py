@@ -4,8 +4,8 @@
     logits = project(hidden, output_head(Decoder(config), params))
 
 Axes: B batch, T tokens (queries), S key slots, V vocabulary, D model, N query heads, K key/value heads,
-H head dim, R rotary dim, F mlp, L layers, E experts, M matrices that are one. Einsum letters follow it. A `Layout` (attention.py) says
-where in its sequence each token stands, and which tokens see each other.
+H head dim, R rotary dim, F mlp, L layers, E experts, M matrices that are one. Einsum letters follow it.
+A `Layout` (attention.py) says where in its sequence each token stands, and which tokens see each other.
 """
 
 import dataclasses
