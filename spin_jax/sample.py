@@ -85,13 +85,14 @@ def fixed_steps(mesh: jax.sharding.Mesh) -> bool:
     return mesh.devices.flat[0].platform in ("gpu", "cuda")
 
 
+_Begun = tuple[list[int], np.ndarray, Any]  # of a prefill: prompts, their rows, all rows' first tokens
+
+
 class _Call(NamedTuple):
     """A call of `decode` whose tokens have not been read."""
 
+    begun: list[_Begun]  # just before it
     holds: np.ndarray  # the prompt in each slot, −1 in a free one
-    begun: list[
-        tuple[list[int], np.ndarray, Any]
-    ]  # what was read before it: prompts, their rows, first tokens
     drawn: Any
 
 
@@ -116,7 +117,7 @@ class _Queue:
         self.answers: list[list[int]] = [[] for _ in prompts]
         self.holds = np.full(round_up(slots, self.shards), -1)  # the prompt in each slot
         self.state: Any = None  # Slots, from the first prompts on
-        self.begun: list[tuple[list[int], np.ndarray, Any]] = []  # since the last call of `decode`
+        self.begun: list[_Begun] = []  # since the last call of `decode`
         self.unread: deque[_Call] = deque()
 
     def begin(self) -> None:
@@ -162,7 +163,7 @@ class _Queue:
         """Enqueues the next tokens of all slots."""
         how = {**self.how, "steps": DECODE_STEPS, "fixed": fixed_steps(self.mesh)}
         self.state, drawn = decode(self.decoder, self.params, self.state, **how)
-        self.unread.append(_Call(self.holds.copy(), self.begun, sharding.everywhere(drawn)))
+        self.unread.append(_Call(self.begun, self.holds.copy(), sharding.everywhere(drawn)))
         self.begun = []
 
     def read(self, stopped: Callable[[int, list[int]], bool] | None) -> tuple[int, int]:
