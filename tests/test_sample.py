@@ -696,7 +696,7 @@ def test_decoding_stops_when_every_answer_has(talker, monkeypatch):
     # Programs of their own, which no other test finds compiled with the counter in them.
     static = ("decoder", "sampling", "stop_tokens")
     prefill = jax.jit(sample.prefill.__wrapped__, static_argnames=static)
-    decode = jax.jit(sample.decode.__wrapped__, static_argnames=(*static, "steps"))
+    decode = jax.jit(sample.decode.__wrapped__, static_argnames=(*static, "steps", "fixed"))
     monkeypatch.setattr(sample, "prefill", prefill)
     monkeypatch.setattr(sample, "decode", decode)
 
