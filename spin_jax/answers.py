@@ -40,7 +40,7 @@ def answer(
     c.lengths.max_length = c.lengths.max_prompt + c.sampling.max_new_tokens
     mesh = programs.sampling_mesh(c, model)
     return answer_prompts(
-        Decoder(model.config, dtype=model.dtype),
+        Decoder(model.config, dtype=model.dtype, kernel=programs.kernel(c, model)),
         sampling_params(model.params, model.config, model.dtype, mesh),
         prompts,
         keys,

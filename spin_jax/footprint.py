@@ -22,7 +22,7 @@ from spin_jax.chat import Example, Pair
 from spin_jax.config import GPU_MEMORY
 from spin_jax.draw import KEYS
 from spin_jax.model import Model, params_on, sampling_params_on
-from spin_jax.sample import DECODE_STEPS, cache_columns, prefill_rows
+from spin_jax.sample import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
 from spin_jax.scoring import score_rows
 from spin_jax.slots import decode, new_slots, prefill
 from spin_jax.train import abstract_state, make_step
@@ -177,7 +177,7 @@ def _sample_programs(work: Work) -> dict[str, tuple[Any, tuple, dict[str, Any]]]
     arguments = decoder, params, state
     return {
         "prefill": (prefill, (*arguments, tokens, lengths, lengths, keys, lengths), how),
-        "decode": (decode, arguments, {**how, "steps": DECODE_STEPS}),
+        "decode": (decode, arguments, {**how, "steps": DECODE_STEPS, "fixed": fixed_steps(mesh)}),
     }
 
 

@@ -4,8 +4,8 @@
     logits = project(hidden, output_head(Decoder(config), params))
 
 Axes: B batch, T tokens (queries), S key slots, V vocabulary, D model, N query heads, K key/value heads,
-H head dim, R rotary dim, F mlp, L layers, E experts. Einsum letters follow it. A `Layout` (attention.py) says
-where in its sequence each token stands, and which tokens see each other.
+H head dim, R rotary dim, F mlp, L layers, E experts, M matrices that are one. Einsum letters follow it.
+A `Layout` (attention.py) says where in its sequence each token stands, and which tokens see each other.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from spin_jax import sharding
+from spin_jax import attention as attention_lib
+from spin_jax import flash_decode, sharding
 from spin_jax.attention import KEPT, Layout, attend, matmul_precision, plain
 
 Params = dict[str, Any]
@@ -185,14 +186,28 @@ class ModelConfig:
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, one pair of arrays a layer.
 
-    A ring: all rows write the same column, and after the last one comes the first again. Where a token
-    stands in its sequence is the layout's business, not the column's.
+    A ring: all rows write the same column, and after the last one comes the first again. A row's tokens
+    stand one after the other, the newest of every row in the same column: the newest token's position says
+    where the others are.
     """
 
     keys: tuple[Float[Array, "B K S H"], ...]
     values: tuple[Float[Array, "B K S H"], ...]
-    layout: Layout  # [B, S]
     column: Int[Array, ""]  # the next to be written
+
+    @property
+    def columns(self) -> int:
+        return self.keys[0].shape[2]
+
+
+def ring_layout(newest: Int[Array, " B"], column: Int[Array, ""], columns: int) -> Layout:
+    """Where the tokens in a ring's columns stand, the newest of each row at this position, in this column.
+
+    Columns that hold none of the row's tokens are padding.
+    """
+    back = (column - jnp.arange(columns)) % columns
+    positions = newest[:, None] - back
+    return Layout(positions, (positions >= 0).astype(jnp.int32))
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, " R/2"]:
@@ -311,13 +326,20 @@ class Attention(_Projections):
     def __call__(self, x, layout: Layout, cache: tuple | None):
         c = self.config
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        q = self.linear("BTD,DNH->BTNH", x, "wq", ("embed", "heads", None), (D, N, H))
-        k = self.linear("BTD,DKH->BTKH", x, "wk", ("embed", "kv_heads", None), (D, K, H))
-        v = self.linear("BTD,DKH->BTKH", x, "wv", ("embed", "kv_heads", None), (D, K, H))
-        if c.qkv_bias:
-            q += self.bias("bq", ("heads", None), (N, H))
-            k += self.bias("bk", ("kv_heads", None), (K, H))
-            v += self.bias("bv", ("kv_heads", None), (K, H))
+        if self.has_variable("params", "wqkv"):  # as `sampling_params` has them
+            M, axes = N // K + 2, ("kv_heads", None, None)
+            qkv = self.linear("BTD,DKMH->BTKMH", x, "wqkv", ("embed", *axes), (D, K, M, H))
+            if c.qkv_bias:
+                qkv += self.bias("bqkv", axes, (K, M, H))
+            q, k, v = sharding.merged_heads(qkv[..., :-2, :]), qkv[..., -2, :], qkv[..., -1, :]
+        else:
+            q = self.linear("BTD,DNH->BTNH", x, "wq", ("embed", "heads", None), (D, N, H))
+            k = self.linear("BTD,DKH->BTKH", x, "wk", ("embed", "kv_heads", None), (D, K, H))
+            v = self.linear("BTD,DKH->BTKH", x, "wv", ("embed", "kv_heads", None), (D, K, H))
+            if c.qkv_bias:
+                q += self.bias("bq", ("heads", None), (N, H))
+                k += self.bias("bk", ("kv_heads", None), (K, H))
+                v += self.bias("bv", ("kv_heads", None), (K, H))
         if c.qk_norm:
             q, k = Norm(c.norm, c.norm_eps, name="q_norm")(q), Norm(c.norm, c.norm_eps, name="k_norm")(k)
         turn = rope_frequencies(c), c.rope_scaling.attention_factor if c.rope_scaling else 1.0
@@ -327,16 +349,30 @@ class Attention(_Projections):
         if cache is None:
             out = attend(q, k, v, layout, kernel=self.kernel, **how)
         elif cache[0].shape[2] == x.shape[1]:  # a prompt that fills a new cache: nothing else is to be seen
-            out = attend(q, k, v, layout, **how)
+            # The other kernels want the layout `unshared`.
+            out = attend(q, k, v, layout, kernel="flash" if self.kernel == "flash" else "plain", **how)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         else:
-            cached_k, cached_v, keys, column = cache
+            cached_k, cached_v, column = cache
             k = lax.dynamic_update_slice_in_dim(cached_k, k.swapaxes(1, 2), column, axis=2)
             v = lax.dynamic_update_slice_in_dim(cached_v, v.swapaxes(1, 2), column, axis=2)
-            out = plain(q, k, v, layout, keys, **how)
+            out = self._over_ring(q, k, v, layout, column, **how)
         axes, rows = ("heads", None, "embed"), ("batch", None, None)
         out = self.linear("BTNH,NHD->BTD", out, "wo", axes, (N, H, D), out=rows)
         return out + self.bias("bo", (None,), (D,)) if c.output_bias else out, (k, v)
+
+    def _over_ring(self, q, k, v, layout: Layout, column, *, window, scale, softcap) -> Array:
+        """New tokens' attention to a ring that holds them from this column on."""
+        (T, S), newest = (q.shape[1], k.shape[2]), layout.positions[:, -1]
+        if T > 1 or self.kernel != "flash":
+            seen = ring_layout(newest, column + T - 1, S)
+            return plain(q, k, v, layout, seen, window, scale, softcap)
+        lengths = jnp.minimum(newest + 1, min(window or S, S))
+        lengths = jnp.where(layout.segments[:, -1] > 0, lengths, 0)
+        attend = functools.partial(
+            flash_decode.attend, scale=scale, softcap=softcap, interpret=attention_lib._on_cpu()
+        )
+        return sharding.by_slots_and_heads(attend)(q[:, 0], k, v, column, lengths)[:, None]
 
 
 class MLP(_Projections):
@@ -351,7 +387,13 @@ class MLP(_Projections):
                 wide += self.bias(f"{name}_bias", ("mlp",), (F,))
             return checkpoint_name(wide, name)
 
-        inner = act(widened("gate")) * widened("up") if c.gated else act(widened("up"))
+        if self.has_variable("params", "gate_up"):  # as `sampling_params` has them
+            wide = self.linear("BTD,DMF->BTMF", x, "gate_up", ("embed", None, "mlp"), (D, 2, F))
+            if c.mlp_bias:
+                wide += self.bias("gate_up_bias", (None, "mlp"), (2, F))
+            inner = act(wide[:, :, 0]) * wide[:, :, 1]
+        else:
+            inner = act(widened("gate")) * widened("up") if c.gated else act(widened("up"))
         rows = ("batch", None, None)
         out = self.linear("BTF,FD->BTD", inner, "down", ("mlp", "embed"), (F, D), out=rows)
         return out + self.bias("down_bias", (None,), (D,)) if c.mlp_bias else out
@@ -510,23 +552,16 @@ class Decoder(nn.Module):
         return lax.scan(round_of, x, layers)[0]
 
     def _decode(self, x, layout: Layout, cache: Cache):
-        def write(cached, new):
-            return lax.dynamic_update_slice_in_dim(cached, new, cache.column, axis=1)
-
-        seen = Layout(
-            write(cache.layout.positions, layout.positions), write(cache.layout.segments, layout.segments)
-        )
-        blocks = [Block(self.config, self.dtype, window, parent=None) for window in self.config.windows]
+        c = self.config
+        blocks = [Block(c, self.dtype, window, self.kernel, parent=None) for window in c.windows]
         layers = self.variables["params"]["layers"]
         keys, values = [], []
         for number, (layer, k, v) in enumerate(zip(layers, cache.keys, cache.values, strict=True)):
             block = blocks[number % len(blocks)]
-            x, (k, v) = block.apply({"params": layer}, x, layout, (k, v, seen, cache.column))
+            x, (k, v) = block.apply({"params": layer}, x, layout, (k, v, cache.column))
             keys.append(k)
             values.append(v)
-        return x, Cache(
-            tuple(keys), tuple(values), seen, (cache.column + x.shape[1]) % seen.positions.shape[1]
-        )
+        return x, Cache(tuple(keys), tuple(values), (cache.column + x.shape[1]) % cache.columns)
 
 
 def copies(params: Params, dtype: Any) -> Params:
@@ -616,25 +651,40 @@ def new_cache(config: ModelConfig, rows: int, columns: int, dtype: Any) -> Cache
     return Cache(
         keys=tuple(empty(shape, dtype, "batch", "kv_heads", None, None) for _ in layers),
         values=tuple(empty(shape, dtype, "batch", "kv_heads", None, None) for _ in layers),
-        layout=Layout(*(empty((rows, columns), jnp.int32, "batch", None) for _ in range(2))),
         column=jnp.zeros((), jnp.int32),
     )
 
 
 def sampling_params(params: Params, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Params:
-    """Parameters as decoding wants them: one tree a layer, in the compute dtype, laid out on `mesh`."""
+    """Parameters as decoding wants them: one tree a layer, in the compute dtype, laid out on `mesh`.
+
+    What reads the same numbers is one matrix, for a step of decoding is many small products.
+    """
     layouts = jax.tree.map(lambda leaf: leaf.sharding, sampling_params_on(mesh, config, dtype))
     with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
-        cast = _unstacked(params, dtype)
-    return jax.device_put(cast, layouts)
+        made = _for_sampling(params, config, dtype)
+    return jax.device_put(made, layouts)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _unstacked(params: Params, dtype: Any) -> Params:
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _for_sampling(params: Params, config: ModelConfig, dtype: Any) -> Params:
     params = jax.tree.map(lambda w: w.astype(dtype), params)
-    layers = params["layers"]
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return {**params, "layers": tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(count))}
+    layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.num_hidden_layers)]
+    return {**params, "layers": tuple(_fused(layer, config) for layer in layers)}
+
+
+def _fused(layer: Params, config: ModelConfig) -> Params:
+    """One layer's weights with q, k and v as one matrix, split as kv heads are, and gate and up as one."""
+    attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
+    for one, names in (("wqkv", ("wq", "wk", "wv")), ("bqkv", ("bq", "bk", "bv"))):
+        if names[0] in attention:
+            q, k, v = (attention.pop(name) for name in names)
+            q = sharding.grouped_weight(q, config.num_key_value_heads)
+            attention[one] = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+    for one, names in (("gate_up", ("gate", "up")), ("gate_up_bias", ("gate_bias", "up_bias"))):
+        if names[0] in mlp and not config.num_experts:
+            mlp[one] = jnp.stack([mlp.pop(name) for name in names], axis=-2)
+    return {**layer, "attention": attention, "mlp": mlp}
 
 
 @functools.cache
@@ -658,14 +708,10 @@ def params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any = jnp.flo
 
 def sampling_params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any) -> Params:
     """The same of what `sampling_params` makes."""
-
-    def of_one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        layout = sharding.without_first(leaf.sharding)
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=layout)
-
-    stacked = params_on(mesh, config, dtype)
-    layer = jax.tree.map(of_one, stacked["layers"])
-    return {**stacked, "layers": (layer,) * config.num_hidden_layers}
+    params = params_on(mesh, config)
+    with jax.set_mesh(mesh):
+        made = jax.eval_shape(lambda params: _for_sampling(params, config, dtype), params)
+    return sharding.laid_out(mesh, made)
 
 
 def init_params(config: ModelConfig, key: Array, mesh: jax.sharding.Mesh) -> Params:

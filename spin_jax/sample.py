@@ -9,21 +9,22 @@ import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
 from spin_jax import sharding
+from spin_jax.attention import kernel_for
 from spin_jax.batches import bucket, round_up
 from spin_jax.chat import Chat, Ids, Message
 from spin_jax.draw import KEYS, Sampling, prompt_keys
 from spin_jax.model import Decoder, Model, ModelConfig, Params, sampling_params
 from spin_jax.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widened
 
-DECODE_STEPS = 16  # tokens between two looks at which slots are done
-_PREFILL_TOKENS = 4096
+DECODE_STEPS = 8  # tokens between two looks at which slots are done
+_PREFILL_TOKENS = 8192  # of a device
 
 
 def answer_prompts(
@@ -56,74 +57,144 @@ def answer_prompts(
     """
     if not len(prompts):
         return []
-    shards = sharding.batch_shards(mesh)
-    slots = round_up(slots, shards)
-    size = prefill_rows(slots, max(map(len, prompts)), shards)
     most = np.full(len(prompts), sampling.max_new_tokens)
     most = most if limits is None else np.minimum(most, limits)
-    key_data = np.asarray(jax.random.key_data(keys))
-    waiting = deque(np.argsort([len(prompt) for prompt in prompts], kind="stable").tolist())
-    answers: list[list[int]] = [[] for _ in prompts]
-    holds = np.full(slots, -1)  # the prompt in each slot
-    state: Any = None  # Slots, from the first prompts on
     # How many tokens at most is data to the programs: other limits compile nothing.
     how = {"sampling": dataclasses.replace(sampling, max_new_tokens=1), "stop_tokens": stop_tokens}
-
+    queue = _Queue(decoder, params, prompts, np.asarray(jax.random.key_data(keys)), most, mesh, slots, how)
     with jax.set_mesh(mesh):
-        while waiting or (holds >= 0).any():
-            begun: list[tuple[list[int], np.ndarray, Array]] = []
-            while waiting:
-                rows, into = _places(holds < 0, size, shards)
-                group = list(itertools.islice(waiting, len(rows)))
-                if len(group) < min(len(waiting), 0.75 * size):
-                    break
-                rows = rows[: len(group)]
-                P = bucket(len(prompts[group[-1]]))
-                state = _with_columns(state, decoder, slots, _columns(decoder, prompts, most, group))
-                places = np.full(size, slots, np.int32)
-                places[rows] = into[: len(group)]
-                filled = np.full(size, group[0])  # a filler row reads the first prompt
-                filled[rows] = group
-                arrays = (*_prompt_arrays(prompts, most, key_data, filled, P), places)
-                tokens, lengths, room, data, placed = sharding.put_batch(mesh, arrays)
-                state, first = prefill(
-                    decoder,
-                    params,
-                    state,
-                    tokens,
-                    lengths,
-                    room,
-                    jax.random.wrap_key_data(data, impl=KEYS),
-                    placed,
-                    **how,
-                )
-                begun.append((group, rows, first))
-                holds[rows // (size // shards) * (slots // shards) + places[rows]] = group
-                for _ in group:
-                    waiting.popleft()
-            state, drawn = decode(decoder, params, state, steps=DECODE_STEPS, **how)
-            sampled = 0
-            for group, rows, first in begun:
-                for i, token in zip(group, sharding.to_host(first)[rows], strict=True):
-                    answers[i].append(int(token))
-                sampled += len(group)
-            done = sharding.to_host(state.done).copy()
-            for slot, row in enumerate(sharding.to_host(drawn)):
-                if (i := holds[slot]) >= 0:
-                    new = row[row != NO_TOKEN].tolist()
-                    answers[i] += new
-                    sampled += len(new)
-                    # On the device such a slot goes on, unread, until another prompt takes it.
-                    done[slot] |= stopped is not None and stopped(int(i), answers[i])
-            finished = (holds >= 0) & done
-            holds[finished] = -1
-            on_chunk(int(finished.sum()), sampled)
-    return [np.asarray(answer, np.int32) for answer in answers]
+        while queue.waiting or (queue.holds >= 0).any():
+            queue.begin()
+            queue.decode()
+            if len(queue.unread) > runs_ahead(mesh):
+                on_chunk(*queue.read(stopped))
+    return [np.asarray(answer, np.int32) for answer in queue.answers]
+
+
+def runs_ahead(mesh: jax.sharding.Mesh) -> bool:
+    """Whether a call of `decode` is enqueued before the last one's tokens are read.
+
+    An accelerator then never waits for its host, and a slot for one call more until another prompt takes it.
+    A CPU is its own host: the calls that are made for nothing would cost more than the waiting.
+    """
+    return mesh.devices.flat[0].platform != "cpu"
+
+
+def fixed_steps(mesh: jax.sharding.Mesh) -> bool:
+    """Whether a call of `decode` makes all its steps, so that a GPU runs them without asking its host."""
+    return mesh.devices.flat[0].platform in ("gpu", "cuda")
+
+
+_Begun = tuple[list[int], np.ndarray, Any]  # of a prefill: prompts, their rows, all rows' first tokens
+
+
+class _Call(NamedTuple):
+    """A call of `decode` whose tokens have not been read."""
+
+    begun: list[_Begun]  # just before it
+    holds: np.ndarray  # the prompt in each slot, −1 in a free one
+    drawn: Any
+
+
+class _Queue:
+    """Prompts that wait, answers in progress, and answers."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        params: Params,
+        prompts: Sequence[Ids],
+        key_data: np.ndarray,
+        most: np.ndarray,
+        mesh: jax.sharding.Mesh,
+        slots: int,
+        how: dict[str, Any],
+    ):
+        self.decoder, self.params, self.mesh, self.how = decoder, params, mesh, how
+        self.prompts, self.key_data, self.most = prompts, key_data, most
+        self.shards = sharding.batch_shards(mesh)
+        self.waiting = deque(np.argsort([len(prompt) for prompt in prompts], kind="stable").tolist())
+        self.answers: list[list[int]] = [[] for _ in prompts]
+        self.holds = np.full(round_up(slots, self.shards), -1)  # the prompt in each slot
+        self.state: Any = None  # Slots, from the first prompts on
+        self.begun: list[_Begun] = []  # since the last call of `decode`
+        self.unread: deque[_Call] = deque()
+
+    def begin(self) -> None:
+        """Reads prompts into free slots, as long as there are enough of both."""
+        slots, shards = len(self.holds), self.shards
+        while self.waiting:
+            P, size = self._next_shape()
+            rows, into = _places(self.holds < 0, size, shards)
+            group = list(itertools.islice(self.waiting, len(rows)))
+            if len(group) < min(len(self.waiting), 0.75 * size):
+                break
+            rows = rows[: len(group)]
+            columns = _columns(self.decoder, self.prompts, self.most, group)
+            self.state = _with_columns(self.state, self.decoder, slots, columns)
+            places = np.full(size, slots, np.int32)
+            places[rows] = into[: len(group)]
+            filled = np.full(size, group[0])  # a filler row reads the first prompt
+            filled[rows] = group
+            arrays = (*_prompt_arrays(self.prompts, self.most, self.key_data, filled, P), places)
+            *arrays, data, placed = sharding.put_batch(self.mesh, arrays)
+            keys = jax.random.wrap_key_data(data, impl=KEYS)
+            self.state, first = prefill(
+                self.decoder, self.params, self.state, *arrays, keys, placed, **self.how
+            )
+            self.begun.append((group, rows, sharding.everywhere(first)))
+            self.holds[rows // (size // shards) * (slots // shards) + places[rows]] = group
+            for _ in group:
+                self.waiting.popleft()
+
+    def _next_shape(self) -> tuple[int, int]:
+        """(tokens that the next prompts are padded to, rows of the program that reads them)."""
+
+        def rows(P: int) -> int:
+            return prefill_rows(len(self.holds), P, self.shards)
+
+        def padded(number: int) -> int:
+            return bucket(len(self.prompts[self.waiting[number]]))
+
+        P = padded(min(rows(padded(0)), len(self.waiting)) - 1)
+        return P, rows(P)
+
+    def decode(self) -> None:
+        """Enqueues the next tokens of all slots."""
+        how = {**self.how, "steps": DECODE_STEPS, "fixed": fixed_steps(self.mesh)}
+        self.state, drawn = decode(self.decoder, self.params, self.state, **how)
+        self.unread.append(_Call(self.begun, self.holds.copy(), sharding.everywhere(drawn)))
+        self.begun = []
+
+    def read(self, stopped: Callable[[int, list[int]], bool] | None) -> tuple[int, int]:
+        """Waits for the oldest call's tokens and frees slots; returns (prompts answered, tokens sampled)."""
+        call, answered, sampled = self.unread.popleft(), 0, 0
+        for group, rows, first in call.begun:
+            for i, token in zip(group, np.asarray(first)[rows], strict=True):
+                self.answers[i].append(int(token))
+            sampled += len(group)
+        for slot, row in enumerate(np.asarray(call.drawn)):
+            i = int(call.holds[slot])
+            if i < 0 or self.holds[slot] != i:  # freed since the call was made: its tokens are no one's
+                continue
+            answer, new = self.answers[i], row[row != NO_TOKEN].tolist()
+            answer += new
+            sampled += len(new)
+            done = answer[-1] in self.how["stop_tokens"] or len(answer) >= self.most[i]
+            # One that is only `stopped` goes on in its slot, unread, until another prompt takes it.
+            if done or (stopped is not None and stopped(i, answer)):
+                self.holds[slot] = -1
+                answered += 1
+        return answered, sampled
 
 
 def prefill_rows(slots: int, longest: int, shards: int) -> int:
-    """Prompts read at a time: few, so that slots do not wait for company, but some thousand tokens' worth."""
-    return round_up(max(1, min(slots // 4, _PREFILL_TOKENS // bucket(longest))), shards)
+    """Prompts read at a time: few, so that slots do not wait for company, but some thousand tokens' worth.
+
+    Args:
+        longest: tokens of the longest one.
+    """
+    return shards * max(1, min(slots // shards // 4, _PREFILL_TOKENS // bucket(longest)))
 
 
 def _places(free: np.ndarray, size: int, shards: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +236,7 @@ def cache_columns(config: ModelConfig, longest: int) -> int:
 def _with_columns(state: Slots | None, decoder: Decoder, slots: int, columns: int) -> Slots:
     if state is None:
         return new_slots(decoder, slots, columns)
-    return state if columns <= state.cache.layout.positions.shape[1] else widened(state, columns)
+    return state if columns <= state.cache.columns else widened(state, columns)
 
 
 def generate(
@@ -198,8 +269,9 @@ def generate(
     prompts = [chat.encode_prompt(messages) for messages in conversations]
     if not prompts:
         return []
+    kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
     answers = answer_prompts(
-        Decoder(model.config, dtype=model.dtype),
+        Decoder(model.config, dtype=model.dtype, kernel=kernel),
         sampling_params(model.params, model.config, model.dtype, model.mesh),
         prompts,
         prompt_keys(seed, 0, range(len(prompts))),

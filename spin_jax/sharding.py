@@ -139,6 +139,16 @@ def grouped_heads(q: jax.Array, kv_heads: int) -> jax.Array:
     return jax.lax.reshape(q, shape, out_sharding=grouped)
 
 
+def grouped_weight(w: jax.Array, kv_heads: int) -> jax.Array:
+    """[..., N, H] weights of queries → [..., K, N / K, H], split over tensor as those of keys are."""
+    shape = (*w.shape[:-2], kv_heads, w.shape[-2] // kv_heads, w.shape[-1])
+    if jax.sharding.get_abstract_mesh().empty:
+        return w.reshape(shape)
+    first = (*jax.typeof(w).sharding.spec[:-2], _heads_axis(kv_heads))
+    w = jax.sharding.reshard(w, PartitionSpec(*first, None))
+    return jax.lax.reshape(w, shape, out_sharding=PartitionSpec(*first, None, None))
+
+
 def merged_heads(x: jax.Array) -> jax.Array:
     """[B, T, K, G, H] → [B, T, K · G, H]: the way back."""
     B, T, K, G, H = x.shape
@@ -181,6 +191,22 @@ def by_rows_and_heads(attention: Callable[..., jax.Array]) -> Callable[..., jax.
         q, k, v = (jax.sharding.reshard(x, heads) for x in (q, k, v))
         specs = (heads, heads, heads, *[rows] * len(others))
         return jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, *others)
+
+    return run
+
+
+def by_slots_and_heads(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """f(q [B, N, H], k, v [B, K, S, H], column, lengths [B]) run on each device's own slots and heads."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return attention
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, column: jax.Array, lengths: jax.Array) -> jax.Array:
+        batch, heads = RULES["batch"], _heads_axis(k.shape[1])
+        queries, cache = PartitionSpec(batch, heads, None), PartitionSpec(batch, heads, None, None)
+        q, k, v = jax.sharding.reshard(q, queries), *(jax.sharding.reshard(x, cache) for x in (k, v))
+        specs = (queries, cache, cache, PartitionSpec(), PartitionSpec(batch))
+        local = jax.shard_map(attention, in_specs=specs, out_specs=queries, check_vma=False)
+        return local(q, k, v, column, lengths)
 
     return run
 
@@ -236,11 +262,6 @@ def parameter_shardings(mesh: Mesh, abstract: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     return jax.tree.map(sharding, abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-
-
-def without_first(layout: NamedSharding) -> NamedSharding:
-    """The sharding of one layer's parameter, from that of the layers stacked."""
-    return NamedSharding(layout.mesh, PartitionSpec(*layout.spec[1:]))
 
 
 def unboxed(abstract: Any) -> Any:

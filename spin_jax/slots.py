@@ -42,7 +42,7 @@ def _next_token(head, hidden, counts, limits, keys, sampling: Sampling, stop_tok
 
 
 @functools.partial(
-    jax.jit, static_argnames=("decoder", "sampling", "stop_tokens", "steps"), donate_argnames="slots"
+    jax.jit, static_argnames=("decoder", "sampling", "stop_tokens", "steps", "fixed"), donate_argnames="slots"
 )
 def decode(
     decoder: Decoder,
@@ -52,8 +52,12 @@ def decode(
     sampling: Sampling,
     stop_tokens: tuple[int, ...],
     steps: int,
+    fixed: bool = False,
 ) -> tuple[Slots, Int[Array, "B steps"]]:
     """Draws up to `steps` tokens for every slot that is not done; fewer when all are.
+
+    Args:
+        fixed: all steps are made, whoever is done: a GPU then need not ask its host before each one.
 
     Returns:
         (the slots, the tokens drawn; −1 where a slot was done).
@@ -66,7 +70,7 @@ def decode(
 
     def advance(state):
         n, slots, drawn = state
-        here = Layout(slots.positions[:, None], jnp.ones_like(slots.positions)[:, None])
+        here = Layout(slots.positions[:, None], (~slots.done).astype(jnp.int32)[:, None])
         hidden, cache = forward(decoder, params, slots.tokens[:, None], here, slots.cache)
         token, last = _next_token(head, hidden, slots.counts, slots.limits, slots.keys, sampling, stop_tokens)
         drawn = lax.dynamic_update_slice_in_dim(
@@ -83,8 +87,12 @@ def decode(
 
     B = slots.tokens.shape[0]
     drawn = jnp.full((B, steps), NO_TOKEN, out_sharding=sharding.spec("batch", None))
-    _, slots, drawn = lax.while_loop(unfinished, advance, (jnp.int32(0), slots, drawn))
-    return slots, drawn
+    state = jnp.int32(0), slots, drawn
+    if fixed:
+        state = lax.fori_loop(0, steps, lambda _, state: advance(state), state)
+    else:
+        state = lax.while_loop(unfinished, advance, state)
+    return state[1:]
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "sampling", "stop_tokens"), donate_argnames="slots")
@@ -119,25 +127,19 @@ def prefill(
         output_head(decoder, params), hidden[:, -1:], zeros, limits, keys, sampling, stop_tokens
     )
     ring = slots.cache
-    S = ring.layout.positions.shape[1]
+    S = ring.columns
 
-    def columns(new: Array, axis: int) -> Array:
+    def columns(new: Array) -> Array:
         """The prompt's last S columns, the ring's next column after them; all others empty."""
-        new = lax.slice_in_dim(new, max(P - S, 0), P, axis=axis)
-        before = [(0, 0)] * new.ndim
-        before[axis] = (max(S - P, 0), 0)
-        return jnp.roll(jnp.pad(new, before), ring.column, axis=axis)
+        new = lax.slice_in_dim(new, max(P - S, 0), P, axis=2)
+        return jnp.roll(jnp.pad(new, [(0, 0), (0, 0), (max(S - P, 0), 0), (0, 0)]), ring.column, axis=2)
 
     def put(old: Array, new: Array) -> Array:
         return sharding.put_rows(old, into, new)
 
     cache = ring._replace(
-        keys=tuple(put(old, columns(new, 2)) for old, new in zip(ring.keys, fresh.keys, strict=True)),
-        values=tuple(put(old, columns(new, 2)) for old, new in zip(ring.values, fresh.values, strict=True)),
-        layout=Layout(
-            put(ring.layout.positions, columns(layout.positions, 1)),
-            put(ring.layout.segments, columns(layout.segments, 1)),
-        ),
+        keys=tuple(put(old, columns(new)) for old, new in zip(ring.keys, fresh.keys, strict=True)),
+        values=tuple(put(old, columns(new)) for old, new in zip(ring.values, fresh.values, strict=True)),
     )
     # The first token comes after the prompt: its position is the prompt's length.
     new = (token, lengths, zeros + 1, limits, keys, done)
@@ -166,22 +168,15 @@ def widened(slots: Slots, columns: int) -> Slots:
     """
     cache = slots.cache
 
-    def widen(x: Array, axis: int) -> Array:
-        wider = _widened(x, cache.column, columns=columns, axis=axis)
+    def widen(x: Array) -> Array:
+        wider = _widened(x, cache.column, columns=columns)
         x.delete()
         return wider
 
-    wider = Cache(
-        keys=tuple(widen(x, 2) for x in cache.keys),
-        values=tuple(widen(x, 2) for x in cache.values),
-        layout=Layout(widen(cache.layout.positions, 1), widen(cache.layout.segments, 1)),
-        column=jnp.zeros_like(cache.column),
-    )
-    return slots._replace(cache=wider)
+    keys, values = tuple(map(widen, cache.keys)), tuple(map(widen, cache.values))
+    return slots._replace(cache=Cache(keys, values, column=jnp.zeros_like(cache.column)))
 
 
-@functools.partial(jax.jit, static_argnames=("columns", "axis"))
-def _widened(x: Array, column: Array, *, columns: int, axis: int) -> Array:
-    before = [(0, 0)] * x.ndim
-    before[axis] = (columns - x.shape[axis], 0)
-    return jnp.pad(jnp.roll(x, -column, axis=axis), before)
+@functools.partial(jax.jit, static_argnames="columns")
+def _widened(x: Array, column: Array, *, columns: int) -> Array:
+    return jnp.pad(jnp.roll(x, -column, axis=2), [(0, 0), (0, 0), (columns - x.shape[2], 0), (0, 0)])

@@ -32,6 +32,7 @@ from spin_jax.model import (
     project,
     rope_frequencies,
     sampling_params,
+    sampling_params_on,
 )
 
 # float32 on both sides, sums in other orders: logits of size ~8 are seen to differ by 4e-5 at most.
@@ -251,6 +252,33 @@ def test_cached_decoding_equals_the_full_forward(window, prefill, columns, mesh)
             pieces.append(hidden)
     assert int(cache.column) == 18 % columns
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=0, atol=SHAPES)
+
+
+@pytest.mark.usefixtures("mesh8")
+@pytest.mark.parametrize(("stored", "used"), [((2, 2, 2), (4, 1, 2)), ((1, 2, 4), (2, 1, 4))])
+def test_weights_for_sampling_are_the_same_numbers_side_by_side(stored, used):
+    """To the bit, laid out as announced; four parts along tensor are more than there are key/value heads."""
+    config = dataclasses.replace(CONFIG, qkv_bias=True, mlp_bias=True)
+    stored, used = sharding.make_mesh(*stored), sharding.make_mesh(*used)
+    weights = random_params(config)
+    made = sampling_params(on(stored, weights, config), config, jnp.float32, used)
+    announced = sampling_params_on(used, config, jnp.float32)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), made) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), announced
+    )
+    assert ("tensor" in made["layers"][0]["attention"]["wqkv"].sharding.spec) == (used.shape["tensor"] == 2)
+    for number, layer in enumerate(made["layers"]):
+        attention, mlp = (
+            {name: w[number] for name, w in weights["layers"][part].items()} for part in ("attention", "mlp")
+        )
+        for one, q, k, v in (("wqkv", "wq", "wk", "wv"), ("bqkv", "bq", "bk", "bv")):
+            for head in range(2):
+                parts = [attention[q][..., 2 * head, :], attention[q][..., 2 * head + 1, :]]
+                parts += [attention[k][..., head, :], attention[v][..., head, :]]
+                fused = np.asarray(layer["attention"][one])[..., head, :, :]
+                np.testing.assert_array_equal(fused, np.stack(parts, axis=-2))
+        for one, gate, up in (("gate_up", "gate", "up"), ("gate_up_bias", "gate_bias", "up_bias")):
+            np.testing.assert_array_equal(layer["mlp"][one], np.stack([mlp[gate], mlp[up]], axis=-2))
 
 
 def test_padding_changes_nothing(params):

@@ -58,11 +58,13 @@ def prompts_of(model, questions):
     return [chat.encode_prompt(messages) for messages in asked(questions)]
 
 
-def answers_of(model, prompts, keys, sampling, *, slots=8, stop_tokens=None, mesh=None, **options):
+def answers_of(
+    model, prompts, keys, sampling, *, slots=8, stop_tokens=None, mesh=None, kernel="plain", **options
+):
     """`answer_prompts` as lists; on another mesh than the model's where one is given."""
     mesh = mesh or model.mesh
     answers = answer_prompts(
-        Decoder(model.config, dtype=model.dtype),
+        Decoder(model.config, dtype=model.dtype, kernel=kernel),
         sampling_params(model.params, model.config, model.dtype, mesh),
         prompts,
         keys,
@@ -505,6 +507,54 @@ def test_the_ring_is_never_wider_than_the_window(window, chosen, small, expected
     assert chunks * sample.DECODE_STEPS > 2 * window
 
 
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+    """Calls of `decode` make all their steps, and the next one is enqueued before one's tokens are read."""
+    monkeypatch.setattr(sample, "runs_ahead", lambda mesh: True)
+    monkeypatch.setattr(sample, "fixed_steps", lambda mesh: True)
+
+
+@pytest.mark.parametrize(("window", "chosen"), [(None, slice(None)), (6, SHORT), (52, MIDDLE)])
+def test_running_ahead_changes_no_answer(window, chosen, small, expected, calls, as_on_gpus):
+    """The cache widens and slots are filled again while a call is unread; windows as above."""
+    model = with_window(small, window)
+    told = []
+    answers = sampled(model, chosen, on_chunk=lambda *counts: told.append(counts))
+    assert answers == (expected if window is None else expected_of(model, chosen))
+    chunks = sum(call.program == "decode" for call in calls)
+    assert len(told) == chunks - 1  # the last call is for nothing, and unread
+    assert np.sum(told, axis=0).tolist() == [len(answers), sum(map(len, answers))]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_answer_that_is_stopped_gives_its_slot_away(ahead, small, expected, monkeypatch):
+    """It has what it had when asked, and no other answer changes."""
+    monkeypatch.setattr(sample, "runs_ahead", lambda mesh: ahead)
+    stopped_at = {}
+
+    def stopped(i, answer):
+        if MIDDLE[i] % 2 and len(answer) > 5:
+            assert i not in stopped_at
+            stopped_at[i] = len(answer)
+        return i in stopped_at
+
+    answers = sampled(small, MIDDLE, stopped=stopped)
+    for n, (i, answer) in enumerate(zip(MIDDLE, answers, strict=True)):
+        assert answer == expected[i][: stopped_at.get(n)]
+    assert any(n < len(expected[MIDDLE[i]]) for i, n in stopped_at.items())
+
+
+@pytest.mark.parametrize(
+    ("window", "sampling", "chosen"),
+    [(None, SAMPLING, MIDDLE), (6, Sampling(NEW, temperature=0.0), SHORT)],
+    ids=["draws", "greedy, a window"],
+)
+def test_the_kernels_of_gpus_answer_as_plain(window, sampling, chosen, small, as_on_gpus):
+    """Interpreted, in float32: `flash` reads prompts, `flash_decode` the cache."""
+    model = with_window(small, window)
+    assert sampled(model, chosen, sampling=sampling, kernel="flash") == expected_of(model, chosen, sampling)
+
+
 def test_limits_cut_answers_one_by_one(small, expected):
     """A limit beyond `max_new_tokens` changes nothing, and no limit changes another answer."""
     limits = [NEW, NEW, 1, NEW, 17, NEW + 5, 2, 16, 5, 7, 1, 39]
@@ -646,7 +696,7 @@ def test_decoding_stops_when_every_answer_has(talker, monkeypatch):
     # Programs of their own, which no other test finds compiled with the counter in them.
     static = ("decoder", "sampling", "stop_tokens")
     prefill = jax.jit(sample.prefill.__wrapped__, static_argnames=static)
-    decode = jax.jit(sample.decode.__wrapped__, static_argnames=(*static, "steps"))
+    decode = jax.jit(sample.decode.__wrapped__, static_argnames=(*static, "steps", "fixed"))
     monkeypatch.setattr(sample, "prefill", prefill)
     monkeypatch.setattr(sample, "decode", decode)
 
@@ -681,7 +731,9 @@ def test_filler_fills_no_slot(small):
             *of_prefill, np.array([1, 8], np.int32), sampling=SAMPLING, stop_tokens=STOPS
         )
     filled = np.arange(8) == 1
-    np.testing.assert_array_equal(slots.cache.layout.segments.sum(axis=1), 16 * filled)
+    written = [x.any(axis=(1, 2, 3)) for x in (*slots.cache.keys, *slots.cache.values)]
+    np.testing.assert_array_equal(written, [filled] * len(written))
+    np.testing.assert_array_equal(slots.positions, 16 * filled)
     np.testing.assert_array_equal(slots.counts, filled)
     np.testing.assert_array_equal(slots.done, ~filled)
 
@@ -770,3 +822,9 @@ def test_eight_devices_answer_as_one(stored, used, sampling, chosen, small):
     eight = dataclasses.replace(small, params=jax.device_put(small.params, layouts), mesh=stored)
     answers = sampled(eight, chosen, sampling=sampling, mesh=used, slots=8)
     assert answers == expected_of(small, chosen, sampling)
+
+
+@pytest.mark.usefixtures("mesh8", "as_on_gpus")
+def test_eight_devices_answer_as_one_by_the_kernels_of_gpus(small):
+    mesh = sharding.make_mesh(2, 2, 2)
+    assert sampled(small, SHORT, mesh=mesh, slots=8, kernel="flash") == expected_of(small, SHORT)
