@@ -84,7 +84,7 @@ def attend(
         "window": window if narrow else None,
         "scale": scale,
         "softcap": softcap,
-        "interpret": _on_cpu(),
+        "interpret": on_cpu(),
     }
     if kernel == "splash":
         run = functools.partial(_unshared, functools.partial(splash, **options))
@@ -150,7 +150,7 @@ def _in_blocks(q, k, v, layout: Layout, window, scale, softcap) -> Float[Array, 
 # --- kernels -------------------------------------------------------------------------------------
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
     """Where kernels can only be interpreted. The mesh is asked, for a program may be compiled elsewhere."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (device.platform if device else jax.default_backend()) == "cpu"

@@ -23,9 +23,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from spin_jax import attention as attention_lib
 from spin_jax import flash_decode, sharding
-from spin_jax.attention import KEPT, Layout, attend, matmul_precision, plain
+from spin_jax.attention import KEPT, Layout, attend, matmul_precision, on_cpu, plain
 
 Params = dict[str, Any]
 
@@ -369,10 +368,8 @@ class Attention(_Projections):
             return plain(q, k, v, layout, seen, window, scale, softcap)
         lengths = jnp.minimum(newest + 1, min(window or S, S))
         lengths = jnp.where(layout.segments[:, -1] > 0, lengths, 0)
-        attend = functools.partial(
-            flash_decode.attend, scale=scale, softcap=softcap, interpret=attention_lib._on_cpu()
-        )
-        return sharding.by_slots_and_heads(attend)(q[:, 0], k, v, column, lengths)[:, None]
+        read = functools.partial(flash_decode.attend, scale=scale, softcap=softcap, interpret=on_cpu())
+        return sharding.by_slots_and_heads(read)(q[:, 0], k, v, column, lengths)[:, None]
 
 
 class MLP(_Projections):
