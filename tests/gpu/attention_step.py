@@ -6,20 +6,34 @@ Axes as in attention_kernels.py.
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from attention_kernels import Kernel, bounds, candidates, ours
 from measuring import attempt, tell, timed
+from tracing import traced
 from workload import prepared, recipe, set_up
 
+from spin_jax import flash
 from spin_jax.attention import Layout
 from spin_jax.batches import Group, RowShape, group_sizes, packed, pair_group
+from spin_jax.flash import Blocks
 
 # bfloat16 keeps 8 bits: what is rounded to it is off by 0.2%. Scores, weights and gradients are, on the way.
 _BF16 = 0.01
 _FLOAT32 = 1e-5
+# Blocks (queries, keys, warps, stages) to try beside those that spin_jax/flash.py has for heads of 128. Each
+# line is one program: its forward kernel, that of dq, that of dk and dv; a trace has the time of each.
+_BLOCKS = (
+    (Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3)),
+    (Blocks(128, 128, 8, 2), Blocks(128, 32, 4, 2), Blocks(32, 64, 4, 2)),
+    (Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 2)),
+    (Blocks(128, 32, 4, 3), Blocks(128, 64, 4, 2), Blocks(64, 128, 8, 2)),
+    (Blocks(64, 128, 4, 2), Blocks(128, 128, 8, 1), Blocks(128, 64, 8, 2)),
+)
+_KERNELS = ("flash_forward", "flash_dq", "flash_dkv")  # their names in a trace
 
 
 class Example(NamedTuple):
@@ -38,7 +52,7 @@ class Example(NamedTuple):
 
 def run(dry: bool, short: bool) -> None:
     """Tells the rows of this step."""
-    config = recipe("7b", dry, **{"model.attention": "flash"})
+    config = recipe("7b", dry, overrides={"model.attention": "flash"})
     set_up(config)
     model, pairs, shape = prepared(config)
     heads = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim
@@ -48,6 +62,7 @@ def run(dry: bool, short: bool) -> None:
     whole = _example(groups, shape, heads)
     times = _time(whole, 2 if dry else 10, short)
     _choose(right, times)
+    _tune(whole, 2 if dry else 10, _BLOCKS[2:3] if dry else _BLOCKS)
 
 
 def _example(groups: Sequence[Group], shape: RowShape, heads: tuple[int, int, int]) -> Example:
@@ -154,3 +169,30 @@ def _choose(right: dict[str, bool], times: dict[str, dict[str, float]]) -> None:
         name: times[name]["both_ms"] for name in right if right[name] and "both_ms" in times.get(name, {})
     }
     tell(what="kernel chosen", kernel=min(both, key=both.__getitem__, default=None), both_ms=both)
+
+
+# --- blocks ----------------------------------------------------------------------------------------
+
+
+def _tune(example: Example, times: int, others: Sequence[tuple[Blocks, Blocks, Blocks]]) -> None:
+    """How fast our kernels are with other blocks than their own, and for each the best that was tried."""
+    own = flash.blocks_for(example.qkv[0].shape[-1], example.qkv[0].dtype)
+    found: dict[str, dict[Blocks, float]] = {name: {} for name in _KERNELS}
+    for blocks in (own, *others):
+        described = {name: list(size) for name, size in zip(_KERNELS, blocks, strict=True)}
+        row = attempt(functools.partial(_speed_with, example, times, blocks), what="blocks", **described)
+        for name, size in zip(_KERNELS, blocks, strict=True):
+            if row and name in row["ms"]:
+                found[name][size] = min(row["ms"][name], found[name].get(size, float("inf")))
+    best = {name: list(min(ms, key=ms.__getitem__)) for name, ms in found.items() if ms}
+    tell(what="best blocks", order="queries, keys, warps, stages", now=[list(size) for size in own], **best)
+
+
+def _speed_with(example: Example, times: int, blocks: tuple[Blocks, Blocks, Blocks]) -> dict[str, Any]:
+    """Milliseconds of forward and backward together, and by kernel as a trace has them."""
+    run, layout = both_ways(ours("flash")), jax.device_put(example.layout)
+    with mock.patch.object(flash, "blocks_for", return_value=blocks):  # asked when the program is traced
+        seconds = timed(lambda: run(layout, example.qkv, example.gradient), times)
+    top = traced(lambda: run(layout, example.qkv, example.gradient)).get("top", [])
+    ms = {name: part for name in _KERNELS for kernel, part, _ in top if name in kernel}
+    return {"both_ms": 1e3 * seconds, "ms": ms}

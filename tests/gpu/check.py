@@ -60,7 +60,7 @@ class Step(NamedTuple):
     short: bool = True  # --short does it
 
 
-TINY_RUN = Step("tiny_run", "tiny_run", most=200, shares_memory=True)
+TINY_RUN = Step("tiny_run", "tiny_run", most=200, shares_memory=True, short=False)
 STEPS = (
     Step("environment", "environment_step", most=60, shares_memory=True),
     Step("attention", "attention_step", most=150, least=30),
@@ -147,15 +147,19 @@ def run_steps(
                 step.name, {"skipped": f"{left:.0f} s are left, and it takes {step.least:.0f} or more"}
             )
             continue
-        together = [step, *step.beside]
+        together = [step, *(each for each in step.beside if each.short or not short)]
         processes = [_start(each, dry, short) for each in together]
-        try:
-            with ThreadPoolExecutor(len(together)) as pool:
-                for each, process in zip(together, processes, strict=True):
+        with ThreadPoolExecutor(len(together)) as pool:
+            try:
+                rows = [
                     pool.submit(_follow, each.name, process, min(each.most, left), results)
-        finally:  # an interrupted check leaves nothing running
-            for process in processes:
-                _kill(process)
+                    for each, process in zip(together, processes, strict=True)
+                ]
+                for done in rows:
+                    done.result()
+            finally:  # a check that is interrupted leaves nothing running
+                for process in processes:
+                    _kill(process)
     end = {"failed_steps": len(results.failed), "failed": results.failed, "skipped": skipped}
     results.add("end", {**end, "seconds": round(results.seconds, 1)})
     return results.failed

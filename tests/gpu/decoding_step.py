@@ -45,7 +45,7 @@ def run(dry: bool, short: bool, slots: list[int], trace: bool = False, extras: b
     """Tells the rows of this step.
 
     Args:
-        slots: the numbers of slots; a dry run takes the first alone.
+        slots: the numbers of slots; a dry run takes 8.
         trace: of the first.
         extras: what the step is made of is measured, too, and decoding without the kernel.
     """
@@ -53,7 +53,7 @@ def run(dry: bool, short: bool, slots: list[int], trace: bool = False, extras: b
     set_up(config)
     work = _prepare(config)
     rounds = 1 if dry else 4
-    slots = slots[:1] if dry else slots
+    slots = [8] if dry else slots
     for count in slots:
         what = {"slots": count, "kernel": work.decoder.kernel}
         measure = functools.partial(_speed, work, count, rounds, trace and count == slots[0])
@@ -64,10 +64,10 @@ def run(dry: bool, short: bool, slots: list[int], trace: bool = False, extras: b
         without = work._replace(decoder=work.decoder.clone(kernel="plain"))
         measure = functools.partial(_speed, without, slots[0], rounds, False)
         attempt(measure, what="decode", slots=slots[0], kernel="plain")
-    attempt(functools.partial(_prefill, work, 8 if dry else slots[0], rounds), what="prefill")
+    attempt(functools.partial(_prefill, work, slots[0], rounds), what="prefill")
     for count in slots:
         for kernel in ("flash_decode",) if short else ("plain", "flash_decode"):
-            measure = functools.partial(_one_layer, work, kernel, 4 if dry else count, 2 if dry else 20)
+            measure = functools.partial(_one_layer, work, kernel, count, 2 if dry else 20)
             attempt(measure, what="a layer's cache", slots=count, kernel=kernel)
     _draws(work, slots[0], short)
 

@@ -50,13 +50,13 @@ def run(
         attention: the kernel; None: what the recipe takes.
     """
     overrides = {"model.attention": attention} if attention else {}
-    set_up(recipe(arch, dry, layers, **overrides))
+    set_up(recipe(arch, dry, layers, overrides))
     if arch == "7b" and not layers and 0 < memory()["limit_gib"] < _WHOLE_7B:
         layers = _HALF
     for policy in remat:
-        config = recipe(arch, dry, layers, **overrides, **{"train.remat": policy})
+        config = recipe(arch, dry, layers, {**overrides, "train.remat": policy})
         what = {"arch": arch, "remat": policy}
-        measure = functools.partial(_measure, config, trace, 1 if short else _STEPS, what)
+        measure = functools.partial(_measure, config, trace and not short, 1 if short else _STEPS, what)
         attempt(measure, what="train", **what)
 
 

@@ -40,13 +40,13 @@ _ONE_BILLION = dict(  # TinyLlama's
 )
 
 
-def recipe(arch: str, dry: bool, layers: int | None = None, **overrides: Any) -> Any:
+def recipe(arch: str, dry: bool, layers: int | None = None, overrides: dict[str, Any] | None = None) -> Any:
     """The resolved config.
 
     Args:
         arch: "7b", the recipe's own model, or "1b". A dry run takes a small one in place of both.
         layers: of the model, in place of its own number.
-        overrides: config keys; dots in their names.
+        overrides: values of config keys, as section.key.
     """
     c = zephyr.get_config("h200-1")
     if dry:
@@ -61,7 +61,7 @@ def recipe(arch: str, dry: bool, layers: int | None = None, **overrides: Any) ->
     with c.unlocked():
         del c.model.path  # the weights are random: nothing is read
     c.data.path = "random"
-    c.update_from_flattened_dict(overrides)
+    c.update_from_flattened_dict(overrides or {})
     return config_lib.resolve(c)
 
 
