@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measuring import attempt
+from measuring import attempt, on_gpu
 from workload import SMALL, set_up
 
 from spin_jax import config as config_lib
@@ -76,9 +76,10 @@ def run(dry: bool, short: bool) -> None:
     for dtype, kernel in (("float32", "plain"), ("bfloat16", "flash"))[short:]:
         measure = functools.partial(_first_losses, work, dtype, kernel)
         attempt(measure, what="ln 2", dtype=dtype, kernel=kernel)
-    for name, temperature in (("drawn", 1.0), ("greedy", 0.0))[: 1 if short else 2]:
+    for kernel, temperature in (("flash", 1.0), ("plain", 1.0), ("plain", 0.0))[: 1 if short else 3]:
         sampling = Sampling(12 if dry else 24, temperature)
-        attempt(functools.partial(_same_answers, work, sampling, short), what="answers", law=name)
+        measure = functools.partial(_same_answers, work, kernel, sampling, short)
+        attempt(measure, what="answers", kernel=kernel, temperature=temperature)
 
 
 def _prepare(dry: bool) -> Work:
@@ -195,13 +196,13 @@ def _first_losses(work: Work, dtype: str, kernel: str) -> dict[str, Any]:
 # --- answers ---------------------------------------------------------------------------------------
 
 
-def _same_answers(work: Work, sampling: Sampling, short: bool) -> dict[str, Any]:
+def _same_answers(work: Work, kernel: str, sampling: Sampling, short: bool) -> dict[str, Any]:
     """The sampler's answers in float32, token for token, against sampling by its definition."""
     longest = 16 if short else None  # of one shape
     prompts = [group.prompt[:longest] for group in work.groups[:10]]
     keys = prompt_keys(0, 0, range(len(prompts)))
     answers = answer_prompts(
-        Decoder(work.config, jnp.float32),
+        work.decoder("float32", kernel),
         sampling_params(work.params, work.config, jnp.float32, work.mesh),
         prompts,
         keys,
@@ -217,7 +218,9 @@ def _same_answers(work: Work, sampling: Sampling, short: bool) -> dict[str, Any]
             for prompt, key, answer in zip(prompts, keys, answers, strict=True)
         ]
     share = float(np.mean(same))
-    return {"same": share, "tokens": int(np.size(same)), "right": share == 1}
+    # A card multiplies float32 in less in a kernel: there a token may be another, and all that follow it.
+    least = 0.5 if kernel == "flash" and on_gpu() else 1.0
+    return {"same": share, "tokens": int(np.size(same)), "right": share >= least}
 
 
 def _simple_answer(
