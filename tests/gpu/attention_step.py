@@ -30,7 +30,7 @@ _BLOCKS = (
     (Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3)),
     (Blocks(128, 128, 8, 2), Blocks(128, 32, 4, 2), Blocks(32, 64, 4, 2)),
     (Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 2)),
-    (Blocks(128, 32, 4, 3), Blocks(128, 64, 4, 2), Blocks(64, 128, 8, 2)),
+    (Blocks(128, 32, 4, 3), Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2)),
     (Blocks(64, 128, 4, 2), Blocks(128, 128, 8, 1), Blocks(128, 64, 8, 2)),
 )
 _KERNELS = ("flash_forward", "flash_dq", "flash_dkv")  # their names in a trace
