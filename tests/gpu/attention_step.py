@@ -19,20 +19,24 @@ from workload import prepared, recipe, set_up
 from spin_jax import flash
 from spin_jax.attention import Layout
 from spin_jax.batches import Group, RowShape, group_sizes, packed, pair_group
-from spin_jax.flash import Blocks
 
 # bfloat16 keeps 8 bits: what is rounded to it is off by 0.2%. Scores, weights and gradients are, on the way.
 _BF16 = 0.01
 _FLOAT32 = 1e-5
+ThreeBlocks = tuple[flash.Blocks, flash.Blocks, flash.Blocks]  # of the forward kernel, dq's, and dk and dv's
+
 # Blocks (queries, keys, warps, stages) to try beside those that spin_jax/flash.py has for heads of 128. Each
 # line is one program: its forward kernel, that of dq, that of dk and dv; a trace has the time of each.
-_BLOCKS = (
-    (Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3)),
-    (Blocks(128, 128, 8, 2), Blocks(128, 32, 4, 2), Blocks(32, 64, 4, 2)),
-    (Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 2)),
-    (Blocks(128, 32, 4, 3), Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2)),
-    (Blocks(64, 128, 4, 2), Blocks(128, 128, 8, 1), Blocks(128, 64, 8, 2)),
-)
+_BLOCKS = [
+    tuple(flash.Blocks(*size) for size in line)
+    for line in (
+        ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3)),
+        ((128, 128, 8, 2), (128, 32, 4, 2), (32, 64, 4, 2)),
+        ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2)),
+        ((128, 32, 4, 3), (128, 64, 4, 2), (64, 64, 4, 2)),
+        ((64, 128, 4, 2), (128, 128, 8, 1), (128, 64, 8, 2)),
+    )
+]
 _KERNELS = ("flash_forward", "flash_dq", "flash_dkv")  # their names in a trace
 
 
@@ -174,10 +178,10 @@ def _choose(right: dict[str, bool], times: dict[str, dict[str, float]]) -> None:
 # --- blocks ----------------------------------------------------------------------------------------
 
 
-def _tune(example: Example, times: int, others: Sequence[tuple[Blocks, Blocks, Blocks]]) -> None:
+def _tune(example: Example, times: int, others: Sequence[ThreeBlocks]) -> None:
     """How fast our kernels are with other blocks than their own, and for each the best that was tried."""
     own = flash.blocks_for(example.qkv[0].shape[-1], example.qkv[0].dtype)
-    found: dict[str, dict[Blocks, float]] = {name: {} for name in _KERNELS}
+    found: dict[str, dict[flash.Blocks, float]] = {name: {} for name in _KERNELS}
     for blocks in (own, *others):
         described = {name: list(size) for name, size in zip(_KERNELS, blocks, strict=True)}
         row = attempt(functools.partial(_speed_with, example, times, blocks), what="blocks", **described)
@@ -188,7 +192,7 @@ def _tune(example: Example, times: int, others: Sequence[tuple[Blocks, Blocks, B
     tell(what="best blocks", order="queries, keys, warps, stages", now=[list(size) for size in own], **best)
 
 
-def _speed_with(example: Example, times: int, blocks: tuple[Blocks, Blocks, Blocks]) -> dict[str, Any]:
+def _speed_with(example: Example, times: int, blocks: ThreeBlocks) -> dict[str, Any]:
     """Milliseconds of forward and backward together, and by kernel as a trace has them."""
     run, layout = both_ways(ours("flash")), jax.device_put(example.layout)
     with mock.patch.object(flash, "blocks_for", return_value=blocks):  # asked when the program is traced
