@@ -430,7 +430,7 @@ class Decoder(nn.Module):
     """Tokens → final hidden states. Computes in `dtype`, whatever the parameters' own.
 
     What the layers add up is float32 in any case, and so is what lies between two matmuls: rounded to
-    bfloat16 after every addition, an answer's log-prob would move half as much again from packing to packing.
+    bfloat16 as well, a token's log-prob would be a third to a half farther from its value in float32.
     """
 
     config: ModelConfig
