@@ -252,6 +252,7 @@ class Norm(nn.Module):
 
     kind: str
     eps: float
+    dtype: Any = None  # of what it returns; None: as it came
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -264,12 +265,11 @@ class Norm(nn.Module):
         if self.kind == "layer":
             x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        if plus_one:
-            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
-        normed = normed.astype(x.dtype) * scale.astype(x.dtype)
+        scale = scale.astype(jnp.float32)
+        normed *= 1.0 + scale if plus_one else scale
         if self.kind == "layer":
-            normed += vector("bias", nn.initializers.zeros).astype(x.dtype)
-        return normed
+            normed += vector("bias", nn.initializers.zeros).astype(jnp.float32)
+        return normed.astype(self.dtype or x.dtype)
 
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
@@ -382,7 +382,7 @@ class MLP(_Projections):
             wide = self.linear("BTD,DF->BTF", x, name, ("embed", "mlp"), (D, F))
             if c.mlp_bias:
                 wide += self.bias(f"{name}_bias", ("mlp",), (F,))
-            return checkpoint_name(wide, name)
+            return checkpoint_name(wide, name).astype(jnp.float32)
 
         if self.has_variable("params", "gate_up"):  # as `sampling_params` has them
             wide = self.linear("BTD,DMF->BTMF", x, "gate_up", ("embed", None, "mlp"), (D, 2, F))
@@ -392,7 +392,7 @@ class MLP(_Projections):
         else:
             inner = act(widened("gate")) * widened("up") if c.gated else act(widened("up"))
         rows = ("batch", None, None)
-        out = self.linear("BTF,FD->BTD", inner, "down", ("mlp", "embed"), (F, D), out=rows)
+        out = self.linear("BTF,FD->BTD", inner.astype(self.dtype), "down", ("mlp", "embed"), (F, D), out=rows)
         return out + self.bias("down_bias", (None,), (D,)) if c.mlp_bias else out
 
 
@@ -424,8 +424,9 @@ class Experts(_Projections):
         sizes = jnp.bincount(experts.reshape(-1), length=len(gate))
         dot = functools.partial(lax.ragged_dot, group_sizes=sizes, precision=matmul_precision(self.dtype))
         rows = tokens[order // chosen]
-        inner = act(checkpoint_name(dot(rows, gate), "gate")) * checkpoint_name(dot(rows, up), "up")
-        out = dot(inner, down) * shares[order][:, None].astype(x.dtype)
+        gate, up = checkpoint_name(dot(rows, gate), "gate"), checkpoint_name(dot(rows, up), "up")
+        inner = act(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        out = dot(inner.astype(x.dtype), down) * shares[order][:, None].astype(x.dtype)
         return jnp.zeros_like(tokens).at[order // chosen].add(out).reshape(x.shape)
 
 
@@ -438,7 +439,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, layout: Layout, cache: tuple | None = None):
         c = self.config
-        norm = functools.partial(Norm, c.norm, c.norm_eps)
+        norm = functools.partial(Norm, c.norm, c.norm_eps, self.dtype)
         attention = Attention(c, self.dtype, self.window, self.kernel, name="attention")
         mlp = (Experts if c.num_experts else MLP)(c, self.dtype, name="mlp")
         normed = norm(name="attention_norm")(x)
@@ -448,7 +449,7 @@ class Block(nn.Module):
             return x + attended + mlp(normed), kv
         if c.post_norms:
             attended = norm(name="attention_post_norm")(attended)
-        x = checkpoint_name(x + attended, "attention_residual")
+        x += checkpoint_name(attended, "attention_residual")
         made = mlp(norm(name="mlp_norm")(x))
         if c.post_norms:
             made = norm(name="mlp_post_norm")(made)
@@ -465,7 +466,11 @@ REMAT: dict[str, tuple[str, ...]] = {
 
 
 class Decoder(nn.Module):
-    """Tokens → final hidden states. Computes in `dtype`, whatever the parameters' own."""
+    """Tokens → final hidden states. Computes in `dtype`, whatever the parameters' own.
+
+    What the layers add up is float32 in any case, and so is what lies between two matmuls: rounded to
+    bfloat16 as well, a token's log-prob would be a third to a half farther from its value in float32.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -485,7 +490,7 @@ class Decoder(nn.Module):
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: None},
         )(c, self.dtype, None)
-        self.final_norm = Norm(c.norm, c.norm_eps)
+        self.final_norm = Norm(c.norm, c.norm_eps, self.dtype)
         if not c.tie_word_embeddings:
             head = nn.with_partitioning(init, ("embed", "vocab"))
             self.head: Any = self.param("head", head, (c.hidden_size, c.vocab_size))
@@ -508,6 +513,7 @@ class Decoder(nn.Module):
         x = sharding.gathered(self.embed).at[tokens].get(out_sharding=out_sharding).astype(self.dtype)
         if self.config.scale_embedding:
             x *= jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
+        x = x.astype(jnp.float32)
         if self.is_initializing():
             x, _ = self.layers(x, layout)
         elif cache is None:

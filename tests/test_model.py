@@ -213,7 +213,10 @@ def test_bfloat16_is_as_close_to_the_truth_as_transformers(hf_model_dir, torch_l
 
 
 def test_norms_are_taken_in_float32():
-    """In bfloat16, bit-equal to transformers' norm, on rows of very different sizes."""
+    """Rows of very different sizes, bfloat16: rounded once, by half a step (2⁻⁸) at most.
+
+    transformers rounds before it multiplies by the scale, too, and is up to a whole step off.
+    """
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.mistral.modeling_mistral")
     rng = np.random.default_rng(0)
@@ -228,7 +231,14 @@ def test_norms_are_taken_in_float32():
         jnp.asarray(x.float().numpy(), jnp.bfloat16),
     )
     assert ours.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.asarray(ours, np.float32), reference(x).detach().float().numpy())
+    x64 = x.double().numpy()
+    exact = x64 / np.sqrt(np.mean(x64**2, axis=-1, keepdims=True) + 1e-5) * scale.double().numpy()
+
+    def steps(normed):
+        return np.max(np.abs(normed - exact) / np.abs(exact)) / 2**-8
+
+    assert steps(np.asarray(ours, np.float64)) < 1.001  # float32 comes before
+    assert 1.001 < steps(reference(x).detach().double().numpy()) < 2.01
 
 
 # --- the same sequence in other shapes -------------------------------------------------------------
