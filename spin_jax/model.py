@@ -388,6 +388,7 @@ class MLP(_Projections):
             wide = self.linear("BTD,DMF->BTMF", x, "gate_up", ("embed", None, "mlp"), (D, 2, F))
             if c.mlp_bias:
                 wide += self.bias("gate_up_bias", (None, "mlp"), (2, F))
+            wide = wide.astype(jnp.float32)
             inner = act(wide[:, :, 0]) * wide[:, :, 1]
         else:
             inner = act(widened("gate")) * widened("up") if c.gated else act(widened("up"))
