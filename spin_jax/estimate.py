@@ -107,8 +107,10 @@ def _sampling(work: Work) -> Phase:
     share = programs.sampling_tensor(c, work.model)
     copies = work.model.mesh.size // share
     columns, prompt = cache_columns(m, programs.longest(c)), c.lengths.max_prompt
-    rows = prefill_rows(programs.slots(c, work.model), prompt, copies) // copies
+    kernel = programs.kernel(c, work.model)
+    rows = prefill_rows(programs.slots(c, work.model), prompt, copies, kernel) // copies
     scores = 4 * m.num_attention_heads * prompt * prompt / share / 8  # of a block of queries
+    scores = 0 if kernel == "flash" else scores
     states = item * prompt * (4 * m.hidden_size + 3 * m.intermediate_size / share)
     read = rows * (scores + states + item * roofline.cached_numbers(m, prompt) / share)
     return Phase(

@@ -12,6 +12,11 @@ From it follows which blocks of keys any query of a block sees: those of its gro
 the beginning of its answer on. No other is loaded. Scores and weights never leave a program's registers; the
 backward pass computes them anew, from the log-sum-exp that the forward pass kept.
 
+A query's blocks of keys begin where its group begins, not where the row does: the same sums are then added up
+in the same order wherever in a row the group stands, and beside whom. In bfloat16 an answer's log-prob would
+else depend on its company: another order is another last bit of float32, now and then another rounding to
+bfloat16, and some layers later other noise, up to a nat.
+
 jax 0.11 runs these kernels, and warns that a later one will have no Triton behind Pallas.
 
 Axes: B rows, T tokens, N query heads, K key/value heads, G = N / K, H head dim; I blocks of queries, J blocks
@@ -78,9 +83,9 @@ class Sight(NamedTuple):
 
     until: Int[Array, "B T"]  # of `seen_until`
     positions: Int[Array, "B T"]
-    forward: Int[Array, "B I 4"]
-    dq: Int[Array, "B I 4"]
-    dkv: Int[Array, "B J 2"]
+    forward: tuple[Array, Array]  # of `key_stretches`
+    dq: tuple[Array, Array]
+    dkv: Int[Array, "B J 2"]  # of `query_stretches`
 
 
 def attend(
@@ -111,8 +116,9 @@ def attend(
     used = q.shape[-1] ** -0.5 if scale is None else scale
     plan = Plan(used, softcap, None if layout.branches is None else window, interpret, blocks)
     until = seen_until(layout, window)
-    stretches = key_stretches(until, forward), key_stretches(until, dq), query_stretches(until, dkv)
-    return _attention(plan, q, k, v, Sight(until, layout.positions, *stretches))
+    of_queries = (key_stretches(until, layout.segments, blocks) for blocks in (forward, dq))
+    sight = Sight(until, layout.positions, *of_queries, query_stretches(until, dkv))
+    return _attention(plan, q, k, v, sight)
 
 
 # --- who sees whom -------------------------------------------------------------------------------
@@ -146,24 +152,45 @@ def seen_until(layout: Layout, window: int | None) -> Int[Array, "B T"]:
     return jnp.where(segments == 0, 0, until)
 
 
-def key_stretches(until: Int[Array, "B T"], blocks: Blocks) -> Int[Array, "B I 4"]:
-    """The blocks of keys that each block of queries looks at: those of a prompt, and those up to its own end.
+def key_stretches(
+    until: Int[Array, "B T"], segments: Int[Array, "B T"], blocks: Blocks
+) -> tuple[Int[Array, "B J 2"], Int[Array, "B I 4"]]:
+    """The blocks of keys, and those that each block of queries visits.
 
-    As (first, far, shift, count): the n-th of count blocks is n + first where n < far, else n + shift.
+    Groups are cut into blocks from their beginning on, each as (its first key, the index after its last).
+    Queries visit the blocks of a prompt, and those up to their own end, as (first, far, shift, count): the
+    n-th of count blocks is n + first where n < far, else n + shift.
     """
-    begin, end = (x[:, None] for x in _extents(until, blocks.keys))
-    i = jnp.arange(pl.cdiv(until.shape[1], blocks.queries), dtype=jnp.int32)[:, None]
-    j = jnp.arange(end.shape[-1], dtype=jnp.int32)
-    seen = (begin < (i + 1) * blocks.queries) & (end > i * blocks.queries)  # [B, I, J]
+    keys, reach = _group_blocks(until, segments, blocks.keys)
+    i = jnp.arange(pl.cdiv(until.shape[1], blocks.queries), dtype=jnp.int32)[:, None] * blocks.queries
+    j = jnp.arange(reach.shape[1], dtype=jnp.int32)
+    seen = (keys[:, None, :, 0] < i + blocks.queries) & (reach[:, None] > i)  # [B, I, J]
 
     def after(chosen: Array) -> Array:  # the last of the chosen
         return jnp.max(jnp.where(chosen, j + 1, 0), axis=-1)
 
     stop = after(seen)
     near = after(~seen & (j < stop[..., None]))
-    first = jnp.minimum(jnp.min(jnp.where(seen, j, end.shape[-1]), axis=-1), near)
+    first = jnp.minimum(jnp.min(jnp.where(seen, j, j.size), axis=-1), near)
     far = jnp.maximum(after(seen & (j < near[..., None])) - first, 0)
-    return jnp.stack([first, far, near - far, far + stop - near], axis=-1)
+    return keys, jnp.stack([first, far, near - far, far + stop - near], axis=-1)
+
+
+def _group_blocks(
+    until: Int[Array, "B T"], segments: Int[Array, "B T"], size: int
+) -> tuple[Int[Array, "B J 2"], Int[Array, "B J"]]:
+    """(each block's first key and the index after its last, the index after the last query that sees it).
+
+    There are as many as T tokens can make; those that are not used hold no key, and nobody sees them.
+    """
+    T = segments.shape[1]
+    index, there = jnp.arange(T, dtype=jnp.int32), segments != 0
+    changes = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    group = lax.cummax(jnp.where(changes, index, 0), axis=1)  # where each token's group begins
+    number = jnp.cumsum(there & ((index - group) % size == 0), axis=1)[:, None]  # of its block, from 1
+    member = there[:, None] & (number == jnp.arange(1, T + 1)[:, None])  # [B, J, T]
+    first, end = jnp.where(member, index, T).min(axis=2), jnp.where(member, index + 1, 0).max(axis=2)
+    return jnp.stack([first, end], axis=-1), jnp.where(member, until[:, None], 0).max(axis=2)
 
 
 def query_stretches(until: Int[Array, "B T"], blocks: Blocks) -> Int[Array, "B J 2"]:
@@ -185,12 +212,17 @@ def _extents(until: Int[Array, "B T"], size: int) -> tuple[Int[Array, "B J"], In
 
 
 class _Span:
-    """One block of a row's tokens. Behind the row's end zeros are read, and nothing is written."""
+    """Some of a row's tokens, from `start` on. From `end` on zeros are read, and nothing is written."""
 
-    def __init__(self, number: Any, size: int, T: int):
-        self.at = pl.ds(number * size, size)
-        self.index = number * size + jnp.arange(size, dtype=jnp.int32)
-        self.there = self.index < T if T % size else None
+    def __init__(self, start: Any, size: int, end: Any, full: bool = False):
+        self.at = pl.ds(start, size)
+        self.index = start + jnp.arange(size, dtype=jnp.int32)
+        self.there = None if full else self.index < end
+
+    @classmethod
+    def of_row(cls, number: Any, size: int, T: int) -> "_Span":
+        """The block of that number, counted from the row's beginning."""
+        return cls(number * size, size, T, full=T % size == 0)
 
     def vectors(self, ref: Any, *head: Any) -> Array:
         """Of a reference [T, H], or [T, G, H] and a head."""
@@ -248,25 +280,29 @@ def _weights(plan: Plan, scored: Any, valued: Any, seen: Array, lse: Array, delt
     return weights, d_scores if slope is None else d_scores * slope
 
 
-def _over_keys(stretches: Any, step: Callable[[Any, Any], Any], start: Any) -> Any:
+def _over_keys(sight: Sequence[Any], size: int, step: Callable[[_Span, Any], Any], start: Any) -> Any:
     """The blocks of `key_stretches`, one after the other."""
-    first, far, shift, count = (stretches[n] for n in range(4))
-    return lax.fori_loop(0, count, lambda n, carry: step(n + jnp.where(n < far, first, shift), carry), start)
+    keys, (first, far, shift, count) = sight[2], (sight[3][n] for n in range(4))
+
+    def visit(n: Any, carry: Any) -> Any:
+        j = n + jnp.where(n < far, first, shift)
+        return step(_Span(keys[j, 0], size, keys[j, 1]), carry)
+
+    return lax.fori_loop(0, count, visit, start)
 
 
 # --- kernels -------------------------------------------------------------------------------------
-# All arguments but the plan are references; `sight` are three: until, positions, the blocks to look at.
+# All arguments but the plan are references; those of `sight` are until, positions, and the blocks to visit.
 
 
 def _forward_kernel(plan, q_ref, k_ref, v_ref, sight, out_ref, lse_ref):
     """A block of queries of one head: the output, and log2 of the sum of 2^logits."""
     blocks, (T, H) = plan.blocks[0], q_ref.shape
-    queries = _Span(pl.program_id(0), blocks.queries, T)
+    queries = _Span.of_row(pl.program_id(0), blocks.queries, T)
     q = queries.vectors(q_ref)
 
-    def step(j, carry):
+    def step(keys, carry):
         out, top, total = carry
-        keys = _Span(j, blocks.keys, T)
         logits, _ = _logits(plan, q, keys.vectors(k_ref), _seen(plan, sight, queries, keys, 0))
         v, higher = keys.vectors(v_ref), jnp.maximum(top, jnp.max(logits, axis=1))
         weights, shrink = jnp.exp2(logits - higher[:, None]), jnp.exp2(top - higher)
@@ -274,7 +310,7 @@ def _forward_kernel(plan, q_ref, k_ref, v_ref, sight, out_ref, lse_ref):
         return out, higher, total * shrink + jnp.sum(weights, axis=1)
 
     start = jnp.zeros((blocks.queries, H)), jnp.full(blocks.queries, _LEAST), jnp.zeros(blocks.queries)
-    out, top, total = _over_keys(sight[2], step, start)
+    out, top, total = _over_keys(sight, blocks.keys, step, start)
     total = jnp.where(total > 0, total, 1)  # of padding, which sees nothing
     queries.write(out_ref, out / total[:, None])
     queries.write(lse_ref, top + jnp.log2(total))
@@ -283,19 +319,18 @@ def _forward_kernel(plan, q_ref, k_ref, v_ref, sight, out_ref, lse_ref):
 def _dq_kernel(plan, q_ref, k_ref, v_ref, sight, out_ref, d_out_ref, lse_ref, dq_ref, delta_ref):
     """A block of queries of one head: their gradients, and output · its gradient for the other kernel."""
     blocks, (T, H) = plan.blocks[1], q_ref.shape
-    queries = _Span(pl.program_id(0), blocks.queries, T)
+    queries = _Span.of_row(pl.program_id(0), blocks.queries, T)
     q, d_out, lse = queries.vectors(q_ref), queries.vectors(d_out_ref), queries.numbers(lse_ref)
     out = queries.vectors(out_ref).astype(jnp.float32)
     delta = jnp.sum(out * d_out.astype(jnp.float32), axis=1)
 
-    def step(j, dq):
-        keys = _Span(j, blocks.keys, T)
+    def step(keys, dq):
         k, v = keys.vectors(k_ref), keys.vectors(v_ref)
         seen = _seen(plan, sight, queries, keys, 0)
         _, d_scores = _weights(plan, (q, k), (d_out, v), seen, lse[:, None], delta[:, None])
         return dq + _dot(d_scores.astype(k.dtype), k)
 
-    dq = _over_keys(sight[2], step, jnp.zeros((blocks.queries, H)))
+    dq = _over_keys(sight, blocks.keys, step, jnp.zeros((blocks.queries, H)))
     queries.write(dq_ref, dq * plan.scale)
     queries.write(delta_ref, delta)
 
@@ -306,14 +341,14 @@ def _dkv_kernel(plan, q_ref, k_ref, v_ref, sight, d_out_ref, lse_ref, delta_ref,
     Scores are computed keys by queries, as the sums want them: no block is transposed on the way.
     """
     blocks, (T, G, H) = plan.blocks[2], q_ref.shape
-    keys = _Span(pl.program_id(0), blocks.keys, T)
+    keys = _Span.of_row(pl.program_id(0), blocks.keys, T)
     k, v = keys.vectors(k_ref), keys.vectors(v_ref)
     first, count = sight[2][0], sight[2][1]
 
     def step(n, carry):
         dk, dv = carry
         head, i = lax.div(n, count), first + lax.rem(n, count)
-        queries = _Span(i, blocks.queries, T)
+        queries = _Span.of_row(i, blocks.queries, T)
         q, d_out = queries.vectors(q_ref, head), queries.vectors(d_out_ref, head)
         lse, delta = queries.numbers(lse_ref, head), queries.numbers(delta_ref, head)
         seen = _seen(plan, sight, queries, keys, 1)
@@ -336,9 +371,8 @@ def _call(
     """Runs a kernel for each (block, head, row); with every array comes which part of it each is handed."""
     T, H = reads[0][1].shape[1], reads[0][1].shape[3]
     token = pl.BlockSpec((None, T), lambda i, n, b: (b, 0))
-
-    def sight(numbers: int) -> tuple[pl.BlockSpec, ...]:
-        return token, token, pl.BlockSpec((None, None, numbers), lambda i, n, b: (b, i, 0))
+    visited = (pl.BlockSpec((None, None, numbers), lambda i, n, b: (b, i, 0)) for numbers in (4, 2))
+    key_blocks = pl.BlockSpec((None, T, 2), lambda i, n, b: (b, 0, 0))
 
     parts = {  # all of a row, of:
         "head": pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n, 0)),
@@ -346,8 +380,8 @@ def _call(
         "sharing heads": pl.BlockSpec((None, T, G, H), lambda i, n, b: (b, 0, n, 0)),
         "head's numbers": pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0)),
         "sharing heads' numbers": pl.BlockSpec((None, G, T), lambda i, n, b: (b, n, 0)),
-        "key stretches": sight(4),
-        "query stretches": sight(2),
+        "key stretches": (token, token, key_blocks, next(visited)),
+        "query stretches": (token, token, next(visited)),
     }
     call = pl.pallas_call(
         functools.partial(kernel, plan),
@@ -378,7 +412,7 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, sight: Sight) -> tuple[Ar
         ("head", q),
         ("shared head", k),
         ("shared head", v),
-        ("key stretches", (*sight[:2], sight.forward)),
+        ("key stretches", (*sight[:2], *sight.forward)),
     ]
     writes = [("head", q), ("head's numbers", jax.ShapeDtypeStruct((B, N, T), jnp.float32))]
     grid = pl.cdiv(T, blocks.queries), N, B
@@ -392,7 +426,7 @@ def _backward(plan: Plan, kept: Any, d_out: Array) -> tuple[Array, Array, Array,
     (B, T, N, H), K, (_, for_dq, for_dkv) = q.shape, k.shape[2], plan.blocks
     q, k, v, out, d_out = _widened(q, k, v, out, d_out)
 
-    reads = [("head", q), ("shared head", k), ("shared head", v), ("key stretches", (*sight[:2], sight.dq))]
+    reads = [("head", q), ("shared head", k), ("shared head", v), ("key stretches", (*sight[:2], *sight.dq))]
     reads += [("head", out), ("head", d_out), ("head's numbers", lse)]
     writes = [("head", q), ("head's numbers", lse)]
     grid = pl.cdiv(T, for_dq.queries), N, B

@@ -167,7 +167,7 @@ def _sample_programs(work: Work) -> dict[str, tuple[Any, tuple, dict[str, Any]]]
     mesh, slots = programs.sampling_mesh(c, model), programs.slots(c, model)
     decoder, params = programs.decoder(c, model), sampling_params_on(mesh, model.config, model.dtype)
     how: dict[str, Any] = {"sampling": programs.sampling(c), "stop_tokens": (2,)}
-    rows = prefill_rows(slots, c.lengths.max_prompt, sharding.batch_shards(mesh))
+    rows = prefill_rows(slots, c.lengths.max_prompt, sharding.batch_shards(mesh), decoder.kernel)
     prompts, row = np.zeros((rows, c.lengths.max_prompt), np.int32), np.zeros(rows, np.int32)
     tokens, lengths = _abstract(mesh, (prompts, row))
     with jax.set_mesh(mesh):

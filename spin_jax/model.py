@@ -312,9 +312,10 @@ class _Projections(nn.Module):
 
     def einsum(self, equation: str, *operands: Array, out: tuple[str | None, ...] | None = None) -> Array:
         out_sharding = sharding.spec(*out) if out else None
-        return jnp.einsum(
+        made = jnp.einsum(
             equation, *operands, precision=matmul_precision(self.dtype), out_sharding=out_sharding
         )
+        return sharding.summed(made) if out else made
 
 
 class Attention(_Projections):

@@ -24,7 +24,7 @@ from spin_jax.model import Decoder, Model, ModelConfig, Params, sampling_params
 from spin_jax.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widened
 
 DECODE_STEPS = 8  # tokens between two looks at which slots are done
-_PREFILL_TOKENS = 8192  # of a device
+_PREFILL_TOKENS, _FLASH_PREFILL_TOKENS = 4096, 8192  # the latter of each device
 
 
 def answer_prompts(
@@ -151,7 +151,7 @@ class _Queue:
         """(tokens that the next prompts are padded to, rows of the program that reads them)."""
 
         def rows(P: int) -> int:
-            return prefill_rows(len(self.holds), P, self.shards)
+            return prefill_rows(len(self.holds), P, self.shards, self.decoder.kernel)
 
         def padded(number: int) -> int:
             return bucket(len(self.prompts[self.waiting[number]]))
@@ -188,13 +188,17 @@ class _Queue:
         return answered, sampled
 
 
-def prefill_rows(slots: int, longest: int, shards: int) -> int:
+def prefill_rows(slots: int, longest: int, shards: int, kernel: str) -> int:
     """Prompts read at a time: few, so that slots do not wait for company, but some thousand tokens' worth.
 
     Args:
         longest: tokens of the longest one.
+        kernel: of attention. `flash` reads as many on each device; of plain attention's scores one device
+            has no room for so many.
     """
-    return shards * max(1, min(slots // shards // 4, _PREFILL_TOKENS // bucket(longest)))
+    if kernel == "flash":
+        return shards * max(1, min(slots // shards // 4, _FLASH_PREFILL_TOKENS // bucket(longest)))
+    return round_up(max(1, min(slots // 4, _PREFILL_TOKENS // bucket(longest))), shards)
 
 
 def _places(free: np.ndarray, size: int, shards: int) -> tuple[np.ndarray, np.ndarray]:

@@ -246,6 +246,15 @@ def gathered(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(*partition, reduced=frozenset(RULES["batch"])))
 
 
+def summed(x: jax.Array) -> jax.Array:
+    """`x`, a product that is summed over tensor, so that its sum is taken in its own dtype.
+
+    XLA moves a later cast to float32 in front of the sum, and twice the bytes would travel.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty or mesh.shape["tensor"] == 1 else jax.lax.optimization_barrier(x)
+
+
 def parameter_shardings(mesh: Mesh, abstract: Any) -> Any:
     """NamedShardings for a tree of Linen-boxed abstract parameters (`jax.eval_shape` of `init`).
 

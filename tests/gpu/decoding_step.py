@@ -174,7 +174,7 @@ def _seconds(run: Any) -> float:
 
 def _prefill(work: Work, count: int, rounds: int) -> dict[str, Any]:
     """Reading prompts of the expected length, as many as a run reads at a time."""
-    P, rows = work.prompt, prefill_rows(count, work.prompt, 1)
+    P, rows = work.prompt, prefill_rows(count, work.prompt, 1, work.decoder.kernel)
     tokens = np.random.default_rng(0).integers(3, work.model.vocab_size, (rows, P)).astype(np.int32)
     lengths, limits = np.full(rows, P, np.int32), np.full(rows, 100, np.int32)
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(0, impl=KEYS), rows)))
