@@ -48,7 +48,7 @@ def config_of_its_shape():
 
 
 def in_company(config, params, groups, mesh, shape):
-    """Log-probs [2, groups, 2] by the kernel for GPUs: of all groups packed together, and of every other one."""
+    """By the kernel for GPUs, of all groups packed together and of every other one: [2, groups, 2]."""
     decoder = Decoder(config, jnp.bfloat16, kernel="flash")
     halves = np.zeros((len(groups), 2), np.float32)
     for first in (0, 1):
