@@ -75,7 +75,7 @@ def _training(work: Work) -> Phase:
     if work.model.mesh.shape["fsdp"] * tensor == 1:  # nothing arrives: what is used is there, or a copy of it
         tables, layers = (4, 1) if c.train.lora_rank else (6, 2)
     gathered = tables * m.vocab_size * D / tensor + layers * layer.weights
-    activations = m.num_hidden_layers * layer.tokens * item * (kept + D)
+    activations = m.num_hidden_layers * layer.tokens * (item * kept + 4 * D)  # a layer's input is float32
     temporary = gradients + gathered + activations + layer.working + layer.logits
     if c.train.offload and not work.on_gpu:  # for GPUs the state comes and goes a piece at a time
         temporary += moments

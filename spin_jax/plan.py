@@ -9,7 +9,7 @@
   --mfu=0.45               share of the peak that training and scoring reach
   --decode_efficiency=0.5  share of its roofline that decoding reaches
   --dcn_gbit_s=50          what a device gets from other slices
-  --nocompile              arithmetic alone, in seconds
+  --compile=true           compile the run's programs; false: arithmetic alone, in seconds
 
 The run's own programs are compiled for the topology: for TPUs wherever jax[tpu] is installed, for GPUs
 wherever jax[cuda13] is, or jax-cuda13-plugin alone. No TPU or GPU is needed. Without the plugin, memory on
