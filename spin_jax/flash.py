@@ -116,8 +116,13 @@ def attend(
     used = q.shape[-1] ** -0.5 if scale is None else scale
     plan = Plan(used, softcap, None if layout.branches is None else window, interpret, blocks)
     until = seen_until(layout, window)
-    of_queries = (key_stretches(until, layout.segments, blocks) for blocks in (forward, dq))
-    sight = Sight(until, layout.positions, *of_queries, query_stretches(until, dkv))
+    sight = Sight(
+        until,
+        layout.positions,
+        forward=key_stretches(until, layout.segments, forward),
+        dq=key_stretches(until, layout.segments, dq),
+        dkv=query_stretches(until, dkv),
+    )
     return _attention(plan, q, k, v, sight)
 
 
