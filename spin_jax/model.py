@@ -663,19 +663,25 @@ def new_cache(config: ModelConfig, rows: int, columns: int, dtype: Any) -> Cache
 def sampling_params(params: Params, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Params:
     """Parameters as decoding wants them: one tree a layer, in the compute dtype, laid out on `mesh`.
 
-    What reads the same numbers is one matrix, for a step of decoding is many small products.
+    What reads the same numbers is one matrix, for a step of decoding is many small products; but on TPUs,
+    whose memory holds such a matrix, with its few rows between the model's dimension and its last, in tiles
+    that are half empty.
     """
     layouts = jax.tree.map(lambda leaf: leaf.sharding, sampling_params_on(mesh, config, dtype))
     with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
-        made = _for_sampling(params, config, dtype)
+        made = _for_sampling(params, config, dtype, _fuses(mesh))
     return jax.device_put(made, layouts)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _for_sampling(params: Params, config: ModelConfig, dtype: Any) -> Params:
+def _fuses(mesh: jax.sharding.Mesh) -> bool:
+    return mesh.devices.flat[0].platform != "tpu"
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "fused"))
+def _for_sampling(params: Params, config: ModelConfig, dtype: Any, fused: bool) -> Params:
     params = jax.tree.map(lambda w: w.astype(dtype), params)
     layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.num_hidden_layers)]
-    return {**params, "layers": tuple(_fused(layer, config) for layer in layers)}
+    return {**params, "layers": tuple(_fused(layer, config) if fused else layer for layer in layers)}
 
 
 def _fused(layer: Params, config: ModelConfig) -> Params:
@@ -715,7 +721,7 @@ def sampling_params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any)
     """The same of what `sampling_params` makes."""
     params = params_on(mesh, config)
     with jax.set_mesh(mesh):
-        made = jax.eval_shape(lambda params: _for_sampling(params, config, dtype), params)
+        made = jax.eval_shape(lambda params: _for_sampling(params, config, dtype, _fuses(mesh)), params)
     return sharding.laid_out(mesh, made)
 
 

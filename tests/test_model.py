@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import spin_jax
 from spin_jax import convert, sharding
+from spin_jax import model as model_lib
 from spin_jax.attention import Layout
 from spin_jax.model import (
     Decoder,
@@ -244,14 +245,22 @@ def test_norms_are_taken_in_float32():
 # --- the same sequence in other shapes -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("window", "prefill", "columns"), [(None, 7, 22), (5, 7, 22), (5, 1, 8)])
-def test_cached_decoding_equals_the_full_forward(window, prefill, columns, mesh):
-    """A prefill, then single tokens; the window is shorter than the text, and so is the last case's ring."""
+@pytest.mark.parametrize(
+    ("window", "prefill", "columns", "fused"),
+    [(None, 7, 22, True), (5, 7, 22, True), (5, 1, 8, True), (5, 7, 22, False)],
+)
+def test_cached_decoding_equals_the_full_forward(window, prefill, columns, fused, mesh, monkeypatch):
+    """A prefill, then single tokens; the window is shorter than the text, and so is the third case's ring.
+
+    The weights are fused as elsewhere, or stand apart as on TPUs.
+    """
+    monkeypatch.setattr(model_lib, "_fuses", lambda mesh: fused)
     decoder = Decoder(dataclasses.replace(CONFIG, windows=(window,)))
     tokens, layout = whole_rows(tokens_of((3, 18)))
     step = jax.jit(forward, static_argnums=0)
     weights = on(mesh, random_params(CONFIG))
     layers = sampling_params(weights, decoder.config, jnp.float32, mesh)
+    assert ("wqkv" in layers["layers"][0]["attention"]) == fused
     pieces = []
     with jax.set_mesh(mesh):
         expected, _ = run(decoder, weights, tokens, layout)
