@@ -34,7 +34,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pallas_triton
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from spin_jax.attention import KEPT, Layout, matmul_precision
 
@@ -138,14 +138,8 @@ def seen_until(layout: Layout, window: int | None) -> Int[Array, "B T"]:
     T = segments.shape[1]
     index = jnp.arange(T, dtype=jnp.int32)
 
-    def end_of_run(*numbers: Array) -> Array:
-        """The index after the last of the neighbours that have the same numbers."""
-        last = functools.reduce(jnp.logical_or, [x[:, 1:] != x[:, :-1] for x in numbers])
-        last = jnp.pad(last, ((0, 0), (0, 1)), constant_values=True)
-        return lax.cummin(jnp.where(last, index + 1, T), axis=1, reverse=True)
-
-    group_end = end_of_run(segments)
-    part_end = group_end if branches is None else end_of_run(segments, branches)
+    group_end = _end_of_run(segments)
+    part_end = group_end if branches is None else _end_of_run(segments, branches)
     until = part_end if window is None else jnp.minimum(part_end, index + window)
     if branches is not None:
         by_answers = branches == 0
@@ -159,43 +153,56 @@ def seen_until(layout: Layout, window: int | None) -> Int[Array, "B T"]:
 
 def key_stretches(
     until: Int[Array, "B T"], segments: Int[Array, "B T"], blocks: Blocks
-) -> tuple[Int[Array, "B J 2"], Int[Array, "B I 4"]]:
-    """The blocks of keys, and those that each block of queries visits.
+) -> tuple[Int[Array, "B T"], Int[Array, "B I 4"]]:
+    """(the index after each key's block, the blocks of keys that each block of queries visits).
 
-    Groups are cut into blocks from their beginning on, each as (its first key, the index after its last).
-    Queries visit the blocks of a prompt, and those up to their own end, as (first, far, shift, count): the
-    n-th of count blocks is n + first where n < far, else n + shift.
+    Groups are cut into blocks from their beginning on, so that one block begins where the last one ends.
+    Queries visit those of a prompt, and those up to their own end, as (first, far, near, count): of count
+    blocks the first `far` begin at key `first`, the rest at key `near`.
     """
-    keys, reach = _group_blocks(until, segments, blocks.keys)
+    end, begins, reach = _group_blocks(until, segments, blocks.keys)
     i = jnp.arange(pl.cdiv(until.shape[1], blocks.queries), dtype=jnp.int32)[:, None] * blocks.queries
-    j = jnp.arange(reach.shape[1], dtype=jnp.int32)
-    seen = (keys[:, None, :, 0] < i + blocks.queries) & (reach[:, None] > i)  # [B, I, J]
+    key = jnp.arange(until.shape[1], dtype=jnp.int32)
+    begins = begins[:, None]
+    seen = begins & (key < i + blocks.queries) & (reach[:, None] > i)  # [B, I, T], of keys that begin a block
 
-    def after(chosen: Array) -> Array:  # the last of the chosen
-        return jnp.max(jnp.where(chosen, j + 1, 0), axis=-1)
+    def last(chosen: Array) -> Array:
+        return jnp.max(jnp.where(chosen, key, -1), axis=-1, keepdims=True)
 
-    stop = after(seen)
-    near = after(~seen & (j < stop[..., None]))
-    first = jnp.minimum(jnp.min(jnp.where(seen, j, j.size), axis=-1), near)
-    far = jnp.maximum(after(seen & (j < near[..., None])) - first, 0)
-    return keys, jnp.stack([first, far, near - far, far + stop - near], axis=-1)
+    def first(chosen: Array) -> Array:
+        return jnp.min(jnp.where(chosen, key, key.size), axis=-1, keepdims=True)
+
+    gap = last(begins & ~seen & (key < last(seen)))  # the last that is not visited before the last that is
+    start = first(seen)
+    far = jnp.sum(begins & (key >= start) & (key <= last(seen & (key < gap))), axis=-1, keepdims=True)
+    near = jnp.sum(seen & (key > gap), axis=-1, keepdims=True)
+    stretches = jnp.concatenate([start, far, first(seen & (key > gap)), far + near], axis=-1)
+    return end, stretches.astype(jnp.int32)
 
 
 def _group_blocks(
     until: Int[Array, "B T"], segments: Int[Array, "B T"], size: int
-) -> tuple[Int[Array, "B J 2"], Int[Array, "B J"]]:
-    """(each block's first key and the index after its last, the index after the last query that sees it).
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"], Int[Array, "B T"]]:
+    """(the index after each key's block, whether a key begins one, the index after its last query).
 
-    There are as many as T tokens can make; those that are not used hold no key, and nobody sees them.
+    The last holds for keys that begin a block, and is the block's: no later query sees any of its keys.
     """
-    T = segments.shape[1]
-    index, there = jnp.arange(T, dtype=jnp.int32), segments != 0
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
     changes = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     group = lax.cummax(jnp.where(changes, index, 0), axis=1)  # where each token's group begins
-    number = jnp.cumsum(there & ((index - group) % size == 0), axis=1)[:, None]  # of its block, from 1
-    member = there[:, None] & (number == jnp.arange(1, T + 1)[:, None])  # [B, J, T]
-    first, end = jnp.where(member, index, T).min(axis=2), jnp.where(member, index + 1, 0).max(axis=2)
-    return jnp.stack([first, end], axis=-1), jnp.where(member, until[:, None], 0).max(axis=2)
+    group_end = _end_of_run(segments)
+    end = jnp.minimum(index - (index - group) % size + size, group_end)
+    # A block that its group's end cuts short reaches that end, for the last token of a group sees itself.
+    reach = lax.reduce_window(until, jnp.int32(0), lax.max, (1, size), (1, 1), ((0, 0), (0, size - 1)))
+    return end, (segments != 0) & ((index - group) % size == 0), jnp.minimum(reach, group_end)
+
+
+def _end_of_run(*numbers: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The index after the last of the neighbours that have the same numbers."""
+    T = numbers[0].shape[1]
+    last = functools.reduce(jnp.logical_or, [x[:, 1:] != x[:, :-1] for x in numbers])
+    last = jnp.pad(last, ((0, 0), (0, 1)), constant_values=True)
+    return lax.cummin(jnp.where(last, jnp.arange(1, T + 1, dtype=jnp.int32), T), axis=1, reverse=True)
 
 
 def query_stretches(until: Int[Array, "B T"], blocks: Blocks) -> Int[Array, "B J 2"]:
@@ -287,13 +294,14 @@ def _weights(plan: Plan, scored: Any, valued: Any, seen: Array, lse: Array, delt
 
 def _over_keys(sight: Sequence[Any], size: int, step: Callable[[_Span, Any], Any], start: Any) -> Any:
     """The blocks of `key_stretches`, one after the other."""
-    keys, (first, far, shift, count) = sight[2], (sight[3][n] for n in range(4))
+    end, (first, far, near, count) = sight[2], (sight[3][n] for n in range(4))
 
-    def visit(n: Any, carry: Any) -> Any:
-        j = n + jnp.where(n < far, first, shift)
-        return step(_Span(keys[j, 0], size, keys[j, 1]), carry)
+    def visit(n: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        at, carry = state
+        at = jnp.where(n == far, near, at)
+        return end[at], step(_Span(at, size, end[at]), carry)
 
-    return lax.fori_loop(0, count, visit, start)
+    return lax.fori_loop(0, count, visit, (first, start))[1]
 
 
 # --- kernels -------------------------------------------------------------------------------------
@@ -377,7 +385,6 @@ def _call(
     T, H = reads[0][1].shape[1], reads[0][1].shape[3]
     token = pl.BlockSpec((None, T), lambda i, n, b: (b, 0))
     visited = (pl.BlockSpec((None, None, numbers), lambda i, n, b: (b, i, 0)) for numbers in (4, 2))
-    key_blocks = pl.BlockSpec((None, T, 2), lambda i, n, b: (b, 0, 0))
 
     parts = {  # all of a row, of:
         "head": pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n, 0)),
@@ -385,7 +392,7 @@ def _call(
         "sharing heads": pl.BlockSpec((None, T, G, H), lambda i, n, b: (b, 0, n, 0)),
         "head's numbers": pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0)),
         "sharing heads' numbers": pl.BlockSpec((None, G, T), lambda i, n, b: (b, n, 0)),
-        "key stretches": (token, token, key_blocks, next(visited)),
+        "key stretches": (token, token, token, next(visited)),
         "query stretches": (token, token, next(visited)),
     }
     call = pl.pallas_call(

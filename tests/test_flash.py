@@ -143,16 +143,18 @@ def looks(layout, window) -> np.ndarray:
 
 def visits_of_queries(layout, window, blocks):
     """(how often each block of queries visits each of its row's blocks of keys, whether it is to)."""
-    keys, stretches = flash.key_stretches(flash.seen_until(layout, window), layout.segments, blocks)
-    seen = looks(layout, window)
+    ends, stretches = flash.key_stretches(flash.seen_until(layout, window), layout.segments, blocks)
+    ends, stretches, seen = np.asarray(ends), np.asarray(stretches), looks(layout, window)
     for b, own in enumerate(key_blocks(layout.segments, blocks.keys)):
-        assert own == [(int(first), int(end)) for first, end in keys[b] if end]
-        for i, visited in enumerate(np.asarray(stretches[b])):
-            first, far, shift, count = visited
-            visits = np.zeros(len(own), int)
-            np.add.at(visits, [n + (first if n < far else shift) for n in range(count)], 1)
+        assert own == [(first, ends[b, first]) for first, _ in own]
+        for i, (first, far, near, count) in enumerate(stretches[b]):
+            visits, at = dict.fromkeys([first for first, _ in own], 0), first
+            for n in range(count):
+                at = near if n == far else at
+                visits[at] += 1
+                at = ends[b, at]
             rows = seen[b, i * blocks.queries : (i + 1) * blocks.queries]
-            yield visits, np.array([rows[:, first:end].any() for first, end in own])
+            yield np.array([*visits.values()]), np.array([rows[:, first:end].any() for first, end in own])
 
 
 def visits_of_keys(layout, window, blocks):
