@@ -38,9 +38,7 @@ class Layout(NamedTuple):
     positions: Any  # int32 [B, T]: within the token's own sequence, from 0
     segments: Any  # int32 [B, T]: the group
     branches: Any = None  # int32 [B, T]: 0 the prompt, 1 and up the answers to it; None: no answers
-    unshared: Any = (
-        None  # int32 [B, U]: the tokens, counted from 1, sequence by sequence; 0 fills up (splash)
-    )
+    unshared: Any = None  # int32 [B, U], for splash: the tokens, from 1, sequence by sequence; 0 fills up
 
 
 def matmul_precision(dtype: Any) -> lax.Precision | None:
@@ -80,12 +78,8 @@ def attend(
     if kernel == "plain":
         out = _in_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), layout, window, scale, softcap)
         return checkpoint_name(out, KEPT)
-    options = {
-        "window": window if narrow else None,
-        "scale": scale,
-        "softcap": softcap,
-        "interpret": on_cpu(),
-    }
+    window = window if narrow else None
+    options: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap, "interpret": on_cpu()}
     if kernel == "splash":
         run = functools.partial(_unshared, functools.partial(splash, **options))
         return sharding.by_rows_and_heads(run)(q, k, v, layout.positions, layout.unshared)

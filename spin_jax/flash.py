@@ -143,9 +143,8 @@ def seen_until(layout: Layout, window: int | None) -> Int[Array, "B T"]:
     until = part_end if window is None else jnp.minimum(part_end, index + window)
     if branches is not None:
         by_answers = branches == 0
-        if (
-            window is not None
-        ):  # an answer's first token is the nearest: its position follows the prompt's last
+        if window is not None:
+            # An answer's first token is the nearest one: its position follows the prompt's last.
             by_answers &= index + window > part_end
         until = jnp.where(by_answers, group_end, until)
     return jnp.where(segments == 0, 0, until)

@@ -605,7 +605,7 @@ def forward(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """`Decoder.__call__` as a function of the parameters.
 
-    Beside the weights they may hold "adapters" (lora.py) and "copies" (`with_copies`).
+    Beside the weights they may hold "adapters" (lora.py) and "copies" (`copies`).
     """
     variables = {"params": {name: tree for name, tree in params.items() if name not in _BESIDE}}
     variables |= {_BESIDE[name]: tree for name, tree in params.items() if name in _BESIDE}
