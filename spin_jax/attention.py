@@ -13,37 +13,18 @@ H head dim.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from spin_jax import sharding
+from spin_jax.kernels.layout import KEPT, Layout, matmul_precision, on_cpu
+from spin_jax.runtime import sharding
 
 _BLOCK = 96  # queries at a time, or more of a long row:
 _MOST_BLOCKS = 8  # each is compiled by itself
-KEPT = "attended"  # the name under which remat policies keep what attention computed
-
-
-class Layout(NamedTuple):
-    """Where each token of a row stands, and whom it may see.
-
-    A token sees those of its own segment that stand before it, are not of another branch, and lie within
-    the window. Segment 0 is padding; −s sees what s sees and is itself seen by none (`official` only).
-    """
-
-    positions: Any  # int32 [B, T]: within the token's own sequence, from 0
-    segments: Any  # int32 [B, T]: the group
-    branches: Any = None  # int32 [B, T]: 0 the prompt, 1 and up the answers to it; None: no answers
-    unshared: Any = None  # int32 [B, U], for splash: the tokens, from 1, sequence by sequence; 0 fills up
-
-
-def matmul_precision(dtype: Any) -> lax.Precision | None:
-    """float32 means float32, on accelerators too (whose default is a shorter format)."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def kernel_for(platform: str, dtype: Any) -> str:
@@ -83,7 +64,7 @@ def attend(
     if kernel == "splash":
         run = functools.partial(_unshared, functools.partial(splash, **options))
         return sharding.by_rows_and_heads(run)(q, k, v, layout.positions, layout.unshared)
-    from spin_jax import flash
+    from spin_jax.kernels import flash
 
     def local(q, k, v, *rows):
         return flash.attend(q, k, v, Layout(*rows), **options)
@@ -139,15 +120,6 @@ def _in_blocks(q, k, v, layout: Layout, window, scale, softcap) -> Float[Array, 
         seen = k[:, :, :end], v[:, :, :end]
         parts.append(plain(q[:, start:end], *seen, upto(end, start), upto(end), window, scale, softcap))
     return jnp.concatenate(parts, axis=1)
-
-
-# --- kernels -------------------------------------------------------------------------------------
-
-
-def on_cpu() -> bool:
-    """Where kernels can only be interpreted. The mesh is asked, for a program may be compiled elsewhere."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device.platform if device else jax.default_backend()) == "cpu"
 
 
 def _unshared(kernel, q, k, v, positions, unshared):

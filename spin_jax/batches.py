@@ -17,9 +17,10 @@ import grain
 import jax
 import numpy as np
 
-from spin_jax.attention import Layout
 from spin_jax.chat import Example, Ids, Pair
+from spin_jax.kernels.layout import Layout
 from spin_jax.losses import PAIR
+from spin_jax.runtime.sharding import round_up
 
 _MOST_GROUPS = 64  # of a row: it sizes arrays of single numbers
 _WINDOW = 1024  # groups packed together
@@ -71,19 +72,6 @@ class PairBatch(NamedTuple):
 class ScoredPair(NamedTuple):
     pair: Pair
     opponent: tuple[float, ...]  # log-probs of each role's answer
-
-
-def bucket(length: int) -> int:
-    """`length` rounded up to 16, 24, 32, 48, 64, 96, …: few shapes, at most half of one wasted."""
-    size = 16
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The least multiple that is not less than n."""
-    return -(-n // multiple) * multiple
 
 
 # --- packing -------------------------------------------------------------------------------------

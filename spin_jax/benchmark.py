@@ -42,7 +42,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spin_jax import config as config_lib
-from spin_jax import convert, data, hosts, named_loss, prepare, programs, roofline, sharding, sources
+from spin_jax import convert, data, named_loss, prepare, programs, roofline, sources
 from spin_jax.batches import (
     Group,
     RowShape,
@@ -57,6 +57,7 @@ from spin_jax.chat import Ids, Pair
 from spin_jax.command import fail, parse, set_up_jax
 from spin_jax.draw import prompt_keys
 from spin_jax.model import Model, Params, count_params, init_params, sampling_params
+from spin_jax.runtime import chips, processes, sharding
 from spin_jax.sample import answer_prompts
 from spin_jax.scoring import score_groups
 from spin_jax.train import init_state, make_step
@@ -172,7 +173,7 @@ def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[
     seconds = _timed(answer)
     _traced(answer, profile, "sample")
     tokens = new * len(work.prompts)
-    chip = roofline.chip(mesh.devices.flat[0].device_kind)
+    chip = chips.chip(mesh.devices.flat[0].device_kind)
     tensor = programs.sampling_tensor(c, model)
     copies = mesh.size // tensor
     share = None
@@ -251,7 +252,7 @@ def _measure_training(
             computed.append(used * shape.rows * shape.length)
             flops.append(3 * roofline.rows_flops(model.config, batch.rows))
     seconds = statistics.median(times[1:])
-    chip = roofline.chip(model.mesh.devices.flat[0].device_kind)
+    chip = chips.chip(model.mesh.devices.flat[0].device_kind)
     rate = sum(flops[1:]) / sum(times[1:]) / model.mesh.size
     return {
         "step_s": seconds,
@@ -350,9 +351,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
-    if said := roofline.unknown_peak(work.model.mesh.devices.flat[0]):
-        hosts.say(said)
-    hosts.say(json.dumps(measure(work, _STEPS.value, _PROFILE.value), ensure_ascii=False))
+    if said := chips.unknown_peak(work.model.mesh.devices.flat[0]):
+        processes.say(said)
+    processes.say(json.dumps(measure(work, _STEPS.value, _PROFILE.value), ensure_ascii=False))
     return 0
 
 

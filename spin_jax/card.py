@@ -12,6 +12,7 @@ from typing import Any
 
 from spin_jax import config as config_lib
 from spin_jax.losses import ROLES
+from spin_jax.runtime import secrets
 
 Row = Mapping[str, Any]
 
@@ -59,7 +60,7 @@ def card(facts: Facts) -> str:
         f"## Made with\n\n{_code(facts)}",
         f"## Citation\n\n```bibtex\n{_CITATION}\n```",
     ]
-    return config_lib.redacted("\n\n".join(sections) + "\n")
+    return secrets.redacted("\n\n".join(sections) + "\n")
 
 
 def stated_license(readme: str | Path) -> dict[str, str]:

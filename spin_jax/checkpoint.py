@@ -14,7 +14,8 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1 import options as ocp_options
 
-from spin_jax import files, hosts
+from spin_jax import files
+from spin_jax.runtime import processes
 
 _SLACK = 2**20  # bytes that a checkpoint takes beside its arrays
 
@@ -51,7 +52,7 @@ def save(path: epath.PathLike, tree: Any) -> None:
     except Exception as error:
         # A part of it would keep a full disk full. What stands in the way of that is not the error to tell.
         with contextlib.suppress(OSError):
-            if hosts.first():
+            if processes.first():
                 files.remove_here(path)
         if any("No space left" in reason or "quota exceeded" in reason for reason in _reasons(error)):
             raise files.NoRoom(
@@ -123,10 +124,10 @@ class StepCheckpoints:
         """Steps that have a checkpoint, and whether it is whole; as process 0 sees them."""
 
         def steps() -> list[list[int]]:
-            there = self._path.iterdir() if hosts.first() and self._path.exists() else []
+            there = self._path.iterdir() if processes.first() and self._path.exists() else []
             return sorted([int(p.name), (p / files.SUMS).exists()] for p in there if p.name.isdigit())
 
-        return [(step, bool(whole)) for step, whole in hosts.exchanged(hosts.together(steps))[0]]
+        return [(step, bool(whole)) for step, whole in processes.exchanged(processes.together(steps))[0]]
 
     def steps_done(self) -> int:
         """Steps behind the newest checkpoint that is as it was written; 0 where there is none.
@@ -139,7 +140,7 @@ class StepCheckpoints:
                     files.check_seal(self._path / str(step))
                     return step
             except files.Damaged as error:
-                hosts.say(
+                processes.say(
                     f"\nWARNING: {error}\n"
                     "It is removed; the one before it is used, or the phase begins anew.\n"
                 )

@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
+from spin_jax.runtime import chips, secrets
 
 Asked = TypeVar("Asked")
 
@@ -93,10 +94,10 @@ def set_up_jax(config: Any) -> None:
     """Compiler flags, other processes, the compilation cache; before anything asks for a device."""
     set_compiler_flags(config)
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", config_lib.GPU_MEMORY)
-    from spin_jax import hosts
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", chips.GPU_MEMORY)
+    from spin_jax.runtime import processes
 
-    hosts.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _HEARTBEAT.value)
+    processes.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _HEARTBEAT.value)
     cache_compilations()
 
 
@@ -112,7 +113,7 @@ def cache_compilations() -> None:
 
 def fail(message: str, code: int = 2) -> int:
     """Prints what went wrong; returns the exit code, unless told otherwise that for bad input."""
-    print(f"error: {config_lib.redacted(message)}", file=sys.stderr, flush=True)
+    print(f"error: {secrets.redacted(message)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -121,9 +122,10 @@ def failed(error: Exception, began: bool, again: str = "") -> int:
 
     Before the work `began`, it is the input that is bad.
     """
-    from spin_jax import files, hosts, judging, opponent, selfplay, train
+    from spin_jax import files, judging, opponent, selfplay, train
+    from spin_jax.runtime import processes
 
-    if isinstance(error, hosts.OtherFailed):
+    if isinstance(error, processes.OtherFailed):
         return fail(str(error), error.code)
     if isinstance(error, files.Damaged | opponent.Missing | selfplay.NothingToTrainOn):
         return fail(str(error))

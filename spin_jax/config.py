@@ -5,18 +5,12 @@ tuples: one value serves all iterations, a longer tuple gives one to each.
 """
 
 import difflib
-import importlib
 import os
-import re
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
-
-GPU_MEMORY = "0.92"  # of a GPU, for JAX, which takes three quarters when not told
 
 
 def default() -> Any:
@@ -252,58 +246,6 @@ def nearest(key: str, keys: list[str], prefix: str = "") -> str:
     if close:
         return f"; did you mean {prefix}{close[0]}?"
     return f"; there are {', '.join(sorted(keys))}"
-
-
-_SOURCES: dict[str, bytes] = {}  # of users' modules, as they were imported
-
-
-def import_function(path: str) -> Callable:
-    """The function behind `module:function`; ValueError when there is none, or its module fails.
-
-    A module whose file has been edited since, as in a notebook, is imported anew.
-    """
-    module, _, name = path.partition(":")
-    try:
-        loaded = importlib.import_module(module)
-        file = getattr(loaded, "__file__", None)
-        source = Path(file).read_bytes() if file else b""
-        if _SOURCES.setdefault(module, source) != source:
-            loaded = importlib.reload(loaded)
-            _SOURCES[module] = source
-        function = getattr(loaded, name)
-    except (Exception, SystemExit) as error:  # a module can raise anything
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
-        raise ValueError(f"{path!r} cannot be imported: {type(error).__name__}: {error}{place}") from error
-    if not callable(function):
-        raise ValueError(f"{path!r} is no function, but {function!r:.80}")
-    return function
-
-
-def called(path: str) -> Any:
-    """What the function behind `module:function` returns; ValueError when it raises anything."""
-    function = import_function(path)
-    try:
-        return function()
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
-        raise ValueError(f"{path!r} failed: {reason}") from error
-
-
-# Tokens of Hugging Face, GitHub, OpenAI and its like, AWS and Google; passwords in URLs.
-_SECRETS = re.compile(
-    r"\b(hf_\w{8,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35})"
-    r"|(?<=://)[^/@\s]+(?=@)"
-)
-
-
-def redacted(text: str) -> str:
-    """`text` without secrets: of known forms, or from environment variables that are named like one."""
-    for name, value in os.environ.items():
-        if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name) and len(value) >= 8:
-            text = text.replace(value, f"[{name}]")
-    return _SECRETS.sub("[secret]", text)
 
 
 def tree(config: Any, everything: bool = False) -> str:

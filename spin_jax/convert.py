@@ -21,10 +21,11 @@ import numpy as np
 from etils import epath
 from safetensors import numpy as safetensors_numpy
 
-from spin_jax import files, hosts, sharding, weights
+from spin_jax import files, weights
 from spin_jax.config import nearest
 from spin_jax.families import FAMILIES, TRANSFORMERS_4, Tensor, family, model_config
 from spin_jax.model import Model, ModelConfig, Params, abstract_params, check_constants
+from spin_jax.runtime import processes, sharding
 
 # --- configs -------------------------------------------------------------------------------------
 
@@ -546,8 +547,8 @@ def save(
 
     size = sum(leaf.size * (dtype or leaf.dtype).itemsize for leaf in flat.values())
     files.check_room(directory, size + 2**20, f"the model {directory}")
-    hosts.by_first(begin)
-    mine = {name for number, name in enumerate(dict.fromkeys(plan.values())) if hosts.turn(number)}
+    processes.by_first(begin)
+    mine = {name for number, name in enumerate(dict.fromkeys(plan.values())) if processes.turn(number)}
     pending: dict[str, np.ndarray] = {}
     unwritten: list[Exception] = []  # told when all processes can be: here, some would wait for this one
     total = 0
@@ -567,7 +568,7 @@ def save(
                 except Exception as error:
                     unwritten.append(error)
                 pending = {}
-    hosts.together(lambda: _raise_any(unwritten))
+    processes.together(lambda: _raise_any(unwritten))
     if len(set(plan.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.items()))}
         files.write_json(directory / "model.safetensors.index.json", index)

@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from spin_jax import files, hosts, sources
+from spin_jax import files, sources
 from spin_jax.chat import BadRow, Chat, EmptyAnswer, Example, Message, Pair, asked, checked, checked_text
 from spin_jax.losses import PAIR
+from spin_jax.runtime import processes
 
 PROMPT_ANSWER_COLUMNS = (
     ("question", "answer"),
@@ -172,7 +173,7 @@ def load_examples(
         """This process's [[row number, fields of an example], …], up to a problem, and its tally."""
         encoded: list[list[Any]] = []
         tally = _Tally(bad_rows)
-        for number in (int(n) for place, n in enumerate(chosen) if hosts.turn(place)):
+        for number in (int(n) for place, n in enumerate(chosen) if processes.turn(place)):
             with tally.row(number, sources.place(rows, number, path)):
                 row = rows[number]
                 messages = conversation(row, prompt_column, answer_column)
@@ -183,7 +184,7 @@ def load_examples(
                 break
         return [encoded, {**vars(tally), "counts": dict(tally.counts), "unused": dict(tally.unused)}]
 
-    shares = hosts.exchanged(hosts.together(share))
+    shares = processes.exchanged(processes.together(share))
     counts = _merged([tally for _, tally in shares]).settled(path, len(chosen), max_bad)
     examples, by_id = [], {}
     for number, *fields in sorted((row for encoded, _ in shares for row in encoded), key=lambda row: row[0]):

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from spin_jax import sharding
+from spin_jax.runtime import sharding
 
 KEYS = "threefry2x32"  # whatever JAX's default is: an answer is a function of seed and prompt
 

@@ -8,8 +8,9 @@ import math
 from typing import NamedTuple
 
 from spin_jax import collectives as traffic
-from spin_jax import programs, roofline, sharding
+from spin_jax import programs, roofline
 from spin_jax.footprint import Phase, Work
+from spin_jax.runtime import sharding
 from spin_jax.sample import cache_columns, prefill_rows
 from spin_jax.train import MOMENTS
 

@@ -32,7 +32,7 @@ from absl import flags
 
 from spin_jax import config as config_lib
 from spin_jax.command import fail, failed, parse, set_up_jax
-from spin_jax.interrupts import Interrupts, say
+from spin_jax.runtime.interrupts import Interrupts, say
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory or hub id.")
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id.")
@@ -131,10 +131,11 @@ def prepare(asked: Asked) -> Job:
     Raises:
         ValueError, FileNotFoundError: naming the flag, or the file and row.
     """
-    from spin_jax import convert, hosts, questions
+    from spin_jax import convert, questions
+    from spin_jax.runtime import processes
 
     if (output := asked.output) is not None:
-        hosts.by_first(lambda: check_output(output))
+        processes.by_first(lambda: check_output(output))
     model, _ = convert.describe(asked.model, _REVISION.value, dtype=_DTYPE.value)
     tasks, rows = None, []
     if asked.questions:
@@ -170,7 +171,8 @@ def check_output(path: str) -> None:
 
 def answer_questions(asked: Asked, job: Job) -> None:
     """Computes and writes."""
-    from spin_jax import files, hosts, questions
+    from spin_jax import files, questions
+    from spin_jax.runtime import processes
 
     assert asked.output is not None
     name = os.path.splitext(os.path.basename(asked.output))[0]
@@ -183,12 +185,13 @@ def answer_questions(asked: Asked, job: Job) -> None:
         seed=_SEED.value,
     )
     files.write_jsonl(asked.output, rows)
-    hosts.say(f"{asked.output}: answers of {name} to {len(rows)} questions")
+    processes.say(f"{asked.output}: answers of {name} to {len(rows)} questions")
 
 
 def run_tasks(asked: Asked, job: Job) -> None:
     """Computes, prints and writes."""
-    from spin_jax import files, harness, hosts
+    from spin_jax import files, harness
+    from spin_jax.runtime import processes
 
     began = time.perf_counter()
     results = harness.evaluate(
@@ -215,9 +218,9 @@ def run_tasks(asked: Asked, job: Job) -> None:
         "devices": f"{job.model.mesh.size} × {job.model.mesh.devices.flat[0].device_kind}",
         "versions": {name: metadata.version(name) for name in _PACKAGES},
     }
-    hosts.say(table(report))
+    processes.say(table(report))
     if asked.preset:
-        hosts.say("\n" + leaderboard(report["all"], asked.model))
+        processes.say("\n" + leaderboard(report["all"], asked.model))
     if asked.output:
         files.write_json(asked.output, report)
 
@@ -262,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         set_up_jax(config_lib.default())
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
-    from spin_jax import hosts
+    from spin_jax.runtime import processes
 
     interrupts.listen()  # JAX takes SIGTERM for itself where there are several processes
     began = False
@@ -271,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         began = True
         answer_questions(asked, job) if asked.questions else run_tasks(asked, job)
     except Exception as error:
-        return hosts.leave(error, failed(error, began))
+        return processes.leave(error, failed(error, began))
     return 0
 
 

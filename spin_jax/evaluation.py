@@ -16,7 +16,7 @@ from spin_jax.model import Params
 from spin_jax.named_loss import logps_type
 from spin_jax.opponent import BEFORE, Opponent
 from spin_jax.prepare import Prepared
-from spin_jax.sharding import free
+from spin_jax.runtime.sharding import free
 from spin_jax.train import SPIN
 
 Row = dict[str, Any]

@@ -6,10 +6,11 @@ from typing import Any
 
 from etils import epath
 
-from spin_jax import card, convert, files, hosts, hub, identity
+from spin_jax import card, convert, files, hub, identity
 from spin_jax.model import Params
 from spin_jax.opponent import BEFORE
 from spin_jax.prepare import Prepared
+from spin_jax.runtime import processes
 
 Row = dict[str, Any]
 
@@ -49,7 +50,7 @@ class Exports:
             wanted, t = self._run.config.checkpoint.best, best["iteration"]
             files.copy(self._run.folder(t) / "model", self._run.workdir / "best")
             if t != self._best:
-                hosts.say(f"best by {wanted}: iteration {t} ({best[wanted]:.4g}), in best/")
+                processes.say(f"best by {wanted}: iteration {t} ({best[wanted]:.4g}), in best/")
             self._best = t
 
     def push(self, done: Sequence[int]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from spin_jax import hosts
+from spin_jax.runtime import processes
 
 SUMS = "SHA256SUMS"
 
@@ -47,25 +47,27 @@ def exists(path: epath.PathLike) -> bool:
 
 def existing(paths: Sequence[epath.PathLike]) -> list[bool]:
     """`exists` of many."""
-    here = hosts.together(lambda: [hosts.first() and epath.Path(path).exists() for path in paths])
-    return hosts.agreed(np.array(here, bool)).tolist()
+    here = processes.together(lambda: [processes.first() and epath.Path(path).exists() for path in paths])
+    return processes.agreed(np.array(here, bool)).tolist()
 
 
 def read_agreed(path: epath.PathLike) -> Any:
     """What process 0 reads of a JSON file, in every process; None where there is no file."""
-    read = hosts.together(lambda: read_json(path) if hosts.first() and epath.Path(path).exists() else None)
-    return hosts.exchanged(read)[0]
+    read = processes.together(
+        lambda: read_json(path) if processes.first() and epath.Path(path).exists() else None
+    )
+    return processes.exchanged(read)[0]
 
 
 def write(path: epath.PathLike, data: bytes) -> None:
     """`write_here` by process 0; every process calls this, and comes back when the file is there."""
-    hosts.by_first(lambda: write_here(path, data))
+    processes.by_first(lambda: write_here(path, data))
 
 
 def remove(folder: epath.PathLike) -> None:
     """Removes a folder with all that is in it, if it is there; as `write` does."""
 
-    hosts.by_first(lambda: remove_here(folder))
+    processes.by_first(lambda: remove_here(folder))
 
 
 def remove_here(folder: epath.PathLike) -> None:
@@ -151,7 +153,7 @@ def seal(folder: epath.PathLike) -> None:
     Its first line holds the digest of the others. The processes share the reading.
     """
     folder = epath.Path(folder)
-    names = hosts.exchanged(hosts.together(lambda: _names(folder) if hosts.first() else None))[0]
+    names = processes.exchanged(processes.together(lambda: _names(folder) if processes.first() else None))[0]
     digests = _digests(folder, names)
     if unread := [name for name, digest in digests.items() if digest is None]:
         raise OSError(errno.EIO, "written, and cannot be read", str(folder / unread[0]))
@@ -175,7 +177,7 @@ def add(folder: epath.PathLike, name: str, content: bytes) -> None:
         write_here(folder / name, content)
         write_here(folder / SUMS, _sealing(dict(sorted({**recorded, name: digest}.items()))))
 
-    hosts.by_first(added)
+    processes.by_first(added)
 
 
 def _sealing(digests: Mapping[str, str | None]) -> bytes:
@@ -196,7 +198,7 @@ def check_seal(folder: epath.PathLike) -> None:
         Damaged: naming each file that is missing or is not as it was written.
     """
     folder = epath.Path(folder)
-    text = hosts.exchanged(hosts.together(lambda: _sums(folder) if hosts.first() else ""))[0]
+    text = processes.exchanged(processes.together(lambda: _sums(folder) if processes.first() else ""))[0]
     recorded = _recorded(folder, text)
     _compare(folder, recorded, _digests(folder, sorted(recorded)))
 
@@ -242,8 +244,8 @@ def _names(folder: epath.Path) -> list[str]:
 
 def _digests(folder: epath.Path, names: Sequence[str]) -> dict[str, str | None]:
     """`_digests_of`, each process reading its share."""
-    share = _digests_of(folder, [name for number, name in enumerate(names) if hosts.turn(number)])
-    return {name: found for part in hosts.exchanged(share) for name, found in part.items()}
+    share = _digests_of(folder, [name for number, name in enumerate(names) if processes.turn(number)])
+    return {name: found for part in processes.exchanged(share) for name, found in part.items()}
 
 
 def _digests_of(folder: epath.Path, names: Sequence[str]) -> dict[str, str | None]:
@@ -262,7 +264,7 @@ def _digests_of(folder: epath.Path, names: Sequence[str]) -> dict[str, str | Non
 
 def copy(source: epath.PathLike, target: epath.PathLike) -> None:
     """Copies a sealed folder, seal last; one that is there already is left alone."""
-    hosts.by_first(lambda: copy_here(source, target))
+    processes.by_first(lambda: copy_here(source, target))
 
 
 def copy_here(source: epath.PathLike, target: epath.PathLike) -> None:
@@ -289,7 +291,7 @@ def copy_here(source: epath.PathLike, target: epath.PathLike) -> None:
 
 def check_room(folder: epath.PathLike, size: float, what: str) -> None:
     """Raises NoRoom where a disk has less than `size` bytes free; of an object store nothing is known."""
-    hosts.by_first(lambda: _check_room_here(folder, size, what))
+    processes.by_first(lambda: _check_room_here(folder, size, what))
 
 
 def _check_room_here(folder: epath.PathLike, size: float, what: str) -> None:
@@ -318,7 +320,7 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
     """
     taken: list[int] = []
     try:
-        hosts.by_first(
+        processes.by_first(
             lambda: taken.append(_lock(epath.Path(workdir))) if "://" not in str(workdir) else None
         )
         yield
@@ -353,4 +355,4 @@ def sweep(folder: epath.PathLike) -> None:
                 if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
                     path.unlink(missing_ok=True)
 
-    hosts.by_first(sweep)
+    processes.by_first(sweep)

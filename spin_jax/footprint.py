@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from spin_jax import collectives as traffic
-from spin_jax import convert, files, lora, machines, named_loss, programs, roofline, sharding
+from spin_jax import convert, files, lora, machines, named_loss, programs
 from spin_jax.batches import PairBatch, RowShape, ScoredPair, pair_batches, stacked
 from spin_jax.chat import Example, Pair
-from spin_jax.config import GPU_MEMORY
 from spin_jax.draw import KEYS
 from spin_jax.model import Model, params_on, sampling_params_on
+from spin_jax.runtime import chips, sharding
+from spin_jax.runtime.chips import GPU_MEMORY
 from spin_jax.sample import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
 from spin_jax.scoring import score_rows
 from spin_jax.slots import decode, new_slots, prefill
@@ -50,8 +51,8 @@ class Work:
         return self.model.mesh.devices.flat[0].platform == "gpu"
 
     @property
-    def chip(self) -> roofline.Chip:
-        chip = roofline.chip(self.model.mesh.devices.flat[0].device_kind)
+    def chip(self) -> chips.Chip:
+        chip = chips.chip(self.model.mesh.devices.flat[0].device_kind)
         assert chip is not None
         return chip
 

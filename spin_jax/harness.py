@@ -25,13 +25,15 @@ import jax
 import numpy as np
 
 from spin_jax import config as config_lib
-from spin_jax import hosts, programs, sharding
+from spin_jax import programs
 from spin_jax.answers import BATCH_SIZE, answer, counting
-from spin_jax.batches import Group, Rows, RowShape, bucket, group_sizes, packed
+from spin_jax.batches import Group, Rows, RowShape, group_sizes, packed
 from spin_jax.chat import Ids
 from spin_jax.draw import Sampling, prompt_keys
-from spin_jax.metrics import progress
 from spin_jax.model import Decoder, Model
+from spin_jax.runtime import processes, sharding
+from spin_jax.runtime.console import progress
+from spin_jax.runtime.sharding import bucket
 from spin_jax.scoring import score_tokens
 from spin_jax.template import BadRow, Template
 
@@ -66,7 +68,7 @@ _SEEDS = {"random": 0, "numpy": 1234, "fewshot": 1234}  # the harness's own: num
 
 def check_tasks(tasks: Sequence[str], include_path: str | None = None) -> None:
     """Raises ValueError for a task, group or tag that the harness does not know, naming the nearest."""
-    hosts.together(lambda: _manager(tuple(tasks), include_path))
+    processes.together(lambda: _manager(tuple(tasks), include_path))
 
 
 def _manager(names: tuple[str, ...], include_path: str | None) -> TaskManager:
@@ -120,9 +122,9 @@ def load_tasks(
     random.seed(_SEEDS["random"])
     np.random.seed(_SEEDS["numpy"])
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
-    manager = hosts.together(lambda: _manager(tuple(names), include_path))
+    manager = processes.together(lambda: _manager(tuple(names), include_path))
     for name in dict.fromkeys(names):
-        found = hosts.together(lambda name=name: _loaded(manager, name))
+        found = processes.together(lambda name=name: _loaded(manager, name))
         wanted = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
         for task in found["tasks"].values():
             _set_fewshot(task, wanted)
@@ -194,7 +196,7 @@ def evaluate(
     """
     check_asked(tasks, model, apply_chat_template)
     if (penalty := model.generation_config.get("repetition_penalty") or 1.0) != 1.0:
-        hosts.say(f"generation_config.json has repetition_penalty={penalty}: it is not applied")
+        processes.say(f"generation_config.json has repetition_penalty={penalty}: it is not applied")
     asked = HarnessModel(model, batch_size=batch_size, seed=seed, should_stop=should_stop)
     # Its own bars, one for each task, come while requests are made: a moment, and 57 of them for MMLU.
     with mock.patch.object(lm_eval.api.task, "tqdm", lambda docs, **options: docs):

@@ -11,8 +11,8 @@ from jaxtyping import Float
 
 from spin_jax.batches import RowShape, example_group
 from spin_jax.chat import Chat, Example, Ids
-from spin_jax.config import import_function
 from spin_jax.model import Decoder, Params
+from spin_jax.runtime.user_code import import_function
 from spin_jax.scoring import score_groups
 
 Verifier = Callable[[str, str], bool]

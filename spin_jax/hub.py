@@ -12,7 +12,8 @@ from pathlib import Path
 
 from etils import epath
 
-from spin_jax import files, hosts
+from spin_jax import files
+from spin_jax.runtime import processes
 
 RECORD = "hub.json"
 
@@ -23,7 +24,7 @@ def check(repo: str) -> None:
     Raises:
         ValueError: it may not, or `repo` is no name. A hub that is out of reach is only told.
     """
-    hosts.by_first(lambda: _check(repo))
+    processes.by_first(lambda: _check(repo))
 
 
 def _check(repo: str) -> None:
@@ -42,10 +43,10 @@ def _check(repo: str) -> None:
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise ValueError(f"{key}: the hub refuses the token: {error}") from error
-        hosts.say(f"WARNING: {key}: the hub does not say whose token it is; the run goes on: {error}")
+        processes.say(f"WARNING: {key}: the hub does not say whose token it is; the run goes on: {error}")
         return
     except Exception as error:  # of whichever library stands between
-        hosts.say(f"WARNING: {key}: the hub is out of reach; the run goes on: {error}")
+        processes.say(f"WARNING: {key}: the hub is out of reach; the run goes on: {error}")
         return
     owners = [user["name"], *(group["name"] for group in user.get("orgs", []))]
     if repo.partition("/")[0] not in owners:
@@ -73,7 +74,7 @@ def push(workdir: epath.Path, repo: str, exports: Mapping[str, epath.Path], *, p
         exports: {branch: sealed folder}.
         private: of a repository that is made.
     """
-    hosts.by_first(lambda: _push(workdir / RECORD, repo, exports, private))
+    processes.by_first(lambda: _push(workdir / RECORD, repo, exports, private))
 
 
 def _push(record: epath.Path, repo: str, exports: Mapping[str, epath.Path], private: bool) -> None:
@@ -87,7 +88,7 @@ def _push(record: epath.Path, repo: str, exports: Mapping[str, epath.Path], priv
             files.check_seal_here(folder)
             _upload(repo, branch, folder, private)
         except Exception as error:  # the hub's, the network's, a disk's: the run is worth more than its copy
-            hosts.say(
+            processes.say(
                 f"\nWARNING: {folder} was not pushed to {repo} ({branch}): {type(error).__name__}: {error}\n"
                 "The run goes on, and tries again after the next iteration, at its end, and when it is "
                 "started again.\n"
@@ -95,7 +96,7 @@ def _push(record: epath.Path, repo: str, exports: Mapping[str, epath.Path], priv
             continue
         there[branch] = seal
         files.write_here(record, files.as_json(pushed))
-        hosts.say(f"pushed {folder} to https://huggingface.co/{repo}/tree/{branch}")
+        processes.say(f"pushed {folder} to https://huggingface.co/{repo}/tree/{branch}")
 
 
 def _upload(repo: str, branch: str, folder: epath.Path, private: bool) -> None:

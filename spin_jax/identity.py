@@ -19,10 +19,12 @@ from typing import Any
 
 from etils import epath
 
+import spin_jax
 from spin_jax import config as config_lib
-from spin_jax import files, hosts
+from spin_jax import files
 from spin_jax.chat import Example, Pair
 from spin_jax.model import Model
+from spin_jax.runtime import processes, secrets
 
 Identity = Mapping[str, Mapping[str, str]]
 
@@ -136,7 +138,10 @@ def _source_of(path: str) -> str:
 
 
 def _source_of_package() -> str:
-    return _digest(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    """The digest of every Python file of spin_jax, in all its packages, with its name."""
+    root = Path(spin_jax.__file__).parent
+    files = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
+    return _digest(part for name, path in files for part in (name.encode(), path.read_bytes()))
 
 
 def commit() -> str | None:
@@ -144,7 +149,7 @@ def commit() -> str | None:
 
     def git(*arguments: str) -> str:
         run = ["git", *arguments, "--", "."]
-        folder = Path(__file__).parent
+        folder = Path(spin_jax.__file__).parent
         return subprocess.run(run, cwd=folder, capture_output=True, text=True, check=True, timeout=60).stdout
 
     try:
@@ -225,7 +230,7 @@ def taken(
         record = {"config": recorded(config), **revisions, **found, "overrides": overrides}
         if record != began:
             files.write_json(path, record)
-        hosts.together(lambda: _see(path))
+        processes.together(lambda: _see(path))
         yield
 
 
@@ -237,7 +242,7 @@ def recorded(config: Any) -> dict[str, Any]:
             return {key: kept(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
             return [kept(inner) for inner in value]
-        return config_lib.redacted(value) if isinstance(value, str) else value
+        return secrets.redacted(value) if isinstance(value, str) else value
 
     return kept(config.to_dict())
 

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from spin_jax import heldout, hosts
+from spin_jax import heldout
 from spin_jax.chat import Message, Pair
-from spin_jax.config import import_function
+from spin_jax.runtime import processes
+from spin_jax.runtime.user_code import import_function
 
 Judge = Callable[[list[Message], list[str]], Sequence[float]]  # of one prompt's answers
 
@@ -46,7 +47,9 @@ def judged(pairs: Sequence[Pair], by: Judge | None) -> list[Pair]:
     """
     if by is None or all(pair.score is not None for pair in pairs):
         return list(pairs)
-    scores = hosts.exchanged(hosts.together(lambda: _scores(pairs, by) if hosts.first() else []))[0]
+    scores = processes.exchanged(processes.together(lambda: _scores(pairs, by) if processes.first() else []))[
+        0
+    ]
     return [
         pair if pair.score is not None else dataclasses.replace(pair, score=score)
         for pair, score in zip(pairs, scores, strict=True)

@@ -35,7 +35,8 @@ from ml_collections import config_flags
 
 from spin_jax import config as config_lib
 from spin_jax.command import fail, failed, parse, set_up_jax
-from spin_jax.interrupts import Interrupts, say
+from spin_jax.runtime import secrets
+from spin_jax.runtime.interrupts import Interrupts, say
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; the same one continues it.")
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     again = f"to continue: {shlex.join(['python', '-m', 'spin_jax.main', *argv[1:]])}"
 
     def quit_now(number: int) -> None:
-        say(config_lib.redacted(f"\nquit at once; {again}"))
+        say(secrets.redacted(f"\nquit at once; {again}"))
         os._exit(128 + number)
 
     interrupts = Interrupts(quit_now)
@@ -69,9 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         set_up_jax(config)
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
-    from spin_jax import hosts, selfplay, train
+    from spin_jax import selfplay, train
+    from spin_jax.runtime import processes
 
-    interrupts.speaks = hosts.first()
+    interrupts.speaks = processes.first()
     interrupts.listen()  # JAX takes SIGTERM for itself where there are several processes
     try:
         if _CHECK.value or workdir is None:
@@ -79,11 +81,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             selfplay.run(config, workdir, only=_ONLY.value, should_stop=interrupts)
     except train.Interrupted as stopped:
-        if hosts.first():
-            say(config_lib.redacted(f"\ninterrupted; {again}"))
+        if processes.first():
+            say(secrets.redacted(f"\ninterrupted; {again}"))
         return 128 + stopped.number
     except Exception as error:
-        return hosts.leave(error, failed(error, interrupts.asked, f"\n{again}"))
+        return processes.leave(error, failed(error, interrupts.asked, f"\n{again}"))
     return 0
 
 

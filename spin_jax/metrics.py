@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 import time
 import uuid
 from collections import Counter
@@ -11,9 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
-from tqdm import tqdm
 
-from spin_jax import files, hosts
+from spin_jax import files
+from spin_jax.runtime import processes
 
 Row = dict[str, Any]
 _REWRITE_S = 30  # an object store cannot append: it is sent the whole file, so often and at each summary
@@ -41,7 +40,7 @@ class Metrics:
         self.path = epath.Path(workdir) / "metrics.jsonl"
         self._rows: list[Row] = []
         self._file = self._wandb = None
-        self._speaks = hosts.first()
+        self._speaks = processes.first()
         if not self._speaks:
             return
         self._remote = "://" in str(workdir)
@@ -129,7 +128,7 @@ class Metrics:
     def count(self, phase: str, iteration: int, counted: Callable[[Row], object]) -> int:
         """How many rows of a phase are `counted`; in every process."""
         of_phase = (row for row in self._rows if (row["phase"], row["iteration"]) == (phase, iteration))
-        return int(hosts.agreed(sum(1 for row in of_phase if counted(row))))
+        return int(processes.agreed(sum(1 for row in of_phase if counted(row))))
 
     def _to_wandb(self, number: int, count: int, row: Row) -> None:
         """Logs the number-th row of the file, the count-th of its phase, unless W&B has it."""
@@ -199,27 +198,3 @@ def _finite(row: Row) -> Row:
     """A row's numbers under the names that curves have."""
     names = [name for name in row if name not in ("phase", "iteration", "step") and row[name] is not None]
     return {f"{row['phase']}/{name}": row[name] for name in names}
-
-
-def progress(description: str, total: int, done: int = 0, unit: str = "step") -> tqdm:
-    """A progress bar with rate and ETA; where no terminal looks on, a line every half minute."""
-    live = sys.stderr.isatty()
-    return tqdm(
-        desc=f"{description:<22}",
-        total=total,
-        initial=done,
-        unit=unit,
-        dynamic_ncols=live,
-        ncols=None if live else 120,
-        mininterval=0.2 if live else 30,
-        leave=True,
-        disable=not hosts.first(),
-    )
-
-
-def compact(number: float) -> str:
-    """12345 → 12.3k, for the console."""
-    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{suffix}"
-    return f"{number:.3g}"

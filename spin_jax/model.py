@@ -23,8 +23,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from spin_jax import flash_decode, sharding
-from spin_jax.attention import KEPT, Layout, attend, matmul_precision, on_cpu, plain
+from spin_jax.attention import attend, plain
+from spin_jax.kernels import flash_decode
+from spin_jax.kernels.layout import KEPT, Layout, matmul_precision, on_cpu
+from spin_jax.runtime import sharding
 
 Params = dict[str, Any]
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from spin_jax import losses, sharding
-from spin_jax.config import import_function
+from spin_jax import losses
+from spin_jax.runtime import sharding
+from spin_jax.runtime.user_code import import_function
 
 Config = Any  # the section `loss` of a resolved config: type checkers know nothing of its keys
 

@@ -17,6 +17,7 @@ from spin_jax import figures, panels
 from spin_jax.card import hub_id
 from spin_jax.figures import Curve, Panel
 from spin_jax.panels import Group
+from spin_jax.runtime import secrets
 from spin_jax.stylesheet import STYLE
 from spin_jax.table import GROUPS, IF_ANY, tasks_of
 from spin_jax.workdir import START, Run, number
@@ -44,7 +45,7 @@ _MARKS = {"iteration", "final", "stopped", "control"}
 
 
 def _text(value: Any) -> str:
-    return html.escape(config_lib.redacted(str(value)))
+    return html.escape(secrets.redacted(str(value)))
 
 
 # --- pages ---------------------------------------------------------------------------------------
@@ -414,7 +415,7 @@ def _figure(panel: Panel) -> str:
     legend = "".join(f"<li>{_swatch(curve)}{_text(curve.label)}</li>" for curve in panel.curves)
     legend = f"<ul>{legend}</ul>" if len(panel.curves) > 1 else ""
     note = f"<p>{_text(panel.note)}</p>" if panel.note else ""
-    drawing = config_lib.redacted(figures.svg(panel))
+    drawing = secrets.redacted(figures.svg(panel))
     return f"<figure><figcaption><b>{_text(panel.title)}</b>{legend}</figcaption>{drawing}{note}</figure>"
 
 

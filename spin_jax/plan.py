@@ -47,7 +47,7 @@ from spin_jax.batches import filled_tokens
 from spin_jax.command import fail, parse, set_compiler_flags
 from spin_jax.estimate import estimated_phases
 from spin_jax.footprint import CompilerFailed, Phase, Work, batches_of, compiled_phases, fits, limit, workload
-from spin_jax.metrics import compact
+from spin_jax.runtime.console import compact
 from spin_jax.train import MOMENTS
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")

@@ -22,14 +22,12 @@ from spin_jax import (
     data,
     files,
     heldout,
-    hosts,
     hub,
     identity,
     judging,
     lora,
     named_loss,
     programs,
-    sharding,
     sources,
     weights,
 )
@@ -37,9 +35,10 @@ from spin_jax.batches import RowShape
 from spin_jax.chat import Chat, Example, Lengths, Pair, asked
 from spin_jax.draw import Sampling
 from spin_jax.judging import Judge
-from spin_jax.metrics import compact
 from spin_jax.model import Decoder, Model, Params, abstract_params, count_params, init_params
 from spin_jax.official import OfficialChat
+from spin_jax.runtime import processes, sharding, user_code
+from spin_jax.runtime.console import compact
 from spin_jax.train import MOMENTS, Optimization
 
 Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
@@ -151,10 +150,10 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
     identity.check(root, config, {}, began)  # the config alone, before minutes of reading
     _check_tasks(config)
     today = config.data.today or began.get("today") or datetime.date.today().isoformat()
-    today = hosts.exchanged(today)[0]
-    read = hosts.together(lambda: _read(config, began, today))
+    today = processes.exchanged(today)[0]
+    read = processes.together(lambda: _read(config, began, today))
     _check_tasks(config, read.model)
-    hosts.check_same("config or data", lambda: _seen(config, read))
+    processes.check_same("config or data", lambda: _seen(config, read))
     model, chat, given, notes = read.model, read.chat, read.given, read.notes
     datasets = _datasets(config, read)
     examples, held_out = _distinct(datasets), _held_out(config, datasets[0])
@@ -164,7 +163,7 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
             f"{model.config.max_position_embeddings} positions"
         )
     found = identity.digests(config, model, datasets, given, read.start)
-    hosts.check_same("model, tokenizer, data or code", lambda: repr(found).encode())
+    processes.check_same("model, tokenizer, data or code", lambda: repr(found).encode())
     notes += identity.check(root, config, found, began)
     _check_given(root, read.given, began)
     prepared = Prepared(
@@ -297,7 +296,7 @@ def open_model(config: Config, began_with: str | None = None) -> tuple[Model, Ca
     if not c.tokenizer:
         raise ValueError("model.architecture needs model.tokenizer: a directory, or module:function")
     if ":" in c.tokenizer:
-        tokenizer = convert.with_chat_template(config_lib.called(c.tokenizer), template)
+        tokenizer = convert.with_chat_template(user_code.called(c.tokenizer), template)
     else:
         tokenizer = convert.load_tokenizer(c.tokenizer, template)
     model = convert.new_model(c.architecture.to_dict(), tokenizer, dtype=c.dtype)
@@ -508,7 +507,7 @@ def lengths(prepared: Prepared) -> str:
     """A table of the data's lengths in tokens, before anything is dropped or cut, against the limits."""
     unlimited: Config = ConfigDict(prepared.config).copy_and_resolve_references()
     unlimited.lengths.max_prompt = unlimited.lengths.max_length = 2**31 - 1
-    read = hosts.together(lambda: _read(unlimited, prepared.began, prepared.today))
+    read = processes.together(lambda: _read(unlimited, prepared.began, prepared.today))
     examples = _distinct(_datasets(unlimited, read))
     prompts, answers = (
         np.array([len(ids) for ids in of]) for of in zip(*((e.prompt, e.real) for e in examples), strict=True)

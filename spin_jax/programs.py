@@ -12,12 +12,13 @@ import jax
 import numpy as np
 
 from spin_jax import config as config_lib
-from spin_jax import lora, named_loss, roofline, sharding
+from spin_jax import lora, named_loss, roofline
 from spin_jax.attention import kernel_for
 from spin_jax.batches import RowShape, choose_shape, example_group, group_sizes, sizes
 from spin_jax.chat import Example, Pair
 from spin_jax.draw import Sampling
 from spin_jax.model import Decoder, Model, ModelConfig
+from spin_jax.runtime import chips, sharding
 from spin_jax.sample import cache_columns
 from spin_jax.train import SPIN, Optimization
 
@@ -114,7 +115,7 @@ def sampling_tensor(config: Config, model: Model) -> int:
     """
     if config.sampling.tensor is not None:
         return config.sampling.tensor
-    chip = roofline.chip(model.mesh.devices.flat[0].device_kind)
+    chip = chips.chip(model.mesh.devices.flat[0].device_kind)
     if chip is None:
         return 1
     heads, devices = model.config.num_key_value_heads, model.mesh.size

@@ -10,12 +10,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from spin_jax import hosts, sources
+from spin_jax import sources
 from spin_jax.answers import BATCH_SIZE, answer, counting
 from spin_jax.chat import Chat, checked_text
 from spin_jax.draw import Sampling, prompt_keys
-from spin_jax.metrics import progress
 from spin_jax.model import Model
+from spin_jax.runtime import processes
+from spin_jax.runtime.console import progress
 
 # FastChat's, by category.
 TEMPERATURES = {
@@ -105,7 +106,7 @@ def answers(
                 limits = {i: min(max_new_tokens, most - len(prompt)) for i, prompt in prompts.items()}
                 chosen = [i for i in prompts if limits[i] > 0]
                 for i in prompts.keys() - set(chosen):
-                    hosts.say(
+                    processes.say(
                         f"question {questions[i].id}, turn {turn + 1}: no room for an answer: it is empty"
                     )
                     said[i].append("")

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from spin_jax import sharding
 from spin_jax.attention import kernel_for
-from spin_jax.batches import bucket, round_up
 from spin_jax.chat import Chat, Ids, Message
 from spin_jax.draw import KEYS, Sampling, prompt_keys
 from spin_jax.model import Decoder, Model, ModelConfig, Params, sampling_params
+from spin_jax.runtime import sharding
+from spin_jax.runtime.sharding import bucket, round_up
 from spin_jax.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widened
 
 DECODE_STEPS = 8  # tokens between two looks at which slots are done

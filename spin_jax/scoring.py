@@ -12,11 +12,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from spin_jax import sharding
-from spin_jax.attention import Layout
-from spin_jax.batches import Group, Rows, RowShape, bucket, packed, round_up
+from spin_jax.batches import Group, Rows, RowShape, packed
 from spin_jax.chat import Chat, Message
+from spin_jax.kernels.layout import Layout
 from spin_jax.model import Decoder, Head, Model, Params, forward, output_head, project
+from spin_jax.runtime import sharding
+from spin_jax.runtime.sharding import bucket, round_up
 
 _CHUNK_LOGITS = 2**25  # float32: 128 MiB, or 1,024 tokens of a vocabulary of 32,768
 _FEW_LOGITS = 2**21  # 8 MiB: not worth a loop

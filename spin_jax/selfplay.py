@@ -18,16 +18,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import (
-    checkpoint,
-    files,
-    hosts,
-    identity,
-    interrupts,
-    lora,
-    programs,
-    sharding,
-)
+from spin_jax import checkpoint, files, identity, lora, programs
 from spin_jax import config as config_lib
 from spin_jax.batches import (
     PairBatch,
@@ -44,10 +35,12 @@ from spin_jax.batches import (
 from spin_jax.chat import Example
 from spin_jax.evaluation import Evaluation
 from spin_jax.exports import Exports
-from spin_jax.metrics import Metrics, compact, progress
+from spin_jax.metrics import Metrics
 from spin_jax.model import Params, params_on
 from spin_jax.opponent import BEFORE, OPPONENT, START, Opponent
 from spin_jax.prepare import Prepared, lengths, plan, prepare, take
+from spin_jax.runtime import interrupts, processes, sharding
+from spin_jax.runtime.console import compact, progress
 from spin_jax.summary import Summary
 from spin_jax.train import (
     SFT,
@@ -99,12 +92,12 @@ def run(
     with contextlib.ExitStack() as stack:
         stop = should_stop or stack.enter_context(interrupts.listening())
         resolved = config_lib.resolve(config)
-        hosts.say(f"{config_lib.tree(resolved)}\n")
+        processes.say(f"{config_lib.tree(resolved)}\n")
         prepared = prepare(resolved, workdir)
         stack.enter_context(take(prepared))
-        play = SelfPlay(prepared, lambda: hosts.most(stop()))
+        play = SelfPlay(prepared, lambda: processes.most(stop()))
         stack.callback(play.metrics.close)
-        hosts.say(plan(play.run, sum(map(play.finished, play.run.iterations))))
+        processes.say(plan(play.run, sum(map(play.finished, play.run.iterations))))
 
         params, spent = play.start(), ""
         play.hand_out()  # what failed before
@@ -144,11 +137,13 @@ def check(config: Mapping[str, Any] | ConfigDict, workdir: str | None = None) ->
         ValueError, FileNotFoundError: what `run` would.
     """
     resolved = config_lib.resolve(config)
-    hosts.say(f"{config_lib.tree(resolved, everything=True)}\n")
+    processes.say(f"{config_lib.tree(resolved, everything=True)}\n")
     prepared = prepare(resolved, workdir)
     lines = plan(prepared, 0).splitlines()
     shown = [line for line in lines if workdir or not line.startswith(("workdir", "disk"))]
-    hosts.say("\n".join([*shown, "", lengths(prepared), "", "everything that can be checked is in order"]))
+    processes.say(
+        "\n".join([*shown, "", lengths(prepared), "", "everything that can be checked is in order"])
+    )
 
 
 @dataclasses.dataclass
@@ -176,7 +171,7 @@ class SelfPlay:
         logging = run.config.logging
         self.run = run
         self.should_stop = should_stop
-        self.metrics = hosts.together(
+        self.metrics = processes.together(
             lambda: Metrics(
                 run.workdir,
                 tensorboard=logging.tensorboard,
@@ -240,7 +235,9 @@ class SelfPlay:
             try:
                 params = checkpoint.restore(path, like)
             except files.Damaged as error:
-                hosts.say(f"\nWARNING: {error}\nIt is made again, from the last good checkpoint before it.\n")
+                processes.say(
+                    f"\nWARNING: {error}\nIt is made again, from the last good checkpoint before it.\n"
+                )
         if params is None:
             files.check_room(path, checkpoint.size(like), f"the checkpoint {path}")
             params = make()

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from spin_jax import sharding
-from spin_jax.attention import Layout
 from spin_jax.draw import KEYS, Sampling, draw
+from spin_jax.kernels.layout import Layout
 from spin_jax.model import Cache, Decoder, Params, forward, new_cache, output_head, project
+from spin_jax.runtime import sharding
 
 NO_TOKEN = -1
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin_jax.config import called
+from spin_jax.runtime.user_code import called
 
 
 def load_rows(

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from spin_jax import figures, files, heldout, hosts, panels, table
+from spin_jax import figures, files, heldout, panels, table
 from spin_jax.metrics import Metrics
 from spin_jax.prepare import Prepared
+from spin_jax.runtime import processes
 
 Row = dict[str, Any]
 
@@ -27,7 +28,10 @@ class Summary:
         return [row for row in self.rows if row["iteration"] >= 0]
 
     def add(self, row: Row, step: int) -> None:
-        row, t = hosts.exchanged(row)[0], row["iteration"]  # what follows from it follows in every process
+        row, t = (
+            processes.exchanged(row)[0],
+            row["iteration"],
+        )  # what follows from it follows in every process
         self._forget_conclusion()
         values = {k: float(v) for k, v in row.items() if k != "iteration"}
         self._metrics.rewind("eval", t)
@@ -78,13 +82,13 @@ class Summary:
         if why := spent or self.stops_early():
             made[-1]["stopped"] = why
             more = "" if spent else "; more patience goes on"
-            hosts.say(f"\nstopped after iteration {made[-1]['iteration']}: {why}{more}")
+            processes.say(f"\nstopped after iteration {made[-1]['iteration']}: {why}{more}")
         best = self.best()
         final = best or made[-1]
         final["final"] = True
         self.write()
         folder = self._run.workdir / "best" if best else self._run.folder(final["iteration"]) / "model"
-        hosts.say(f"\nfinal model: iteration {final['iteration']}, in {folder}")
+        processes.say(f"\nfinal model: iteration {final['iteration']}, in {folder}")
 
     def _forget_conclusion(self) -> None:
         for row in self.rows:
@@ -93,7 +97,7 @@ class Summary:
 
     def report(self) -> None:
         """Prints the table; draws summary.png."""
-        hosts.say(f"\n{table.table(self.rows)}\n")
+        processes.say(f"\n{table.table(self.rows)}\n")
         if self._run.config.logging.plot:
             files.write(self._run.workdir / "summary.png", figures.grid(panels.of_iterations(self.rows)))
-        hosts.say(f"models, metrics and pairs are in {self._run.workdir}")
+        processes.say(f"models, metrics and pairs are in {self._run.workdir}")

@@ -23,7 +23,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from spin_jax import convert, sharding, tiny
+from spin_jax import convert, tiny
+from spin_jax.runtime import sharding
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

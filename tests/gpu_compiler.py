@@ -13,7 +13,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from spin_jax import sharding
+from spin_jax.runtime import sharding
 
 # What XLA asks of a card before it compiles for it (protobuf text, `GpuTargetConfigProto`).
 _H200 = """

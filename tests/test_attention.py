@@ -14,11 +14,13 @@ import pytest
 from jax.interpreters import partial_eval
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from spin_jax import attention, named_loss, programs, sharding
+from spin_jax import attention, named_loss, programs
 from spin_jax import config as spin_config
-from spin_jax.attention import Layout, attend, kernel_for, visible
+from spin_jax.attention import attend, kernel_for, visible
 from spin_jax.batches import Group, PairBatch, Rows, RowShape, packed
+from spin_jax.kernels.layout import Layout
 from spin_jax.model import Decoder, ModelConfig, abstract_params, params_on
+from spin_jax.runtime import sharding
 from spin_jax.scoring import response_logps
 from spin_jax.train import SPIN, TrainState, make_optimizer, make_step
 

@@ -16,6 +16,7 @@ import pytest
 
 from spin_jax import config as config_lib
 from spin_jax import convert, files, heldout, named_loss, prepare, programs, tiny
+from spin_jax.runtime import user_code
 
 ROOT = pathlib.Path(__file__).parents[1]
 INDEX = "model.safetensors.index.json"
@@ -260,7 +261,7 @@ def test_functions_that_are_none(text, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", [":f", "..x:f", "a:", ":"])
 def test_functions_without_a_name(path):
     with pytest.raises(ValueError, match=f"'{path}' cannot be imported"):
-        config_lib.import_function(path)
+        user_code.import_function(path)
 
 
 # --- architectures -------------------------------------------------------------------------------

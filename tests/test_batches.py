@@ -23,6 +23,7 @@ from spin_jax.batches import (
 )
 from spin_jax.chat import Example, Lengths, Pair
 from spin_jax.official import OfficialChat
+from spin_jax.runtime import sharding
 
 
 def ids(*values):
@@ -418,9 +419,9 @@ def test_official_pairs_fit(seed, tiny_model):
 
 
 def test_buckets():
-    found = sorted({batches.bucket(n) for n in range(1, 1025)})
+    found = sorted({sharding.bucket(n) for n in range(1, 1025)})
     assert found == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
-    assert all(batches.bucket(n) >= n for n in range(1, 5000))
+    assert all(sharding.bucket(n) >= n for n in range(1, 5000))
 
 
 def test_order_is_a_function_of_seed_and_step():

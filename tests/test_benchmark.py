@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from spin_jax import convert, machines, programs, roofline
-from spin_jax.attention import Layout
+from spin_jax.kernels.layout import Layout
 from spin_jax.model import Decoder, abstract_params, forward, output_head, project
+from spin_jax.runtime import chips
 
 ROOT = Path(__file__).parents[1]
 
@@ -167,7 +168,7 @@ def dots(jaxpr, times=1):
 
 def test_decode_roofline(mistral_7b):
     """Few answers: the weights are read. Very many: they are multiplied. The cache is read besides."""
-    h200 = roofline.chip("NVIDIA H200")
+    h200 = chips.chip("NVIDIA H200")
     weights, cache = 7.11e9 * 2 / 4.8e12, 128 * 1024 * 330 / 4.8e12
     assert roofline.decode_step_s(mistral_7b, h200, 64, 330, 2) == pytest.approx(
         weights + 64 * cache, rel=1e-2
@@ -191,7 +192,7 @@ def test_decode_roofline(mistral_7b):
     ],
 )
 def test_chips(kind, flops):
-    assert roofline.chip(kind).flops == flops
+    assert chips.chip(kind).flops == flops
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_chips(kind, flops):
 )
 def test_unknown_chips(kind):
     """A name that only begins like a known one's is none: its peak would be another's."""
-    assert roofline.chip(kind) is None
+    assert chips.chip(kind) is None
 
 
 def test_tpus_have_the_names_that_jax_knows():
@@ -207,7 +208,7 @@ def test_tpus_have_the_names_that_jax_knows():
     from jax._src.pallas.mosaic import tpu_info  # JAX's own table
 
     by_version = {}
-    for kind, chip in roofline.CHIPS.items():
+    for kind, chip in chips.CHIPS.items():
         if kind.startswith("TPU"):
             version = tpu_info.chip_version_from_device_kind(kind)
             assert version is not None, kind
@@ -217,11 +218,11 @@ def test_tpus_have_the_names_that_jax_knows():
 
 def test_an_unknown_accelerator_is_told():
     """The number would be wrong; that there is none, and why, is said once. A CPU is asked for no peak."""
-    said = roofline.unknown_peak(machines.Device("TPU v99", "tpu"))
+    said = chips.unknown_peak(machines.Device("TPU v99", "tpu"))
     assert "'TPU v99'" in said
     assert "MFU" in said
-    assert roofline.unknown_peak(machines.Device("TPU v5 lite", "tpu")) == ""
-    assert roofline.unknown_peak(machines.Device("cpu", "cpu")) == ""
+    assert chips.unknown_peak(machines.Device("TPU v5 lite", "tpu")) == ""
+    assert chips.unknown_peak(machines.Device("cpu", "cpu")) == ""
 
 
 def test_expected_pairs_have_the_lengths_asked_for():

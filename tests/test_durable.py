@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import spin_jax
-from spin_jax import checkpoint, command, config, convert, files, hosts, identity, interrupts, metrics, train
+from spin_jax import checkpoint, command, config, convert, files, identity, metrics, train
 from spin_jax import tiny as tiny_world
+from spin_jax.runtime import interrupts, processes, secrets
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -474,10 +475,10 @@ with files.held({str(finished)!r}):
 def test_secrets_stay_out_of_what_is_written(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     text = "hf_abcdefghijklmnop https://me:geheim@host/x 0123456789abcdef sk-aaaabbbbccccddddeeee hf_x"
-    assert config.redacted(text) == "[secret] https://[secret]@host/x [WANDB_API_KEY] [secret] hf_x"
+    assert secrets.redacted(text) == "[secret] https://[secret]@host/x [WANDB_API_KEY] [secret] hf_x"
     c = config.resolve(tiny(data={"revision": "hf_abcdefghijklmnop"}))
     assert identity.recorded(c)["data"]["revision"] == "[secret]"
-    hosts.say("token 0123456789abcdef")
+    processes.say("token 0123456789abcdef")
     command.fail("bad token 0123456789abcdef")
     assert "0123456789abcdef" not in "".join(capfd.readouterr())
 

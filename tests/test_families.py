@@ -16,8 +16,8 @@ import pytest
 from conftest import LLAMA3
 
 from spin_jax import convert, families
-from spin_jax.attention import Layout
 from spin_jax.draw import Sampling, prompt_keys
+from spin_jax.kernels.layout import Layout
 from spin_jax.model import Decoder, forward, sampling_params
 from spin_jax.sample import answer_prompts
 from spin_jax.scoring import logits

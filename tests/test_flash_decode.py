@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import flash_decode
-from spin_jax.attention import Layout, plain
+from spin_jax.attention import plain
+from spin_jax.kernels import flash_decode
+from spin_jax.kernels.layout import Layout
 from spin_jax.model import ring_layout
 
 CASES = {

@@ -75,7 +75,7 @@ def test_attention(rows, kernel):
 
 
 def test_attention_is_compared_and_tuned(rows):
-    from spin_jax import flash
+    from spin_jax.kernels import flash
 
     (reference,) = rows("attention", what="right?", kernel="plain", dtype="float32")
     assert reference["off"] < 1e-6  # against float64

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from spin_jax import hosts
+from spin_jax.runtime import processes as hosts
 
 RUN = [
     "--config=configs/tiny.py:smoke",

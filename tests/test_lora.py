@@ -11,7 +11,7 @@ from conftest import SMALL
 
 import spin_jax
 from spin_jax import config, convert, footprint, lora, plan, tiny
-from spin_jax.attention import Layout
+from spin_jax.kernels.layout import Layout
 from spin_jax.model import Decoder, forward, output_head, params_on, project
 
 RANK, SCALE = 3, 0.7

@@ -15,9 +15,9 @@ from conftest import LLAMA3
 from jax.sharding import NamedSharding, PartitionSpec
 
 import spin_jax
-from spin_jax import convert, sharding
+from spin_jax import convert
 from spin_jax import model as model_lib
-from spin_jax.attention import Layout
+from spin_jax.kernels.layout import Layout
 from spin_jax.model import (
     Decoder,
     Model,
@@ -35,6 +35,7 @@ from spin_jax.model import (
     sampling_params,
     sampling_params_on,
 )
+from spin_jax.runtime import sharding
 
 # float32 on both sides, sums in other orders: logits of size ~8 are seen to differ by 4e-5 at most.
 PARITY = 1e-4

@@ -9,6 +9,7 @@ import pytest
 
 from spin_jax import config, losses, named_loss, selfplay
 from spin_jax.losses import PairLogps
+from spin_jax.runtime import user_code
 
 
 def section(**keys):
@@ -28,7 +29,7 @@ def written(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         if not keep:
             monkeypatch.delitem(sys.modules, name, raising=False)
-            monkeypatch.setattr(config, "_SOURCES", {})
+            monkeypatch.setattr(user_code, "_SOURCES", {})
         return f"{name}:loss"
 
     return write

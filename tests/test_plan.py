@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from spin_jax import collectives, config, estimate, footprint, machines, plan, programs, roofline
+from spin_jax import collectives, config, estimate, footprint, machines, plan, programs
 from spin_jax.collectives import Collective
+from spin_jax.runtime import chips
 
 # Mistral's shape, small enough to be compiled in half a minute, large enough that weights exceed a MiB.
 SMALL = {
@@ -305,7 +306,7 @@ def test_tpus_are_what_libtpu_says(topology, devices):
 def test_each_machine_has_a_chip():
     """Whose memory is that of the description which is compiled for, to half a percent."""
     for family in machines.FAMILIES.values():
-        chip = roofline.chip(family.device_kind)
+        chip = chips.chip(family.device_kind)
         assert chip
         assert not family.gpu or chip.memory == pytest.approx(family.gpu.memory, rel=5e-3)
 

@@ -15,11 +15,11 @@ from safetensors import numpy as safetensors_numpy
 from scipy import stats
 
 import spin_jax
-from spin_jax import convert, files, sample, sharding
+from spin_jax import convert, files, sample
 from spin_jax import slots as slots_lib
-from spin_jax.attention import Layout
 from spin_jax.chat import Chat
 from spin_jax.draw import Sampling, draw, prompt_keys, truncate_logits
+from spin_jax.kernels.layout import Layout
 from spin_jax.model import (
     Decoder,
     Model,
@@ -31,6 +31,7 @@ from spin_jax.model import (
     project,
     sampling_params,
 )
+from spin_jax.runtime import sharding
 from spin_jax.sample import answer_prompts
 
 # Prompts of 11 to 20 tokens, three more than characters: two of them are read at a time, padded to 16 or 24.

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from spin_jax import config, programs, sharding
+from spin_jax import config, programs
+from spin_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,11 @@ from measuring import attempt, on_gpu
 from workload import SMALL, set_up
 
 from spin_jax import config as config_lib
-from spin_jax import convert, named_loss, programs, sharding
-from spin_jax.attention import Layout
-from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, round_up, stacked
+from spin_jax import convert, named_loss, programs
+from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, stacked
 from spin_jax.chat import Pair
 from spin_jax.draw import Sampling, draw, prompt_keys
+from spin_jax.kernels.layout import Layout
 from spin_jax.model import (
     Decoder,
     ModelConfig,
@@ -30,6 +30,8 @@ from spin_jax.model import (
     project,
     sampling_params,
 )
+from spin_jax.runtime import sharding
+from spin_jax.runtime.sharding import round_up
 from spin_jax.sample import answer_prompts
 from spin_jax.scoring import response_logps, score_groups
 from spin_jax.train import SPIN, init_state, make_step

@@ -16,10 +16,13 @@ from measuring import attempt, memory, on_gpu, timed
 from tracing import traced
 from workload import prepared, recipe, set_up
 
-from spin_jax import flash_decode, programs, roofline, sharding
-from spin_jax.attention import Layout, plain
+from spin_jax import programs, roofline
+from spin_jax.attention import plain
 from spin_jax.draw import KEYS, Sampling, draw
+from spin_jax.kernels import flash_decode
+from spin_jax.kernels.layout import Layout
 from spin_jax.model import Decoder, ModelConfig, sampling_params_on
+from spin_jax.runtime import chips, sharding
 from spin_jax.sample import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
 from spin_jax.slots import Slots, decode, new_slots, prefill
 
@@ -39,7 +42,7 @@ class Work(NamedTuple):
     context: int  # tokens behind each slot: a prompt, and half of an answer
     columns: int
     how: dict[str, Any]  # the options of `prefill` and `decode`
-    chip: roofline.Chip | None
+    chip: chips.Chip | None
 
 
 def run(dry: bool, short: bool, slots: list[int], trace: bool = False, extras: bool = False) -> None:
@@ -86,7 +89,7 @@ def _prepare(config: Any) -> Work:
         prompt + answer // 2,
         cache_columns(model.config, prompt + config.sampling.max_new_tokens),
         {"sampling": dataclasses.replace(programs.sampling(config), max_new_tokens=1), "stop_tokens": ()},
-        roofline.chip(jax.devices()[0].device_kind),
+        chips.chip(jax.devices()[0].device_kind),
     )
 
 

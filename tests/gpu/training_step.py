@@ -10,9 +10,10 @@ from measuring import attempt, memory
 from tracing import traced
 from workload import prepared, recipe, set_up
 
-from spin_jax import programs, roofline, sharding
+from spin_jax import programs, roofline
 from spin_jax.batches import PairBatch, RowShape, ScoredPair, filled_tokens, pair_batches, stacked
 from spin_jax.model import Model, count_params, init_params
+from spin_jax.runtime import chips, sharding
 from spin_jax.train import init_state, make_step
 
 TARGET_MFU = 0.45  # of the 7B step, counting real tokens
@@ -125,7 +126,7 @@ def _rates(work: Work, times: tuple[float, ...], arch: str) -> dict[str, Any]:
     computed = sum(used) * work.shape.rows * work.shape.length
     flops = sum(3 * roofline.rows_flops(work.model.config, batch.rows) for batch in timed)
     rate = flops / sum(times) / work.model.mesh.size
-    chip = roofline.chip(jax.devices()[0].device_kind)
+    chip = chips.chip(jax.devices()[0].device_kind)
     mfu = rate / chip.flops if chip else None
     found = {
         "microbatches": used,

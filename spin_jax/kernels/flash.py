@@ -36,7 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pallas_triton
 from jaxtyping import Array, Bool, Float, Int
 
-from spin_jax.attention import KEPT, Layout, matmul_precision
+from spin_jax.kernels.layout import KEPT, Layout, matmul_precision
 
 _LOG2E = math.log2(math.e)  # GPUs have an instruction for 2^x
 _UNSEEN = -1e30  # the score of a key that a query does not see, and

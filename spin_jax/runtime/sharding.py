@@ -348,3 +348,16 @@ def free(tree: Any) -> None:
     for leaf in jax.tree.leaves(tree):
         if not leaf.is_deleted():
             leaf.delete()
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up to 16, 24, 32, 48, 64, 96, …: few shapes, at most half of one wasted."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not less than n."""
+    return -(-n // multiple) * multiple

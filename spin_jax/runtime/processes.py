@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spin_jax.config import redacted
+from spin_jax.runtime.secrets import redacted
 
 Made = TypeVar("Made")
 

@@ -1,0 +1,1 @@
+"""What a run needs of the machine: meshes, processes, signals, the terminal, users' functions."""

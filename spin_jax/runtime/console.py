@@ -1,0 +1,31 @@
+"""What the terminal shows: progress bars and numbers in short."""
+
+import sys
+
+from tqdm import tqdm
+
+from spin_jax.runtime import processes
+
+
+def progress(description: str, total: int, done: int = 0, unit: str = "step") -> tqdm:
+    """A progress bar with rate and ETA; where no terminal looks on, a line every half minute."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        desc=f"{description:<22}",
+        total=total,
+        initial=done,
+        unit=unit,
+        dynamic_ncols=live,
+        ncols=None if live else 120,
+        mininterval=0.2 if live else 30,
+        leave=True,
+        disable=not processes.first(),
+    )
+
+
+def compact(number: float) -> str:
+    """12345 → 12.3k, for the console."""
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}"
