@@ -122,8 +122,9 @@ def failed(error: Exception, began: bool, again: str = "") -> int:
 
     Before the work `began`, it is the input that is bad.
     """
-    from spin_jax import files, judging, opponent, selfplay, train
+    from spin_jax import judging, opponent, selfplay, train
     from spin_jax.runtime import processes
+    from spin_jax.storage import files
 
     if isinstance(error, processes.OtherFailed):
         return fail(str(error), error.code)

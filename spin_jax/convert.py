@@ -21,11 +21,12 @@ import numpy as np
 from etils import epath
 from safetensors import numpy as safetensors_numpy
 
-from spin_jax import files, weights
+from spin_jax import weights
 from spin_jax.config import nearest
 from spin_jax.families import FAMILIES, TRANSFORMERS_4, Tensor, family, model_config
 from spin_jax.model import Model, ModelConfig, Params, abstract_params, check_constants
 from spin_jax.runtime import processes, sharding
+from spin_jax.storage import files, seals
 
 # --- configs -------------------------------------------------------------------------------------
 
@@ -195,7 +196,7 @@ def load_params(
     Raises:
         ValueError, FileNotFoundError: everything that is missing, damaged or misshapen, in one message.
     """
-    files.check_seal_here(directory)
+    seals.check_seal_here(directory)
     abstract = abstract_params(config)
     flat = _flatten(sharding.unboxed(abstract))
     layouts = _flatten(sharding.parameter_shardings(mesh, abstract))
@@ -575,4 +576,4 @@ def save(
     _save_tokenizer(model.tokenizer, directory)
     files.write_json(directory / "generation_config.json", _export_generation(model))
     files.write_json(directory / "config.json", _export_config(model, dtype or model.params["embed"].dtype))
-    files.seal(directory)
+    seals.seal(directory)

@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from spin_jax import files, sources
+from spin_jax import sources
 from spin_jax.chat import BadRow, Chat, EmptyAnswer, Example, Message, Pair, asked, checked, checked_text
 from spin_jax.losses import PAIR
 from spin_jax.runtime import processes
+from spin_jax.storage import files
 
 PROMPT_ANSWER_COLUMNS = (
     ("question", "answer"),

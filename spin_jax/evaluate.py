@@ -156,7 +156,7 @@ def check_output(path: str) -> None:
     """Raises ValueError where no file can be written there."""
     from etils import epath
 
-    from spin_jax import files
+    from spin_jax.storage import files
 
     target = epath.Path(path)
     try:
@@ -171,8 +171,9 @@ def check_output(path: str) -> None:
 
 def answer_questions(asked: Asked, job: Job) -> None:
     """Computes and writes."""
-    from spin_jax import files, questions
+    from spin_jax import questions
     from spin_jax.runtime import processes
+    from spin_jax.storage import files
 
     assert asked.output is not None
     name = os.path.splitext(os.path.basename(asked.output))[0]
@@ -190,8 +191,9 @@ def answer_questions(asked: Asked, job: Job) -> None:
 
 def run_tasks(asked: Asked, job: Job) -> None:
     """Computes, prints and writes."""
-    from spin_jax import files, harness
+    from spin_jax import harness
     from spin_jax.runtime import processes
+    from spin_jax.storage import files
 
     began = time.perf_counter()
     results = harness.evaluate(

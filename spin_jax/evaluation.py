@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from spin_jax import config as config_lib
-from spin_jax import data, files, heldout
+from spin_jax import data, heldout
 from spin_jax.batches import Group, pair_group
 from spin_jax.chat import Ids
 from spin_jax.draw import Sampling
@@ -17,6 +17,7 @@ from spin_jax.named_loss import logps_type
 from spin_jax.opponent import BEFORE, Opponent
 from spin_jax.prepare import Prepared
 from spin_jax.runtime.sharding import free
+from spin_jax.storage import files
 from spin_jax.train import SPIN
 
 Row = dict[str, Any]

@@ -6,11 +6,12 @@ from typing import Any
 
 from etils import epath
 
-from spin_jax import card, convert, files, hub, identity
+from spin_jax import card, convert, identity
 from spin_jax.model import Params
 from spin_jax.opponent import BEFORE
 from spin_jax.prepare import Prepared
 from spin_jax.runtime import processes
+from spin_jax.storage import hub, seals
 
 Row = dict[str, Any]
 
@@ -24,7 +25,7 @@ class Exports:
         self._best: int | None = None  # the iteration that was told last
 
     def save(self, folder: epath.Path, params: Params) -> None:
-        if not files.sealed(folder / "model"):
+        if not seals.sealed(folder / "model"):
             model = dataclasses.replace(self._run.model, params=params)
             convert.save(model, folder / "model", dtype=model.dtype, on_tensor=self._stop_here)
 
@@ -42,13 +43,13 @@ class Exports:
             license=card.stated_license(hub.readme(run.config.model.path, run.model.revision)),
             **run.identity,
         )
-        files.add(folder / "model", "README.md", card.card(facts).encode())
+        seals.add(folder / "model", "README.md", card.card(facts).encode())
 
     def keep_best(self, best: Row | None) -> None:
         """Copies the model of the best iteration so far to best/."""
-        if best and files.sealed(self._run.folder(best["iteration"]) / "model"):  # not removed since
+        if best and seals.sealed(self._run.folder(best["iteration"]) / "model"):  # not removed since
             wanted, t = self._run.config.checkpoint.best, best["iteration"]
-            files.copy(self._run.folder(t) / "model", self._run.workdir / "best")
+            seals.copy(self._run.folder(t) / "model", self._run.workdir / "best")
             if t != self._best:
                 processes.say(f"best by {wanted}: iteration {t} ({best[wanted]:.4g}), in best/")
             self._best = t
@@ -68,5 +69,5 @@ class Exports:
             exports["main"] = run.workdir / "best"
         elif done:
             exports["main"] = run.folder(done[-1]) / "model"
-        whole = {branch: folder for branch, folder in exports.items() if files.sealed(folder)}
+        whole = {branch: folder for branch, folder in exports.items() if seals.sealed(folder)}
         hub.push(run.workdir, c.export.push_to, whole, private=c.export.private)

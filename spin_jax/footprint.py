@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spin_jax import collectives as traffic
-from spin_jax import convert, files, lora, machines, named_loss, programs
+from spin_jax import convert, lora, machines, named_loss, programs
 from spin_jax.batches import PairBatch, RowShape, ScoredPair, pair_batches, stacked
 from spin_jax.chat import Example, Pair
 from spin_jax.draw import KEYS
@@ -26,6 +26,7 @@ from spin_jax.runtime.chips import GPU_MEMORY
 from spin_jax.sample import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
 from spin_jax.scoring import score_rows
 from spin_jax.slots import decode, new_slots, prefill
+from spin_jax.storage import files
 from spin_jax.train import abstract_state, make_step
 
 _GIB = 2.0**30

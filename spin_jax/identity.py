@@ -21,10 +21,10 @@ from etils import epath
 
 import spin_jax
 from spin_jax import config as config_lib
-from spin_jax import files
 from spin_jax.chat import Example, Pair
 from spin_jax.model import Model
 from spin_jax.runtime import processes, secrets
+from spin_jax.storage import files
 
 Identity = Mapping[str, Mapping[str, str]]
 
@@ -140,8 +140,8 @@ def _source_of(path: str) -> str:
 def _source_of_package() -> str:
     """The digest of every Python file of spin_jax, in all its packages, with its name."""
     root = Path(spin_jax.__file__).parent
-    files = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
-    return _digest(part for name, path in files for part in (name.encode(), path.read_bytes()))
+    sources = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
+    return _digest(part for name, path in sources for part in (name.encode(), path.read_bytes()))
 
 
 def commit() -> str | None:

@@ -14,18 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from spin_jax import data, files, judging, programs
+from spin_jax import data, judging, programs
 from spin_jax.batches import Group, ScoredPair, group_sizes, pair_group
 from spin_jax.chat import Example, Ids, Pair, asked
 from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.judging import judged
-from spin_jax.metrics import Metrics
 from spin_jax.model import Params, sampling_params
 from spin_jax.prepare import Prepared
 from spin_jax.runtime.console import compact, progress
 from spin_jax.runtime.sharding import bucket
 from spin_jax.sample import answer_prompts
 from spin_jax.scoring import score_groups
+from spin_jax.storage import files
+from spin_jax.storage.metrics import Metrics
 from spin_jax.train import Interrupted
 
 BEFORE = -1  # the iteration number of the start

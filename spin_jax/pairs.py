@@ -49,7 +49,8 @@ def export(workdir: str, iteration: int, output: str) -> list[str]:
     """
     from etils import epath
 
-    from spin_jax import data, files
+    from spin_jax import data
+    from spin_jax.storage import files
 
     whole = re.search(r"\.(parquet|jsonl)$", output)
     said = []
@@ -104,8 +105,8 @@ def write_prompts(workdir: str, output: str, iteration: int | None = None) -> st
     Raises:
         ValueError, FileNotFoundError: the model that is to answer is not there yet, or answers are.
     """
-    from spin_jax import files
     from spin_jax.prepare import prepare
+    from spin_jax.storage import files
 
     prepared = prepare(_config_of(workdir), workdir)
     done = [row["iteration"] for row in files.read_agreed(prepared.workdir / "summary.json") or []]
@@ -127,7 +128,7 @@ def _config_of(workdir: str) -> Any:
     """The config that a run has, for any machine."""
     from etils import epath
 
-    from spin_jax import files
+    from spin_jax.storage import files
 
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
@@ -140,13 +141,13 @@ def _config_of(workdir: str) -> Any:
 
 def _opponent(prepared: Any, t: int) -> str:
     """Where the model is that answers in iteration t."""
-    from spin_jax import files
+    from spin_jax.storage import seals
 
     c = prepared.config
     if t == c.selfplay.start and c.model.path and not c.sft.epochs:
         return c.model.path
     folder = prepared.folder(t - 1 if t > c.selfplay.start else -1) / "model"
-    if not files.sealed(folder):
+    if not seals.sealed(folder):
         raise FileNotFoundError(
             f"{folder}, which is to answer in iteration {t}, is not there yet: the run ends with it by "
             f"--config.selfplay.iterations={t}"

@@ -17,20 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax import (
-    convert,
-    data,
-    files,
-    heldout,
-    hub,
-    identity,
-    judging,
-    lora,
-    named_loss,
-    programs,
-    sources,
-    weights,
-)
+from spin_jax import convert, data, heldout, identity, judging, lora, named_loss, programs, sources, weights
 from spin_jax.batches import RowShape
 from spin_jax.chat import Chat, Example, Lengths, Pair, asked
 from spin_jax.draw import Sampling
@@ -39,6 +26,7 @@ from spin_jax.model import Decoder, Model, Params, abstract_params, count_params
 from spin_jax.official import OfficialChat
 from spin_jax.runtime import processes, sharding, user_code
 from spin_jax.runtime.console import compact
+from spin_jax.storage import files, hub
 from spin_jax.train import MOMENTS, Optimization
 
 Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys

@@ -51,7 +51,8 @@ def write(workdirs: Sequence[str], output: str, png: str | None = None) -> list[
     """
     from etils import epath
 
-    from spin_jax import figures, files, page, workdir
+    from spin_jax import figures, page, workdir
+    from spin_jax.storage import files
 
     runs = dict(zip(names(workdirs), map(workdir.read, workdirs), strict=True))
     if len(runs) == 1:

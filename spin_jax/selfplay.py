@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from spin_jax import checkpoint, files, identity, lora, programs
 from spin_jax import config as config_lib
+from spin_jax import identity, lora, programs
 from spin_jax.batches import (
     PairBatch,
     Rows,
@@ -35,12 +35,14 @@ from spin_jax.batches import (
 from spin_jax.chat import Example
 from spin_jax.evaluation import Evaluation
 from spin_jax.exports import Exports
-from spin_jax.metrics import Metrics
 from spin_jax.model import Params, params_on
 from spin_jax.opponent import BEFORE, OPPONENT, START, Opponent
 from spin_jax.prepare import Prepared, lengths, plan, prepare, take
 from spin_jax.runtime import interrupts, processes, sharding
 from spin_jax.runtime.console import compact, progress
+from spin_jax.storage import checkpoints as checkpoint
+from spin_jax.storage import files, seals
+from spin_jax.storage.metrics import Metrics
 from spin_jax.summary import Summary
 from spin_jax.train import (
     SFT,
@@ -473,7 +475,7 @@ class SelfPlay:
                 drawn = self.evaluation.draw(params)
                 row["control"] = self.evaluation.alone(self._control_folder(t), params, drawn)
                 self.summary.write()
-        if made and not files.sealed(control / "model"):
+        if made and not seals.sealed(control / "model"):
             self.exports.save(control, self._control(made[-1], None) if params is None else params)
         if made:
             self.exports.describe("control", control, self.summary.rows)

@@ -16,12 +16,13 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from spin_jax import checkpoint, lora, losses
+from spin_jax import lora, losses
 from spin_jax.batches import PairBatch, Rows, filled_tokens
 from spin_jax.model import Decoder, Params, copies
 from spin_jax.named_loss import logps_type
 from spin_jax.runtime import sharding
 from spin_jax.scoring import response_logps
+from spin_jax.storage import checkpoints as checkpoint
 
 Metrics = dict[str, Array]
 

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from spin_jax import files
+from spin_jax.storage import files
 
 DTYPES = {
     "F64": np.dtype(np.float64),

@@ -15,8 +15,9 @@ import sys
 import pytest
 
 from spin_jax import config as config_lib
-from spin_jax import convert, files, heldout, named_loss, prepare, programs, tiny
+from spin_jax import convert, heldout, named_loss, prepare, programs, tiny
 from spin_jax.runtime import user_code
+from spin_jax.storage import files
 
 ROOT = pathlib.Path(__file__).parents[1]
 INDEX = "model.safetensors.index.json"

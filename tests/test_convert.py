@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import spin_jax
-from spin_jax import convert, files, tiny
+from spin_jax import convert, tiny
+from spin_jax.storage import files
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import spin_jax
-from spin_jax import checkpoint, command, config, convert, files, identity, metrics, train
+from spin_jax import command, config, convert, identity, train
 from spin_jax import tiny as tiny_world
 from spin_jax.runtime import interrupts, processes, secrets
+from spin_jax.storage import checkpoints, files, metrics, seals
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -86,7 +87,7 @@ def test_one_flipped_bit_in_any_file_is_found_and_named(finished, tmp_path, fold
     paths = [p for p in (finished / folder).rglob("*") if p.is_file() and p.stat().st_size]
     names = [p.relative_to(finished / folder) for p in paths]
     assert len(names) >= 7
-    load, restore = (lambda path: convert.load(str(path))), (lambda path: checkpoint.restore(path, {}))
+    load, restore = (lambda path: convert.load(str(path))), (lambda path: checkpoints.restore(path, {}))
     read = load if folder.endswith("model") else restore
     subprocess.run(["sha256sum", "--check", "--quiet", files.SUMS], cwd=finished / folder, check=True)
     for seed, name in enumerate(names):
@@ -103,7 +104,7 @@ def test_a_missing_file_is_damage_too(copy):
     folder = copy / "iteration_0" / "checkpoint"
     next(folder.glob("state/d/*")).unlink()
     with pytest.raises(files.Damaged, match=r"state/d/.* is missing"):
-        files.check_seal(folder)
+        seals.check_seal(folder)
 
 
 def test_a_damaged_checkpoint_is_made_again_to_the_bit(copy, finished, capfd):
@@ -118,7 +119,7 @@ def test_a_damaged_checkpoint_is_made_again_to_the_bit(copy, finished, capfd):
     assert weights(copy) == weights(finished)
     key = lambda row: (row["phase"], row["iteration"], row["step"])  # noqa: E731
     assert sorted(rows(copy), key=key) == sorted(rows(finished), key=key)
-    files.check_seal(copy / "iteration_0" / "checkpoint")
+    seals.check_seal(copy / "iteration_0" / "checkpoint")
 
 
 def test_the_last_good_step_is_used(copy, finished, capfd):
@@ -141,16 +142,16 @@ def test_a_checkpoint_without_its_seal_does_not_count(copy, finished):
     (copy / "iteration_0" / "checkpoint" / files.SUMS).unlink()
     (copy / "iteration_0" / "model" / files.SUMS).unlink()
     forget(copy)
-    assert not checkpoint.exists(copy / "iteration_0" / "checkpoint")
+    assert not checkpoints.exists(copy / "iteration_0" / "checkpoint")
     spin_jax.run(tiny(), str(copy))
     assert weights(copy) == weights(finished)
-    assert checkpoint.exists(copy / "iteration_0" / "checkpoint")
+    assert checkpoints.exists(copy / "iteration_0" / "checkpoint")
 
 
 def test_orbax_reasons_come_to_the_surface(finished):
     folder = finished / "iteration_0" / "checkpoint"
     with pytest.raises(ValueError, match=r"does not fit this run: embed is .* there and None here"):
-        checkpoint.restore(folder, {})
+        checkpoints.restore(folder, {})
 
 
 def test_a_file_is_added_to_a_sealed_folder_whatever_is_killed(tmp_path, monkeypatch):
@@ -160,22 +161,22 @@ def test_a_file_is_added_to_a_sealed_folder_whatever_is_killed(tmp_path, monkeyp
         folder.mkdir()
         (folder / "weights").write_bytes(b"1")
         (folder / "README.md").write_bytes(b"old")
-        files.seal(folder)
+        seals.seal(folder)
         writes, write_here = iter(range(9)), files.write_here
 
         def write(path, content, writes=writes, kill=kill, folder=folder, write_here=write_here):
             if next(writes) == kill:
                 raise KeyboardInterrupt
             write_here(path, content)
-            files.check_seal(folder)
+            seals.check_seal(folder)
 
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             patch.setattr(files, "write_here", write)
-            files.add(folder, "README.md", b"new")
-        files.check_seal(folder)
-        files.add(folder, "README.md", b"new")
-        files.add(folder, "a", b"2")
-        files.check_seal(folder)
+            seals.add(folder, "README.md", b"new")
+        seals.check_seal(folder)
+        seals.add(folder, "README.md", b"new")
+        seals.add(folder, "a", b"2")
+        seals.check_seal(folder)
         assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != files.SUMS} == {
             "weights": b"1",
             "README.md": b"new",
@@ -183,11 +184,11 @@ def test_a_file_is_added_to_a_sealed_folder_whatever_is_killed(tmp_path, monkeyp
         }
     before = (folder / files.SUMS).read_bytes()
     assert before.decode().split()[3::2] == ["README.md", "a", "weights"]
-    files.seal(folder)
+    seals.seal(folder)
     assert (folder / files.SUMS).read_bytes() == before
     (folder / files.SUMS).write_text("no seal of ours")
     with pytest.raises(files.Damaged, match="SHA256SUMS is damaged"):
-        files.add(folder, "b", b"3")
+        seals.add(folder, "b", b"3")
 
 
 def test_every_export_has_a_card_whatever_is_killed(copy, finished):
@@ -264,8 +265,8 @@ def test_what_is_not_ours_is_left_alone(tmp_path, finished):
     (tmp_path / "unread").mkdir()
     (tmp_path / "unread" / "file").symlink_to("nowhere")
     with pytest.raises(OSError, match="cannot be read"):
-        files.seal(tmp_path / "unread")
-    assert not files.sealed(tmp_path / "unread")
+        seals.seal(tmp_path / "unread")
+    assert not seals.sealed(tmp_path / "unread")
 
 
 # --- room ----------------------------------------------------------------------------------------
@@ -308,7 +309,7 @@ def test_a_full_disk_is_told_before_work_is_lost(small_disk, finished):
 
 def test_a_disk_that_fills_up_while_saving(small_disk, finished):
     """Nothing false is left: the checkpoint before stays the newest."""
-    steps = checkpoint.StepCheckpoints(small_disk / "train", 2)
+    steps = checkpoints.StepCheckpoints(small_disk / "train", 2)
     state = {"w": jax.device_put(np.random.default_rng(0).random(2**20, np.float32))}  # 4 MiB, no less packed
     steps.save(1, state)
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**20))
@@ -550,7 +551,7 @@ def test_the_best_iteration_is_copied(copy):
     c = tiny(checkpoint={"best": "nll"}, selfplay={"iterations": 2})
     summary = spin_jax.run(c, str(copy))
     best = min(summary[1:], key=lambda row: row["nll"])["iteration"]
-    files.check_seal(copy / "best")
+    seals.check_seal(copy / "best")
     assert (copy / "best" / "model.safetensors").read_bytes() == weights(copy, best)
     other = 1 - best
     summary[1 + other]["nll"] = 0.0

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from spin_jax import files, hub
+from spin_jax.storage import hub, seals
 
 USER = {"name": "me", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "write"}}}
 
@@ -91,7 +91,7 @@ def exports(tmp_path):
         found[branch] = tmp_path / branch
         found[branch].mkdir()
         (found[branch] / "model.safetensors").write_text(f"weights of {branch}")
-        files.seal(found[branch])
+        seals.seal(found[branch])
     return {**found, "main": found["iteration_1"]}
 
 

@@ -14,8 +14,9 @@ from matplotlib import image
 from runs import ROOT
 from test_command import run
 
-from spin_jax import config, data, figures, files, identity, metrics, panels, report, workdir
+from spin_jax import config, data, figures, identity, panels, report, workdir
 from spin_jax.chat import Pair
+from spin_jax.storage import files, metrics
 
 LONG = "It depends on what is asked. " * 12
 

@@ -15,7 +15,7 @@ from safetensors import numpy as safetensors_numpy
 from scipy import stats
 
 import spin_jax
-from spin_jax import convert, files, sample
+from spin_jax import convert, sample
 from spin_jax import slots as slots_lib
 from spin_jax.chat import Chat
 from spin_jax.draw import Sampling, draw, prompt_keys, truncate_logits
@@ -33,6 +33,7 @@ from spin_jax.model import (
 )
 from spin_jax.runtime import sharding
 from spin_jax.sample import answer_prompts
+from spin_jax.storage import files
 
 # Prompts of 11 to 20 tokens, three more than characters: two of them are read at a time, padded to 16 or 24.
 # Tests of the talker answer these in up to 24 tokens, and so share a few compiled programs.

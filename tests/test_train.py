@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import checkpoint, convert, lora, losses, scoring, tiny
+from spin_jax import convert, lora, losses, scoring, tiny
 from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, pair_group, stacked
 from spin_jax.chat import Pair
 from spin_jax.convert import new_model
 from spin_jax.model import Decoder, abstract_params, copies, count_params, params_on
 from spin_jax.runtime import sharding
 from spin_jax.scoring import score_groups, score_rows
+from spin_jax.storage import checkpoints as checkpoint
 from spin_jax.train import (
     SFT,
     SPIN,

@@ -11,8 +11,8 @@ from typing import Any
 
 from etils import epath
 
-from spin_jax import files
 from spin_jax.runtime import processes
+from spin_jax.storage import files
 
 Row = dict[str, Any]
 _REWRITE_S = 30  # an object store cannot append: it is sent the whole file, so often and at each summary

@@ -14,8 +14,8 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1 import options as ocp_options
 
-from spin_jax import files
 from spin_jax.runtime import processes
+from spin_jax.storage import files, seals
 
 _SLACK = 2**20  # bytes that a checkpoint takes beside its arrays
 
@@ -33,7 +33,7 @@ def size(tree: Any) -> int:
 
 def exists(path: epath.PathLike) -> bool:
     """Whether a whole checkpoint stands at `path`."""
-    return files.sealed(path)
+    return seals.sealed(path)
 
 
 def save(path: epath.PathLike, tree: Any) -> None:
@@ -59,7 +59,7 @@ def save(path: epath.PathLike, tree: Any) -> None:
                 errno.ENOSPC, f"the disk is full: {path} cannot be written; make room"
             ) from error
         raise
-    files.seal(path)
+    seals.seal(path)
 
 
 def restore(path: epath.PathLike, like: Any) -> Any:
@@ -69,7 +69,7 @@ def restore(path: epath.PathLike, like: Any) -> Any:
         files.Damaged: files differ from what was written.
         ValueError: the checkpoint does not fit, with orbax's reason.
     """
-    files.check_seal(path)
+    seals.check_seal(path)
     return _load(path, like)
 
 
@@ -137,7 +137,7 @@ class StepCheckpoints:
         for step, whole in reversed(self._steps()):
             try:
                 if whole:
-                    files.check_seal(self._path / str(step))
+                    seals.check_seal(self._path / str(step))
                     return step
             except files.Damaged as error:
                 processes.say(

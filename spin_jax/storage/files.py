@@ -10,15 +10,13 @@ A folder of several files is whole once it is sealed: SHA256SUMS, written last, 
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,157 +142,15 @@ def write_jsonl(path: epath.PathLike, rows: Sequence[Any]) -> None:
     write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-# --- whole folders -------------------------------------------------------------------------------
-
-
-def seal(folder: epath.PathLike) -> None:
-    """Writes SHA256SUMS of all files in a folder, as `sha256sum --check` reads it; every process calls this.
-
-    Its first line holds the digest of the others. The processes share the reading.
-    """
-    folder = epath.Path(folder)
-    names = processes.exchanged(processes.together(lambda: _names(folder) if processes.first() else None))[0]
-    digests = _digests(folder, names)
-    if unread := [name for name, digest in digests.items() if digest is None]:
-        raise OSError(errno.EIO, "written, and cannot be read", str(folder / unread[0]))
-    write(folder / SUMS, _sealing(digests))
-
-
-def add(folder: epath.PathLike, name: str, content: bytes) -> None:
-    """Writes one more file into a sealed folder, or another content of it; every process calls this.
-
-    The folder passes its seal at every moment: that names the file only while it is there as it says.
-    """
-    folder = epath.Path(folder)
-
-    def added() -> None:
-        recorded = _recorded(folder, _sums(folder))
-        digest = hashlib.sha256(content).hexdigest()
-        if recorded.get(name) == digest:
-            return
-        if recorded.pop(name, None):
-            write_here(folder / SUMS, _sealing(recorded))
-        write_here(folder / name, content)
-        write_here(folder / SUMS, _sealing(dict(sorted({**recorded, name: digest}.items()))))
-
-    processes.by_first(added)
-
-
-def _sealing(digests: Mapping[str, str | None]) -> bytes:
-    """What a SHA256SUMS of these files holds."""
-    lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
-    return f"# {hashlib.sha256(lines.encode()).hexdigest()}\n{lines}".encode()
-
-
-def sealed(folder: epath.PathLike) -> bool:
-    """Whether a folder has been written to its end."""
-    return exists(epath.Path(folder) / SUMS)
-
-
-def check_seal(folder: epath.PathLike) -> None:
-    """Compares a sealed folder's files with its SHA256SUMS; every process calls this.
-
-    Raises:
-        Damaged: naming each file that is missing or is not as it was written.
-    """
-    folder = epath.Path(folder)
-    text = processes.exchanged(processes.together(lambda: _sums(folder) if processes.first() else ""))[0]
-    recorded = _recorded(folder, text)
-    _compare(folder, recorded, _digests(folder, sorted(recorded)))
-
-
-def check_seal_here(folder: epath.PathLike) -> None:
-    """`check_seal` of a folder that may be this process's own; one that `seal` has not written passes."""
-    folder = epath.Path(folder)
-    if (folder / SUMS).exists() and _sums(folder).startswith("# "):
-        recorded = _recorded(folder, _sums(folder))
-        _compare(folder, recorded, _digests_of(folder, sorted(recorded)))
-
-
-def _sums(folder: epath.Path) -> str:
-    return (folder / SUMS).read_bytes().decode(errors="replace")
-
-
-def _recorded(folder: epath.Path, text: str) -> dict[str, str]:
-    """{file: digest} of a SHA256SUMS."""
-    head, _, lines = text.partition("\n")
-    if head != f"# {hashlib.sha256(lines.encode()).hexdigest()}":
-        raise Damaged(f"{folder / SUMS} is damaged: its first line is not the digest of the others")
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
-
-
-def _compare(folder: epath.Path, recorded: dict[str, str], found: dict[str, str | None]) -> None:
-    if bad := [name for name, digest in recorded.items() if found[name] != digest]:
-        how = ", ".join(
-            f"{name} {'is not what was written' if found[name] else 'is missing'}" for name in bad
-        )
-        raise Damaged(f"{folder} is damaged: {how} (by its {SUMS}; remove that if the change was meant)")
-
-
-def _names(folder: epath.Path) -> list[str]:
-    def below(parent: epath.Path) -> Iterator[epath.Path]:
-        for path in parent.iterdir():
-            if path.is_dir():
-                yield from below(path)
-            elif path.name != SUMS:
-                yield path
-
-    return sorted(str(path.relative_to(folder)) for path in below(folder))
-
-
-def _digests(folder: epath.Path, names: Sequence[str]) -> dict[str, str | None]:
-    """`_digests_of`, each process reading its share."""
-    share = _digests_of(folder, [name for number, name in enumerate(names) if processes.turn(number)])
-    return {name: found for part in processes.exchanged(share) for name, found in part.items()}
-
-
-def _digests_of(folder: epath.Path, names: Sequence[str]) -> dict[str, str | None]:
-    """Each file's SHA-256, None where it cannot be read."""
-
-    def digest(name: str) -> str | None:
-        try:
-            with (folder / name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
-        except OSError:
-            return None
-
-    with ThreadPoolExecutor(8) as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-def copy(source: epath.PathLike, target: epath.PathLike) -> None:
-    """Copies a sealed folder, seal last; one that is there already is left alone."""
-    processes.by_first(lambda: copy_here(source, target))
-
-
-def copy_here(source: epath.PathLike, target: epath.PathLike) -> None:
-    """`copy`, by this process."""
-    source, target = epath.Path(source), epath.Path(target)
-    if (target / SUMS).exists() and _sums(source) == _sums(target):
-        return
-    names = [*_names(source), SUMS]
-    before = sum((target / name).stat().length for name in _names(target)) if target.exists() else 0
-    size = sum((source / name).stat().length for name in names)
-    _check_room_here(target, size - before, f"the copy {target}")
-    remove_here(target)
-    try:
-        for name in names:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).copy(target / name)
-    except OSError:
-        remove_here(target)  # half a copy is of no use, and takes room
-        raise
-
-
 # --- a workdir -----------------------------------------------------------------------------------
 
 
 def check_room(folder: epath.PathLike, size: float, what: str) -> None:
     """Raises NoRoom where a disk has less than `size` bytes free; of an object store nothing is known."""
-    processes.by_first(lambda: _check_room_here(folder, size, what))
+    processes.by_first(lambda: check_room_here(folder, size, what))
 
 
-def _check_room_here(folder: epath.PathLike, size: float, what: str) -> None:
+def check_room_here(folder: epath.PathLike, size: float, what: str) -> None:
     room = free(folder)
     if room is not None and room < size:
         raise NoRoom(

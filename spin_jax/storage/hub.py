@@ -12,8 +12,8 @@ from pathlib import Path
 
 from etils import epath
 
-from spin_jax import files
 from spin_jax.runtime import processes
+from spin_jax.storage import files, seals
 
 RECORD = "hub.json"
 
@@ -85,7 +85,7 @@ def _push(record: epath.Path, repo: str, exports: Mapping[str, epath.Path], priv
         if there.get(branch) == seal:
             continue
         try:
-            files.check_seal_here(folder)
+            seals.check_seal_here(folder)
             _upload(repo, branch, folder, private)
         except Exception as error:  # the hub's, the network's, a disk's: the run is worth more than its copy
             processes.say(
@@ -123,5 +123,5 @@ def _on_disk(folder: epath.Path) -> Iterator[Path]:
         yield Path(folder)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        files.copy_here(folder, Path(scratch) / "model")
+        seals.copy_here(folder, Path(scratch) / "model")
         yield Path(scratch) / "model"

@@ -1,0 +1,1 @@
+"""What a run writes and reads: files, sealed folders, checkpoints, metrics, the Hugging Face hub."""
