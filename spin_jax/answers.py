@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from spin_jax import config as config_lib
 from spin_jax import programs
-from spin_jax.chat import Ids
+from spin_jax.data.records import Ids
 from spin_jax.draw import Sampling
 from spin_jax.model import Decoder, Model, sampling_params
 from spin_jax.sample import answer_prompts

@@ -17,7 +17,7 @@ import grain
 import jax
 import numpy as np
 
-from spin_jax.chat import Example, Ids, Pair
+from spin_jax.data.records import Example, Ids, Pair
 from spin_jax.kernels.layout import Layout
 from spin_jax.losses import PAIR
 from spin_jax.runtime.sharding import round_up

@@ -42,7 +42,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spin_jax import config as config_lib
-from spin_jax import convert, data, named_loss, prepare, programs, roofline, sources
+from spin_jax import convert, named_loss, prepare, programs, roofline
 from spin_jax.batches import (
     Group,
     RowShape,
@@ -53,8 +53,11 @@ from spin_jax.batches import (
     pair_batches,
     pair_group,
 )
-from spin_jax.chat import Ids, Pair
 from spin_jax.command import fail, parse, set_up_jax
+from spin_jax.data import sources
+from spin_jax.data.examples import load_examples
+from spin_jax.data.pairs import load_pairs
+from spin_jax.data.records import Ids, Pair
 from spin_jax.draw import prompt_keys
 from spin_jax.model import Model, Params, count_params, init_params, sampling_params
 from spin_jax.runtime import chips, processes, sharding
@@ -112,13 +115,13 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
     vocab_size = model.config.vocab_size
     if pairs:
         rows, chat = sources.load_rows(pairs, "train"), prepare.make_chat(config, model)
-        read, _ = data.load_pairs(rows, chat, path=pairs, vocab_size=vocab_size)
+        read, _ = load_pairs(rows, chat, path=pairs, vocab_size=vocab_size)
         read = [dataclasses.replace(pair, start=pair.generated) for pair in read]  # as long as any
     else:
         read = programs.expected_pairs(config, vocab_size, steps * config.train.batch_size)
     if prompts:
         rows, chat = sources.load_rows(prompts, "train"), prepare.make_chat(config, model)
-        examples, _ = data.load_examples(rows, chat, path=prompts)
+        examples, _ = load_examples(rows, chat, path=prompts)
         asked = [chat.sampling_prompt(example) for example in examples[:count]]
     else:
         asked = [pair.prompt for pair in programs.expected_pairs(config, vocab_size, count)]

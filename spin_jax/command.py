@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
+from spin_jax.errors import ConfigError, OtherFailed
 from spin_jax.runtime import chips, secrets
 
 Asked = TypeVar("Asked")
@@ -71,7 +72,7 @@ def parse(argv: list[str], read: Callable[[], Asked]) -> Asked:
         if _config_file(argv) and not isinstance(flags.FLAGS["config"].value, ConfigDict):
             raise ValueError("no config")  # explained below
         return read()
-    except config_lib.ConfigError:
+    except ConfigError:
         raise
     except (flags.Error, ValueError, OSError) as error:
         raise ValueError(_explained(argv, error) or str(error)) from error
@@ -120,20 +121,16 @@ def fail(message: str, code: int = 2) -> int:
 def failed(error: Exception, began: bool, again: str = "") -> int:
     """Says what went wrong, and `again` after it; returns the exit code.
 
-    Before the work `began`, it is the input that is bad.
+    The package's own errors know theirs (errors.py). Before the work `began`, other ValueErrors and missing
+    files are bad input.
     """
-    from spin_jax import judging, opponent, selfplay, train
-    from spin_jax.runtime import processes
-    from spin_jax.storage import files
-
-    if isinstance(error, processes.OtherFailed):
-        return fail(str(error), error.code)
-    if isinstance(error, files.Damaged | opponent.Missing | selfplay.NothingToTrainOn):
-        return fail(str(error))
-    if isinstance(error, ValueError | FileNotFoundError) and not began:
-        return fail(str(error))
-    if isinstance(error, train.NotFinite | judging.JudgeFailed | FloatingPointError | OSError):
-        return fail(f"{error}{again}", 1)
+    code = getattr(error, "exit_code", None)
+    if code is None and isinstance(error, ValueError | FileNotFoundError) and not began:
+        code = 2
+    if code is None and isinstance(error, FloatingPointError | OSError):
+        code = 1
+    if code is not None:
+        return fail(str(error) if code == 2 or isinstance(error, OtherFailed) else f"{error}{again}", code)
     return fail("".join(traceback.format_exception(error)).rstrip("\n") + again, 1)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from spin_jax.errors import ConfigError
+
 
 def default() -> Any:
     """The recipe of the paper where it has one, with nothing to train on yet."""
@@ -169,10 +171,6 @@ def _optimization(epochs: Any, learning_rate: Any) -> Any:
 
 
 PER_ITERATION = ("loss.beta", "train.learning_rate", "train.epochs")
-
-
-class ConfigError(ValueError):
-    """A config that cannot run; the message names the key and says what to do."""
 
 
 def resolve(config: Mapping[str, Any] | ConfigDict) -> Any:

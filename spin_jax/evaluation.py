@@ -8,9 +8,10 @@ import numpy as np
 from etils import epath
 
 from spin_jax import config as config_lib
-from spin_jax import data, heldout
+from spin_jax import heldout
 from spin_jax.batches import Group, pair_group
-from spin_jax.chat import Ids
+from spin_jax.data import parquet
+from spin_jax.data.records import Ids
 from spin_jax.draw import Sampling
 from spin_jax.model import Params
 from spin_jax.named_loss import logps_type
@@ -51,7 +52,7 @@ class Evaluation:
         pairs = [s.pair for s in scored]
         path = run.folder(t) / "held_out.parquet"
         if not files.exists(path):  # an evaluation that was interrupted begins anew, and comes to the same
-            files.write(path, data.held_out_to_parquet(pairs, columns))
+            files.write(path, parquet.held_out_to_parquet(pairs, columns))
         columns["identical"] = np.array([pair.identical for pair in pairs])
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in columns.items()}
         return {name: mean for name, mean in means.items() if not name.endswith("_reference")}

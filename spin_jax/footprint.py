@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from spin_jax import collectives as traffic
-from spin_jax import convert, lora, machines, named_loss, programs
+from spin_jax import convert, errors, lora, machines, named_loss, programs
 from spin_jax.batches import PairBatch, RowShape, ScoredPair, pair_batches, stacked
-from spin_jax.chat import Example, Pair
+from spin_jax.data.records import Example, Pair
 from spin_jax.draw import KEYS
+from spin_jax.errors import CompilerFailed, OutOfMemory
 from spin_jax.model import Model, params_on, sampling_params_on
 from spin_jax.runtime import chips, sharding
 from spin_jax.runtime.chips import GPU_MEMORY
@@ -102,7 +103,7 @@ def workload(config: Any, topology: str, compiles: bool = True) -> Work:
     if compiles:
         try:
             mesh = sharding.make_mesh(*sizes, machines.devices(machine))
-        except machines.NoCompiler as missing:
+        except errors.NoCompiler as missing:
             uncompiled = str(missing)
     model = dataclasses.replace(model, mesh=mesh)
     programs.check_mesh(config, model)
@@ -208,16 +209,6 @@ def compiled(
                 raise OutOfMemory(float(used[1]) * {"G": _GIB, "M": 2.0**20}[used[2]]) from error
             said = str(error).partition("\n")[0]
             raise CompilerFailed(f"the compiler fails, and would in a run: {said}") from error
-
-
-class CompilerFailed(Exception):
-    """On a program that it should compile."""
-
-
-class OutOfMemory(Exception):
-    def __init__(self, needed: float):
-        super().__init__(f"needs {needed / _GIB:.1f} GiB")
-        self.needed = needed
 
 
 def taken(program: Any) -> tuple[float, float]:

@@ -28,19 +28,15 @@ from spin_jax import config as config_lib
 from spin_jax import programs
 from spin_jax.answers import BATCH_SIZE, answer, counting
 from spin_jax.batches import Group, Rows, RowShape, group_sizes, packed
-from spin_jax.chat import Ids
+from spin_jax.data.chat_template import Template
+from spin_jax.data.records import Ids
 from spin_jax.draw import Sampling, prompt_keys
+from spin_jax.errors import BadRow, MissingTasks
 from spin_jax.model import Decoder, Model
 from spin_jax.runtime import processes, sharding
 from spin_jax.runtime.console import progress
 from spin_jax.runtime.sharding import bucket
 from spin_jax.scoring import score_tokens
-from spin_jax.template import BadRow, Template
-
-
-class Missing(ImportError, ValueError):
-    """lm_eval is not installed; the message says how to install it."""
-
 
 try:
     import lm_eval.api.task
@@ -49,7 +45,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise Missing(
+    raise MissingTasks(
         f"evaluation tasks need lm-evaluation-harness ({error}): pip install 'spin_jax[eval]'"
     ) from error
 

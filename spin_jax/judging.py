@@ -6,15 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spin_jax import heldout
-from spin_jax.chat import Message, Pair
+from spin_jax.data.records import Message, Pair
+from spin_jax.errors import JudgeFailed
 from spin_jax.runtime import processes
 from spin_jax.runtime.user_code import import_function
 
 Judge = Callable[[list[Message], list[str]], Sequence[float]]  # of one prompt's answers
-
-
-class JudgeFailed(RuntimeError):
-    """A verifier or scorer raised, or gave something else than a number for each answer."""
 
 
 def judge(config: Any) -> Judge | None:

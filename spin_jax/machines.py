@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from spin_jax.errors import NoCompiler
+
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _NODE = ("1", "2", "4", "8")
@@ -121,10 +123,6 @@ class Device(NamedTuple):
 
     device_kind: str
     platform: str
-
-
-class NoCompiler(Exception):
-    """No compiler for the machine is installed; says what would install it."""
 
 
 def described(topology: Topology, shape: Mapping[str, int]) -> Described:

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         set_up_jax(config)
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
-    from spin_jax import selfplay, train
+    from spin_jax import errors, selfplay
     from spin_jax.runtime import processes
 
     interrupts.speaks = processes.first()
@@ -80,10 +80,10 @@ def main(argv: list[str] | None = None) -> int:
             selfplay.check(config, workdir)
         else:
             selfplay.run(config, workdir, only=_ONLY.value, should_stop=interrupts)
-    except train.Interrupted as stopped:
+    except errors.Interrupted as stopped:
         if processes.first():
             say(secrets.redacted(f"\ninterrupted; {again}"))
-        return 128 + stopped.number
+        return stopped.exit_code
     except Exception as error:
         return processes.leave(error, failed(error, interrupts.asked, f"\n{again}"))
     return 0

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from spin_jax import data, judging, programs
+from spin_jax import judging, programs
 from spin_jax.batches import Group, ScoredPair, group_sizes, pair_group
-from spin_jax.chat import Example, Ids, Pair, asked
+from spin_jax.data import parquet
+from spin_jax.data.records import Example, Ids, Pair, asked
 from spin_jax.draw import Sampling, prompt_keys
+from spin_jax.errors import Interrupted, MissingAnswers
 from spin_jax.judging import judged
 from spin_jax.model import Params, sampling_params
 from spin_jax.prepare import Prepared
@@ -27,7 +29,6 @@ from spin_jax.sample import answer_prompts
 from spin_jax.scoring import score_groups
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics
-from spin_jax.train import Interrupted
 
 BEFORE = -1  # the iteration number of the start
 OPPONENT, START = "opponent", "start"  # whose log-probs
@@ -101,7 +102,7 @@ class Opponent:
             for (path, pairs), there in zip(shards, done, strict=True):
                 scored = list(itertools.islice(rest, len(pairs)))
                 if not there:
-                    files.write(path, data.pairs_to_parquet(scored))
+                    files.write(path, parquet.pairs_to_parquet(scored))
             return
         weights, rounds = self.weights(params), list(self._rounds(shards, done))
         wanted = [self._asked(t, path, examples) for path, examples in shards]
@@ -124,7 +125,7 @@ class Opponent:
                     if not done[number]:  # the row first: a file that is there is not made again
                         self.metrics.write("sample", t, number, {**_described(pairs), "tokens_per_s": rate})
                         self.metrics.flush()
-                        files.write(path, data.pairs_to_parquet(pairs))
+                        files.write(path, parquet.pairs_to_parquet(pairs))
                 self.stop_here()
 
     def _rounds(
@@ -279,19 +280,19 @@ class Opponent:
                 }
                 self.metrics.write("score", t, number, values)
                 self.metrics.flush()
-                scores = data.scores_to_parquet(shard.source, pairs, logps, self.run.roles)
+                scores = parquet.scores_to_parquet(shard.source, pairs, logps, self.run.roles)
                 files.write(shard.path, scores)
                 bar.set_postfix({"tok/s": compact(rate)}, refresh=False)
 
     def _rows_of(self, shard: ScoreFile) -> list[Pair]:
         """The pairs of a file that are trained on, with the start's answers where the loss asks for them."""
-        pairs = data.pairs_from_parquet(shard.pairs.read_bytes(), shard.pairs)
+        pairs = parquet.pairs_from_parquet(shard.pairs.read_bytes(), shard.pairs)
         pairs = judging.chosen(pairs, self.run.config.selfplay.rows)
         if "start" not in self.run.roles:
             return pairs
         answers, wanted = self._start_answers, [_question(pair) for pair in pairs]
         if absent := [pair for pair, key in zip(pairs, wanted, strict=True) if key not in answers]:
-            raise Missing(
+            raise MissingAnswers(
                 f"{shard.pairs}: prompt_id {absent[0].prompt_id}, sample_id {absent[0].sample_id} has no "
                 f"answer of the start among the pairs of iteration {self.origin}, and the loss asks for one"
             )
@@ -302,7 +303,7 @@ class Opponent:
         """What the model that self-play began with answered."""
         paths = [path for path, _ in self.pair_files(self.origin)]
         need(paths, f"iteration {self.origin} has no pairs yet", "sample")
-        pairs = (pair for path in paths for pair in data.pairs_from_parquet(path.read_bytes(), path))
+        pairs = (pair for path in paths for pair in parquet.pairs_from_parquet(path.read_bytes(), path))
         return {_question(pair): pair.generated for pair in pairs}
 
     def score_groups(self, params: Params, groups: Sequence[Group], bar: Any = None) -> np.ndarray:
@@ -344,7 +345,7 @@ class Opponent:
         result = []
         for alike in of_pairs.values():
             scores = [
-                (shares[s.by], data.scores_from_parquet(s.path.read_bytes(), s.path, roles)) for s in alike
+                (shares[s.by], parquet.scores_from_parquet(s.path.read_bytes(), s.path, roles)) for s in alike
             ]
             for pair in self._rows_of(alike[0]):
                 key = alike[0].source, pair.prompt_id, pair.sample_id
@@ -375,10 +376,6 @@ def _described(pairs: Sequence[Pair]) -> dict[str, float]:
     }
 
 
-class Missing(FileNotFoundError):
-    """What another phase is to make first."""
-
-
 def _check_finite(pairs: Sequence[Pair], logps: np.ndarray, path: epath.Path) -> None:
     """Raises FloatingPointError where a loss of these log-probs would be no number."""
     bad = [pair.prompt_id for pair, values in zip(pairs, logps, strict=True) if not np.isfinite(values).all()]
@@ -394,4 +391,4 @@ def need(paths: Sequence[epath.Path], problem: str, phase: str) -> None:
     there = files.existing(paths)
     if not all(there):
         absent = paths[there.index(False)]
-        raise Missing(f"{problem} ({absent} is missing): run --only={phase} first")
+        raise MissingAnswers(f"{problem} ({absent} is missing): run --only={phase} first")

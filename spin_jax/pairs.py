@@ -49,7 +49,7 @@ def export(workdir: str, iteration: int, output: str) -> list[str]:
     """
     from etils import epath
 
-    from spin_jax import data
+    from spin_jax.data import parquet
     from spin_jax.storage import files
 
     whole = re.search(r"\.(parquet|jsonl)$", output)
@@ -57,7 +57,7 @@ def export(workdir: str, iteration: int, output: str) -> list[str]:
     for split, paths in _shards(epath.Path(workdir), iteration).items():
         if whole and split != "train":
             continue
-        pairs = [pair for path in paths for pair in data.pairs_from_parquet(path.read_bytes(), path)]
+        pairs = [pair for path in paths for pair in parquet.pairs_from_parquet(path.read_bytes(), path)]
         rows = [{"real": pair.real_messages, "generated": pair.generated_messages} for pair in pairs]
         if any(pair.sample_id or pair.score is not None for pair in pairs):  # several answers, or judged ones
             for row, pair in zip(rows, pairs, strict=True):

@@ -45,8 +45,9 @@ from spin_jax import config as config_lib
 from spin_jax import machines, programs, roofline
 from spin_jax.batches import filled_tokens
 from spin_jax.command import fail, parse, set_compiler_flags
+from spin_jax.errors import CompilerFailed
 from spin_jax.estimate import estimated_phases
-from spin_jax.footprint import CompilerFailed, Phase, Work, batches_of, compiled_phases, fits, limit, workload
+from spin_jax.footprint import Phase, Work, batches_of, compiled_phases, fits, limit, workload
 from spin_jax.runtime.console import compact
 from spin_jax.train import MOMENTS
 

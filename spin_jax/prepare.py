@@ -17,13 +17,17 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax import convert, data, heldout, identity, judging, lora, named_loss, programs, sources, weights
+from spin_jax import convert, heldout, identity, judging, lora, named_loss, programs, weights
 from spin_jax.batches import RowShape
-from spin_jax.chat import Chat, Example, Lengths, Pair, asked
+from spin_jax.data import sources
+from spin_jax.data.chat import Chat
+from spin_jax.data.examples import load_examples, split_held_out
+from spin_jax.data.official import OfficialChat
+from spin_jax.data.pairs import load_pairs
+from spin_jax.data.records import Example, Lengths, Pair, asked
 from spin_jax.draw import Sampling
 from spin_jax.judging import Judge
 from spin_jax.model import Decoder, Model, Params, abstract_params, count_params, init_params
-from spin_jax.official import OfficialChat
 from spin_jax.runtime import processes, sharding, user_code
 from spin_jax.runtime.console import compact
 from spin_jax.storage import files, hub
@@ -382,7 +386,7 @@ def _given(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dic
     given, c = {}, config.data
     for t, path in config_lib.given_pairs(config).items():
         rows = sources.load_rows(path, config.selfplay.pairs_split, all_files=True)
-        given[t], counts = data.load_pairs(
+        given[t], counts = load_pairs(
             rows,
             chat,
             path=path,
@@ -430,7 +434,7 @@ def _datasets(config: Config, read: _Read) -> list[list[Example]]:
         return [[Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs]]
     loaded: dict[str, list[Example]] = {}
     for number, (path, rows) in enumerate(read.rows.items()):
-        examples, counts = data.load_examples(
+        examples, counts = load_examples(
             rows,
             read.chat,
             path=path,
@@ -455,7 +459,7 @@ def _distinct(datasets: Sequence[list[Example]]) -> list[Example]:
 
 
 def _held_out(config: Config, examples: Sequence[Example]) -> list[Example]:
-    ids = data.split_held_out(
+    ids = split_held_out(
         [example.prompt_id for example in examples],
         fraction=config.eval.fraction,
         limit=config.eval.limit,

@@ -15,7 +15,7 @@ from spin_jax import config as config_lib
 from spin_jax import lora, named_loss, roofline
 from spin_jax.attention import kernel_for
 from spin_jax.batches import RowShape, choose_shape, example_group, group_sizes, sizes
-from spin_jax.chat import Example, Pair
+from spin_jax.data.records import Example, Pair
 from spin_jax.draw import Sampling
 from spin_jax.model import Decoder, Model, ModelConfig
 from spin_jax.runtime import chips, sharding

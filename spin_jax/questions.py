@@ -10,9 +10,10 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from spin_jax import sources
 from spin_jax.answers import BATCH_SIZE, answer, counting
-from spin_jax.chat import Chat, checked_text
+from spin_jax.data import sources
+from spin_jax.data.chat import Chat
+from spin_jax.data.records import checked_text
 from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.model import Model
 from spin_jax.runtime import processes

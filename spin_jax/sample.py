@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array
 
 from spin_jax.attention import kernel_for
-from spin_jax.chat import Chat, Ids, Message
+from spin_jax.data.chat import Chat
+from spin_jax.data.records import Ids, Message
 from spin_jax.draw import KEYS, Sampling, prompt_keys
 from spin_jax.model import Decoder, Model, ModelConfig, Params, sampling_params
 from spin_jax.runtime import sharding

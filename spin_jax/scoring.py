@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from spin_jax.batches import Group, Rows, RowShape, packed
-from spin_jax.chat import Chat, Message
+from spin_jax.data.chat import Chat
+from spin_jax.data.records import Message
 from spin_jax.kernels.layout import Layout
 from spin_jax.model import Decoder, Head, Model, Params, forward, output_head, project
 from spin_jax.runtime import sharding

@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax import identity, lora, programs
+from spin_jax import errors, identity, lora, programs
 from spin_jax.batches import (
     PairBatch,
     Rows,
@@ -32,7 +32,8 @@ from spin_jax.batches import (
     pair_batches,
     training_steps,
 )
-from spin_jax.chat import Example
+from spin_jax.data.records import Example
+from spin_jax.errors import NotFinite, NothingToTrainOn
 from spin_jax.evaluation import Evaluation
 from spin_jax.exports import Exports
 from spin_jax.model import Params, params_on
@@ -47,7 +48,6 @@ from spin_jax.summary import Summary
 from spin_jax.train import (
     SFT,
     Loop,
-    NotFinite,
     Objective,
     Optimization,
     TrainState,
@@ -58,10 +58,6 @@ from spin_jax.train import (
 )
 
 Row = dict[str, Any]
-
-
-class NothingToTrainOn(RuntimeError):
-    """selfplay.rows leaves nothing of an iteration's answers."""
 
 
 PHASES = ("sample", "score", "train")
@@ -236,7 +232,7 @@ class SelfPlay:
         if checkpoint.exists(path):
             try:
                 params = checkpoint.restore(path, like)
-            except files.Damaged as error:
+            except errors.Damaged as error:
                 processes.say(
                     f"\nWARNING: {error}\nIt is made again, from the last good checkpoint before it.\n"
                 )

@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from spin_jax import lora, losses
 from spin_jax.batches import PairBatch, Rows, filled_tokens
+from spin_jax.errors import Interrupted, NotFinite
 from spin_jax.model import Decoder, Params, copies
 from spin_jax.named_loss import logps_type
 from spin_jax.runtime import sharding
@@ -299,26 +300,6 @@ def abstract_state(params: Params, options: Optimization, mesh: Any) -> TrainSta
 
 def _fresh(options: Optimization, params: Params) -> tuple[Any, Array]:
     return make_optimizer(options).init(params), jnp.zeros((), jnp.int32)
-
-
-# --- the loop ------------------------------------------------------------------------------------
-
-
-class Interrupted(KeyboardInterrupt):
-    """A phase stopped between two units of work; everything done so far is saved."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number  # of the signal
-
-
-class NotFinite(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
-
-    def __init__(self, step: int, batch: Any):
-        super().__init__(f"loss or gradient was not finite, step after step; the last was step {step}")
-        self.step = step
-        self.batch = batch
 
 
 @dataclasses.dataclass

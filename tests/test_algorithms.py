@@ -10,7 +10,7 @@ import pytest
 from runs import assert_same_run, read_metrics, read_pairs, weights
 
 from spin_jax import config as config_lib
-from spin_jax import judging, selfplay
+from spin_jax import errors, selfplay
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALGORITHMS = runpy.run_path(str(ROOT / "configs" / "algorithms.py"))
@@ -247,7 +247,7 @@ def test_what_cannot_be(keys, message, settings, tmp_path):
 
 def test_nothing_right(settings, tmp_path):
     keys = {"selfplay.rows": "right", "eval.verifier": "exact"}
-    with pytest.raises(selfplay.NothingToTrainOn, match="iteration 0: no answer is right"):
+    with pytest.raises(errors.NothingToTrainOn, match="iteration 0: no answer is right"):
         selfplay.run(settings(**keys), str(tmp_path))
 
 
@@ -284,7 +284,7 @@ def broken(messages, answers):
 )
 def test_a_scorer_that_fails(scorer, said, settings, tmp_path):
     keys = {"selfplay.scorer": f"test_algorithms:{scorer}"}
-    with pytest.raises(judging.JudgeFailed, match=f"prompt_id .*{said}"):
+    with pytest.raises(errors.JudgeFailed, match=f"prompt_id .*{said}"):
         selfplay.run(settings("sppo", **keys), str(tmp_path))
 
 

@@ -15,7 +15,7 @@ import sys
 import pytest
 
 from spin_jax import config as config_lib
-from spin_jax import convert, heldout, named_loss, prepare, programs, tiny
+from spin_jax import convert, errors, heldout, named_loss, prepare, programs, tiny
 from spin_jax.runtime import user_code
 from spin_jax.storage import files
 
@@ -177,7 +177,7 @@ def test_every_number_has_a_range(name):
     if not isinstance(kind, tuple):
         bad += [(1,), [1, 2]]
     for value in bad:
-        with pytest.raises(config_lib.ConfigError, match=name.replace(".", r"\.")):
+        with pytest.raises(errors.ConfigError, match=name.replace(".", r"\.")):
             config_lib.resolve(changed(name, value))
 
 
@@ -221,13 +221,13 @@ def test_every_number_has_a_range(name):
 def test_values_that_cannot_be(name, value, message):
     if message is None:  # a value in a section's place, in a ConfigDict's dotted form
         name, value, message = "train", {"epochs.first": 1}, r"no key train.epochs.first"
-    with pytest.raises(config_lib.ConfigError, match=message):
+    with pytest.raises(errors.ConfigError, match=message):
         config_lib.resolve(changed(name, value))
 
 
 @pytest.mark.parametrize("config", [None, [], 3, "x"])
 def test_a_config_that_is_none(config):
-    with pytest.raises(config_lib.ConfigError, match="should be a ConfigDict"):
+    with pytest.raises(errors.ConfigError, match="should be a ConfigDict"):
         config_lib.resolve(config)
 
 

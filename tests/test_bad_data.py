@@ -13,8 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin_jax import config, data, sources, tiny
-from spin_jax.chat import Chat, Lengths, Pair
+from spin_jax import config, errors, tiny
+from spin_jax.data import parquet, sources
+from spin_jax.data.chat import Chat
+from spin_jax.data.examples import load_examples
+from spin_jax.data.pairs import hosts, load_pairs
+from spin_jax.data.records import Lengths, Pair
 
 GOOD = {"question": "1+2", "answer": "3"}
 
@@ -34,7 +38,7 @@ def said(*messages):
 
 
 def read(chat, path, **options):
-    return data.load_examples(sources.load_rows(str(path)), chat, path=str(path), **options)
+    return load_examples(sources.load_rows(str(path)), chat, path=str(path), **options)
 
 
 def line(row):
@@ -182,11 +186,11 @@ def test_of_two_processes_the_first_bad_row_is_named(chat, tmp_path, monkeypatch
     def both(**options):
         found = []
         for process in (0, 1):
-            monkeypatch.setattr(data.hosts, "turn", lambda n, process=process: n % 2 == process)
-            monkeypatch.setattr(data.hosts, "exchanged", lambda value: found.append(value) or [value])
+            monkeypatch.setattr(hosts, "turn", lambda n, process=process: n % 2 == process)
+            monkeypatch.setattr(hosts, "exchanged", lambda value: found.append(value) or [value])
             with contextlib.suppress(ValueError):
                 read(chat, path, **options)
-        monkeypatch.setattr(data.hosts, "exchanged", lambda value: pickle.loads(pickle.dumps(found)))
+        monkeypatch.setattr(hosts, "exchanged", lambda value: pickle.loads(pickle.dumps(found)))
         return read(chat, path, **options)
 
     path.write_bytes(line(GOOD | {"x": 1}) * 9 + line({"text": 1}) + line({"answer": 1}) + line(GOOD) * 20)
@@ -240,7 +244,7 @@ def test_given_pairs(chat, tmp_path):
     def read_pairs(bad, **options):
         path.write_bytes(line(good) * 10 + line(bad) + line(good) * 10)
         rows = sources.load_rows(str(path))
-        return data.load_pairs(rows, chat, path=str(path), vocab_size=272, **options)
+        return load_pairs(rows, chat, path=str(path), vocab_size=272, **options)
 
     pairs, counts = read_pairs(empty)
     assert len(pairs) == 20
@@ -392,7 +396,7 @@ def test_config_keys():
         ("max_bad", 1.5, "data.max_bad=1.5: at least 0 and at most 1"),
         ("max_bad", float("nan"), "data.max_bad=nan"),
     ):
-        with pytest.raises(config.ConfigError, match=re.escape(message)):
+        with pytest.raises(errors.ConfigError, match=re.escape(message)):
             config.resolve(given | {"data": {"path": "d", key: value}})
 
 
@@ -403,15 +407,15 @@ def test_damaged_pair_and_score_files(kind):
     ids = np.arange(5, dtype=np.int32)
     pairs = [Pair(number, 0, messages, messages, ids, ids, ids + number, False) for number in range(4)]
     if kind == "pairs":
-        content = data.pairs_to_parquet(pairs)
+        content = parquet.pairs_to_parquet(pairs)
 
         def load(content):
-            return repr(data.pairs_from_parquet(content, "x.parquet"))
+            return repr(parquet.pairs_from_parquet(content, "x.parquet"))
     else:
-        content = data.scores_to_parquet(1, pairs, np.arange(8).reshape(4, 2) / 3)
+        content = parquet.scores_to_parquet(1, pairs, np.arange(8).reshape(4, 2) / 3)
 
         def load(content):
-            return repr(data.scores_from_parquet(content, "x.parquet"))
+            return repr(parquet.scores_from_parquet(content, "x.parquet"))
 
     whole, rng = load(content), random.Random(0)
     harmless = 0

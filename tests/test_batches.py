@@ -21,8 +21,8 @@ from spin_jax.batches import (
     sizes,
     stacked,
 )
-from spin_jax.chat import Example, Lengths, Pair
-from spin_jax.official import OfficialChat
+from spin_jax.data.official import OfficialChat
+from spin_jax.data.records import Example, Lengths, Pair
 from spin_jax.runtime import sharding
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import spin_jax
 from spin_jax.batches import Group, RowShape
-from spin_jax.chat import Chat
+from spin_jax.data.chat import Chat
 from spin_jax.model import Decoder, ModelConfig, init_params
 from spin_jax.scoring import score_groups
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from spin_jax import tiny
-from spin_jax.chat import BadRow, Chat, EmptyAnswer, Lengths, _private, checked
-from spin_jax.template import BadTemplate, _Watchdog
+from spin_jax.data.chat import Chat, _private
+from spin_jax.data.chat_template import _Watchdog
+from spin_jax.data.records import Lengths, checked
+from spin_jax.errors import BadRow, BadTemplate, EmptyAnswer
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 USER, ANSWER = {"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}
@@ -349,8 +351,8 @@ def test_a_template_may_refuse_what_it_likes():
 @pytest.mark.parametrize("template", [LOOP, DOUBLING])
 def test_a_template_that_goes_on_and_on_is_stopped(monkeypatch, template):
     """In every thread, at whatever it is; and what runs there afterwards is left alone."""
-    monkeypatch.setattr("spin_jax.template.RENDER_SECONDS", 0.5 if template is LOOP else 30)
-    monkeypatch.setattr("spin_jax.template.RENDER_BYTES", 2**28)
+    monkeypatch.setattr("spin_jax.data.chat_template.RENDER_SECONDS", 0.5 if template is LOOP else 30)
+    monkeypatch.setattr("spin_jax.data.chat_template.RENDER_BYTES", 2**28)
     with pytest.raises(BadTemplate, match="the chat template was stopped: it took more than"):
         with_template(template)
     chat = with_template("{% if messages | length == 5 %}" + template + "{% endif %}x")
@@ -371,7 +373,7 @@ def test_a_template_that_goes_on_and_on_is_stopped(monkeypatch, template):
 
 def test_the_watchdog_never_hits_what_comes_after(monkeypatch):
     """Actions that end just as their time does: each returns or is stopped, and nothing is raised later."""
-    monkeypatch.setattr("spin_jax.template.RENDER_SECONDS", 0.02)
+    monkeypatch.setattr("spin_jax.data.chat_template.RENDER_SECONDS", 0.02)
     watchdog, ends = _Watchdog(), Counter()
 
     def action(seconds):

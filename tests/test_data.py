@@ -7,8 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from spin_jax import data, sources, tiny
-from spin_jax.chat import BadRow, Chat, Example, Lengths, Pair
+from spin_jax import tiny
+from spin_jax.data import examples as examples_lib
+from spin_jax.data import parquet, sources
+from spin_jax.data.chat import Chat
+from spin_jax.data.examples import load_examples, split_held_out
+from spin_jax.data.pairs import load_pairs
+from spin_jax.data.records import Example, Lengths, Pair
+from spin_jax.errors import BadRow
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
@@ -41,14 +47,14 @@ ROWS = [
 
 @pytest.mark.parametrize(("row", "contents"), ROWS)
 def test_conversations(row, contents):
-    assert [m["content"] for m in data.conversation(row, None, None)] == contents
+    assert [m["content"] for m in examples_lib.conversation(row, None, None)] == contents
 
 
 def test_named_columns():
     row = {"title": "q", "body": "a", "messages": []}
-    assert [m["content"] for m in data.conversation(row, "title", "body")] == ["q", "a"]
+    assert [m["content"] for m in examples_lib.conversation(row, "title", "body")] == ["q", "a"]
     with pytest.raises(BadRow, match="no field title and text"):
-        data.conversation(row, "title", "text")
+        examples_lib.conversation(row, "title", "text")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +71,7 @@ def test_named_columns():
 )
 def test_bad_rows_name_the_field(row, message):
     with pytest.raises(BadRow, match=message):
-        data.conversation(row, None, None)
+        examples_lib.conversation(row, None, None)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "directory", "save_to_disk", "dict"])
@@ -139,14 +145,14 @@ def test_examples_name_path_and_row(chat, tmp_path):
     )
     rows = [{"question": "q", "answer": "a"}, {"question": None, "answer": "a"}]
     with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: question is NoneType: expected text"):
-        data.load_examples(rows, chat, path=path)
+        load_examples(rows, chat, path=path)
 
 
 def test_limit_and_order_follow_the_seed(chat):
     rows = tiny.problems(50)
 
     def ids(**options):
-        return [e.prompt_id for e in data.load_examples(rows, chat, path="x", limit=20, **options)[0]]
+        return [e.prompt_id for e in load_examples(rows, chat, path="x", limit=20, **options)[0]]
 
     assert ids(seed=0) == ids(seed=0) == sorted(ids(seed=0))
     assert ids(seed=0) != ids(seed=1)
@@ -155,18 +161,18 @@ def test_limit_and_order_follow_the_seed(chat):
 
 def test_held_out():
     ids = list(range(100, 300))
-    chosen = data.split_held_out(ids, fraction=0.1, limit=500, seed=0)
+    chosen = split_held_out(ids, fraction=0.1, limit=500, seed=0)
     assert len(chosen) == 20
     assert chosen < set(ids)
-    assert chosen != data.split_held_out(ids, fraction=0.1, limit=500, seed=1)
-    assert len(data.split_held_out(list(range(100_000)), fraction=0.1, limit=500, seed=0)) == 500
+    assert chosen != split_held_out(ids, fraction=0.1, limit=500, seed=1)
+    assert len(split_held_out(list(range(100_000)), fraction=0.1, limit=500, seed=0)) == 500
 
 
 def test_gsm8k(chat):
     if not SHARED.exists():
         pytest.skip("GSM8K is not here")
     rows = sources.load_rows(str(SHARED / "gsm8k" / "test.jsonl"))
-    examples, counts = data.load_examples(rows, chat, path="gsm8k", limit=100)
+    examples, counts = load_examples(rows, chat, path="gsm8k", limit=100)
     assert len(examples) == 100
     assert not counts
     assert all(e.real[-1] == chat.stop_tokens[0] for e in examples)
@@ -180,12 +186,12 @@ def make_pair(prompt_id, prompt, real, generated):
 
 def test_pairs_round_trip():
     pairs = [make_pair(5, [1, 2], [3], [4, 5, 2]), make_pair(2**40, [1], [], [7])]
-    back = data.pairs_from_parquet(data.pairs_to_parquet(pairs))
+    back = parquet.pairs_from_parquet(parquet.pairs_to_parquet(pairs))
     for a, b in zip(pairs, back, strict=True):
         assert (a.prompt_id, a.real_messages, a.truncated) == (b.prompt_id, b.real_messages, b.truncated)
         for field in ("prompt", "real", "generated"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
-    scores = data.scores_from_parquet(data.scores_to_parquet(3, pairs, np.array([[-1, -2], [-3, -4]])))
+    scores = parquet.scores_from_parquet(parquet.scores_to_parquet(3, pairs, np.array([[-1, -2], [-3, -4]])))
     assert scores == {(3, 5, 0): (-1.0, -2.0), (3, 2**40, 0): (-3.0, -4.0)}
 
 
@@ -194,14 +200,14 @@ def test_published_pairs(chat, tmp_path):
     conversation = [turn("user", "1+2"), turn("assistant", "3")]
     other = [turn("user", "1+2"), turn("assistant", "44")]
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"real": conversation, "generated": other}] * 2)
-    pairs, counts = data.load_pairs(sources.load_rows(path), chat, path=path, vocab_size=272)
+    pairs, counts = load_pairs(sources.load_rows(path), chat, path=path, vocab_size=272)
     assert [p.prompt_id for p in pairs] == [0, 1]
     assert not counts
     assert chat.decode(pairs[0].real) == "3"
     assert chat.decode(pairs[0].generated) == "44"
     np.testing.assert_array_equal(pairs[0].prompt, chat.encode_prompt(conversation[:1]))
     with pytest.raises(ValueError, match=r"row 1: no fields real and generated"):
-        data.load_pairs([{"messages": []}], chat, path=path, vocab_size=272)
+        load_pairs([{"messages": []}], chat, path=path, vocab_size=272)
 
 
 def test_given_pairs_are_checked(chat):
@@ -213,35 +219,35 @@ def test_given_pairs_are_checked(chat):
             **more,
         }
 
-    pairs, _ = data.load_pairs([row("4", prompt_id=7), row("5", prompt_id=7)], chat, path="x", vocab_size=272)
+    pairs, _ = load_pairs([row("4", prompt_id=7), row("5", prompt_id=7)], chat, path="x", vocab_size=272)
     assert [(p.prompt_id, p.sample_id) for p in pairs] == [(7, 0), (7, 1)]
     with pytest.raises(ValueError, match="row 2: prompt_id 7, sample_id 0 came before"):
-        data.load_pairs([row("4", prompt_id=7, sample_id=0)] * 2, chat, path="x", vocab_size=272)
+        load_pairs([row("4", prompt_id=7, sample_id=0)] * 2, chat, path="x", vocab_size=272)
     other = row("4") | {"generated": [turn("user", "ZZZ"), turn("assistant", "4")]}
     with pytest.raises(ValueError, match="do not answer the same prompt"):
-        data.load_pairs([other], chat, path="x", vocab_size=272)
+        load_pairs([other], chat, path="x", vocab_size=272)
     foreign = row("4", prompt_tokens=[5], real_tokens=[99999], generated_tokens=[6])
     with pytest.raises(ValueError, match="beyond the model's vocabulary of 272: another tokenizer"):
-        data.load_pairs([foreign], chat, path="x", vocab_size=272)
+        load_pairs([foreign], chat, path="x", vocab_size=272)
     for prompt, message in (
         ([], "prompt_tokens is empty"),
         ([5, -1], "prompt_tokens: a token id is negative"),
     ):
         bad = row("4", prompt_tokens=prompt, real_tokens=[7], generated_tokens=[6])
         with pytest.raises(ValueError, match=f"row 1: {message}"):
-            data.load_pairs([bad], chat, path="x", vocab_size=272)
+            load_pairs([bad], chat, path="x", vocab_size=272)
 
 
 def test_own_pairs_keep_their_ids(chat, tmp_path):
     """A token column is the truth, even where its text would tokenize otherwise."""
     example = chat.example(9, [turn("user", "1+2"), turn("assistant", "3")], Counter())
     pair = chat.pair(example, 0, np.array([40, 41, 2], np.int32))
-    (tmp_path / "x.parquet").write_bytes(data.pairs_to_parquet([pair]))
-    (loaded,), _ = data.load_pairs(sources.load_rows(str(tmp_path)), chat, path="x", vocab_size=272)
+    (tmp_path / "x.parquet").write_bytes(parquet.pairs_to_parquet([pair]))
+    (loaded,), _ = load_pairs(sources.load_rows(str(tmp_path)), chat, path="x", vocab_size=272)
     np.testing.assert_array_equal(loaded.generated, pair.generated)
     assert loaded.prompt_id == 9
     chat_short = Chat(chat.tokenizer, chat.stop_tokens, lengths=Lengths(10, len(example.prompt) + 2))
-    (cut,), _ = data.load_pairs(sources.load_rows(str(tmp_path)), chat_short, path="x", vocab_size=272)
+    (cut,), _ = load_pairs(sources.load_rows(str(tmp_path)), chat_short, path="x", vocab_size=272)
     assert len(cut.generated) == 2
     assert cut.truncated
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import spin_jax
-from spin_jax import command, config, convert, identity, train
+from spin_jax import command, config, convert, errors, identity
 from spin_jax import tiny as tiny_world
 from spin_jax.runtime import interrupts, processes, secrets
 from spin_jax.storage import checkpoints, files, metrics, seals
@@ -103,7 +103,7 @@ def test_one_flipped_bit_in_any_file_is_found_and_named(finished, tmp_path, fold
 def test_a_missing_file_is_damage_too(copy):
     folder = copy / "iteration_0" / "checkpoint"
     next(folder.glob("state/d/*")).unlink()
-    with pytest.raises(files.Damaged, match=r"state/d/.* is missing"):
+    with pytest.raises(errors.Damaged, match=r"state/d/.* is missing"):
         seals.check_seal(folder)
 
 
@@ -126,7 +126,7 @@ def test_the_last_good_step_is_used(copy, finished, capfd):
     """Steps 2 and 4 are kept; 4 is damaged: training goes on from 2, and ends as if nothing had been."""
     forget(copy, "iteration_0/checkpoint", "iteration_0/model")
     calls = iter(range(1000))
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(errors.Interrupted):
         spin_jax.run(tiny(), str(copy), should_stop=lambda: 2 * (next(calls) >= 4))
     steps = copy / "iteration_0" / "train"
     assert sorted(int(p.name) for p in steps.iterdir()) == [4, 5]
@@ -187,7 +187,7 @@ def test_a_file_is_added_to_a_sealed_folder_whatever_is_killed(tmp_path, monkeyp
     seals.seal(folder)
     assert (folder / files.SUMS).read_bytes() == before
     (folder / files.SUMS).write_text("no seal of ours")
-    with pytest.raises(files.Damaged, match="SHA256SUMS is damaged"):
+    with pytest.raises(errors.Damaged, match="SHA256SUMS is damaged"):
         seals.add(folder, "b", b"3")
 
 
@@ -246,7 +246,7 @@ def test_lost_answers_and_scores_are_made_again(copy, finished, lost, capfd):
     content = path.read_bytes()
     path.write_bytes(content[:100] + bytes(byte ^ 255 for byte in content[100:110]) + content[110:])
     forget(copy)
-    with pytest.raises(files.Damaged, match=rf"{path.name} is damaged: remove it"):
+    with pytest.raises(errors.Damaged, match=rf"{path.name} is damaged: remove it"):
         spin_jax.run(tiny(), str(copy))
     path.unlink()
     spin_jax.run(tiny(), str(copy))
@@ -296,7 +296,7 @@ def test_a_full_disk_is_told_before_work_is_lost(small_disk, finished):
             filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 3 * 2**20))
         return 0
 
-    with pytest.raises(files.NoRoom, match=r"the next checkpoint in .* takes .* GiB.*: make room") as caught:
+    with pytest.raises(errors.NoRoom, match=r"the next checkpoint in .* takes .* GiB.*: make room") as caught:
         spin_jax.run(tiny(), str(workdir), should_stop=fill)
     assert caught.value.errno == errno.ENOSPC
     steps = [row["step"] for row in rows(workdir) if row["phase"] == "train"]
@@ -315,7 +315,7 @@ def test_a_disk_that_fills_up_while_saving(small_disk, finished):
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**20))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "check_room", lambda *what: None)  # it was there when it was asked
-        with pytest.raises(files.NoRoom, match="disk is full"):
+        with pytest.raises(errors.NoRoom, match="disk is full"):
             steps.save(2, state)
     assert steps.steps_done() == 1
     (small_disk / "filler").unlink()
@@ -347,7 +347,7 @@ def test_losses_that_are_not_finite_end_the_run_with_the_batch(copy, tmp_path, m
     monkeypatch.syspath_prepend(str(tmp_path))
     workdir = tmp_path / "new"
     unlucky = tiny(loss={"name": "unlucky:loss", "beta": (10.0,)}, train={"most_skipped": 3})
-    with pytest.raises(train.NotFinite, match="train, iteration 0: loss or gradient was not") as caught:
+    with pytest.raises(errors.NotFinite, match="train, iteration 0: loss or gradient was not") as caught:
         spin_jax.run(unlucky, str(workdir))
     path = workdir / "iteration_0" / "not_finite_train_step_2.npz"
     assert str(path) in str(caught.value)

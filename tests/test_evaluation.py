@@ -13,7 +13,7 @@ import pytest
 from runs import weights
 
 import spin_jax
-from spin_jax import config, evaluation, figures, heldout, panels, report, table, train
+from spin_jax import config, errors, evaluation, figures, heldout, panels, report, table
 from spin_jax.tiny import problems
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -195,7 +195,7 @@ def test_evaluation_is_stopped_anywhere_and_comes_to_the_same(finished, tmp_path
         try:
             spin_jax.run(tiny(), str(copy), should_stop=stopping(after))
             break
-        except train.Interrupted:
+        except errors.Interrupted:
             stops += 1
     assert stops >= 3  # among pairs, NLL, sampling, greedy, samples.jsonl, three models' log-probs
     assert without_times(read_summary(copy)) == without_times(summary)
@@ -292,7 +292,7 @@ def test_best_knows_directions_ties_and_what_is_no_number():
     ],
 )
 def test_settings_that_make_no_sense_are_refused(sections, message):
-    with pytest.raises(config.ConfigError, match="^" + message.replace(".", r"\.")):
+    with pytest.raises(errors.ConfigError, match="^" + message.replace(".", r"\.")):
         config.resolve(tiny(**sections))
 
 
@@ -355,7 +355,7 @@ def test_a_task_that_is_done_is_not_run_again(task_files, finished, tmp_path, mo
     def run_tasks(model, tasks, *, include_path, limit, seed, should_stop):
         asked.append((tasks, limit))
         if len(asked) == 2:
-            raise train.Interrupted(2)
+            raise errors.Interrupted(2)
         return {f"{tasks[0]}/acc": 0.5}
 
     monkeypatch.setattr(harness, "run_tasks", run_tasks)
@@ -363,7 +363,7 @@ def test_a_task_that_is_done_is_not_run_again(task_files, finished, tmp_path, mo
     (copy / "summary.json").write_text(json.dumps(read_summary(copy)[:1]))
     options = {"tasks": "sums, few_sums", "include_path": task_files, "tasks_limit": 2}
     c = tiny(eval=options, selfplay={"iterations": 1})
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(errors.Interrupted):
         spin_jax.run(c, str(copy))
     row = spin_jax.run(c, str(copy))[1]
     assert asked == [(["sums"], 2), (["few_sums"], 2), (["few_sums"], 2)]

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from spin_jax import config as config_lib
+from spin_jax import errors
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -80,9 +81,9 @@ def test_impossible_runs_say_why(tmp_path, argument, message):
 
 
 def test_unset_paths():
-    with pytest.raises(config_lib.ConfigError, match=r"model\.path is not set"):
+    with pytest.raises(errors.ConfigError, match=r"model\.path is not set"):
         config_lib.resolve({"data": {"path": "x"}})
-    with pytest.raises(config_lib.ConfigError, match=r"data\.path is not set"):
+    with pytest.raises(errors.ConfigError, match=r"data\.path is not set"):
         config_lib.resolve({"model": {"path": "x"}})
 
 
@@ -94,9 +95,9 @@ def test_resolve_lays_over_the_defaults():
     assert config.train.epochs == (1, 2, 3)
     assert config.sampling.max_new_tokens == config_lib.default().sampling.max_new_tokens
     assert [config_lib.per_iteration(config.train.epochs, t) for t in range(3)] == [1, 2, 3]
-    with pytest.raises(config_lib.ConfigError, match=r"did you mean train\.clip_norm"):
+    with pytest.raises(errors.ConfigError, match=r"did you mean train\.clip_norm"):
         config_lib.resolve({"train": {"clipnorm": 1.0}})
-    with pytest.raises(config_lib.ConfigError, match="seed='x': a whole number is wanted"):
+    with pytest.raises(errors.ConfigError, match="seed='x': a whole number is wanted"):
         config_lib.resolve({"seed": "x"})
 
 
@@ -175,7 +176,7 @@ def test_nothing_imports_torch_at_run_time():
     program = (
         "import sys; sys.modules['torch'] = None\n"
         "import spin_jax; assert 'jax' not in sys.modules\n"
-        "import spin_jax.main, spin_jax.selfplay, spin_jax.official, spin_jax.report, spin_jax.tiny\n"
+        "import spin_jax.main, spin_jax.selfplay, spin_jax.data.official, spin_jax.report, spin_jax.tiny\n"
         "print([getattr(spin_jax, name).__name__ for name in spin_jax.__all__])\n"
     )
     result = subprocess.run(

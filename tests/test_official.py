@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from spin_jax.batches import RowShape, packed, pair_group
-from spin_jax.chat import Chat, Lengths
-from spin_jax.official import OfficialChat
+from spin_jax.data.chat import Chat
+from spin_jax.data.official import OfficialChat
+from spin_jax.data.records import Lengths
 
 TOKENIZER = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mistral_tokenizer"
 USER = {"role": "user", "content": "Hi"}
@@ -114,6 +115,6 @@ def test_first_two_messages(official, tokenizer):
 
 def test_what_is_not_reproduced():
     """Duplicate rows on a second run and an unpinned model are accidents; the docstring says so."""
-    from spin_jax import official
+    from spin_jax.data import official
 
     assert "stay out" in official.__doc__

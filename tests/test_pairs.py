@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from runs import ROOT
 
-from spin_jax import data, pairs, sources, tiny
-from spin_jax.chat import Chat, Lengths
-from spin_jax.official import OfficialChat
+from spin_jax import pairs, tiny
+from spin_jax.data import parquet, sources
+from spin_jax.data.chat import Chat
+from spin_jax.data.official import OfficialChat
+from spin_jax.data.pairs import load_pairs
+from spin_jax.data.records import Lengths
 
 QUESTION = {"role": "user", "content": "1+2"}
 
@@ -43,7 +46,7 @@ def workdir(chat, tmp_path):
         ("train-00001-of-00002", made[2:3]),
         ("test-00000-of-00001", made[3:]),
     ):
-        (folder / f"{name}.parquet").write_bytes(data.pairs_to_parquet(chosen))
+        (folder / f"{name}.parquet").write_bytes(parquet.pairs_to_parquet(chosen))
     return tmp_path / "run"
 
 
@@ -66,9 +69,7 @@ def test_the_published_format(workdir, tmp_path, chat):
         "real": [{"role": "user", "content": "0+1"}, answer("1")],
         "generated": [{"role": "user", "content": "0+1"}, answer(chat.decode([40]))],
     }
-    again, counts = data.load_pairs(
-        sources.load_rows(str(out), all_files=True), chat, path="x", vocab_size=272
-    )
+    again, counts = load_pairs(sources.load_rows(str(out), all_files=True), chat, path="x", vocab_size=272)
     assert (len(again), counts) == (4, {})
 
 
@@ -78,7 +79,7 @@ def test_one_file_of_the_training_pairs(suffix, workdir, tmp_path, chat):
     assert pairs.export(str(workdir), 1, str(path)) == [f"{path}: 3 pairs"]
     rows = sources.load_rows(str(path))
     assert [row["real"][0]["content"] for row in rows] == ["0+1", "1+1", "2+1"]
-    assert len(data.load_pairs(rows, chat, path=str(path), vocab_size=272)[0]) == 3
+    assert len(load_pairs(rows, chat, path=str(path), vocab_size=272)[0]) == 3
 
 
 def test_the_command(workdir, tmp_path):
@@ -126,13 +127,13 @@ def by_ids(chat, **changes):
 
 def load(chat, path, *rows, **options):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return data.load_pairs(sources.load_rows(str(path)), chat, path=str(path), vocab_size=272, **options)
+    return load_pairs(sources.load_rows(str(path)), chat, path=str(path), vocab_size=272, **options)
 
 
 def test_answers_by_ids_make_the_pair_that_our_sampler_makes(chat, tmp_path):
     (pair,), counts = load(chat, tmp_path / "x.jsonl", by_ids(chat))
     ours = chat.pair(chat.example(7, [QUESTION, answer("3")], Counter()), 0, np.array([40, 41, 2], np.int32))
-    assert data.pairs_to_parquet([pair]) == data.pairs_to_parquet([ours])
+    assert parquet.pairs_to_parquet([pair]) == parquet.pairs_to_parquet([ours])
     assert not counts
     (cut,), _ = load(chat, tmp_path / "x.jsonl", by_ids(chat, generated_tokens=[40] * 20, real_tokens=[]))
     assert len(cut.prompt) + len(cut.generated) == 16
@@ -182,13 +183,13 @@ def test_pairs_whose_prompt_is_not_sampled_from_come_again_with_their_ids(tmp_pa
     example = chat.example(3, [QUESTION, answer("3")], Counter())
     own = chat.pair(example, 0, np.array([40, 41, 2], np.int32))
     assert own.prompt.tolist() != chat.sampling_prompt(example).tolist()
-    (tmp_path / "x.parquet").write_bytes(data.pairs_to_parquet([own]))
+    (tmp_path / "x.parquet").write_bytes(parquet.pairs_to_parquet([own]))
     rows = list(sources.load_rows(str(tmp_path)))
-    (again,), _ = data.load_pairs(rows, chat, path="x", vocab_size=272)
-    assert data.pairs_to_parquet([again]) == data.pairs_to_parquet([own])
+    (again,), _ = load_pairs(rows, chat, path="x", vocab_size=272)
+    assert parquet.pairs_to_parquet([again]) == parquet.pairs_to_parquet([own])
     for bad in ({"prompt_tokens": rows[0]["prompt_tokens"][1:]}, {"generated": None}):
         with pytest.raises(ValueError, match="row 1: prompt_tokens: not the ids of the prompt in real"):
-            data.load_pairs([rows[0] | bad], chat, path="x", vocab_size=272)
+            load_pairs([rows[0] | bad], chat, path="x", vocab_size=272)
 
 
 # --- vLLM ----------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ def test_the_script_writes_pairs_that_load(vllm, chat, tmp_path):
         engine = {"tensor_parallel_size": 2, "seed": 43, "max_model_len": longest}
         assert f"LLM {json.dumps(engine)}" in done.stdout
         rows = sources.load_rows(str(tmp_path / "pairs.jsonl"))
-        (pair,), _ = data.load_pairs(rows, chat, path="x", vocab_size=272)
+        (pair,), _ = load_pairs(rows, chat, path="x", vocab_size=272)
         assert (pair.prompt_id, pair.generated.tolist()) == (7, kept)
         assert pair.truncated == (kept[-1] != 2)
 

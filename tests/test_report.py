@@ -14,8 +14,9 @@ from matplotlib import image
 from runs import ROOT
 from test_command import run
 
-from spin_jax import config, data, figures, identity, panels, report, workdir
-from spin_jax.chat import Pair
+from spin_jax import config, figures, identity, panels, report, workdir
+from spin_jax.data import parquet
+from spin_jax.data.records import Pair
 from spin_jax.storage import files, metrics
 
 LONG = "It depends on what is asked. " * 12
@@ -97,7 +98,7 @@ def write_pairs(folder, t):
             )
             for n in range(count)
         ]
-        files.write(folder / f"{split}-00000-of-00001.parquet", data.pairs_to_parquet(pairs))
+        files.write(folder / f"{split}-00000-of-00001.parquet", parquet.pairs_to_parquet(pairs))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from scipy import stats
 import spin_jax
 from spin_jax import convert, sample
 from spin_jax import slots as slots_lib
-from spin_jax.chat import Chat
+from spin_jax.data.chat import Chat
 from spin_jax.draw import Sampling, draw, prompt_keys, truncate_logits
 from spin_jax.kernels.layout import Layout
 from spin_jax.model import (

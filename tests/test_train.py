@@ -13,8 +13,9 @@ import pytest
 
 from spin_jax import convert, lora, losses, scoring, tiny
 from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, pair_group, stacked
-from spin_jax.chat import Pair
 from spin_jax.convert import new_model
+from spin_jax.data.records import Pair
+from spin_jax.errors import NotFinite
 from spin_jax.model import Decoder, abstract_params, copies, count_params, params_on
 from spin_jax.runtime import sharding
 from spin_jax.scoring import score_groups, score_rows
@@ -23,7 +24,6 @@ from spin_jax.train import (
     SFT,
     SPIN,
     Loop,
-    NotFinite,
     Optimization,
     TrainState,
     abstract_state,

@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from spin_jax.errors import OtherFailed
 from spin_jax.runtime.secrets import redacted
 
 Made = TypeVar("Made")
@@ -129,14 +130,6 @@ def _most(numbers: jax.Array) -> jax.Array:
     return numbers.max()
 
 
-class OtherFailed(RuntimeError):
-    """Another process failed, and says why; this one is to exit as that one does."""
-
-    def __init__(self, code: int):
-        super().__init__("another process failed: it says why")
-        self.code = code
-
-
 def together(make: Callable[[], Made]) -> Made:
     """`make()` in every process; where it fails in one, it fails in all. In it, no process waits for others.
 
@@ -151,7 +144,9 @@ def together(make: Callable[[], Made]) -> Made:
         made = make()
     except Exception as raised:  # whatever it is: the others must not wait for this process
         error = raised
-    code = 0 if error is None else 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+    code = 0
+    if error is not None:
+        code = getattr(error, "exit_code", 2 if isinstance(error, ValueError | FileNotFoundError) else 1)
     if code := int(most(code)):
         failure = error or OtherFailed(code)
         failure.__dict__["of_all"] = True  # `leave` asks

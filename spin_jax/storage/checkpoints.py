@@ -14,6 +14,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1 import options as ocp_options
 
+from spin_jax import errors
 from spin_jax.runtime import processes
 from spin_jax.storage import files, seals
 
@@ -55,7 +56,7 @@ def save(path: epath.PathLike, tree: Any) -> None:
             if processes.first():
                 files.remove_here(path)
         if any("No space left" in reason or "quota exceeded" in reason for reason in _reasons(error)):
-            raise files.NoRoom(
+            raise errors.NoRoom(
                 errno.ENOSPC, f"the disk is full: {path} cannot be written; make room"
             ) from error
         raise
@@ -139,7 +140,7 @@ class StepCheckpoints:
                 if whole:
                     seals.check_seal(self._path / str(step))
                     return step
-            except files.Damaged as error:
+            except errors.Damaged as error:
                 processes.say(
                     f"\nWARNING: {error}\n"
                     "It is removed; the one before it is used, or the phase begins anew.\n"

@@ -22,20 +22,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from spin_jax.errors import NoRoom
 from spin_jax.runtime import processes
 
 SUMS = "SHA256SUMS"
-
-
-class Damaged(ValueError):
-    """Files are not what was written; the message names each."""
-
-
-class NoRoom(OSError):
-    """The disk has no room for what is to be written; the message has the numbers."""
-
-    def __str__(self) -> str:
-        return str(self.strerror)
 
 
 def exists(path: epath.PathLike) -> bool:

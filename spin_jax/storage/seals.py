@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from spin_jax.errors import Damaged
 from spin_jax.runtime import processes
-from spin_jax.storage.files import SUMS, Damaged, check_room_here, exists, remove_here, write, write_here
+from spin_jax.storage.files import SUMS, check_room_here, exists, remove_here, write, write_here
 
 # --- whole folders -------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from workload import SMALL, set_up
 from spin_jax import config as config_lib
 from spin_jax import convert, named_loss, programs
 from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, stacked
-from spin_jax.chat import Pair
+from spin_jax.data.records import Pair
 from spin_jax.draw import Sampling, draw, prompt_keys
 from spin_jax.kernels.layout import Layout
 from spin_jax.model import (

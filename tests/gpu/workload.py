@@ -10,8 +10,8 @@ from configs import zephyr
 from spin_jax import config as config_lib
 from spin_jax import convert, programs
 from spin_jax.batches import RowShape
-from spin_jax.chat import Example, Pair
 from spin_jax.command import set_up_jax
+from spin_jax.data.records import Example, Pair
 from spin_jax.model import Model
 
 SMALL = dict(  # kernels want heads of 64 numbers or more

@@ -19,7 +19,8 @@ from collections import Counter
 
 import numpy as np
 
-from spin_jax.chat import Chat, Example, Ids, Message, Pair
+from spin_jax.data.chat import Chat
+from spin_jax.data.records import Example, Ids, Message, Pair
 
 ASSISTANT_PREFIX = "<|assistant|>\n"
 

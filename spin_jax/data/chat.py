@@ -4,114 +4,19 @@ Token ids are the truth. A conversation is rendered by the template and tokenize
 cut out of those ids.
 """
 
-import dataclasses
 import datetime
 import functools
-import itertools
 import json
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from spin_jax.template import BadRow, Message, Template
-
-Ids = np.ndarray  # int32 [n]
-
-
-def asked(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    """What the last turn of a conversation answers, as something to compare."""
-    return tuple((message["role"], message["content"]) for message in messages[:-1])
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A prompt and its human answer."""
-
-    prompt_id: int  # the row's number in its dataset
-    messages: list[Message]  # ends with the answer
-    prompt: Ids
-    real: Ids
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A prompt, the human answer and the opponent's."""
-
-    prompt_id: int
-    sample_id: int
-    real_messages: list[Message]
-    generated_messages: list[Message]
-    prompt: Ids
-    real: Ids
-    generated: Ids
-    truncated: bool  # the generated answer met no stop token
-    score: float | None = None  # what a verifier (1 or 0) or scorer makes of the generated answer
-    start: Ids | None = None  # what the model that self-play began with answered, where a loss asks for it
-
-    @property
-    def identical(self) -> bool:
-        return np.array_equal(self.real, self.generated)
-
-
-@dataclasses.dataclass(frozen=True)
-class Lengths:
-    """Limits in tokens. An answer is cut to what its prompt leaves of `max_length`."""
-
-    max_prompt: int
-    max_length: int
-
-
-UNLIMITED = Lengths(max_prompt=2**31 - 1, max_length=2**31 - 1)
-
-
-class EmptyAnswer(BadRow):
-    """A row whose answer is null, empty or white space."""
-
-
-def checked(messages: Any, field: str) -> list[Message]:
-    """A conversation that ends with the assistant's last turn, whose content may be empty.
-
-    Raises:
-        BadRow: naming the field.
-    """
-    if not isinstance(messages, list | tuple) or not messages:
-        found = "an empty list" if isinstance(messages, list | tuple) else type(messages).__name__
-        parse = ", and JSON in a string is to be parsed first" if isinstance(messages, str) else ""
-        raise BadRow(f"{field}: expected a list of messages, and found {found}{parse}")
-    result = []
-    for number, message in enumerate(messages):
-        name = f"{field}[{number}]"
-        if not isinstance(message, dict):
-            raise BadRow(f"{name} is {type(message).__name__}: expected a role and content")
-        role = message.get("role")
-        if role not in ("system", "user", "assistant"):
-            raise BadRow(f"{name}.role is {reprlib.repr(role)}: expected system, user or assistant")
-        nothing = role == "assistant" and message.get("content") is None
-        content = "" if nothing else checked_text(message.get("content"), f"{name}.content")
-        result.append({"role": role, "content": content})
-    while result and result[-1]["role"] != "assistant":
-        result.pop()
-    if len(result) < 2:
-        raise BadRow(f"{field}: no assistant turn with a prompt before it")
-    if any(a["role"] == b["role"] == "assistant" for a, b in itertools.pairwise(result)):
-        raise BadRow(f"{field}: two assistant turns in a row")
-    return result
-
-
-def checked_text(value: Any, field: str) -> str:
-    """`value`, which a tokenizer will take; else BadRow."""
-    if not isinstance(value, str):
-        raise BadRow(f"{field} is {type(value).__name__}: expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = value[error.start]
-        raise BadRow(f"{field} has half a character ({half!a} at {error.start}): no UTF-8 text") from error
-    return value
+from spin_jax.data.chat_template import Template
+from spin_jax.data.records import UNLIMITED, Example, Ids, Lengths, Message, Pair, asked, checked
+from spin_jax.errors import BadRow, EmptyAnswer
 
 
 class Encoded(NamedTuple):

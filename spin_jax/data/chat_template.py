@@ -19,16 +19,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-Message = dict[str, str]
-
-
-class BadRow(ValueError):
-    """A row that makes no conversation; the message says why, the caller adds where."""
-
-
-class BadTemplate(ValueError):
-    """A chat template that serves for no conversation, or takes too long; the message says why."""
-
+from spin_jax.data.records import Message
+from spin_jax.errors import BadRow, BadTemplate
 
 RENDER_SECONDS = 5.0  # for one conversation, which takes microseconds
 RENDER_BYTES = 4 << 30  # that the process may grow by meanwhile

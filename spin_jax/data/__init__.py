@@ -1,0 +1,1 @@
+"""From the rows of a dataset to token ids: sources, conversations, examples, pairs."""

@@ -1,0 +1,133 @@
+"""Pairs, their scores and held-out numbers as parquet files, and back; damaged files are found out."""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from spin_jax import errors
+from spin_jax.data.records import Pair
+from spin_jax.losses import PAIR
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+PAIR_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.int64()),
+        ("sample_id", pa.int32()),
+        ("real", _MESSAGES),
+        ("generated", _MESSAGES),
+        ("prompt_tokens", pa.list_(pa.int32())),
+        ("real_tokens", pa.list_(pa.int32())),
+        ("generated_tokens", pa.list_(pa.int32())),
+        ("truncated", pa.bool_()),
+    ]
+)
+
+
+def pairs_to_parquet(pairs: Sequence[Pair]) -> bytes:
+    """A parquet file of pairs: the published SPIN columns, the ids and, where they have one, the score."""
+    scored = any(pair.score is not None for pair in pairs)
+    rows = [
+        {
+            "prompt_id": pair.prompt_id,
+            "sample_id": pair.sample_id,
+            "real": pair.real_messages,
+            "generated": pair.generated_messages,
+            "prompt_tokens": pair.prompt,
+            "real_tokens": pair.real,
+            "generated_tokens": pair.generated,
+            "truncated": pair.truncated,
+            **({"score": pair.score} if scored else {}),
+        }
+        for pair in pairs
+    ]
+    schema = PAIR_SCHEMA.append(pa.field("score", pa.float64())) if scored else PAIR_SCHEMA
+    return _parquet(pa.Table.from_pylist(rows, schema=schema))
+
+
+def pairs_from_parquet(content: bytes, path: epath.PathLike | None = None) -> list[Pair]:
+    """What `pairs_to_parquet` wrote; ValueError, naming `path`, where it is no longer that."""
+    return [
+        Pair(
+            row["prompt_id"],
+            row["sample_id"],
+            row["real"],
+            row["generated"],
+            np.asarray(row["prompt_tokens"], np.int32),
+            np.asarray(row["real_tokens"], np.int32),
+            np.asarray(row["generated_tokens"], np.int32),
+            row["truncated"],
+            row.get("score"),
+        )
+        for row in _rows_of(content, path or "a file of pairs")
+    ]
+
+
+def scores_to_parquet(
+    source_iteration: int, pairs: Sequence[Pair], logps: np.ndarray, roles: Sequence[str] = PAIR
+) -> bytes:
+    """A parquet file of the opponent's log-probs, float32 [pairs, roles]."""
+    columns = {
+        "source_iteration": np.full(len(pairs), source_iteration, np.int32),
+        "prompt_id": np.array([pair.prompt_id for pair in pairs], np.int64),
+        "sample_id": np.array([pair.sample_id for pair in pairs], np.int32),
+        **{f"{role}_logp": np.asarray(logps[:, n], np.float32) for n, role in enumerate(roles)},
+    }
+    return _parquet(pa.table(columns))
+
+
+def scores_from_parquet(
+    content: bytes, path: epath.PathLike | None = None, roles: Sequence[str] = PAIR
+) -> dict[tuple[int, int, int], tuple[float, ...]]:
+    """Log-probs of the roles' answers, by (source_iteration, prompt_id, sample_id).
+
+    Raises:
+        ValueError: naming `path`, where `content` is not what `scores_to_parquet` wrote.
+    """
+    return {
+        (row["source_iteration"], row["prompt_id"], row["sample_id"]): tuple(row[f"{r}_logp"] for r in roles)
+        for row in _rows_of(content, path or "a file of scores")
+    }
+
+
+def held_out_to_parquet(pairs: Sequence[Pair], columns: Mapping[str, np.ndarray]) -> bytes:
+    """A parquet file of what a model makes of held-out pairs: a column a number, float32 [pairs]."""
+    ids = {
+        "prompt_id": np.array([pair.prompt_id for pair in pairs], np.int64),
+        "sample_id": np.array([pair.sample_id for pair in pairs], np.int32),
+    }
+    return _parquet(pa.table({**ids, **{name: np.asarray(x, np.float32) for name, x in columns.items()}}))
+
+
+# Parquet's own checksums are of pages: a flipped bit in a header or in the schema shows in our digest only.
+_DIGEST = b"spin_jax.sha256"
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    table = table.replace_schema_metadata({_DIGEST: _digest(table.to_pylist())})
+    pq.write_table(table, buffer, write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def _rows_of(content: bytes, path: epath.PathLike) -> list[dict[str, Any]]:
+    try:
+        table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+        rows = table.to_pylist()
+        if (table.schema.metadata or {}).get(_DIGEST) != _digest(rows):
+            raise ValueError("its digest is another's")
+    except Exception as error:  # whatever Arrow makes of damaged bytes
+        raise errors.Damaged(
+            f"{path} is damaged: remove it, and the same command makes it again ({error})"
+        ) from error
+    return rows
+
+
+def _digest(rows: list[dict[str, Any]]) -> bytes:
+    return hashlib.sha256(msgpack.packb(rows)).hexdigest().encode()  # pyright: ignore[reportArgumentType]
