@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spin_jax import losses
-    from spin_jax.convert import load, save
+    from spin_jax.models.loading import load
+    from spin_jax.models.saving import save
     from spin_jax.sample import generate
     from spin_jax.scoring import logits, score
     from spin_jax.selfplay import run

@@ -9,7 +9,9 @@ from spin_jax import config as config_lib
 from spin_jax import programs
 from spin_jax.data.records import Ids
 from spin_jax.draw import Sampling
-from spin_jax.model import Decoder, Model, sampling_params
+from spin_jax.models.architecture import Model
+from spin_jax.models.decoder import Decoder
+from spin_jax.models.params import sampling_params
 from spin_jax.sample import answer_prompts
 
 BATCH_SIZE = 32

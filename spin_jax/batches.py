@@ -20,6 +20,8 @@ import numpy as np
 from spin_jax.data.records import Example, Ids, Pair
 from spin_jax.kernels.layout import Layout
 from spin_jax.losses import PAIR
+from spin_jax.models.architecture import ModelConfig
+from spin_jax.models.cost import forward_flops
 from spin_jax.runtime.sharding import round_up
 
 _MOST_GROUPS = 64  # of a row: it sizes arrays of single numbers
@@ -338,3 +340,12 @@ def batches(
     )
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     return iter(dataset[start:].to_iter_dataset(options))
+
+
+def rows_flops(c: ModelConfig, rows: Rows) -> float:
+    """`forward_flops` of packed rows: every token once, logits of responses, causal attention."""
+    # A token sees its own sequence up to itself, or the window: its position, and one more.
+    positions, tokens = rows.layout.positions + 1, rows.layout.segments != 0
+    windows = [window or positions.size for window in c.windows]
+    seen = np.mean([np.sum(np.minimum(positions, window), where=tokens) for window in windows])
+    return forward_flops(c, filled_tokens(rows), int(rows.lengths.sum()), float(seen))

@@ -42,7 +42,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spin_jax import config as config_lib
-from spin_jax import convert, named_loss, prepare, programs, roofline
+from spin_jax import named_loss, prepare, programs
 from spin_jax.batches import (
     Group,
     RowShape,
@@ -52,6 +52,7 @@ from spin_jax.batches import (
     group_sizes,
     pair_batches,
     pair_group,
+    rows_flops,
 )
 from spin_jax.command import fail, parse, set_up_jax
 from spin_jax.data import sources
@@ -59,7 +60,9 @@ from spin_jax.data.examples import load_examples
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Ids, Pair
 from spin_jax.draw import prompt_keys
-from spin_jax.model import Model, Params, count_params, init_params, sampling_params
+from spin_jax.models import cost, loading
+from spin_jax.models.architecture import Model, Params
+from spin_jax.models.params import count_params, init_params, sampling_params
 from spin_jax.runtime import chips, processes, sharding
 from spin_jax.sample import answer_prompts
 from spin_jax.scoring import score_groups
@@ -108,7 +111,7 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
     if config.model.path:
         model, params, _ = prepare.open_model(config)
     else:
-        model = convert.new_model(config.model.architecture.to_dict(), None, dtype=config.model.dtype)
+        model = loading.new_model(config.model.architecture.to_dict(), None, dtype=config.model.dtype)
         model = programs.placed(config, model)
         params = functools.partial(init_params, model.config, jax.random.key(0), model.mesh)
     programs.check_mesh(config, model)
@@ -182,7 +185,7 @@ def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[
     share = None
     if chip is not None:
         context = sum(map(len, work.prompts)) / len(work.prompts) + new / 2
-        step = roofline.decode_step_s(
+        step = cost.decode_step_s(
             model.config, chip, -(-slots // copies), context, model.dtype.itemsize, tensor
         )
         share = tokens / seconds / (slots / step)
@@ -253,7 +256,7 @@ def _measure_training(
             tokens.append(filled_tokens(batch))
             used = int((batch.rows.items > 0).any(axis=(1, 2)).sum())
             computed.append(used * shape.rows * shape.length)
-            flops.append(3 * roofline.rows_flops(model.config, batch.rows))
+            flops.append(3 * rows_flops(model.config, batch.rows))
     seconds = statistics.median(times[1:])
     chip = chips.chip(model.mesh.devices.flat[0].device_kind)
     rate = sum(flops[1:]) / sum(times[1:]) / model.mesh.size

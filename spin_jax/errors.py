@@ -1,7 +1,7 @@
 """Every exception that this package raises for a reason of its own, with the exit code that it means.
 
-Exit code 2 says that the input is wrong and 1 that the run failed; after 1 the same command
-continues the run. Errors of other kinds (ValueError, OSError and so on) get their code from `spin_jax.cli.failed`.
+Exit code 2 says that the input is wrong, and 1 that the run failed; after 1 the same command continues the
+run. Errors of other kinds (ValueError, OSError and so on) get their code from `spin_jax.cli.failed`.
 """
 
 from typing import Any

@@ -8,8 +8,9 @@ import math
 from typing import NamedTuple
 
 from spin_jax import collectives as traffic
-from spin_jax import programs, roofline
+from spin_jax import programs
 from spin_jax.footprint import Phase, Work
+from spin_jax.models import cost
 from spin_jax.runtime import sharding
 from spin_jax.sample import cache_columns, prefill_rows
 from spin_jax.train import MOMENTS
@@ -18,7 +19,7 @@ from spin_jax.train import MOMENTS
 def _per_device(work: Work) -> float:
     """Parameters that each device keeps in training."""
     shape = work.model.mesh.shape
-    return roofline.all_params(work.model.config) / (shape["fsdp"] * shape["tensor"])
+    return cost.all_params(work.model.config) / (shape["fsdp"] * shape["tensor"])
 
 
 def estimated_phases(work: Work) -> dict[str, Phase]:
@@ -47,7 +48,7 @@ def _layer(work: Work) -> _Layer:
         tokens,
         wide,
         heads,
-        weights=item * roofline.layer_params(m, m.num_experts) / tensor,
+        weights=item * cost.layer_params(m, m.num_experts) / tensor,
         working=item * tokens * (3 * wide + 6 * m.hidden_size + 2 * heads),
         logits=2 * 4 * min(2**25, tokens * m.vocab_size / 4) / tensor,  # scoring's chunks: a quarter at most
     )
@@ -56,7 +57,7 @@ def _layer(work: Work) -> _Layer:
 def _training(work: Work) -> Phase:
     c, m, layer, item = work.config, work.model.config, _layer(work), work.model.dtype.itemsize
     whole = _per_device(work)
-    share = programs.trained(c, m) / roofline.all_params(m)
+    share = programs.trained(c, m) / cost.all_params(m)
     weights, mine = item * whole if c.train.lora_rank else 4 * whole, 4 * share * whole
     tensor, D = work.model.mesh.shape["tensor"], m.hidden_size
     kept = {  # numbers of a token and layer, beside the layer's input
@@ -113,12 +114,12 @@ def _sampling(work: Work) -> Phase:
     scores = 4 * m.num_attention_heads * prompt * prompt / share / 8  # of a block of queries
     scores = 0 if kernel == "flash" else scores
     states = item * prompt * (4 * m.hidden_size + 3 * m.intermediate_size / share)
-    read = rows * (scores + states + item * roofline.cached_numbers(m, prompt) / share)
+    read = rows * (scores + states + item * cost.cached_numbers(m, prompt) / share)
     return Phase(
         {
             "weights": 4 * _per_device(work),
-            "copy": item * roofline.all_params(m) / share,
-            "cache": item * roofline.cached_numbers(m, columns) * c.sampling.batch_size / share,
+            "copy": item * cost.all_params(m) / share,
+            "cache": item * cost.cached_numbers(m, columns) * c.sampling.batch_size / share,
             "temporary": 4 * c.sampling.batch_size * m.vocab_size + read,
         },
         {},
@@ -132,7 +133,7 @@ def _estimated_traffic(work: Work, tokens: float, passes: int, gradients: float 
     `gradients` is the share of the weights that have some.
     """
     m, shape, item = work.model.config, work.model.mesh.shape, work.model.dtype.itemsize
-    weights = item * roofline.all_params(m) / shape["tensor"]
+    weights = item * cost.all_params(m) / shape["tensor"]
     result = {}
     if shape["fsdp"] > 1:
         result["all-gather"] = weights * min(passes, 2)

@@ -131,12 +131,13 @@ def prepare(asked: Asked) -> Job:
     Raises:
         ValueError, FileNotFoundError: naming the flag, or the file and row.
     """
-    from spin_jax import convert, questions
+    from spin_jax import questions
+    from spin_jax.models import loading
     from spin_jax.runtime import processes
 
     if (output := asked.output) is not None:
         processes.by_first(lambda: check_output(output))
-    model, _ = convert.describe(asked.model, _REVISION.value, dtype=_DTYPE.value)
+    model, _ = loading.describe(asked.model, _REVISION.value, dtype=_DTYPE.value)
     tasks, rows = None, []
     if asked.questions:
         if model.tokenizer.chat_template is None:
@@ -149,7 +150,7 @@ def prepare(asked: Asked) -> Job:
         wanted = preset if asked.preset else _NUM_FEWSHOT.value
         tasks = harness.load_tasks(asked.tasks, include_path=_INCLUDE_PATH.value, num_fewshot=wanted)
         harness.check_asked(tasks, model, _CHAT.value)
-    return Job(convert.load(asked.model, _REVISION.value, dtype=_DTYPE.value), tasks, rows)
+    return Job(loading.load(asked.model, _REVISION.value, dtype=_DTYPE.value), tasks, rows)
 
 
 def check_output(path: str) -> None:

@@ -13,7 +13,7 @@ from spin_jax.batches import Group, pair_group
 from spin_jax.data import parquet
 from spin_jax.data.records import Ids
 from spin_jax.draw import Sampling
-from spin_jax.model import Params
+from spin_jax.models.architecture import Params
 from spin_jax.named_loss import logps_type
 from spin_jax.opponent import BEFORE, Opponent
 from spin_jax.prepare import Prepared

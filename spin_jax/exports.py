@@ -6,8 +6,9 @@ from typing import Any
 
 from etils import epath
 
-from spin_jax import card, convert, identity
-from spin_jax.model import Params
+from spin_jax import card, identity
+from spin_jax.models import saving
+from spin_jax.models.architecture import Params
 from spin_jax.opponent import BEFORE
 from spin_jax.prepare import Prepared
 from spin_jax.runtime import processes
@@ -27,7 +28,7 @@ class Exports:
     def save(self, folder: epath.Path, params: Params) -> None:
         if not seals.sealed(folder / "model"):
             model = dataclasses.replace(self._run.model, params=params)
-            convert.save(model, folder / "model", dtype=model.dtype, on_tensor=self._stop_here)
+            saving.save(model, folder / "model", dtype=model.dtype, on_tensor=self._stop_here)
 
     def describe(self, kind: str, folder: epath.Path, rows: Sequence[Row]) -> None:
         """Puts a model card into an export, which is whole without: its numbers are known later."""

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from spin_jax import collectives as traffic
-from spin_jax import convert, errors, lora, machines, named_loss, programs
+from spin_jax import errors, machines, named_loss, programs
 from spin_jax.batches import PairBatch, RowShape, ScoredPair, pair_batches, stacked
 from spin_jax.data.records import Example, Pair
 from spin_jax.draw import KEYS
 from spin_jax.errors import CompilerFailed, OutOfMemory
-from spin_jax.model import Model, params_on, sampling_params_on
+from spin_jax.models import loading, lora
+from spin_jax.models.architecture import Model
+from spin_jax.models.params import params_on, sampling_params_on
 from spin_jax.runtime import chips, sharding
 from spin_jax.runtime.chips import GPU_MEMORY
 from spin_jax.sample import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
@@ -96,7 +98,7 @@ def workload(config: Any, topology: str, compiles: bool = True) -> Work:
         stated = files.read_json(os.path.join(config.model.path, "config.json"))
     if not stated:
         raise ValueError("the config states no model.architecture: --config.model.path=DIR has one")
-    model = convert.new_model(stated, None, dtype=config.model.dtype)
+    model = loading.new_model(stated, None, dtype=config.model.dtype)
     sizes = programs.mesh_sizes(config, model.config, machine.devices, machine.slices)
     uncompiled = "" if compiles else "--nocompile"
     mesh: Any = machines.described(machine, dict(zip(sharding.AXES, sizes, strict=True)))

@@ -32,7 +32,8 @@ from spin_jax.data.chat_template import Template
 from spin_jax.data.records import Ids
 from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.errors import BadRow, MissingTasks
-from spin_jax.model import Decoder, Model
+from spin_jax.models.architecture import Model
+from spin_jax.models.decoder import Decoder
 from spin_jax.runtime import processes, sharding
 from spin_jax.runtime.console import progress
 from spin_jax.runtime.sharding import bucket

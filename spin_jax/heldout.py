@@ -12,7 +12,8 @@ from jaxtyping import Float
 from spin_jax.batches import RowShape, example_group
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import Example, Ids
-from spin_jax.model import Decoder, Params
+from spin_jax.models.architecture import Params
+from spin_jax.models.decoder import Decoder
 from spin_jax.runtime.user_code import import_function
 from spin_jax.scoring import score_groups
 

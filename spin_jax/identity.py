@@ -22,7 +22,7 @@ from etils import epath
 import spin_jax
 from spin_jax import config as config_lib
 from spin_jax.data.records import Example, Pair
-from spin_jax.model import Model
+from spin_jax.models.architecture import Model
 from spin_jax.runtime import processes, secrets
 from spin_jax.storage import files
 

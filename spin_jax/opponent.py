@@ -21,7 +21,8 @@ from spin_jax.data.records import Example, Ids, Pair, asked
 from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.errors import Interrupted, MissingAnswers
 from spin_jax.judging import judged
-from spin_jax.model import Params, sampling_params
+from spin_jax.models.architecture import Params
+from spin_jax.models.params import sampling_params
 from spin_jax.prepare import Prepared
 from spin_jax.runtime.console import compact, progress
 from spin_jax.runtime.sharding import bucket

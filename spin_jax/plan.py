@@ -40,14 +40,15 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from spin_jax import batches, machines, programs
 from spin_jax import collectives as traffic
 from spin_jax import config as config_lib
-from spin_jax import machines, programs, roofline
 from spin_jax.batches import filled_tokens
 from spin_jax.command import fail, parse, set_compiler_flags
 from spin_jax.errors import CompilerFailed
 from spin_jax.estimate import estimated_phases
 from spin_jax.footprint import Phase, Work, batches_of, compiled_phases, fits, limit, workload
+from spin_jax.models import cost
 from spin_jax.runtime.console import compact
 from spin_jax.train import MOMENTS
 
@@ -86,7 +87,7 @@ def _timed(work: Work, phases: dict[str, Phase], assumed: Assumed) -> None:
     steps = [batches_of(work, work.pairs[first : first + size]) for first in range(0, len(work.pairs), size)]
     microbatches = sum(map(len, steps)) / len(steps)
     filled = sum(filled_tokens(part) for step in steps for part in step) / len(steps)
-    forward = sum(roofline.rows_flops(m, part.rows) for step in steps for part in step) / len(steps)
+    forward = sum(batches.rows_flops(m, part.rows) for step in steps for part in step) / len(steps)
     padding = microbatches * work.shape.rows * work.shape.length / filled
 
     def bound(phase: Phase, passes: int, per_unit: float) -> None:
@@ -113,14 +114,14 @@ def _timed(work: Work, phases: dict[str, Phase], assumed: Assumed) -> None:
     prompt, _, new = c.lengths.expected
     share = programs.sampling_tensor(c, work.model)
     copies = mesh.size // share
-    step = roofline.decode_step_s(
+    step = cost.decode_step_s(
         m, chip, c.sampling.batch_size, prompt + new / 2, work.model.dtype.itemsize, share
     )
     links = traffic.received(sample.traffic) / chip.links
-    reading = roofline.forward_flops(m, prompt, 1, prompt * prompt / 2) / (share * chip.flops * assumed.mfu)
+    reading = cost.forward_flops(m, prompt, 1, prompt * prompt / 2) / (share * chip.flops * assumed.mfu)
     each = max(step / assumed.decode_efficiency, links) / c.sampling.batch_size + reading / new
     sample.bottleneck = "collectives" if links > step / assumed.decode_efficiency else "memory bandwidth"
-    sample.tflops = roofline.forward_flops(m, 1, 1, prompt + new / 2) / mesh.size / 1e12
+    sample.tflops = cost.forward_flops(m, 1, 1, prompt + new / 2) / mesh.size / 1e12
     sample.seconds, sample.units = each / copies, assumed.pairs * new
     sample.tokens_per_s = copies / each
 
@@ -224,7 +225,7 @@ def plan(work: Work, assumed: Assumed) -> dict[str, Any]:
         "by": "compilation" if work.compiles else "arithmetic",
         "uncompiled": work.uncompiled or None,
         "mesh": dict(mesh.shape),
-        "model": f"{model.model_type}, {compact(roofline.all_params(model))} parameters",
+        "model": f"{model.model_type}, {compact(cost.all_params(model))} parameters",
         "lora": _saved(work),
         "sampling": {
             "tensor": programs.sampling_tensor(work.config, work.model),
@@ -272,7 +273,7 @@ def _saved(work: Work) -> dict[str, Any] | None:
         "trained": trained,
         "saved_gib": (memory[0] - memory[1]) / _GIB,
         "checkpoint_gib": each * trained,
-        "checkpoint_without_gib": each * roofline.all_params(work.model.config),
+        "checkpoint_without_gib": each * cost.all_params(work.model.config),
     }
 
 

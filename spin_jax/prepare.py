@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax import convert, heldout, identity, judging, lora, named_loss, programs, weights
+from spin_jax import heldout, identity, judging, named_loss, programs
 from spin_jax.batches import RowShape
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
@@ -27,7 +27,10 @@ from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Example, Lengths, Pair, asked
 from spin_jax.draw import Sampling
 from spin_jax.judging import Judge
-from spin_jax.model import Decoder, Model, Params, abstract_params, count_params, init_params
+from spin_jax.models import loading, lora, tokenizers, weight_files
+from spin_jax.models.architecture import Model, Params
+from spin_jax.models.decoder import Decoder
+from spin_jax.models.params import abstract_params, count_params, init_params
 from spin_jax.runtime import processes, sharding, user_code
 from spin_jax.runtime.console import compact
 from spin_jax.storage import files, hub
@@ -279,19 +282,19 @@ def open_model(config: Config, began_with: str | None = None) -> tuple[Model, Ca
     template = config.data.chat_template
     if c.path:
         revision = began_with or c.revision
-        model, directory = convert.describe(c.path, revision, dtype=c.dtype, chat_template=template)
-        convert.check_architecture({"model_type": model.config.model_type, **c.architecture.to_dict()})
-        convert.check_weights(directory, model.config)
+        model, directory = loading.describe(c.path, revision, dtype=c.dtype, chat_template=template)
+        loading.check_architecture({"model_type": model.config.model_type, **c.architecture.to_dict()})
+        loading.check_weights(directory, model.config)
         model = programs.placed(config, model)
-        digest = weights.digest(directory)
-        return model, lambda: convert.load_params(directory, model.config, model.mesh, jnp.float32), digest
+        digest = weight_files.digest(directory)
+        return model, lambda: loading.load_params(directory, model.config, model.mesh, jnp.float32), digest
     if not c.tokenizer:
         raise ValueError("model.architecture needs model.tokenizer: a directory, or module:function")
     if ":" in c.tokenizer:
-        tokenizer = convert.with_chat_template(user_code.called(c.tokenizer), template)
+        tokenizer = tokenizers.with_chat_template(user_code.called(c.tokenizer), template)
     else:
-        tokenizer = convert.load_tokenizer(c.tokenizer, template)
-    model = convert.new_model(c.architecture.to_dict(), tokenizer, dtype=c.dtype)
+        tokenizer = tokenizers.load_tokenizer(c.tokenizer, template)
+    model = loading.new_model(c.architecture.to_dict(), tokenizer, dtype=c.dtype)
     model = programs.placed(config, model)
     return model, lambda: init_params(model.config, jax.random.key(config.seed), model.mesh), ""
 

@@ -12,12 +12,14 @@ import jax
 import numpy as np
 
 from spin_jax import config as config_lib
-from spin_jax import lora, named_loss, roofline
-from spin_jax.attention import kernel_for
+from spin_jax import named_loss
 from spin_jax.batches import RowShape, choose_shape, example_group, group_sizes, sizes
 from spin_jax.data.records import Example, Pair
 from spin_jax.draw import Sampling
-from spin_jax.model import Decoder, Model, ModelConfig
+from spin_jax.models import cost, lora
+from spin_jax.models.architecture import Model, ModelConfig
+from spin_jax.models.attention import kernel_for
+from spin_jax.models.decoder import Decoder
 from spin_jax.runtime import chips, sharding
 from spin_jax.sample import cache_columns
 from spin_jax.train import SPIN, Optimization
@@ -63,7 +65,7 @@ def sft_optimization(config: Config, control: bool = False) -> Optimization:
 def trained(config: Config, model: ModelConfig) -> int:
     """Numbers that self-play's training changes: all parameters, or those of the adapters."""
     c = config.train
-    return lora.count(model, c.lora_rank, c.lora_targets) if c.lora_rank else roofline.all_params(model)
+    return lora.count(model, c.lora_rank, c.lora_targets) if c.lora_rank else cost.all_params(model)
 
 
 def _optimization_keys(section: Config) -> dict[str, Any]:
@@ -119,10 +121,10 @@ def sampling_tensor(config: Config, model: Model) -> int:
     if chip is None:
         return 1
     heads, devices = model.config.num_key_value_heads, model.mesh.size
-    stored = 4 * roofline.all_params(model.config) / (devices // model.mesh.shape["data"])
+    stored = 4 * cost.all_params(model.config) / (devices // model.mesh.shape["data"])
     copy = model.dtype.itemsize * (
-        roofline.all_params(model.config)
-        + roofline.cached_numbers(model.config, cache_columns(model.config, longest(config)))
+        cost.all_params(model.config)
+        + cost.cached_numbers(model.config, cache_columns(model.config, longest(config)))
         * config.sampling.batch_size
     )
     shares = [n for n in range(1, heads + 1) if heads % n == 0 and devices % n == 0]
@@ -226,10 +228,10 @@ def row_shape(
         tokens_per_device=options.tokens_per_device,
         # Plain scores cost their softmax beside the matmuls, splash skips what causality hides, and flash all
         # that is not of a token's own group, however long the row.
-        attention=roofline.score_share(model.config) * {"plain": 1.5, "splash": 0.5, "flash": 0}[name],
+        attention=cost.score_share(model.config) * {"plain": 1.5, "splash": 0.5, "flash": 0}[name],
         # Accelerators: reading weights and adding up gradients takes as long as some hundred tokens. A CPU
         # needs milliseconds to get going (2 at 100 GFLOP/s): all or nothing, by the size of the model.
-        overhead=2e8 / (3 * roofline.forward_flops(model.config, 1, 1, 0)) if on_cpu else 256,
+        overhead=2e8 / (3 * cost.forward_flops(model.config, 1, 1, 0)) if on_cpu else 256,
         granule=16 if name == "plain" else 128,
         row_length=options.row_length,
         unshared=name == "splash",

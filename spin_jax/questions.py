@@ -15,7 +15,7 @@ from spin_jax.data import sources
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import checked_text
 from spin_jax.draw import Sampling, prompt_keys
-from spin_jax.model import Model
+from spin_jax.models.architecture import Model
 from spin_jax.runtime import processes
 from spin_jax.runtime.console import progress
 

@@ -15,11 +15,13 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from spin_jax.attention import kernel_for
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import Ids, Message
 from spin_jax.draw import KEYS, Sampling, prompt_keys
-from spin_jax.model import Decoder, Model, ModelConfig, Params, sampling_params
+from spin_jax.models.architecture import Model, ModelConfig, Params
+from spin_jax.models.attention import kernel_for
+from spin_jax.models.decoder import Decoder
+from spin_jax.models.params import sampling_params
 from spin_jax.runtime import sharding
 from spin_jax.runtime.sharding import bucket, round_up
 from spin_jax.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widened

@@ -16,7 +16,8 @@ from spin_jax.batches import Group, Rows, RowShape, packed
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import Message
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import Decoder, Head, Model, Params, forward, output_head, project
+from spin_jax.models.architecture import Model, Params
+from spin_jax.models.decoder import Decoder, Head, forward, output_head, project
 from spin_jax.runtime import sharding
 from spin_jax.runtime.sharding import bucket, round_up
 

@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax import errors, identity, lora, programs
+from spin_jax import errors, identity, programs
 from spin_jax.batches import (
     PairBatch,
     Rows,
@@ -36,7 +36,9 @@ from spin_jax.data.records import Example
 from spin_jax.errors import NotFinite, NothingToTrainOn
 from spin_jax.evaluation import Evaluation
 from spin_jax.exports import Exports
-from spin_jax.model import Params, params_on
+from spin_jax.models import lora
+from spin_jax.models.architecture import Params
+from spin_jax.models.params import params_on
 from spin_jax.opponent import BEFORE, OPPONENT, START, Opponent
 from spin_jax.prepare import Prepared, lengths, plan, prepare, take
 from spin_jax.runtime import interrupts, processes, sharding

@@ -15,7 +15,9 @@ from jaxtyping import Array, Bool, Int
 
 from spin_jax.draw import KEYS, Sampling, draw
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import Cache, Decoder, Params, forward, new_cache, output_head, project
+from spin_jax.models.architecture import Params
+from spin_jax.models.cache import Cache, new_cache
+from spin_jax.models.decoder import Decoder, forward, output_head, project
 from spin_jax.runtime import sharding
 
 NO_TOKEN = -1

@@ -16,10 +16,13 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from spin_jax import lora, losses
+from spin_jax import losses
 from spin_jax.batches import PairBatch, Rows, filled_tokens
 from spin_jax.errors import Interrupted, NotFinite
-from spin_jax.model import Decoder, Params, copies
+from spin_jax.models import lora
+from spin_jax.models.architecture import Params
+from spin_jax.models.decoder import Decoder
+from spin_jax.models.params import copies
 from spin_jax.named_loss import logps_type
 from spin_jax.runtime import sharding
 from spin_jax.scoring import response_logps

@@ -23,7 +23,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from spin_jax import convert, tiny
+from spin_jax import tiny
+from spin_jax.models import loading
 from spin_jax.runtime import sharding
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -157,7 +158,7 @@ def tiny_dir(hf_model_dir):
 @pytest.fixture(scope="session")
 def tiny_model(tiny_dir, mesh):
     """`tiny_dir`, loaded on one device."""
-    return convert.load(str(tiny_dir), mesh=mesh)
+    return loading.load(str(tiny_dir), mesh=mesh)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import numpy as np
 
 from spin_jax.draw import draw
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import Decoder, forward, output_head, project
+from spin_jax.models.decoder import Decoder, forward, output_head, project
 
 _LENGTH = 96  # sequences are filled up on the right to a multiple: few programs; nothing sees the filler
 

@@ -14,12 +14,15 @@ import pytest
 from jax.interpreters import partial_eval
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from spin_jax import attention, named_loss, programs
 from spin_jax import config as spin_config
-from spin_jax.attention import attend, kernel_for, visible
+from spin_jax import named_loss, programs
 from spin_jax.batches import Group, PairBatch, Rows, RowShape, packed
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import Decoder, ModelConfig, abstract_params, params_on
+from spin_jax.models import attention
+from spin_jax.models.architecture import ModelConfig
+from spin_jax.models.attention import attend, kernel_for, visible
+from spin_jax.models.decoder import Decoder
+from spin_jax.models.params import abstract_params, params_on
 from spin_jax.runtime import sharding
 from spin_jax.scoring import response_logps
 from spin_jax.train import SPIN, TrainState, make_optimizer, make_step

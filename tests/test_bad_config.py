@@ -15,7 +15,8 @@ import sys
 import pytest
 
 from spin_jax import config as config_lib
-from spin_jax import convert, errors, heldout, named_loss, prepare, programs, tiny
+from spin_jax import errors, heldout, named_loss, prepare, programs, tiny
+from spin_jax.models import loading
 from spin_jax.runtime import user_code
 from spin_jax.storage import files
 
@@ -300,22 +301,22 @@ def test_functions_without_a_name(path):
 def test_architectures_that_cannot_be(changes, message, mesh):
     options = SMOKE["model"]["architecture"] | changes
     with pytest.raises(ValueError, match=f"^model.(architecture|tokenizer): .*{message}"):
-        convert.new_model(options, tiny.tokenizer(), dtype="float32", mesh=mesh)
+        loading.new_model(options, tiny.tokenizer(), dtype="float32", mesh=mesh)
 
 
 def test_architectures_that_can_be(mesh):
     """Whole numbers for floats; the keys of other versions in a whole config.json."""
     options = SMOKE["model"]["architecture"] | {"initializer_range": 0, "rope_theta": 500}
-    model = convert.new_model(options, tiny.tokenizer(), dtype="float32", mesh=mesh)
+    model = loading.new_model(options, tiny.tokenizer(), dtype="float32", mesh=mesh)
     assert model.config.initializer_range == 0
     assert model.config.rope_theta == 500.0
     options |= {"transformers_version": "4.36.0", "_name_or_path": "x"}
-    assert convert.new_model(options, None, dtype="float32", mesh=mesh).config == model.config
+    assert loading.new_model(options, None, dtype="float32", mesh=mesh).config == model.config
 
 
 def test_a_tokenizer_function_that_makes_none(mesh):
     with pytest.raises(ValueError, match=r"model\.tokenizer made a list"):
-        convert.new_model(SMOKE["model"]["architecture"], [], dtype="float32", mesh=mesh)
+        loading.new_model(SMOKE["model"]["architecture"], [], dtype="float32", mesh=mesh)
 
 
 # --- any config ----------------------------------------------------------------------------------
@@ -426,8 +427,8 @@ def rewrite(path, edit):
 
 
 def check_directory(directory):
-    model, _ = convert.describe(str(directory))
-    convert.check_weights(directory, model.config)
+    model, _ = loading.describe(str(directory))
+    loading.check_weights(directory, model.config)
     return model
 
 
@@ -685,10 +686,10 @@ def test_code_in_a_directory_is_never_run(tiny_dir, tmp_path):
         content = files.read_json(directory / name)
         files.write_json(directory / name, {**content, "auto_map": classes, "trust_remote_code": True})
     model = check_directory(directory)
-    assert model.config == convert.describe(str(tiny_dir))[0].config
+    assert model.config == loading.describe(str(tiny_dir))[0].config
     content = files.read_json(directory / "tokenizer_config.json")
     files.write_json(directory / "tokenizer_config.json", {**content, "tokenizer_class": "Custom"})
-    convert.describe(str(directory))
+    loading.describe(str(directory))
     files.write_json(
         directory / "config.json", {**files.read_json(directory / "config.json"), "model_type": "custom"}
     )
@@ -699,7 +700,7 @@ def test_code_in_a_directory_is_never_run(tiny_dir, tmp_path):
 @pytest.mark.parametrize("template", ["", "no/such.jinja", "."])
 def test_a_chat_template_that_is_no_file(template, tiny_dir):
     with pytest.raises(ValueError, match=f"chat_template '{template}' is no Jinja text, nor a file of it"):
-        convert.describe(str(tiny_dir), chat_template=template)
+        loading.describe(str(tiny_dir), chat_template=template)
 
 
 @pytest.mark.parametrize(
@@ -711,7 +712,7 @@ def test_revisions_that_are_none(revision, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # calling it would be another error
     with pytest.raises(ValueError, match="a branch, tag or commit has letters, digits and"):
-        convert.resolve("org/name", revision)
+        loading.resolve("org/name", revision)
 
 
 @pytest.mark.parametrize(
@@ -725,7 +726,7 @@ def test_hub_ids_that_are_none(path, monkeypatch):
     if path == "..":
         path = "a.."
     with pytest.raises(FileNotFoundError, match="no such directory, and not a hub id"):
-        convert.resolve(path)
+        loading.resolve(path)
 
 
 def damaged(rng, data):
@@ -739,7 +740,7 @@ def damaged(rng, data):
 
 def test_any_damage_to_a_directory_is_named(hf_model_dir, tmp_path, monkeypatch):
     """240 damaged files: the directory is taken, or refused by name."""
-    monkeypatch.setattr(convert, "abstract_params", functools.cache(convert.abstract_params))
+    monkeypatch.setattr(loading, "abstract_params", functools.cache(loading.abstract_params))
     original = hf_model_dir("mistral", max_shard_size="30KB")[0]
     directory = copied(original, tmp_path)
     shard = min(path.name for path in directory.glob("*.safetensors"))

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import convert, machines, programs, roofline
+from spin_jax import machines, programs
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import Decoder, abstract_params, forward, output_head, project
+from spin_jax.models import cost, loading
+from spin_jax.models.decoder import Decoder, forward, output_head, project
+from spin_jax.models.params import abstract_params
 from spin_jax.runtime import chips
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +122,7 @@ def mistral_7b():
 
     options = zephyr.get_config().model.architecture.to_dict()
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
-    return convert.new_model(options, None, dtype="bfloat16", mesh=mesh).config
+    return loading.new_model(options, None, dtype="bfloat16", mesh=mesh).config
 
 
 def test_flops_of_mistral_7b(mistral_7b):
@@ -128,10 +130,10 @@ def test_flops_of_mistral_7b(mistral_7b):
     parameters = abstract_params(mistral_7b)
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters)) - 32000 * 4096
     norms = 65 * 4096
-    assert 3 * roofline.forward_flops(mistral_7b, 1, 1, 0) == 6 * (count - norms)
-    assert 3 * roofline.forward_flops(mistral_7b, 1, 1, 0) == pytest.approx(42.7e9, rel=1e-3)
+    assert 3 * cost.forward_flops(mistral_7b, 1, 1, 0) == 6 * (count - norms)
+    assert 3 * cost.forward_flops(mistral_7b, 1, 1, 0) == pytest.approx(42.7e9, rel=1e-3)
     T = 2048
-    attention = 3 * roofline.forward_flops(mistral_7b, 0, 0, T * (T + 1) / 2)
+    attention = 3 * cost.forward_flops(mistral_7b, 0, 0, T * (T + 1) / 2)
     assert attention == pytest.approx(0.79e6 * T * T, rel=1e-2)
 
 
@@ -147,7 +149,7 @@ def test_flops_are_those_of_the_program(tiny_model):
 
     with jax.set_mesh(tiny_model.mesh):
         counted = dots(jax.make_jaxpr(logits)(tiny_model.params).jaxpr)
-    assert counted == roofline.forward_flops(tiny_model.config, B * T, B * T, B * T * T)
+    assert counted == cost.forward_flops(tiny_model.config, B * T, B * T, B * T * T)
 
 
 def dots(jaxpr, times=1):
@@ -170,11 +172,9 @@ def test_decode_roofline(mistral_7b):
     """Few answers: the weights are read. Very many: they are multiplied. The cache is read besides."""
     h200 = chips.chip("NVIDIA H200")
     weights, cache = 7.11e9 * 2 / 4.8e12, 128 * 1024 * 330 / 4.8e12
-    assert roofline.decode_step_s(mistral_7b, h200, 64, 330, 2) == pytest.approx(
-        weights + 64 * cache, rel=1e-2
-    )
+    assert cost.decode_step_s(mistral_7b, h200, 64, 330, 2) == pytest.approx(weights + 64 * cache, rel=1e-2)
     multiplied = 2 * 7.11e9 * 512 / 989e12
-    assert roofline.decode_step_s(mistral_7b, h200, 512, 330, 2) == pytest.approx(
+    assert cost.decode_step_s(mistral_7b, h200, 512, 330, 2) == pytest.approx(
         multiplied + 512 * cache, rel=1e-2
     )
 

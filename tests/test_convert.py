@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import spin_jax
-from spin_jax import convert, tiny
+from spin_jax import tiny
+from spin_jax.models import loading, saving, weight_files
 from spin_jax.storage import files
 
 transformers = pytest.importorskip("transformers")
@@ -73,7 +74,7 @@ def test_round_trip_is_bit_equal(family, options, dtype, shards, hf_model_dir, m
     )
     assert (directory / "model.safetensors.index.json").exists() == several
     if several:
-        monkeypatch.setattr(convert, "_SHARD_BYTES", 15_000)
+        monkeypatch.setattr(saving, "_SHARD_BYTES", 15_000)
     model = spin_jax.load(str(directory), mesh=mesh)
     assert model.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(dtype)}
@@ -99,7 +100,7 @@ def test_round_trip_is_bit_equal(family, options, dtype, shards, hf_model_dir, m
 def test_saving_again_leaves_no_stale_file(tiny_model, tmp_path, monkeypatch):
     """Many files, then fewer, then one, then many again: the directory holds one checkpoint."""
     for limit in (20_000, 60_000, 2**30, 20_000):
-        monkeypatch.setattr(convert, "_SHARD_BYTES", limit)
+        monkeypatch.setattr(saving, "_SHARD_BYTES", limit)
         spin_jax.save(tiny_model, tmp_path)
         index = tmp_path / "model.safetensors.index.json"
         expected = {"model.safetensors"}
@@ -236,7 +237,7 @@ def test_old_configs_load_as_new_ones(rope, kind, hf_model_dir, mesh, tmp_path):
 def test_absent_and_null_keys(remove, changes, expected, tiny_dir, tmp_path):
     """Defaults are transformers' own."""
     directory = edited(tiny_dir, tmp_path, remove, **changes)
-    config = convert.describe(str(directory))[0].config
+    config = loading.describe(str(directory))[0].config
     reference = transformers.AutoConfig.from_pretrained(directory)
     theirs = {"windows": "sliding_window", "norm_eps": "rms_norm_eps"}
     for key, value in expected.items():
@@ -248,7 +249,7 @@ def test_absent_and_null_keys(remove, changes, expected, tiny_dir, tmp_path):
 def test_llama_has_no_window(hf_model_dir, tmp_path):
     """The key in a Llama's config.json means nothing to transformers either."""
     directory = edited(hf_model_dir("llama")[0], tmp_path, sliding_window=7)
-    assert convert.describe(str(directory))[0].config.windows == (None,)
+    assert loading.describe(str(directory))[0].config.windows == (None,)
 
 
 def test_checkpoint_dtype_is_kept_without_a_name_for_it(hf_model_dir, mesh, tmp_path):
@@ -298,7 +299,7 @@ def test_stop_tokens_join_generation_config_and_tokenizer(generation, expected, 
     (directory / "generation_config.json").unlink()
     if generation is not None:
         files.write_json(directory / "generation_config.json", generation)
-    model, _ = convert.describe(str(directory))
+    model, _ = loading.describe(str(directory))
     assert model.stop_tokens == expected
 
 
@@ -553,12 +554,12 @@ def test_a_new_model_takes_the_tokenizers_special_tokens(mesh, tmp_path):
         "num_key_value_heads": 2,
         "head_dim": 8,
     }
-    model = convert.new_model(options, tiny.tokenizer(), dtype="float32", mesh=mesh)
-    model.params = convert._unflatten(
+    model = loading.new_model(options, tiny.tokenizer(), dtype="float32", mesh=mesh)
+    model.params = weight_files.unflatten(
         {
             path: np.zeros(leaf.shape, np.float32)
-            for path, leaf in convert._flatten(
-                convert.sharding.unboxed(convert.abstract_params(model.config))
+            for path, leaf in weight_files.flatten(
+                loading.sharding.unboxed(loading.abstract_params(model.config))
             ).items()
         }
     )
@@ -574,4 +575,4 @@ def test_a_new_model_takes_the_tokenizers_special_tokens(mesh, tmp_path):
 @pytest.mark.parametrize("family", [None, "gpt2"])
 def test_a_new_model_of_an_unknown_family(family, mesh):
     with pytest.raises(ValueError, match="supported: gemma2, llama, mistral"):
-        convert.new_model({"model_type": family}, tiny.tokenizer(), dtype="float32", mesh=mesh)
+        loading.new_model({"model_type": family}, tiny.tokenizer(), dtype="float32", mesh=mesh)

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import spin_jax
-from spin_jax import command, config, convert, errors, identity
+from spin_jax import command, config, errors, identity
 from spin_jax import tiny as tiny_world
+from spin_jax.models import loading
 from spin_jax.runtime import interrupts, processes, secrets
 from spin_jax.storage import checkpoints, files, metrics, seals
 
@@ -87,7 +88,7 @@ def test_one_flipped_bit_in_any_file_is_found_and_named(finished, tmp_path, fold
     paths = [p for p in (finished / folder).rglob("*") if p.is_file() and p.stat().st_size]
     names = [p.relative_to(finished / folder) for p in paths]
     assert len(names) >= 7
-    load, restore = (lambda path: convert.load(str(path))), (lambda path: checkpoints.restore(path, {}))
+    load, restore = (lambda path: loading.load(str(path))), (lambda path: checkpoints.restore(path, {}))
     read = load if folder.endswith("model") else restore
     subprocess.run(["sha256sum", "--check", "--quiet", files.SUMS], cwd=finished / folder, check=True)
     for seed, name in enumerate(names):
@@ -259,7 +260,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path, finished):
     """Another SHA256SUMS, a workdir that is no run, a file that cannot be read when it is to be sealed."""
     model = shutil.copytree(finished / "iteration_0" / "model", tmp_path / "model")
     (model / files.SUMS).write_text("0000  config.json\n")
-    convert.load(str(model))
+    loading.load(str(model))
     with pytest.raises(ValueError, match=r"config.json is no run's of spin_jax"):
         spin_jax.run(tiny(), str(model))
     (tmp_path / "unread").mkdir()

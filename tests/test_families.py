@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from conftest import LLAMA3
 
-from spin_jax import convert, families
 from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import Decoder, forward, sampling_params
+from spin_jax.models import families, loading, saving
+from spin_jax.models.decoder import Decoder, forward
+from spin_jax.models.params import sampling_params
 from spin_jax.sample import answer_prompts
 from spin_jax.scoring import logits
 
@@ -86,7 +87,7 @@ def case(request, hf_model_dir):
 
 @pytest.fixture(scope="module")
 def loaded(case, mesh):
-    return convert.load(str(case[1]), mesh=mesh)
+    return loading.load(str(case[1]), mesh=mesh)
 
 
 def tokens_of(rows, columns, vocab_size=272):
@@ -143,7 +144,7 @@ def test_a_family(case, loaded, table, mesh, torch_logits, tmp_path):
         theirs = reference.generate(torch.as_tensor(prompt[None]), **how)[0, len(prompt) :]
         assert answer.tolist() == theirs.tolist()
 
-    convert.save(loaded, tmp_path / "out")
+    saving.save(loaded, tmp_path / "out")
     before, after = tensors(directory), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[key], after[key]) for key in before)
@@ -159,7 +160,7 @@ def test_a_family(case, loaded, table, mesh, torch_logits, tmp_path):
 
 
 def test_an_export_speaks_to_readers_of_transformers_4(case, loaded, tmp_path):
-    convert.save(loaded, tmp_path / "out")
+    saving.save(loaded, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     rope = written["rope_parameters"]
     assert written["rope_theta"] == rope["rope_theta"]
@@ -173,7 +174,7 @@ def test_an_export_speaks_to_readers_of_transformers_4(case, loaded, tmp_path):
     for key in ("rope_parameters", "dtype"):
         del written[key]
     (tmp_path / "out" / "config.json").write_text(json.dumps(written))
-    assert families.model_config(convert._read_hf_config(tmp_path / "out")) == loaded.config
+    assert families.model_config(loading._read_hf_config(tmp_path / "out")) == loaded.config
 
 
 @pytest.mark.parametrize("name", ["Gemma 2", "Mixtral", "Phi-2", "Qwen3"])
@@ -182,7 +183,7 @@ def test_eight_devices_are_one(name, hf_model_dir, mesh, mesh8):
     family, options = CASES[name]
     directory, _ = hf_model_dir(family, **options)
     tokens = tokens_of(4, 20)
-    one, eight = (convert.load(str(directory), mesh=m) for m in (mesh, mesh8))
+    one, eight = (loading.load(str(directory), mesh=m) for m in (mesh, mesh8))
     np.testing.assert_allclose(logits(eight, tokens), logits(one, tokens), atol=1e-4)
     prompts = [row[:9] for row in tokens]
     for a, b in zip(greedy(one, prompts, mesh), greedy(eight, prompts, mesh8), strict=True):
@@ -198,7 +199,7 @@ def test_gradients_of_eight_devices_are_those_of_one(name, hf_model_dir, mesh, m
     layout = Layout(np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape), np.ones_like(tokens))
     found = []
     for m in (mesh, mesh8):
-        model = convert.load(str(directory), mesh=m)
+        model = loading.load(str(directory), mesh=m)
         decoder = Decoder(model.config, dtype=model.dtype)
 
         def loss(params, decoder=decoder):

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax.attention import plain
 from spin_jax.kernels import flash_decode
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import ring_layout
+from spin_jax.models.attention import plain
+from spin_jax.models.cache import ring_layout
 
 CASES = {
     "grouped heads": {},

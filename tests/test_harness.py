@@ -16,9 +16,10 @@ from runs import ROOT
 
 pytest.importorskip("lm_eval")
 
-from spin_jax import convert, harness
+from spin_jax import harness
 from spin_jax.answers import answer
 from spin_jax.draw import Sampling, prompt_keys
+from spin_jax.models import loading
 from spin_jax.scoring import score_tokens
 from spin_jax.slots import decode, prefill
 
@@ -165,7 +166,7 @@ def test_numbers_are_those_of_the_hf_backend(tiny_dir, with_bos, mesh, folder, b
     from lm_eval.models.huggingface import HFLM
 
     directory = str(with_bos if bos else tiny_dir)
-    model = convert.load(directory, mesh=mesh)
+    model = loading.load(directory, mesh=mesh)
     assert (model.tokenizer("a")["input_ids"][0] == model.tokenizer.bos_token_id) == bos
     theirs = HFLM(pretrained=directory, device="cpu", dtype="float32", batch_size=8)
     expected, raw = results(theirs, folder, apply_chat_template=bos)
@@ -230,7 +231,7 @@ def test_what_is_sampled_greedily_is_the_likeliest(tiny_model):
 def test_eight_devices_are_one(tiny_dir, tiny_model, mesh8, folder):
     names = ("small_gsm8k", "small_choices")
     one, raw = results(harness.HarnessModel(tiny_model), folder, names)
-    eight, own = results(harness.HarnessModel(convert.load(str(tiny_dir), mesh=mesh8)), folder, names)
+    eight, own = results(harness.HarnessModel(loading.load(str(tiny_dir), mesh=mesh8)), folder, names)
     assert eight == one
     assert own["small_gsm8k"] == raw["small_gsm8k"]
     flat = [

@@ -10,9 +10,11 @@ import runs
 from conftest import SMALL
 
 import spin_jax
-from spin_jax import config, convert, footprint, lora, plan, tiny
+from spin_jax import config, footprint, plan, tiny
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import Decoder, forward, output_head, params_on, project
+from spin_jax.models import loading, lora
+from spin_jax.models.decoder import Decoder, forward, output_head, project
+from spin_jax.models.params import params_on
 
 RANK, SCALE = 3, 0.7
 
@@ -135,7 +137,7 @@ def test_weights_are_frozen_in_the_compute_dtype(tiny_dir, mesh):
 def test_targets_that_the_model_has_not(targets, architecture, message):
     tokenizer = tiny.tokenizer()
     options = {"vocab_size": 272, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model = convert.new_model(
+    model = loading.new_model(
         {"model_type": "llama", "num_hidden_layers": 1, **options, **architecture}, tokenizer, dtype="float32"
     )
     with pytest.raises(ValueError, match=message):

@@ -15,23 +15,18 @@ from conftest import LLAMA3
 from jax.sharding import NamedSharding, PartitionSpec
 
 import spin_jax
-from spin_jax import convert
-from spin_jax import model as model_lib
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import (
-    Decoder,
-    Model,
-    ModelConfig,
-    Norm,
+from spin_jax.models import loading
+from spin_jax.models import params as params_lib
+from spin_jax.models.architecture import Model, ModelConfig
+from spin_jax.models.cache import new_cache
+from spin_jax.models.decoder import Decoder, forward, output_head, project
+from spin_jax.models.layers import Norm, rope_frequencies
+from spin_jax.models.params import (
     abstract_params,
     count_params,
-    forward,
     init_params,
-    new_cache,
-    output_head,
     params_on,
-    project,
-    rope_frequencies,
     sampling_params,
     sampling_params_on,
 )
@@ -144,7 +139,7 @@ CASES = {
 def test_logits_equal_transformers(case, hf_model_dir, torch_logits, mesh):
     family, options = CASES[case]
     directory, reference = hf_model_dir(family, **options)
-    model = convert.load(str(directory), mesh=mesh)
+    model = loading.load(str(directory), mesh=mesh)
     tokens = tokens_of((3, 48), vocab_size=272)  # three times the llama3 case's original length
     expected = torch_logits(reference, tokens)
     assert expected.std() > 0.5, "logits that are all alike prove nothing"
@@ -155,7 +150,7 @@ def test_logits_equal_transformers(case, hf_model_dir, torch_logits, mesh):
 def test_rope_scaling_matters(rope, hf_model_dir, torch_logits, mesh):
     """Without the scaling, the same weights give other logits: the parity above is not vacuous."""
     directory, reference = hf_model_dir("llama", rope_parameters=rope)
-    model = convert.load(str(directory), mesh=mesh)
+    model = loading.load(str(directory), mesh=mesh)
     unscaled = dataclasses.replace(model, config=dataclasses.replace(model.config, rope_scaling=None))
     tokens = tokens_of((2, 48), vocab_size=272)
     assert np.abs(spin_jax.logits(unscaled, tokens) - torch_logits(reference, tokens)).max() > 0.1
@@ -163,7 +158,7 @@ def test_rope_scaling_matters(rope, hf_model_dir, torch_logits, mesh):
 
 def test_llama3_frequencies_by_hand():
     """Llama 3.1's rule on a short wave (kept), one between (interpolated) and a long one (stretched)."""
-    scaling = convert.model_config(
+    scaling = loading.model_config(
         {
             **{f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)},
             "model_type": "llama",
@@ -183,7 +178,7 @@ def test_llama3_frequencies_by_hand():
 def test_right_padding_equals_transformers(options, hf_model_dir, torch_logits, mesh):
     """Rows of different lengths, compared where there are tokens."""
     directory, reference = hf_model_dir("mistral", **options)
-    model = convert.load(str(directory), mesh=mesh)
+    model = loading.load(str(directory), mesh=mesh)
     tokens, lengths = tokens_of((4, 20), vocab_size=272), np.array([20, 13, 6, 1])
     mask = (np.arange(20) < lengths[:, None]).astype(np.int32)
     expected = torch_logits(reference, tokens, mask)
@@ -203,8 +198,8 @@ def test_bfloat16_is_as_close_to_the_truth_as_transformers(hf_model_dir, torch_l
     """
     directory, reference = hf_model_dir("mistral", dtype="bfloat16", num_hidden_layers=3)
     tokens = tokens_of((4, 32), vocab_size=272)
-    ours = np.asarray(spin_jax.logits(convert.load(str(directory), mesh=mesh), tokens))
-    truth = np.asarray(spin_jax.logits(convert.load(str(directory), mesh=mesh, dtype="float32"), tokens))
+    ours = np.asarray(spin_jax.logits(loading.load(str(directory), mesh=mesh), tokens))
+    truth = np.asarray(spin_jax.logits(loading.load(str(directory), mesh=mesh, dtype="float32"), tokens))
     theirs = torch_logits(reference, tokens)
     error, allowed, apart = np.abs(ours - truth), np.abs(theirs - truth), np.abs(ours - theirs)
     assert allowed.mean() > 1e-3, "transformers did not compute in bfloat16"
@@ -255,7 +250,7 @@ def test_cached_decoding_equals_the_full_forward(window, prefill, columns, fused
 
     The weights are fused as elsewhere, or stand apart as on TPUs.
     """
-    monkeypatch.setattr(model_lib, "_fuses", lambda mesh: fused)
+    monkeypatch.setattr(params_lib, "_fuses", lambda mesh: fused)
     decoder = Decoder(dataclasses.replace(CONFIG, windows=(window,)))
     tokens, layout = whole_rows(tokens_of((3, 18)))
     step = jax.jit(forward, static_argnums=0)
@@ -534,7 +529,7 @@ def test_tied_head_has_no_parameter_of_its_own():
 
 def test_parameters_are_counted_as_transformers_counts(hf_model_dir, mesh):
     directory, reference = hf_model_dir("mistral")
-    loaded = convert.load(str(directory), mesh=mesh)
+    loaded = loading.load(str(directory), mesh=mesh)
     assert count_params(loaded.params) == sum(p.numel() for p in reference.parameters())
 
 

@@ -15,22 +15,15 @@ from safetensors import numpy as safetensors_numpy
 from scipy import stats
 
 import spin_jax
-from spin_jax import convert, sample
+from spin_jax import sample
 from spin_jax import slots as slots_lib
 from spin_jax.data.chat import Chat
 from spin_jax.draw import Sampling, draw, prompt_keys, truncate_logits
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import (
-    Decoder,
-    Model,
-    ModelConfig,
-    abstract_params,
-    forward,
-    init_params,
-    output_head,
-    project,
-    sampling_params,
-)
+from spin_jax.models import loading
+from spin_jax.models.architecture import Model, ModelConfig
+from spin_jax.models.decoder import Decoder, forward, output_head, project
+from spin_jax.models.params import abstract_params, init_params, sampling_params
 from spin_jax.runtime import sharding
 from spin_jax.sample import answer_prompts
 from spin_jax.storage import files
@@ -119,12 +112,12 @@ def talker_and_answers(hf_model_dir, mesh, tmp_path_factory):
     tensors["lm_head.weight"][2] = 0
     safetensors_numpy.save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     files.write_json(copy / "generation_config.json", {})
-    prompts = prompts_of(convert.load(str(copy), mesh=mesh), QUESTIONS)
+    prompts = prompts_of(loading.load(str(copy), mesh=mesh), QUESTIONS)
     answers = torch_greedy(copy, prompts, [2])
     said = sorted({token for answer in answers for token in answer[1:] if token > 5})
     stops = next(pair for pair in itertools.combinations(said, 2) if {*pair, None} == {*ends(answers, pair)})
     files.write_json(copy / "generation_config.json", {"eos_token_id": list(stops)})
-    model = convert.load(str(copy), mesh=mesh)
+    model = loading.load(str(copy), mesh=mesh)
     assert model.stop_tokens == (2, *stops)  # </s> joins the two
     return model, torch_greedy(copy, prompts, list(model.stop_tokens))
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import spin_jax
-from spin_jax import convert, scoring
+from spin_jax import scoring
 from spin_jax.batches import Group, RowShape, packed
-from spin_jax.model import Decoder
+from spin_jax.models import loading
+from spin_jax.models.decoder import Decoder
 from spin_jax.scoring import response_logps, score_groups
 
 # Both sides in float32; their log-probs differ by ~1e-6 a token, and differences of one sign add up.
@@ -40,7 +41,7 @@ def conversations(gsm8k):
 def real(hf_model_dir, mistral_tokenizer, mesh):
     """(model, its torch twin) with Mistral's tokenizer and 32,000 rows of embedding."""
     directory, reference = hf_model_dir("mistral", vocab_size=32000, sliding_window=64)
-    return convert.load(str(directory), mesh=mesh), reference
+    return loading.load(str(directory), mesh=mesh), reference
 
 
 def torch_score(reference, tokenizer, messages, stop=2):
@@ -98,7 +99,7 @@ def assert_scores_are_torchs(scores, groups, reference, unattended=None):
 def test_packed_answers_score_as_if_alone(answers, window, hf_model_dir, mesh):
     """Random lengths, packed; grouped queries, with and without a window; PER_TOKEN says what is allowed."""
     directory, reference = hf_model_dir("mistral", sliding_window=window)
-    model = convert.load(str(directory), mesh=mesh)
+    model = loading.load(str(directory), mesh=mesh)
     for seed in range(8):
         groups = random_groups(seed, 12, answers)
         assert np.count_nonzero(packed(groups, SHAPE)[0].items) > SHAPE.rows, "no row holds two groups"
@@ -109,7 +110,7 @@ def test_packed_answers_score_as_if_alone(answers, window, hf_model_dir, mesh):
 def test_packed_answers_on_eight_devices(hf_model_dir, mesh8):
     """The same, with rows, heads and vocabulary split."""
     directory, reference = hf_model_dir("mistral", sliding_window=5)
-    model = convert.load(str(directory), mesh=mesh8)
+    model = loading.load(str(directory), mesh=mesh8)
     groups = random_groups(0, 24, 2)
     scores = score_groups(Decoder(model.config, remat="full"), model.params, groups, SHAPE, mesh8)
     assert_scores_are_torchs(scores, groups, reference)
@@ -118,7 +119,7 @@ def test_packed_answers_on_eight_devices(hf_model_dir, mesh8):
 def test_what_none_attends_to(hf_model_dir, mesh):
     """`official`: token 7 is in the sequence and masked, as torch's attention mask has it. PER_TOKEN."""
     directory, reference = hf_model_dir("mistral")
-    model = convert.load(str(directory), mesh=mesh)
+    model = loading.load(str(directory), mesh=mesh)
     decoder = Decoder(model.config)
     rng, groups = np.random.default_rng(0), random_groups(0, 12, 2)
     for group in groups:
@@ -277,7 +278,7 @@ def test_bfloat16_scores_are_sums_in_float32(tiny_dir, mesh):
     """200 tokens of ~−5 nats: a bfloat16 sum would step by 8; the model's own rounding is ~0.03 a token."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "0123456789" * 20}]
     exact, rounded = (
-        spin_jax.score(convert.load(str(tiny_dir), dtype=dtype, mesh=mesh), [messages])[0]
+        spin_jax.score(loading.load(str(tiny_dir), dtype=dtype, mesh=mesh), [messages])[0]
         for dtype in ("float32", "bfloat16")
     )
     assert rounded.dtype == np.float32
@@ -292,7 +293,7 @@ def test_eight_devices_score_as_one(tiny_model, tiny_dir, mesh8):
         [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b" * (9 - n)}]
         for n in (1, 4, 7)
     ]
-    eight = convert.load(str(tiny_dir), mesh=mesh8)
+    eight = loading.load(str(tiny_dir), mesh=mesh8)
     np.testing.assert_allclose(
         spin_jax.score(eight, conversations, batch_size=3),
         spin_jax.score(tiny_model, conversations),
@@ -346,7 +347,7 @@ def test_logits_equal_torch(tiny_model, hf_model_dir, torch_logits):
 def test_logits_on_eight_devices(batch, tiny_model, tiny_dir, mesh8):
     """Batches that the mesh's four parts do not divide; what comes back is whole, on one device."""
     tokens = np.random.default_rng(0).integers(0, 272, (batch, 6))
-    logits = spin_jax.logits(convert.load(str(tiny_dir), mesh=mesh8), tokens)
+    logits = spin_jax.logits(loading.load(str(tiny_dir), mesh=mesh8), tokens)
     assert logits.shape == (batch, 6, 272)
     assert len(logits.devices()) == 1
     np.testing.assert_allclose(logits, spin_jax.logits(tiny_model, tokens), rtol=0, atol=2e-5)

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import convert, lora, losses, scoring, tiny
+from spin_jax import losses, scoring, tiny
 from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, pair_group, stacked
-from spin_jax.convert import new_model
 from spin_jax.data.records import Pair
 from spin_jax.errors import NotFinite
-from spin_jax.model import Decoder, abstract_params, copies, count_params, params_on
+from spin_jax.models import loading, lora, saving
+from spin_jax.models.decoder import Decoder
+from spin_jax.models.loading import new_model
+from spin_jax.models.params import abstract_params, copies, count_params, params_on
 from spin_jax.runtime import sharding
 from spin_jax.scoring import score_groups, score_rows
 from spin_jax.storage import checkpoints as checkpoint
@@ -252,7 +254,7 @@ def torch_gradient(kind, model, params, scored, tmp_path, mesh):
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)  # calls this small are a hundred times slower where threads wait for cores
-    convert.save(dataclasses.replace(model, params=params), tmp_path / "weights")
+    saving.save(dataclasses.replace(model, params=params), tmp_path / "weights")
     reference = AutoModelForCausalLM.from_pretrained(
         tmp_path / "weights", dtype=torch.float32, attn_implementation="eager"
     )
@@ -276,7 +278,7 @@ def torch_gradient(kind, model, params, scored, tmp_path, mesh):
     for weight in reference.parameters():
         weight.data = weight.grad
     reference.save_pretrained(tmp_path / "gradient")
-    return loss.item(), convert.load_params(tmp_path / "gradient", model.config, mesh, jnp.float32)
+    return loss.item(), loading.load_params(tmp_path / "gradient", model.config, mesh, jnp.float32)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "sft"])

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from measuring import Missing, need_gpu, on_gpu
 
-from spin_jax.attention import attend
 from spin_jax.kernels.layout import Layout
+from spin_jax.models.attention import attend
 from spin_jax.runtime.sharding import round_up
 
 

@@ -15,21 +15,15 @@ from measuring import attempt, on_gpu
 from workload import SMALL, set_up
 
 from spin_jax import config as config_lib
-from spin_jax import convert, named_loss, programs
+from spin_jax import named_loss, programs
 from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, stacked
 from spin_jax.data.records import Pair
 from spin_jax.draw import Sampling, draw, prompt_keys
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import (
-    Decoder,
-    ModelConfig,
-    Params,
-    forward,
-    init_params,
-    output_head,
-    project,
-    sampling_params,
-)
+from spin_jax.models import loading
+from spin_jax.models.architecture import ModelConfig, Params
+from spin_jax.models.decoder import Decoder, forward, output_head, project
+from spin_jax.models.params import init_params, sampling_params
 from spin_jax.runtime import sharding
 from spin_jax.runtime.sharding import round_up
 from spin_jax.sample import answer_prompts
@@ -86,7 +80,7 @@ def run(dry: bool, short: bool) -> None:
 
 def _prepare(dry: bool) -> Work:
     sizes = {**SMALL, **({} if dry else _LARGER), "initializer_range": 0.05}  # logits that are not all alike
-    model = convert.new_model(sizes, None, dtype="float32")
+    model = loading.new_model(sizes, None, dtype="float32")
     params = init_params(model.config, jax.random.key(0), model.mesh)
     rng, longest, length = np.random.default_rng(0), *((24, 256) if dry else (120, 768))
 

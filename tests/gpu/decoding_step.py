@@ -16,12 +16,15 @@ from measuring import attempt, memory, on_gpu, timed
 from tracing import traced
 from workload import prepared, recipe, set_up
 
-from spin_jax import programs, roofline
-from spin_jax.attention import plain
+from spin_jax import programs
 from spin_jax.draw import KEYS, Sampling, draw
 from spin_jax.kernels import flash_decode
 from spin_jax.kernels.layout import Layout
-from spin_jax.model import Decoder, ModelConfig, sampling_params_on
+from spin_jax.models import cost
+from spin_jax.models.architecture import ModelConfig
+from spin_jax.models.attention import plain
+from spin_jax.models.decoder import Decoder
+from spin_jax.models.params import sampling_params_on
 from spin_jax.runtime import chips, sharding
 from spin_jax.sample import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
 from spin_jax.slots import Slots, decode, new_slots, prefill
@@ -162,7 +165,7 @@ def _speed(work: Work, count: int, rounds: int, trace: bool) -> dict[str, Any]:
     bytes_each = jnp.dtype(work.decoder.dtype).itemsize
     behind = work.context + DECODE_STEPS * (1 + rounds * _CALLS / 2)  # on average, while it was timed
     for name, seen in (("roofline", behind), ("roofline_if_columns_must_be_read", work.columns)):
-        least = roofline.decode_step_s(work.model, work.chip, count, seen, bytes_each)
+        least = cost.decode_step_s(work.model, work.chip, count, seen, bytes_each)
         found[name] = least / seconds
     if count == _TARGET_SLOTS:
         found |= {"target_roofline": TARGET, "reached": found["roofline"] >= TARGET}
@@ -193,7 +196,7 @@ def _prefill(work: Work, count: int, rounds: int) -> dict[str, Any]:
             jax.block_until_ready((state, first))
 
         first, *others = (_seconds(read) for _ in range(rounds + 1))
-    rate = rows * roofline.forward_flops(work.model, P, 1, P * P / 2) / min(others)
+    rate = rows * cost.forward_flops(work.model, P, 1, P * P / 2) / min(others)
     return {
         "rows": rows,
         "prompt": P,

@@ -10,9 +10,10 @@ from measuring import attempt, memory
 from tracing import traced
 from workload import prepared, recipe, set_up
 
-from spin_jax import programs, roofline
-from spin_jax.batches import PairBatch, RowShape, ScoredPair, filled_tokens, pair_batches, stacked
-from spin_jax.model import Model, count_params, init_params
+from spin_jax import programs
+from spin_jax.batches import PairBatch, RowShape, ScoredPair, filled_tokens, pair_batches, rows_flops, stacked
+from spin_jax.models.architecture import Model
+from spin_jax.models.params import count_params, init_params
 from spin_jax.runtime import chips, sharding
 from spin_jax.train import init_state, make_step
 
@@ -124,7 +125,7 @@ def _rates(work: Work, times: tuple[float, ...], arch: str) -> dict[str, Any]:
     used = [int((batch.rows.items > 0).any(axis=(1, 2)).sum()) for batch in timed]
     tokens = sum(filled_tokens(batch) for batch in timed)
     computed = sum(used) * work.shape.rows * work.shape.length
-    flops = sum(3 * roofline.rows_flops(work.model.config, batch.rows) for batch in timed)
+    flops = sum(3 * rows_flops(work.model.config, batch.rows) for batch in timed)
     rate = flops / sum(times) / work.model.mesh.size
     chip = chips.chip(jax.devices()[0].device_kind)
     mfu = rate / chip.flops if chip else None

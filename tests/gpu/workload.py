@@ -8,11 +8,12 @@ from ml_collections import ConfigDict
 
 from configs import zephyr
 from spin_jax import config as config_lib
-from spin_jax import convert, programs
+from spin_jax import programs
 from spin_jax.batches import RowShape
 from spin_jax.command import set_up_jax
 from spin_jax.data.records import Example, Pair
-from spin_jax.model import Model
+from spin_jax.models import loading
+from spin_jax.models.architecture import Model
 
 SMALL = dict(  # kernels want heads of 64 numbers or more
     model_type="mistral",
@@ -74,7 +75,7 @@ def set_up(config: Any) -> None:
 
 def prepared(config: Any) -> tuple[Model, list[Pair], RowShape]:
     """(the model without weights on this machine's device, random pairs, the run's shape of rows)."""
-    model = convert.new_model(config.model.architecture.to_dict(), None, dtype=config.model.dtype)
+    model = loading.new_model(config.model.architecture.to_dict(), None, dtype=config.model.dtype)
     model = programs.placed(config, model)
     pairs = programs.expected_pairs(config, model.config.vocab_size, 4 * config.train.batch_size)
     examples = [Example(pair.prompt_id, [], pair.prompt, pair.real) for pair in pairs]

@@ -5,10 +5,8 @@ Axes: L layers, D model, N query heads, K key/value heads, H head dim, F mlp, V 
 
 import functools
 
-import numpy as np
-
-from spin_jax.batches import Rows, filled_tokens
-from spin_jax.model import ModelConfig, abstract_params, count_params
+from spin_jax.models.architecture import ModelConfig
+from spin_jax.models.params import abstract_params, count_params
 from spin_jax.runtime import sharding
 from spin_jax.runtime.chips import Chip
 
@@ -49,15 +47,6 @@ def forward_flops(c: ModelConfig, tokens: float, projected: float, seen: float) 
     head = 2 * c.hidden_size * c.vocab_size * projected
     attention = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
     return linear + head + attention
-
-
-def rows_flops(c: ModelConfig, rows: Rows) -> float:
-    """`forward_flops` of packed rows: every token once, logits of responses, causal attention."""
-    # A token sees its own sequence up to itself, or the window: its position, and one more.
-    positions, tokens = rows.layout.positions + 1, rows.layout.segments != 0
-    windows = [window or positions.size for window in c.windows]
-    seen = np.mean([np.sum(np.minimum(positions, window), where=tokens) for window in windows])
-    return forward_flops(c, filled_tokens(rows), int(rows.lengths.sum()), float(seen))
 
 
 def decode_step_s(

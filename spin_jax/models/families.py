@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from spin_jax.model import ModelConfig, RopeScaling, check_constants
+from spin_jax.models.architecture import ModelConfig, RopeScaling, check_constants
 
 HF = Mapping[str, Any]  # config.json, transformers' defaults filled in
 

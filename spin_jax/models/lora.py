@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from spin_jax.model import ModelConfig, Params
+from spin_jax.models.architecture import ModelConfig, Params
 
 TARGETS = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "gate": 1, "up": 1, "down": 1}  # how many axes are inputs
 

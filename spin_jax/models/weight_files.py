@@ -10,14 +10,17 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
 
+from spin_jax.models.architecture import ModelConfig, Params
+from spin_jax.models.families import FAMILIES, Tensor
 from spin_jax.storage import files
 
 DTYPES = {
@@ -206,3 +209,71 @@ def digest(directory: epath.PathLike) -> str:
                 file.seek(max(size - _SAMPLE, 0) * place // (_SAMPLES - 1))
                 found.update(file.read(_SAMPLE))
     return found.hexdigest()[:16]
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """What a checkpoint's tensor holds of one of our leaves: all of it, or some of its rows."""
+
+    path: str
+    at: tuple[int, ...]  # of the layer, and of the expert; () where a leaf is one tensor
+    tensor: Tensor
+    shape: tuple[int, ...]  # here
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape there."""
+        inputs = self.tensor.inputs
+        if inputs is None:
+            return self.shape
+        out, within = math.prod(self.shape[inputs:]), math.prod(self.shape[:inputs])
+        return (out, within) if inputs else (out,)
+
+
+def parts_of(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, list[Part]]:
+    """Every tensor of a checkpoint, and the parts of our leaves that it stacks."""
+    found: dict[str, list[Part]] = {}
+    for path, tensor in FAMILIES[config.model_type].names.items():
+        if path in flat:
+            shape, axes = flat[path].shape, sum(axis in tensor.name for axis in ("{layer}", "{expert}"))
+            for index in np.ndindex(shape[:axes]):
+                name = tensor.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+                found.setdefault(name, []).append(Part(path, index, tensor, shape[axes:]))
+    return found
+
+
+def stacked_shape(parts: Sequence[Part]) -> tuple[int, ...]:
+    """Of the tensor that stacks them."""
+    rows, *rest = zip(*(part.stored for part in parts), strict=True)
+    return (sum(rows), *(sizes[0] for sizes in rest))
+
+
+def from_hf(part: Part, rows: np.ndarray) -> np.ndarray:
+    """Our view of a checkpoint's array: nothing is copied until it is sliced."""
+    if part.tensor.inputs is None:
+        return rows
+    return (rows.T if part.tensor.inputs else rows).reshape(part.shape)
+
+
+def to_hf(part: Part, array: np.ndarray) -> np.ndarray:
+    if not part.tensor.inputs:
+        return array.reshape(part.stored)
+    return np.ascontiguousarray(array.reshape(part.stored[::-1]).T)
+
+
+def flatten(tree: Params) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree

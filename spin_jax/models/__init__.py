@@ -1,0 +1,1 @@
+"""The model: its architecture, its layers, its parameters, and checkpoints of it."""

@@ -1,0 +1,185 @@
+"""What a checkpoint's architecture is, in numbers, and the model as users hold it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+Params = dict[str, Any]
+
+
+# Whole numbers from 1 to these. No model comes near: beyond them it is the file that is wrong, and shapes
+# and loops over layers would overflow before anything says so.
+_WHOLE = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**24,
+    "num_key_value_heads": 2**24,
+    "head_dim": 2**24,
+    "sliding_window": 2**31 - 1,
+    "num_local_experts": 2**16,
+    "num_experts_per_tok": 2**16,
+    "max_position_embeddings": 2**31 - 1,
+    "original_max_position_embeddings": 2**31 - 1,
+}
+_POSITIVE = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "norm_eps",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+    "partial_rotary_factor",
+    "query_pre_attn_scalar",
+    "attention_softcap",
+    "logit_softcap",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
+
+
+def check_constants(constants: Mapping[str, Any]) -> None:
+    """Raises ValueError for the first constant of an architecture that no model can have.
+
+    Args:
+        constants: by Hugging Face's names; None and names unknown here are passed over.
+    """
+    for name, value in constants.items():
+        if value is None:
+            continue
+        if name in _WHOLE and not (type(value) is int and 1 <= value <= _WHOLE[name]):
+            raise ValueError(f"{name}={value!r}: a whole number from 1 to {_WHOLE[name]} is wanted")
+        if name in _POSITIVE and not (_finite(value) and value > 0):
+            raise ValueError(f"{name}={value!r}: a positive number is wanted")
+        if name == "initializer_range" and not (_finite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r}: a number, at least 0, is wanted")
+        if name == "tie_word_embeddings" and not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: true or false is wanted")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38  # float32
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How a checkpoint stretches RoPE beyond the length it was first trained at."""
+
+    rope_type: str  # "linear", "llama3" or "longrope"
+    factor: float = 1.0
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_max_position_embeddings: int = 0
+    short_factor: tuple[float, ...] = ()  # longrope: of each frequency, within the length first trained at
+    attention_factor: float = 1.0  # longrope: of sines and cosines
+
+    def __post_init__(self):
+        llama3 = self.rope_type == "llama3"
+        check_constants(
+            vars(self) if llama3 else {"factor": self.factor, "attention_factor": self.attention_factor}
+        )
+        for factor in self.short_factor:
+            check_constants({"factor": factor})
+        if llama3 and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A checkpoint's architecture. Constants have no default; the default of an option is what Llama does."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    rotary_dim: int  # of a head's dimensions, the first so many are rotated
+    windows: tuple[int | None, ...]  # of the layers, a pattern they repeat: a token sees itself and the
+    #                                  window − 1 tokens before it; None: all
+    activation: str  # "silu", or "gelu" by its tanh formula
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    initializer_range: float
+    norm: str = "rms"  # "rms+1" multiplies by 1 + scale; "layer" subtracts the mean, and has a bias
+    parallel: bool = False  # attention and MLP read the same norm and are added at once
+    post_norms: bool = False  # what attention and MLP give is normed before it is added
+    qk_norm: bool = False  # queries and keys are normed, head by head
+    qkv_bias: bool = False
+    output_bias: bool = False  # of attention
+    mlp_bias: bool = False
+    head_bias: bool = False
+    gated: bool = True  # down(act(gate) · up), or else down(act(up))
+    num_experts: int = 0  # MLPs to choose from; 0: there is but one
+    experts_per_token: int = 0
+    scale_embedding: bool = False  # by √D
+    query_scale: float | None = None  # of scores; None: H^−½
+    attention_softcap: float | None = None  # scores are kept within ± this by tanh
+    logit_softcap: float | None = None
+
+    def __post_init__(self):
+        check_constants(vars(self))
+        for window in self.windows:
+            check_constants({"sliding_window": window})
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"RoPE turns pairs of dimensions: not {self.rotary_dim} of head_dim={self.head_dim}"
+            )
+        if self.rope_scaling and len(self.rope_scaling.short_factor) not in (0, self.rotary_dim // 2):
+            raise ValueError(
+                f"short_factor has {len(self.rope_scaling.short_factor)} numbers for "
+                f"{self.rotary_dim // 2} frequencies"
+            )
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.experts_per_token} exceeds num_local_experts={self.num_experts}"
+            )
+        if self.num_attention_heads * self.head_dim > 2**24:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} × head_dim={self.head_dim}: too many"
+            )
+
+    @property
+    def longest_window(self) -> int | None:
+        """How far back any layer sees; None: to the beginning."""
+        return None if None in self.windows else max(w for w in self.windows if w)
+
+
+@dataclasses.dataclass
+class Model:
+    """A model as users hold it: architecture, parameters, tokenizer, and what an export needs."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Any  # a transformers fast tokenizer
+    dtype: Any  # what it computes in
+    mesh: jax.sharding.Mesh
+    hf_config: dict[str, Any]  # config.json with transformers' defaults filled in
+    generation_config: dict[str, Any]
+    revision: str | None = None  # the commit, where it came from the hub
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Generation config's EOS ids and the tokenizer's EOS, together."""
+        ids = self.generation_config.get("eos_token_id")
+        ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        if self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+        return tuple(sorted(set(ids)))

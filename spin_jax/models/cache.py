@@ -1,0 +1,52 @@
+"""The cache of keys and values: a ring whose rows all write the same column."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from spin_jax.kernels.layout import Layout
+from spin_jax.models.architecture import ModelConfig
+from spin_jax.runtime import sharding
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, one pair of arrays a layer.
+
+    A ring: all rows write the same column, and after the last one comes the first again. A row's tokens
+    stand one after the other, the newest of every row in the same column: the newest token's position says
+    where the others are.
+    """
+
+    keys: tuple[Float[Array, "B K S H"], ...]
+    values: tuple[Float[Array, "B K S H"], ...]
+    column: Int[Array, ""]  # the next to be written
+
+    @property
+    def columns(self) -> int:
+        return self.keys[0].shape[2]
+
+
+def ring_layout(newest: Int[Array, " B"], column: Int[Array, ""], columns: int) -> Layout:
+    """Where the tokens in a ring's columns stand, the newest of each row at this position, in this column.
+
+    Columns that hold none of the row's tokens are padding.
+    """
+    back = (column - jnp.arange(columns)) % columns
+    positions = newest[:, None] - back
+    return Layout(positions, (positions >= 0).astype(jnp.int32))
+
+
+def new_cache(config: ModelConfig, rows: int, columns: int, dtype: Any) -> Cache:
+    """An empty cache, laid out over the mesh in use."""
+    shape = (rows, config.num_key_value_heads, columns, config.head_dim)
+    layers = range(config.num_hidden_layers)
+
+    def empty(shape, dtype, *logical):
+        return jnp.zeros(shape, dtype, out_sharding=sharding.spec(*logical))
+
+    return Cache(
+        keys=tuple(empty(shape, dtype, "batch", "kv_heads", None, None) for _ in layers),
+        values=tuple(empty(shape, dtype, "batch", "kv_heads", None, None) for _ in layers),
+        column=jnp.zeros((), jnp.int32),
+    )

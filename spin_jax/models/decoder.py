@@ -1,0 +1,179 @@
+"""The decoder, in Flax Linen used as functions of a plain parameter tree; families are options of it.
+
+    hidden, _ = forward(Decoder(config), params, tokens, layout)
+    logits = project(hidden, output_head(Decoder(config), params))
+
+Axes: B batch, T tokens (queries), S key slots, V vocabulary, D model, N query heads, K key/value heads,
+H head dim, R rotary dim, F mlp, L layers, E experts, M matrices that are one. Einsum letters follow it.
+A `Layout` (attention.py) says where in its sequence each token stands, and which tokens see each other.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from spin_jax.kernels.layout import Layout, matmul_precision
+from spin_jax.models.architecture import ModelConfig, Params
+from spin_jax.models.cache import Cache
+from spin_jax.models.layers import REMAT, Block, Norm, copy_for
+from spin_jax.runtime import sharding
+
+
+class Decoder(nn.Module):
+    """Tokens → final hidden states. Computes in `dtype`, whatever the parameters' own.
+
+    What the layers add up is float32 in any case, and so is what lies between two matmuls: rounded to
+    bfloat16 as well, a token's log-prob would be a third to a half farther from its value in float32.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"  # "none" keeps all activations for the backward pass; else a key of `REMAT`
+    kernel: str = "plain"  # of attention without a cache
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        table = nn.with_partitioning(init, ("vocab_rows", "embed_columns"))
+        self.embed: Any = self.param("embed", table, (c.vocab_size, c.hidden_size))
+        self.layers = nn.scan(  # this makes their parameters, stacked; `_scanned` runs them
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+            length=c.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: None},
+        )(c, self.dtype, None)
+        self.final_norm = Norm(c.norm, c.norm_eps, self.dtype)
+        if not c.tie_word_embeddings:
+            head = nn.with_partitioning(init, ("embed", "vocab"))
+            self.head: Any = self.param("head", head, (c.hidden_size, c.vocab_size))
+        if c.head_bias:
+            bias = nn.with_partitioning(nn.initializers.zeros, ("vocab",))
+            self.head_bias: Any = self.param("head_bias", bias, (c.vocab_size,))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        layout: Layout,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Final hidden states; with a cache, the tokens go into its next T columns, and it is returned.
+
+        With a cache, params["layers"] is a tuple of layers (`sampling_params`): a scanned cache would be
+        copied at every step.
+        """
+        out_sharding = sharding.spec("batch", None, None)
+        x = sharding.gathered(self.embed).at[tokens].get(out_sharding=out_sharding).astype(self.dtype)
+        if self.config.scale_embedding:
+            x *= jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
+        x = x.astype(jnp.float32)
+        if self.is_initializing():
+            x, _ = self.layers(x, layout)
+        elif cache is None:
+            x = self._scanned(x, layout)
+        else:
+            x, cache = self._decode(x, layout, cache)
+        return self.final_norm(x), cache
+
+    def _scanned(self, x, layout: Layout):
+        """One layer after the other; a step of the loop is one round of the pattern of windows."""
+        c = self.config
+
+        def layer_with(window: int | None):
+            block = Block(c, self.dtype, window, self.kernel, parent=None)
+
+            def layer(number, variables, x):
+                # The slice is taken in here: what a checkpointed function is given, its backward pass keeps.
+                if len(c.windows) > 1:
+                    variables = jax.tree.map(lambda w: w[number], variables)
+                if copies := variables.pop("copies", None):
+                    variables["params"] = jax.tree.map(copy_for, variables["params"], copies)
+                return block.apply(variables, x, layout)[0]
+
+            if self.remat == "none":
+                return layer
+            keep = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
+            return jax.checkpoint(layer, prevent_cse=False, policy=keep, static_argnums=0)
+
+        each = [layer_with(window) for window in c.windows]
+
+        def round_of(x, layers):
+            for number, layer in enumerate(each):
+                x = layer(number, layers, x)
+            return x, None
+
+        layers = {kind: tree["layers"] for kind, tree in self.variables.items()}
+        if len(each) > 1:  # a reshaped array's gradient is not added up in place: train.py
+            layers = jax.tree.map(lambda w: w.reshape(-1, len(each), *w.shape[1:]), layers)
+        return lax.scan(round_of, x, layers)[0]
+
+    def _decode(self, x, layout: Layout, cache: Cache):
+        c = self.config
+        blocks = [Block(c, self.dtype, window, self.kernel, parent=None) for window in c.windows]
+        layers = self.variables["params"]["layers"]
+        keys, values = [], []
+        for number, (layer, k, v) in enumerate(zip(layers, cache.keys, cache.values, strict=True)):
+            block = blocks[number % len(blocks)]
+            x, (k, v) = block.apply({"params": layer}, x, layout, (k, v, cache.column))
+            keys.append(k)
+            values.append(v)
+        return x, Cache(tuple(keys), tuple(values), (cache.column + x.shape[1]) % cache.columns)
+
+
+_BESIDE = {"adapters": "lora", "copies": "copies"}  # what may stand beside the weights: Linen's collections
+
+
+def forward(
+    decoder: Decoder,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    layout: Layout,
+    cache: Cache | None = None,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """`Decoder.__call__` as a function of the parameters.
+
+    Beside the weights they may hold "adapters" (lora.py) and "copies" (`copies`).
+    """
+    variables = {"params": {name: tree for name, tree in params.items() if name not in _BESIDE}}
+    variables |= {_BESIDE[name]: tree for name, tree in params.items() if name in _BESIDE}
+    return decoder.apply(variables, tokens, layout, cache)  # pyright: ignore[reportReturnType]
+
+
+@struct.dataclass
+class Head:
+    """What makes logits of hidden states."""
+
+    weight: Float[Array, "D V"]
+    bias: Float[Array, " V"] | None
+    softcap: float | None = struct.field(pytree_node=False)
+
+    def astype(self, dtype: Any) -> "Head":
+        return jax.tree.map(lambda w: w.astype(dtype), self)
+
+
+def output_head(decoder: Decoder, params: Params) -> Head:
+    """What hidden states are projected with, gathered and in the compute dtype."""
+    c = decoder.config
+    head = params["embed"].T if c.tie_word_embeddings else params["head"]
+    # A tied head is split the other way round: over the model's dimension by tensor.
+    head = sharding.gathered(sharding.reshard(head.astype(decoder.dtype), "embed", "vocab"))
+    bias = params["head_bias"].astype(decoder.dtype) if c.head_bias else None
+    return Head(head, bias, c.logit_softcap)
+
+
+def project(hidden: Float[Array, "B T D"], head: Head) -> Float[Array, "B T V"]:
+    """Next-token logits in float32."""
+    precision = matmul_precision(hidden.dtype)
+    logits = jnp.einsum(
+        "BTD,DV->BTV", hidden, head.weight, precision=precision, preferred_element_type=jnp.float32
+    )
+    if head.bias is not None:
+        logits += head.bias.astype(jnp.float32)
+    return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)

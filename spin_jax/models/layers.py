@@ -1,0 +1,291 @@
+"""The layers of the decoder, in Flax Linen: attention, MLP, mixture of experts, norms, rotary positions."""
+
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from spin_jax.kernels import flash_decode
+from spin_jax.kernels.layout import KEPT, Layout, matmul_precision, on_cpu
+from spin_jax.models.architecture import ModelConfig
+from spin_jax.models.attention import attend, plain
+from spin_jax.models.cache import ring_layout
+from spin_jax.runtime import sharding
+
+
+def rope_frequencies(config: ModelConfig) -> Float[Array, " R/2"]:
+    """Radians a position of each pair of rotated dimensions.
+
+    By arXiv 2104.09864; llama3: Llama 3.1's rule; longrope: arXiv 2402.13753, as far as its short factors go.
+    """
+    half = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / config.rotary_dim
+    frequencies = 1.0 / config.rope_theta**half
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "longrope":
+        return frequencies / jnp.array(scaling.short_factor, jnp.float32)
+    # Llama 3.1: long waves are stretched by the factor, short ones kept, those between interpolated.
+    waves_in_context = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    keep = (waves_in_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def rope(
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    frequencies: Float[Array, " R/2"],
+    factor: float = 1.0,
+) -> Float[Array, "B T N H"]:
+    """Rotates pairs (i, i + R/2) of the first R dimensions, Hugging Face's layout; in float32."""
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    if factor != 1:
+        sin, cos = factor * sin, factor * cos
+    R = 2 * frequencies.shape[0]
+    first, second = jnp.split(x[..., :R].astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., R:]], axis=-1)
+
+
+class Norm(nn.Module):
+    """Over the last dimension, in float32: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
+
+    kind: str
+    eps: float
+    dtype: Any = None  # of what it returns; None: as it came
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        def vector(name: str, init: Any) -> Any:
+            return self.param(name, nn.with_partitioning(init, (None,)), x.shape[-1:])
+
+        plus_one = self.kind == "rms+1"
+        scale = vector("scale", nn.initializers.zeros if plus_one else nn.initializers.ones)
+        x32 = x.astype(jnp.float32)
+        if self.kind == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = scale.astype(jnp.float32)
+        normed *= 1.0 + scale if plus_one else scale
+        if self.kind == "layer":
+            normed += vector("bias", nn.initializers.zeros).astype(jnp.float32)
+        return normed.astype(self.dtype or x.dtype)
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+class _Projections(nn.Module):
+    """What attention and MLP share: weights by logical axes, cast and gathered when used."""
+
+    config: ModelConfig
+    dtype: Any
+
+    def weight(self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Array:
+        init = nn.initializers.normal(self.config.initializer_range)
+        stored: Any = self.param(name, nn.with_partitioning(init, axes), shape)
+        return sharding.gathered(stored.astype(self.dtype))
+
+    def bias(self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Array:
+        stored: Any = self.param(name, nn.with_partitioning(nn.initializers.zeros, axes), shape)
+        return stored.astype(self.dtype)
+
+    def linear(
+        self,
+        equation: str,
+        x: Array,
+        name: str,
+        axes: tuple[str | None, ...],
+        shape: tuple[int, ...],
+        out: tuple[str | None, ...] | None = None,
+    ) -> Array:
+        """x W, and where the weight has an adapter (lora.py) x W + (x A) B."""
+        y = self.einsum(equation, x, self.weight(name, axes, shape), out=out)
+        if not self.has_variable("lora", f"{name}_a"):
+            return y
+        a, b = (self.get_variable("lora", f"{name}_{part}").astype(self.dtype) for part in "ab")
+        read, of_weight, made = re.split(",|->", equation)
+        inputs = "".join(axis for axis in of_weight if axis in read)
+        outputs = of_weight.removeprefix(inputs)
+        narrow = self.einsum(f"{read},{inputs}r->BTr", x, sharding.gathered(a), out=("batch", None, None))
+        return y + self.einsum(f"BTr,r{outputs}->{made}", narrow, sharding.gathered(b), out=out)
+
+    def einsum(self, equation: str, *operands: Array, out: tuple[str | None, ...] | None = None) -> Array:
+        out_sharding = sharding.spec(*out) if out else None
+        made = jnp.einsum(
+            equation, *operands, precision=matmul_precision(self.dtype), out_sharding=out_sharding
+        )
+        return sharding.summed(made) if out else made
+
+
+class Attention(_Projections):
+    window: int | None = None
+    kernel: str = "plain"
+
+    @nn.compact
+    def __call__(self, x, layout: Layout, cache: tuple | None):
+        c = self.config
+        D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        if self.has_variable("params", "wqkv"):  # as `sampling_params` has them
+            M, axes = N // K + 2, ("kv_heads", None, None)
+            qkv = self.linear("BTD,DKMH->BTKMH", x, "wqkv", ("embed", *axes), (D, K, M, H))
+            if c.qkv_bias:
+                qkv += self.bias("bqkv", axes, (K, M, H))
+            q, k, v = sharding.merged_heads(qkv[..., :-2, :]), qkv[..., -2, :], qkv[..., -1, :]
+        else:
+            q = self.linear("BTD,DNH->BTNH", x, "wq", ("embed", "heads", None), (D, N, H))
+            k = self.linear("BTD,DKH->BTKH", x, "wk", ("embed", "kv_heads", None), (D, K, H))
+            v = self.linear("BTD,DKH->BTKH", x, "wv", ("embed", "kv_heads", None), (D, K, H))
+            if c.qkv_bias:
+                q += self.bias("bq", ("heads", None), (N, H))
+                k += self.bias("bk", ("kv_heads", None), (K, H))
+                v += self.bias("bv", ("kv_heads", None), (K, H))
+        if c.qk_norm:
+            q, k = Norm(c.norm, c.norm_eps, name="q_norm")(q), Norm(c.norm, c.norm_eps, name="k_norm")(k)
+        turn = rope_frequencies(c), c.rope_scaling.attention_factor if c.rope_scaling else 1.0
+        q, k = rope(q, layout.positions, *turn), rope(k, layout.positions, *turn)
+        how = {"window": self.window, "scale": c.query_scale, "softcap": c.attention_softcap}
+        q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+        if cache is None:
+            out = attend(q, k, v, layout, kernel=self.kernel, **how)
+        elif cache[0].shape[2] == x.shape[1]:  # a prompt that fills a new cache: nothing else is to be seen
+            # The other kernels want the layout `unshared`.
+            out = attend(q, k, v, layout, kernel="flash" if self.kernel == "flash" else "plain", **how)
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        else:
+            cached_k, cached_v, column = cache
+            k = lax.dynamic_update_slice_in_dim(cached_k, k.swapaxes(1, 2), column, axis=2)
+            v = lax.dynamic_update_slice_in_dim(cached_v, v.swapaxes(1, 2), column, axis=2)
+            out = self._over_ring(q, k, v, layout, column, **how)
+        axes, rows = ("heads", None, "embed"), ("batch", None, None)
+        out = self.linear("BTNH,NHD->BTD", out, "wo", axes, (N, H, D), out=rows)
+        return out + self.bias("bo", (None,), (D,)) if c.output_bias else out, (k, v)
+
+    def _over_ring(self, q, k, v, layout: Layout, column, *, window, scale, softcap) -> Array:
+        """New tokens' attention to a ring that holds them from this column on."""
+        (T, S), newest = (q.shape[1], k.shape[2]), layout.positions[:, -1]
+        if T > 1 or self.kernel != "flash":
+            seen = ring_layout(newest, column + T - 1, S)
+            return plain(q, k, v, layout, seen, window, scale, softcap)
+        lengths = jnp.minimum(newest + 1, min(window or S, S))
+        lengths = jnp.where(layout.segments[:, -1] > 0, lengths, 0)
+        read = functools.partial(flash_decode.attend, scale=scale, softcap=softcap, interpret=on_cpu())
+        return sharding.by_slots_and_heads(read)(q[:, 0], k, v, column, lengths)[:, None]
+
+
+class MLP(_Projections):
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        act, D, F = _ACTIVATIONS[c.activation], c.hidden_size, c.intermediate_size
+
+        def widened(name: str) -> Array:
+            wide = self.linear("BTD,DF->BTF", x, name, ("embed", "mlp"), (D, F))
+            if c.mlp_bias:
+                wide += self.bias(f"{name}_bias", ("mlp",), (F,))
+            return checkpoint_name(wide, name).astype(jnp.float32)
+
+        if self.has_variable("params", "gate_up"):  # as `sampling_params` has them
+            wide = self.linear("BTD,DMF->BTMF", x, "gate_up", ("embed", None, "mlp"), (D, 2, F))
+            if c.mlp_bias:
+                wide += self.bias("gate_up_bias", (None, "mlp"), (2, F))
+            wide = wide.astype(jnp.float32)
+            inner = act(wide[:, :, 0]) * wide[:, :, 1]
+        else:
+            inner = act(widened("gate")) * widened("up") if c.gated else act(widened("up"))
+        rows = ("batch", None, None)
+        out = self.linear("BTF,FD->BTD", inner.astype(self.dtype), "down", ("mlp", "embed"), (F, D), out=rows)
+        return out + self.bias("down_bias", (None,), (D,)) if c.mlp_bias else out
+
+
+class Experts(_Projections):
+    """Each token goes through the few of E gated MLPs that a router likes best (Mixtral, arXiv 2401.04088).
+
+    None is dropped: tokens are sorted by expert, and `ragged_dot` multiplies each stretch with its own.
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        D, F, E = c.hidden_size, c.intermediate_size, c.num_experts
+        scores = self.einsum("BTD,DE->BTE", x, self.weight("router", ("embed", None), (D, E)))
+        probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+        wide, narrow = (None, "embed", "mlp"), (None, "mlp", "embed")
+        weights = [self.weight(name, wide, (E, D, F)) for name in ("gate", "up")]
+        return sharding.by_rows(self._chosen)(
+            x, probabilities, *weights, self.weight("down", narrow, (E, F, D))
+        )
+
+    def _chosen(self, x, probabilities, gate, up, down):
+        """Of one device's tokens, with all experts or a slice of each one's width."""
+        act, chosen = _ACTIVATIONS[self.config.activation], self.config.experts_per_token
+        tokens = x.reshape(-1, x.shape[-1])
+        shares, experts = lax.top_k(probabilities.reshape(len(tokens), -1), chosen)
+        shares = (shares / shares.sum(axis=-1, keepdims=True)).reshape(-1)
+        order = jnp.argsort(experts.reshape(-1))
+        sizes = jnp.bincount(experts.reshape(-1), length=len(gate))
+        dot = functools.partial(lax.ragged_dot, group_sizes=sizes, precision=matmul_precision(self.dtype))
+        rows = tokens[order // chosen]
+        gate, up = checkpoint_name(dot(rows, gate), "gate"), checkpoint_name(dot(rows, up), "up")
+        inner = act(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        out = dot(inner.astype(x.dtype), down) * shares[order][:, None].astype(x.dtype)
+        return jnp.zeros_like(tokens).at[order // chosen].add(out).reshape(x.shape)
+
+
+class Block(nn.Module):
+    config: ModelConfig
+    dtype: Any
+    window: int | None
+    kernel: str = "plain"
+
+    @nn.compact
+    def __call__(self, x, layout: Layout, cache: tuple | None = None):
+        c = self.config
+        norm = functools.partial(Norm, c.norm, c.norm_eps, self.dtype)
+        attention = Attention(c, self.dtype, self.window, self.kernel, name="attention")
+        mlp = (Experts if c.num_experts else MLP)(c, self.dtype, name="mlp")
+        normed = norm(name="attention_norm")(x)
+        attended, kv = attention(normed, layout, cache)
+        kv = kv if cache is not None else None
+        if c.parallel:
+            return x + attended + mlp(normed), kv
+        if c.post_norms:
+            attended = norm(name="attention_post_norm")(attended)
+        x += checkpoint_name(attended, "attention_residual")
+        made = mlp(norm(name="mlp_norm")(x))
+        if c.post_norms:
+            made = norm(name="mlp_post_norm")(made)
+        return x + made, kv
+
+
+_ATTENTION = ("q", "k", "v", KEPT)
+# What each policy keeps of a layer for the backward pass, which computes the rest again.
+REMAT: dict[str, tuple[str, ...]] = {
+    "attention+mlp": (*_ATTENTION, "attention_residual", "gate", "up"),
+    "attention": _ATTENTION,
+    "full": (),
+}
+
+
+@jax.custom_vjp
+def copy_for(weight: Array, copy: Array) -> Array:
+    """The copy, as a function of the weight."""
+    del weight
+    return copy
+
+
+copy_for.defvjp(
+    lambda weight, copy: (copy, jnp.zeros(0, weight.dtype)),
+    lambda of_weight, gradient: (gradient.astype(of_weight.dtype), None),
+)

@@ -1,0 +1,301 @@
+"""A Hugging Face checkpoint to our parameters, by the family's table of names (families.py).
+
+A checkpoint is a directory (or hub id) of config.json, safetensors in one file or several with an
+index, generation_config.json, tokenizer files and chat template. Weights are memory-mapped and each
+device's part is copied out of the map, so the model never stands twice in host memory.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from spin_jax.config import nearest
+from spin_jax.models import weight_files
+from spin_jax.models.architecture import Model, ModelConfig, Params, check_constants
+from spin_jax.models.families import TRANSFORMERS_4, family, model_config
+from spin_jax.models.params import abstract_params
+from spin_jax.models.tokenizers import check_vocabulary, load_tokenizer
+from spin_jax.models.weight_files import Part, flatten, from_hf, parts_of, stacked_shape, unflatten
+from spin_jax.runtime import sharding
+from spin_jax.storage import files, seals
+
+# --- configs -------------------------------------------------------------------------------------
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@contextlib.contextmanager
+def _at(place: object) -> Iterator[None]:
+    """Errors come out as a ValueError that begins with `place`: transformers raises all kinds of them."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{place}: {kind}{' '.join(str(error).split())[:500]}") from error
+
+
+def _read_hf_config(directory: Path) -> dict[str, Any]:
+    """config.json, with defaults and key changes between versions left to transformers."""
+    from transformers import AutoConfig
+
+    path = directory / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            weight_files.adapter(directory) or f"{path} is missing: is {directory} a Hugging Face checkpoint?"
+        )
+    raw = files.read_object(path)
+    with _at(path):
+        family(raw)
+        if absent := [name for name in _SIZES if raw.get(name) is None]:
+            raise ValueError(f"{', '.join(absent)}: missing")
+        check_constants({name: value for name, value in raw.items() if name != "sliding_window"})
+        dtype = raw.get("dtype", raw.get("torch_dtype"))
+        known = [dtype.name for dtype in weight_files.DTYPES.values()]
+        if dtype not in (None, *known):
+            raise ValueError(f"dtype={dtype!r}: one of {', '.join(known)}")
+        full = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+    # A window that is written off (`use_sliding_window: false`) and one that is absent differ.
+    if "sliding_window" in raw:
+        full["sliding_window"] = raw["sliding_window"]
+    full["dtype"] = dtype
+    full["architectures"] = raw.get("architectures")
+    return full
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _load_leaf(leaf: Any, views: np.ndarray, layout: Any, dtype: Any) -> jax.Array:
+    """Builds one parameter; every device copies only its own part out of the memory map.
+
+    Args:
+        views: of the checkpoint's arrays: [], [layers] or [layers, experts] of them.
+    """
+    dtype = dtype or jnp.result_type(*(view.dtype for view in views.flat))
+
+    def part(index: Any) -> np.ndarray:
+        stacked, within = index[: views.ndim], index[views.ndim :]
+        chosen = views[stacked] if stacked else views
+        out = np.empty((*chosen.shape, *chosen.flat[0][within].shape), dtype)
+        for number in np.ndindex(chosen.shape):
+            out[number] = chosen[number][within]
+        return out
+
+    return jax.make_array_from_callback(leaf.shape, layout, part, dtype=dtype)
+
+
+def _views(flat: Mapping[str, Any], stored: Mapping[str, list[Part]], tensors: Mapping[str, np.ndarray]):
+    """{path: the checkpoint's arrays behind it, as we see them}."""
+    views: dict[str, np.ndarray] = {}
+    for name, parts in stored.items():
+        start = 0
+        for part in parts:
+            axes = flat[part.path].shape[: len(part.at)]
+            end = start + part.stored[0]
+            views.setdefault(part.path, np.empty(axes, object))[part.at] = from_hf(
+                part, tensors[name][start:end]
+            )
+            start = end
+    return views
+
+
+def check_weights(directory: epath.PathLike, config: ModelConfig) -> None:
+    """Reads the headers of a checkpoint's files; raises what `load_params` would."""
+    stored = parts_of(flatten(sharding.unboxed(abstract_params(config))), config)
+    weight_files.locate(Path(directory), {name: stacked_shape(parts) for name, parts in stored.items()})
+
+
+def load_params(
+    directory: epath.PathLike, config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any = None
+) -> Params:
+    """Reads a checkpoint's weights into the mesh's layout.
+
+    Args:
+        directory: holds model.safetensors, or model.safetensors.index.json and its files.
+        config: the architecture they must match.
+        mesh: where they go.
+        dtype: of the parameters; None keeps each as it is in the checkpoint.
+
+    Raises:
+        ValueError, FileNotFoundError: everything that is missing, damaged or misshapen, in one message.
+    """
+    seals.check_seal_here(directory)
+    abstract = abstract_params(config)
+    flat = flatten(sharding.unboxed(abstract))
+    layouts = flatten(sharding.parameter_shardings(mesh, abstract))
+    stored = parts_of(flat, config)
+    located = weight_files.locate(
+        Path(directory), {name: stacked_shape(parts) for name, parts in stored.items()}
+    )
+    views = _views(flat, stored, {name: tensor.map() for name, tensor in located.items()})
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    return unflatten(
+        {path: _load_leaf(leaf, views[path], layouts[path], dtype) for path, leaf in flat.items()}
+    )
+
+
+def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """A local directory for a path or hub id, and the commit it is pinned to (None for a directory).
+
+    A token for private repositories comes from the environment (HF_TOKEN), as huggingface_hub reads it.
+
+    Raises:
+        ValueError, FileNotFoundError: a path or revision that is none, before anything is downloaded.
+    """
+    if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision, re.ASCII) or ".." in revision):
+        raise ValueError(
+            f"model revision {revision!r}: a branch, tag or commit has letters, digits and ._/- only"
+        )
+    if os.path.isdir(path):
+        return Path(path), None
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path, re.ASCII) or ".." in path:
+        raise FileNotFoundError(f"model path {path!r}: no such directory, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"]
+    twice = ["consolidated*", "*/*"]  # the same weights in another layout
+    try:
+        snapshot = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=twice)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        pinned = f" at revision {revision}" if revision else ""
+        raise FileNotFoundError(
+            f"model path {path!r} is no directory here, and the hub did not give it{pinned}: {error}"
+        ) from error
+    return Path(snapshot), Path(snapshot).name
+
+
+def _read_generation_config(path: Path, vocab_size: int) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    content = files.read_object(path)
+    stops = content.get("eos_token_id")
+    for stop in stops if isinstance(stops, list) else [] if stops is None else [stops]:
+        if not weight_files.whole(stop) or stop >= vocab_size:
+            raise ValueError(
+                f"{path}: eos_token_id={stops!r}: an id, or a list of ids, below vocab_size={vocab_size} is "
+                "wanted; without the key, the tokenizer's EOS counts"
+            )
+    return content
+
+
+def describe(
+    path: str,
+    revision: str | None = None,
+    *,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    chat_template: str | None = None,
+) -> tuple[Model, Path]:
+    """A checkpoint's model without its weights (`params` is empty), and its local directory."""
+    directory, commit = resolve(path, revision)
+    hf_config = _read_hf_config(directory)
+    with _at(directory / "config.json"):
+        config = model_config(hf_config)
+    tokenizer = load_tokenizer(directory, chat_template)
+    check_vocabulary(tokenizer, config, path)
+    model = Model(
+        config=config,
+        params={},
+        tokenizer=tokenizer,
+        dtype=jnp.dtype(dtype or hf_config["dtype"] or jnp.float32),
+        mesh=mesh or sharding.make_mesh(),
+        hf_config=hf_config,
+        generation_config=_read_generation_config(directory / "generation_config.json", config.vocab_size),
+        revision=commit,
+    )
+    return model, directory
+
+
+def load(
+    path: str,
+    revision: str | None = None,
+    *,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    chat_template: str | None = None,
+) -> Model:
+    """Loads a checkpoint of a supported family.
+
+    Args:
+        path: a Hugging Face directory or hub id.
+        revision: of the hub repository: a branch, tag or commit.
+        dtype: of parameters and computation; None keeps the checkpoint's.
+        mesh: where the parameters go; None splits them over all devices.
+        chat_template: Jinja text or a file of it, in place of the tokenizer's own.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with the checkpoint, naming the file.
+    """
+    model, directory = describe(path, revision, dtype=dtype, mesh=mesh, chat_template=chat_template)
+    params = load_params(directory, model.config, model.mesh, dtype)
+    return dataclasses.replace(model, params=params, dtype=jnp.dtype(dtype or params["embed"].dtype))
+
+
+def new_model(
+    options: Mapping[str, Any], tokenizer: Any, *, dtype: Any, mesh: jax.sharding.Mesh | None = None
+) -> Model:
+    """A model that is still to be initialized (`params` is empty).
+
+    Args:
+        options: config.json's keys, `model_type` among them.
+        tokenizer: whose special token ids the config takes over; None where no text is involved.
+        dtype: to compute in.
+        mesh: where the parameters will be; None splits them over all devices.
+
+    Raises:
+        ValueError: names the key that is unknown, of a wrong type, or impossible.
+    """
+    from transformers import AutoConfig, PreTrainedTokenizerBase
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    if tokenizer is not None:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"model.tokenizer made a {type(tokenizer).__name__}, not a tokenizer of transformers"
+            )
+        options = {name: getattr(tokenizer, name) for name in names} | dict(options)
+    with _at("model.architecture"):
+        model_type = check_architecture(options)
+        options = {
+            name: float(value)
+            if name in ("rms_norm_eps", "layer_norm_eps", "initializer_range") and weight_files.whole(value)
+            else value
+            for name, value in options.items()
+            if name != "model_type"
+        }
+        hf_config = AutoConfig.for_model(model_type, **options).to_dict()
+        config = model_config(hf_config)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config, "model.tokenizer")
+    mesh = mesh or sharding.make_mesh()
+    return Model(config, {}, tokenizer, jnp.dtype(dtype), mesh, hf_config, generation_config={})
+
+
+def check_architecture(options: Mapping[str, Any]) -> str:
+    """The model type of an architecture that a user wrote down, where transformers would take any key.
+
+    Raises:
+        ValueError: a key that the family's config class does not know, naming the nearest; a wrong value.
+    """
+    from transformers import CONFIG_MAPPING
+
+    family(options)
+    model_type = options["model_type"]
+    fields = [field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])]
+    known = [*fields, "model_type", *TRANSFORMERS_4]
+    for name in options:
+        # A whole config.json says which transformers wrote it, and has keys of that version.
+        if name not in known and "transformers_version" not in options:
+            raise ValueError(f"{model_type} has no {name!r}{nearest(str(name), known)}")
+    check_constants(options)
+    return model_type

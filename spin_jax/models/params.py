@@ -1,0 +1,107 @@
+"""Parameter trees: made, counted, laid out on a mesh, and as sampling and training want them."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array
+
+from spin_jax.kernels.layout import Layout
+from spin_jax.models.architecture import ModelConfig, Params
+from spin_jax.models.decoder import Decoder
+from spin_jax.runtime import sharding
+
+
+def copies(params: Params, dtype: Any) -> Params:
+    """{"copies": the layers' matrices in the compute dtype}, for `forward` beside the parameters themselves.
+
+    Made once, they spare every later pass the casts. Gradients go to the parameters, in their own dtype.
+    Matrices that have the compute dtype already need none: {}.
+    """
+    layers = params["layers"]
+    if all(w.dtype == dtype for w in jax.tree.leaves(layers) if w.ndim > 2):
+        return {}
+    return {"copies": {"layers": jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 2 else w, layers)}}
+
+
+def sampling_params(params: Params, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Params:
+    """Parameters as decoding wants them: one tree a layer, in the compute dtype, laid out on `mesh`.
+
+    What reads the same numbers is one matrix, for a step of decoding is many small products; but on TPUs,
+    whose memory holds such a matrix, with its few rows between the model's dimension and its last, in tiles
+    that are half empty.
+    """
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, sampling_params_on(mesh, config, dtype))
+    with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
+        made = _for_sampling(params, config, dtype, _fuses(mesh))
+    return jax.device_put(made, layouts)
+
+
+def _fuses(mesh: jax.sharding.Mesh) -> bool:
+    return mesh.devices.flat[0].platform != "tpu"
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "fused"))
+def _for_sampling(params: Params, config: ModelConfig, dtype: Any, fused: bool) -> Params:
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
+    layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.num_hidden_layers)]
+    return {**params, "layers": tuple(_fused(layer, config) if fused else layer for layer in layers)}
+
+
+def _fused(layer: Params, config: ModelConfig) -> Params:
+    """One layer's weights with q, k and v as one matrix, split as kv heads are, and gate and up as one."""
+    attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
+    for one, names in (("wqkv", ("wq", "wk", "wv")), ("bqkv", ("bq", "bk", "bv"))):
+        if names[0] in attention:
+            q, k, v = (attention.pop(name) for name in names)
+            q = sharding.grouped_weight(q, config.num_key_value_heads)
+            attention[one] = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+    for one, names in (("gate_up", ("gate", "up")), ("gate_up_bias", ("gate_bias", "up_bias"))):
+        if names[0] in mlp and not config.num_experts:
+            mlp[one] = jnp.stack([mlp.pop(name) for name in names], axis=-2)
+    return {**layer, "attention": attention, "mlp": mlp}
+
+
+@functools.cache
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """Shapes of the parameter tree, boxed with logical axes; nothing is allocated."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, Layout(tokens, tokens))["params"]
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), boxed)
+
+
+def params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """Shapes, dtypes and shardings of the parameters on a mesh; nothing is allocated."""
+    boxed = abstract_params(config, dtype)
+    layouts = sharding.parameter_shardings(mesh, boxed)
+    return jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+        sharding.unboxed(boxed),
+        layouts,
+    )
+
+
+def sampling_params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any) -> Params:
+    """The same of what `sampling_params` makes."""
+    params = params_on(mesh, config)
+    with jax.set_mesh(mesh):
+        made = jax.eval_shape(lambda params: _for_sampling(params, config, dtype, _fuses(mesh)), params)
+    return sharding.laid_out(mesh, made)
+
+
+def init_params(config: ModelConfig, key: Array, mesh: jax.sharding.Mesh) -> Params:
+    """Random float32 parameters (normal, the config's initializer_range), born sharded."""
+    shardings = sharding.parameter_shardings(mesh, abstract_params(config))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def init(key):
+        return nn.unbox(Decoder(config).init(key, tokens, Layout(tokens, tokens))["params"])
+
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def count_params(params: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

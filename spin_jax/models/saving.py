@@ -1,0 +1,145 @@
+"""Our parameters to a Hugging Face checkpoint, which transformers, vLLM and lm-eval open."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors import numpy as safetensors_numpy
+
+from spin_jax.models.architecture import Model
+from spin_jax.models.families import FAMILIES
+from spin_jax.models.tokenizers import save_tokenizer
+from spin_jax.models.weight_files import Part, flatten, parts_of, to_hf
+from spin_jax.runtime import processes, sharding
+from spin_jax.storage import files, seals
+
+# --- writing -------------------------------------------------------------------------------------
+
+_SHARD_BYTES = 2 * 2**30
+
+
+def _gathered(part: Part, leaf: jax.Array, dtype: Any) -> Any:
+    """A part of a leaf, which all processes have then."""
+    for number in part.at:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+    return sharding.everywhere(leaf.astype(dtype or leaf.dtype))
+
+
+def _plan_shards(stored: Mapping[str, list[Part]], sizes: Mapping[str, int]) -> dict[str, str]:
+    """Which file each tensor goes to; `sizes` are bytes of a number of each leaf."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, parts in stored.items():
+        size = sum(math.prod(part.shape) * sizes[part.path] for part in parts)
+        if shards[-1] and filled + size > _SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return dict.fromkeys(shards[0], "model.safetensors")
+    return {
+        name: f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number, names in enumerate(shards, 1)
+        for name in names
+    }
+
+
+def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
+    """config.json with the keys of both transformers 5 and its elders (vLLM and others read those)."""
+    # No `auto_map`: it names code that is not exported, nor needed.
+    config = {k: v for k, v in model.hf_config.items() if not k.startswith("_") and k != "auto_map"}
+    rope = dict(config.get("rope_parameters") or {})
+    if rope:
+        own = ("rope_theta", "partial_rotary_factor")  # had keys of their own
+        config |= {name: rope[name] for name in own if name in rope}
+        kind = rope.get("rope_type", "default")
+        scaling = {name: value for name, value in rope.items() if name not in own}
+        if kind == "longrope":  # transformers 4 wants these three of Phi-3, and has the others beside
+            scaling = {"type": kind, **{name: rope[name] for name in ("short_factor", "long_factor")}}
+        config["rope_scaling"] = None if kind == "default" else scaling
+    config["architectures"] = [FAMILIES[model.config.model_type].architecture]
+    config["dtype"] = config["torch_dtype"] = jnp.dtype(dtype).name
+    return config
+
+
+def _export_generation(model: Model) -> dict[str, Any]:
+    """generation_config.json: the checkpoint's own; where it had none, its special tokens."""
+    special = {name: model.hf_config.get(name) for name in ("bos_token_id", "pad_token_id")}
+    made = {name: token for name, token in special.items() if token is not None}
+    return {"eos_token_id": list(model.stop_tokens), **(model.generation_config or made)}
+
+
+def _raise_any(errors: list[Exception]) -> None:
+    for error in errors:
+        raise error
+
+
+def save(
+    model: Model,
+    directory: epath.PathLike,
+    *,
+    dtype: Any = None,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> None:
+    """Writes a Hugging Face checkpoint that transformers, vLLM and lm-eval open.
+
+    Sealed when it is whole: SHA256SUMS is written last. Of several files each process writes some.
+
+    Args:
+        model: what to write.
+        directory: where; made if absent.
+        dtype: of the weights in the files; None keeps each parameter's own (bit-equal).
+        on_tensor: comes after each tensor; may raise to stop.
+
+    Raises:
+        files.NoRoom: the disk has no room for it.
+    """
+    directory, flat = epath.Path(directory), flatten(model.params)
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    stored = parts_of(flat, model.config)
+    plan = _plan_shards(stored, {path: (dtype or leaf.dtype).itemsize for path, leaf in flat.items()})
+
+    def begin() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / files.SUMS).unlink(missing_ok=True)
+        (directory / "config.json").unlink(missing_ok=True)
+        for stale in directory.glob("model*.safetensors*"):
+            if stale.name not in plan.values():
+                stale.unlink()
+
+    size = sum(leaf.size * (dtype or leaf.dtype).itemsize for leaf in flat.values())
+    files.check_room(directory, size + 2**20, f"the model {directory}")
+    processes.by_first(begin)
+    mine = {name for number, name in enumerate(dict.fromkeys(plan.values())) if processes.turn(number)}
+    pending: dict[str, np.ndarray] = {}
+    unwritten: list[Exception] = []  # told when all processes can be: here, some would wait for this one
+    total = 0
+    remaining = list(plan.values())
+    for name, parts in stored.items():
+        on_tensor()
+        file = plan[name]
+        arrays = [_gathered(part, flat[part.path], dtype) for part in parts]
+        total += sum(array.nbytes for array in arrays)
+        remaining.remove(file)
+        if file in mine and not unwritten:
+            rows = [to_hf(part, np.asarray(array)) for part, array in zip(parts, arrays, strict=True)]
+            pending[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
+            if file not in remaining:
+                try:
+                    files.write_here(directory / file, safetensors_numpy.save(pending, {"format": "pt"}))
+                except Exception as error:
+                    unwritten.append(error)
+                pending = {}
+    processes.together(lambda: _raise_any(unwritten))
+    if len(set(plan.values())) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.items()))}
+        files.write_json(directory / "model.safetensors.index.json", index)
+    save_tokenizer(model.tokenizer, directory)
+    files.write_json(directory / "generation_config.json", _export_generation(model))
+    files.write_json(directory / "config.json", _export_config(model, dtype or model.params["embed"].dtype))
+    seals.seal(directory)
