@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from spin_jax import losses
     from spin_jax.models.loading import load
     from spin_jax.models.saving import save
-    from spin_jax.sample import generate
-    from spin_jax.scoring import logits, score
+    from spin_jax.sampling.generate import generate
     from spin_jax.selfplay import run
+    from spin_jax.training.log_probs import logits, score
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch, each time
 
@@ -29,12 +29,12 @@ __version__ = "0.1.0"
 __all__ = ["generate", "load", "logits", "losses", "run", "save", "score"]
 
 _HOMES = {
-    "generate": "sample",
-    "load": "convert",
-    "logits": "scoring",
+    "generate": "sampling.generate",
+    "load": "models.loading",
+    "logits": "training.log_probs",
     "run": "selfplay",
-    "save": "convert",
-    "score": "scoring",
+    "save": "models.saving",
+    "score": "training.log_probs",
 }
 
 

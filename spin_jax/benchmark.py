@@ -42,31 +42,23 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spin_jax import config as config_lib
-from spin_jax import named_loss, prepare, programs
-from spin_jax.batches import (
-    Group,
-    RowShape,
-    ScoredPair,
-    batches,
-    filled_tokens,
-    group_sizes,
-    pair_batches,
-    pair_group,
-    rows_flops,
-)
+from spin_jax import prepare, programs
 from spin_jax.command import fail, parse, set_up_jax
 from spin_jax.data import sources
 from spin_jax.data.examples import load_examples
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Ids, Pair
-from spin_jax.draw import prompt_keys
 from spin_jax.models import cost, loading
 from spin_jax.models.architecture import Model, Params
 from spin_jax.models.params import count_params, init_params, sampling_params
 from spin_jax.runtime import chips, processes, sharding
-from spin_jax.sample import answer_prompts
-from spin_jax.scoring import score_groups
-from spin_jax.train import init_state, make_step
+from spin_jax.sampling.continuous import answer_prompts
+from spin_jax.sampling.next_token import prompt_keys
+from spin_jax.training import custom_loss
+from spin_jax.training.batches import ScoredPair, batches, filled_tokens, pair_batches, rows_flops
+from spin_jax.training.log_probs import score_groups
+from spin_jax.training.packing import Group, RowShape, group_sizes, pair_group
+from spin_jax.training.step import init_state, make_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory; without it, random weights.")
@@ -276,7 +268,7 @@ def _measure_training(
 
 
 def _groups(work: Workload) -> list[Group]:
-    roles = named_loss.roles(work.config.loss)
+    roles = custom_loss.roles(work.config.loss)
     return [pair_group(pair, roles) for pair in work.pairs]
 
 

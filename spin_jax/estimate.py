@@ -12,8 +12,8 @@ from spin_jax import programs
 from spin_jax.footprint import Phase, Work
 from spin_jax.models import cost
 from spin_jax.runtime import sharding
-from spin_jax.sample import cache_columns, prefill_rows
-from spin_jax.train import MOMENTS
+from spin_jax.sampling.continuous import cache_columns, prefill_rows
+from spin_jax.training.optimizer import MOMENTS
 
 
 def _per_device(work: Work) -> float:

@@ -9,17 +9,17 @@ from etils import epath
 
 from spin_jax import config as config_lib
 from spin_jax import heldout
-from spin_jax.batches import Group, pair_group
 from spin_jax.data import parquet
 from spin_jax.data.records import Ids
-from spin_jax.draw import Sampling
 from spin_jax.models.architecture import Params
-from spin_jax.named_loss import logps_type
 from spin_jax.opponent import BEFORE, Opponent
 from spin_jax.prepare import Prepared
 from spin_jax.runtime.sharding import free
+from spin_jax.sampling.next_token import Sampling
 from spin_jax.storage import files
-from spin_jax.train import SPIN
+from spin_jax.training.custom_loss import logps_type
+from spin_jax.training.packing import Group, pair_group
+from spin_jax.training.step import SPIN
 
 Row = dict[str, Any]
 

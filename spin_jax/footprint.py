@@ -16,21 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from spin_jax import collectives as traffic
-from spin_jax import errors, machines, named_loss, programs
-from spin_jax.batches import PairBatch, RowShape, ScoredPair, pair_batches, stacked
+from spin_jax import errors, machines, programs
 from spin_jax.data.records import Example, Pair
-from spin_jax.draw import KEYS
 from spin_jax.errors import CompilerFailed, OutOfMemory
 from spin_jax.models import loading, lora
 from spin_jax.models.architecture import Model
 from spin_jax.models.params import params_on, sampling_params_on
 from spin_jax.runtime import chips, sharding
 from spin_jax.runtime.chips import GPU_MEMORY
-from spin_jax.sample import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
-from spin_jax.scoring import score_rows
-from spin_jax.slots import decode, new_slots, prefill
+from spin_jax.sampling.continuous import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
+from spin_jax.sampling.next_token import KEYS
+from spin_jax.sampling.slots import decode, new_slots, prefill
 from spin_jax.storage import files
-from spin_jax.train import abstract_state, make_step
+from spin_jax.training import custom_loss
+from spin_jax.training.batches import PairBatch, ScoredPair, pair_batches, stacked
+from spin_jax.training.log_probs import score_rows
+from spin_jax.training.packing import RowShape
+from spin_jax.training.step import abstract_state, make_step
 
 _GIB = 2.0**30
 
@@ -141,7 +143,7 @@ def _abstract(mesh: Any, batch: Any, axis: int = 0) -> Any:
 
 def batches_of(work: Work, pairs: Sequence[Pair]) -> list[PairBatch]:
     """Micro-batches of pairs that nobody has scored."""
-    roles = named_loss.roles(work.config.loss)
+    roles = custom_loss.roles(work.config.loss)
     return pair_batches([ScoredPair(pair, (0.0,) * len(roles)) for pair in pairs], work.shape, roles=roles)
 
 

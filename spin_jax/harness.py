@@ -26,18 +26,18 @@ import numpy as np
 
 from spin_jax import config as config_lib
 from spin_jax import programs
-from spin_jax.answers import BATCH_SIZE, answer, counting
-from spin_jax.batches import Group, Rows, RowShape, group_sizes, packed
 from spin_jax.data.chat_template import Template
 from spin_jax.data.records import Ids
-from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.errors import BadRow, MissingTasks
 from spin_jax.models.architecture import Model
 from spin_jax.models.decoder import Decoder
 from spin_jax.runtime import processes, sharding
 from spin_jax.runtime.console import progress
 from spin_jax.runtime.sharding import bucket
-from spin_jax.scoring import score_tokens
+from spin_jax.sampling.generate import BATCH_SIZE, answer, counting
+from spin_jax.sampling.next_token import Sampling, prompt_keys
+from spin_jax.training.log_probs import score_tokens
+from spin_jax.training.packing import Group, Rows, RowShape, group_sizes, packed
 
 try:
     import lm_eval.api.task

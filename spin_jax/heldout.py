@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from spin_jax.batches import RowShape, example_group
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import Example, Ids
 from spin_jax.models.architecture import Params
 from spin_jax.models.decoder import Decoder
 from spin_jax.runtime.user_code import import_function
-from spin_jax.scoring import score_groups
+from spin_jax.training.log_probs import score_groups
+from spin_jax.training.packing import RowShape, example_group
 
 Verifier = Callable[[str, str], bool]
 

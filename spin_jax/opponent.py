@@ -15,10 +15,8 @@ import numpy as np
 from etils import epath
 
 from spin_jax import judging, programs
-from spin_jax.batches import Group, ScoredPair, group_sizes, pair_group
 from spin_jax.data import parquet
 from spin_jax.data.records import Example, Ids, Pair, asked
-from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.errors import Interrupted, MissingAnswers
 from spin_jax.judging import judged
 from spin_jax.models.architecture import Params
@@ -26,10 +24,13 @@ from spin_jax.models.params import sampling_params
 from spin_jax.prepare import Prepared
 from spin_jax.runtime.console import compact, progress
 from spin_jax.runtime.sharding import bucket
-from spin_jax.sample import answer_prompts
-from spin_jax.scoring import score_groups
+from spin_jax.sampling.continuous import answer_prompts
+from spin_jax.sampling.next_token import Sampling, prompt_keys
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics
+from spin_jax.training.batches import ScoredPair
+from spin_jax.training.log_probs import score_groups
+from spin_jax.training.packing import Group, group_sizes, pair_group
 
 BEFORE = -1  # the iteration number of the start
 OPPONENT, START = "opponent", "start"  # whose log-probs

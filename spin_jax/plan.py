@@ -40,17 +40,18 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from spin_jax import batches, machines, programs
 from spin_jax import collectives as traffic
 from spin_jax import config as config_lib
-from spin_jax.batches import filled_tokens
+from spin_jax import machines, programs
 from spin_jax.command import fail, parse, set_compiler_flags
 from spin_jax.errors import CompilerFailed
 from spin_jax.estimate import estimated_phases
 from spin_jax.footprint import Phase, Work, batches_of, compiled_phases, fits, limit, workload
 from spin_jax.models import cost
 from spin_jax.runtime.console import compact
-from spin_jax.train import MOMENTS
+from spin_jax.training import batches
+from spin_jax.training.batches import filled_tokens
+from spin_jax.training.optimizer import MOMENTS
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:8x8, v5p:2x2x2 …; GPUs: h200:1, h100:8 …")

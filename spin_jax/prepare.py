@@ -17,15 +17,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax import heldout, identity, judging, named_loss, programs
-from spin_jax.batches import RowShape
+from spin_jax import heldout, identity, judging, programs
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
 from spin_jax.data.examples import load_examples, split_held_out
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Example, Lengths, Pair, asked
-from spin_jax.draw import Sampling
 from spin_jax.judging import Judge
 from spin_jax.models import loading, lora, tokenizers, weight_files
 from spin_jax.models.architecture import Model, Params
@@ -33,8 +31,11 @@ from spin_jax.models.decoder import Decoder
 from spin_jax.models.params import abstract_params, count_params, init_params
 from spin_jax.runtime import processes, sharding, user_code
 from spin_jax.runtime.console import compact
+from spin_jax.sampling.next_token import Sampling
 from spin_jax.storage import files, hub
-from spin_jax.train import MOMENTS, Optimization
+from spin_jax.training import custom_loss
+from spin_jax.training.optimizer import MOMENTS, Optimization
+from spin_jax.training.packing import RowShape
 
 Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
 
@@ -69,7 +70,7 @@ class Prepared:
     @property
     def roles(self) -> tuple[str, ...]:
         """The answers that a row of self-play has."""
-        return named_loss.roles(self.config.loss)
+        return custom_loss.roles(self.config.loss)
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -214,12 +215,12 @@ class _Read(NamedTuple):
 
 
 def _read(config: Config, began: Mapping[str, Any], today: str) -> _Read:
-    named_loss.check(config.loss)
+    custom_loss.check(config.loss)
     judge, name = judging.judge(config), config.eval.verifier
     verifier = heldout.find_verifier(name) if name else None
     model, initial_params, start = open_model(config, _model_began_with(config, began))
     programs.check_mesh(config, model)
-    named_loss.check(config.loss, model.mesh)
+    custom_loss.check(config.loss, model.mesh)
     notes = _other_architecture(config, model)
     chat = make_chat(config, model, today)
     given = _given(config, chat, model.config.vocab_size, notes)
@@ -332,7 +333,7 @@ def _check_options(prepared: Prepared) -> None:
         raise ValueError("loss.reference_alpha asks the start: with selfplay.start that is another model")
     if best in ("margin", "accuracy") and not {"real", "generated"} <= set(prepared.roles):
         raise ValueError(f"checkpoint.best={best!r}: rows of loss {prepared.config.loss.name!r} have none")
-    if prepared.config.selfplay.scorer is None and named_loss.takes_score(prepared.config.loss):
+    if prepared.config.selfplay.scorer is None and custom_loss.takes_score(prepared.config.loss):
         raise ValueError(f"loss.name={prepared.config.loss.name!r} takes a score: set selfplay.scorer")
     prepared.sampling()
     prepared.sft_options()

@@ -12,17 +12,19 @@ import jax
 import numpy as np
 
 from spin_jax import config as config_lib
-from spin_jax import named_loss
-from spin_jax.batches import RowShape, choose_shape, example_group, group_sizes, sizes
 from spin_jax.data.records import Example, Pair
-from spin_jax.draw import Sampling
 from spin_jax.models import cost, lora
 from spin_jax.models.architecture import Model, ModelConfig
 from spin_jax.models.attention import kernel_for
 from spin_jax.models.decoder import Decoder
 from spin_jax.runtime import chips, sharding
-from spin_jax.sample import cache_columns
-from spin_jax.train import SPIN, Optimization
+from spin_jax.sampling.continuous import cache_columns
+from spin_jax.sampling.next_token import Sampling
+from spin_jax.training import custom_loss
+from spin_jax.training.batch_shape import choose_shape
+from spin_jax.training.optimizer import Optimization
+from spin_jax.training.packing import RowShape, example_group, group_sizes, sizes
+from spin_jax.training.step import SPIN
 
 Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
 
@@ -42,8 +44,8 @@ def kernel(config: Config, model: Model) -> str:
 def spin(config: Config, model: Model) -> SPIN:
     """The config's loss on that model."""
     c = config.loss
-    loss, roles = named_loss.make(c), named_loss.roles(c)
-    return SPIN(decoder(config, model), loss, roles, named_loss.takes_score(c))
+    loss, roles = custom_loss.make(c), custom_loss.roles(c)
+    return SPIN(decoder(config, model), loss, roles, custom_loss.takes_score(c))
 
 
 def optimization(config: Config, t: int) -> Optimization:
@@ -189,7 +191,7 @@ def pair_shape(
     """
     prompts, real = np.array([(len(e.prompt), len(e.real)) for e in examples]).T
     new, limit = config.sampling.max_new_tokens, config.lengths.max_length
-    roles = named_loss.roles(config.loss)
+    roles = custom_loss.roles(config.loss)
 
     def of(sampled: np.ndarray) -> np.ndarray:
         return sizes(prompts, *(real if role == "real" else sampled for role in roles))

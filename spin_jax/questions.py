@@ -10,14 +10,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from spin_jax.answers import BATCH_SIZE, answer, counting
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import checked_text
-from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.models.architecture import Model
 from spin_jax.runtime import processes
 from spin_jax.runtime.console import progress
+from spin_jax.sampling.generate import BATCH_SIZE, answer, counting
+from spin_jax.sampling.next_token import Sampling, prompt_keys
 
 # FastChat's, by category.
 TEMPERATURES = {

@@ -20,18 +20,6 @@ from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
 from spin_jax import errors, identity, programs
-from spin_jax.batches import (
-    PairBatch,
-    Rows,
-    RowShape,
-    ScoredPair,
-    as_npz,
-    batches,
-    example_group,
-    packed,
-    pair_batches,
-    training_steps,
-)
 from spin_jax.data.records import Example
 from spin_jax.errors import NotFinite, NothingToTrainOn
 from spin_jax.evaluation import Evaluation
@@ -47,17 +35,11 @@ from spin_jax.storage import checkpoints as checkpoint
 from spin_jax.storage import files, seals
 from spin_jax.storage.metrics import Metrics
 from spin_jax.summary import Summary
-from spin_jax.train import (
-    SFT,
-    Loop,
-    Objective,
-    Optimization,
-    TrainState,
-    abstract_state,
-    fit,
-    init_state,
-    make_step,
-)
+from spin_jax.training.batches import PairBatch, ScoredPair, as_npz, batches, pair_batches, training_steps
+from spin_jax.training.loop import Loop, fit
+from spin_jax.training.optimizer import Optimization
+from spin_jax.training.packing import Rows, RowShape, example_group, packed
+from spin_jax.training.step import SFT, Objective, TrainState, abstract_state, init_state, make_step
 
 Row = dict[str, Any]
 

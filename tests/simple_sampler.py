@@ -1,4 +1,4 @@
-"""Sampling by its definition, the reference for `spin_jax.sample`: one prompt, no cache, no padding between.
+"""Sampling by its definition, the reference for `spin_jax.sampling.continuous`: one prompt, no cache, no padding between.
 
 For each token the whole sequence is read again. It shares with the sampler the model without its cache,
 and `draw`, whose law has tests of its own.
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spin_jax.draw import draw
 from spin_jax.kernels.layout import Layout
 from spin_jax.models.decoder import Decoder, forward, output_head, project
+from spin_jax.sampling.next_token import draw
 
 _LENGTH = 96  # sequences are filled up on the right to a multiple: few programs; nothing sees the filler
 

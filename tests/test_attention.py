@@ -15,8 +15,7 @@ from jax.interpreters import partial_eval
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from spin_jax import config as spin_config
-from spin_jax import named_loss, programs
-from spin_jax.batches import Group, PairBatch, Rows, RowShape, packed
+from spin_jax import programs
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import attention
 from spin_jax.models.architecture import ModelConfig
@@ -24,8 +23,12 @@ from spin_jax.models.attention import attend, kernel_for, visible
 from spin_jax.models.decoder import Decoder
 from spin_jax.models.params import abstract_params, params_on
 from spin_jax.runtime import sharding
-from spin_jax.scoring import response_logps
-from spin_jax.train import SPIN, TrainState, make_optimizer, make_step
+from spin_jax.training import custom_loss
+from spin_jax.training.batches import PairBatch
+from spin_jax.training.log_probs import response_logps
+from spin_jax.training.optimizer import make_optimizer
+from spin_jax.training.packing import Group, Rows, RowShape, packed
+from spin_jax.training.step import SPIN, TrainState, make_step
 
 # float32 on both sides, in sums of at most some hundred terms of another order: results of up to ~10 were
 # seen to differ by 3e-6.
@@ -377,7 +380,7 @@ def test_training_with_flash_lowers_for_gpus(dim):
     with jax.sharding.use_abstract_mesh(mesh):
         opt_state = jax.eval_shape(make_optimizer(options).init, params)
         state = TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
-        step = make_step(SPIN(decoder, named_loss.find("logistic")), options)
+        step = make_step(SPIN(decoder, custom_loss.find("logistic")), options)
         traced = step.trace(state, PairBatch(rows, *floats), number, {"beta": number})
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("flash_forward", "flash_dq", "flash_dkv"):

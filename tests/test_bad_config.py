@@ -15,10 +15,11 @@ import sys
 import pytest
 
 from spin_jax import config as config_lib
-from spin_jax import errors, heldout, named_loss, prepare, programs, tiny
+from spin_jax import errors, heldout, prepare, programs, tiny
 from spin_jax.models import loading
 from spin_jax.runtime import user_code
 from spin_jax.storage import files
+from spin_jax.training import custom_loss
 
 ROOT = pathlib.Path(__file__).parents[1]
 INDEX = "model.safetensors.index.json"
@@ -255,7 +256,7 @@ def test_functions_that_are_none(text, message, tmp_path, monkeypatch):
         (tmp_path / "user_functions.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "user_functions", raising=False)
-    for find in (named_loss.find, heldout.find_verifier):
+    for find in (custom_loss.find, heldout.find_verifier):
         with pytest.raises(ValueError, match=message):
             find("user_functions:f")
 
@@ -383,7 +384,7 @@ def refusal(check, given):
 def open_config(config):
     """What a run checks before it reads its data."""
     c = config_lib.resolve(config)
-    named_loss.check(c.loss)
+    custom_loss.check(c.loss)
     if c.eval.verifier:
         heldout.find_verifier(c.eval.verifier)
     model, _, _ = prepare.open_model(c)

@@ -6,24 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from spin_jax import batches, config, programs
-from spin_jax.batches import (
-    Group,
-    RowShape,
-    ScoredPair,
-    choose_shape,
-    example_group,
-    filled_tokens,
-    pack,
-    packed,
-    pair_batches,
-    pair_group,
-    sizes,
-    stacked,
-)
+from spin_jax import config, programs
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.records import Example, Lengths, Pair
 from spin_jax.runtime import sharding
+from spin_jax.training import batches, packing
+from spin_jax.training.batch_shape import choose_shape
+from spin_jax.training.batches import ScoredPair, filled_tokens, pair_batches, stacked
+from spin_jax.training.packing import Group, RowShape, example_group, pack, packed, pair_group, sizes
 
 
 def ids(*values):
@@ -87,7 +77,7 @@ def test_a_group_longer_than_a_row_is_named():
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_hold_every_group_once(seed, answers, monkeypatch):
     """Each group is read back from the rows, token for token, and nothing else stands in them."""
-    monkeypatch.setattr(batches, "_WINDOW", 16)  # groups in up to three windows
+    monkeypatch.setattr(packing, "_WINDOW", 16)  # groups in up to three windows
     rng = np.random.default_rng(seed)
     groups = random_groups(rng, int(rng.integers(1, 40)), answers)
     shape = RowShape(rows=3, length=45, groups=4, unshared=60)

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import spin_jax
-from spin_jax.batches import Group, RowShape
 from spin_jax.data.chat import Chat
 from spin_jax.models.architecture import ModelConfig
 from spin_jax.models.decoder import Decoder
 from spin_jax.models.params import init_params
-from spin_jax.scoring import score_groups
+from spin_jax.training.log_probs import score_groups
+from spin_jax.training.packing import Group, RowShape
 
 REAL_OFF = 0.65  # nats an answer, root mean square
 

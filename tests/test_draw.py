@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import draw as drawing
-from spin_jax.draw import Sampling, draw, truncate_logits
 from spin_jax.runtime import sharding
+from spin_jax.sampling import next_token as drawing
+from spin_jax.sampling.next_token import Sampling, draw, truncate_logits
 
 # Both sums are float32, in blocks of 256; either side of this share of the mass a token may stay or go.
 ROUNDING = 1e-6

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from conftest import LLAMA3
 
-from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import families, loading, saving
 from spin_jax.models.decoder import Decoder, forward
 from spin_jax.models.params import sampling_params
-from spin_jax.sample import answer_prompts
-from spin_jax.scoring import logits
+from spin_jax.sampling.continuous import answer_prompts
+from spin_jax.sampling.next_token import Sampling, prompt_keys
+from spin_jax.training.log_probs import logits
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

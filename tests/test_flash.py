@@ -11,7 +11,6 @@ from gpu_compiler import for_gpu, gpu_mesh
 from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spin_jax.batches import Group, RowShape, packed
 from spin_jax.kernels import flash
 from spin_jax.kernels.flash import Blocks
 from spin_jax.kernels.layout import Layout
@@ -19,6 +18,7 @@ from spin_jax.models.architecture import ModelConfig
 from spin_jax.models.attention import attend, visible
 from spin_jax.models.layers import REMAT, Block
 from spin_jax.runtime import sharding
+from spin_jax.training.packing import Group, RowShape, packed
 
 # float32 on both sides, in sums of at most some hundred terms of another order: results of up to ~10 were
 # seen to differ by 5e-6.

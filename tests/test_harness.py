@@ -17,11 +17,11 @@ from runs import ROOT
 pytest.importorskip("lm_eval")
 
 from spin_jax import harness
-from spin_jax.answers import answer
-from spin_jax.draw import Sampling, prompt_keys
 from spin_jax.models import loading
-from spin_jax.scoring import score_tokens
-from spin_jax.slots import decode, prefill
+from spin_jax.sampling.generate import answer
+from spin_jax.sampling.next_token import Sampling, prompt_keys
+from spin_jax.sampling.slots import decode, prefill
+from spin_jax.training.log_probs import score_tokens
 
 GSM8K = """
 task: small_gsm8k

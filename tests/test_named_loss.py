@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import config, losses, named_loss, selfplay
+from spin_jax import config, losses, selfplay
 from spin_jax.losses import PairLogps
 from spin_jax.runtime import user_code
+from spin_jax.training import custom_loss
 
 
 def section(**keys):
@@ -36,27 +37,27 @@ def written(tmp_path, monkeypatch):
 
 
 def test_find():
-    assert named_loss.find("hinge") is losses.hinge
-    assert named_loss.find("spin_jax.losses:exponential") is losses.exponential
+    assert custom_loss.find("hinge") is losses.hinge
+    assert custom_loss.find("spin_jax.losses:exponential") is losses.exponential
     with pytest.raises(ValueError, match="logistic, hinge"):
-        named_loss.find("logistik")
+        custom_loss.find("logistik")
     with pytest.raises(ValueError, match="cannot be imported"):
-        named_loss.find("no_such_module:loss")
+        custom_loss.find("no_such_module:loss")
 
 
 def test_equal_configs_share_a_loss():
     """And so the programs that are compiled with it."""
-    assert named_loss.make(section(name="hinge")) is losses.hinge
+    assert custom_loss.make(section(name="hinge")) is losses.hinge
     for keys in ({"options": "alpha=0.5", "name": "tspin"}, {"nll_weight": 0.5}):
-        assert named_loss.make(section(**keys)) is named_loss.make(section(**keys))
-    assert named_loss.make(section(nll_weight=0.5)) is not named_loss.make(section(nll_weight=0.25))
+        assert custom_loss.make(section(**keys)) is custom_loss.make(section(**keys))
+    assert custom_loss.make(section(nll_weight=0.5)) is not custom_loss.make(section(nll_weight=0.25))
 
 
 def test_options_reach_the_loss():
     c = section(name="tspin", options="alpha=0.5")
-    logps = named_loss.logps_type(named_loss.roles(c))
+    logps = custom_loss.logps_type(custom_loss.roles(c))
     policy = logps(*jnp.array([[-3.0], [-5.0], [-9.0]]))
-    found = named_loss.make(c)(policy, policy, beta=0.1)
+    found = custom_loss.make(c)(policy, policy, beta=0.1)
     expected = np.log1p(np.exp(-0.5 * 2)) + 0.1 * np.log1p(np.exp(-0.5 * 4))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -101,7 +102,7 @@ def test_broken_losses_are_explained(name, written):
     head = "import jax.numpy as jnp\nimport numpy as np\n\ndef loss(policy, opponent, *, beta):\n"
     loss = written(f"{head}    {body}")
     with pytest.raises(ValueError, match=rf"loss.name='{loss}': .*{message}"):
-        named_loss.check(section(name=loss))
+        custom_loss.check(section(name=loss))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_broken_losses_are_explained(name, written):
 def test_signatures_are_explained(signature, message, written):
     loss = written(f"def loss({signature}): return -policy.real")
     with pytest.raises(ValueError, match=message):
-        named_loss.check(section(name=loss))
+        custom_loss.check(section(name=loss))
 
 
 @pytest.mark.parametrize(
@@ -135,8 +136,8 @@ def test_signatures_are_explained(signature, message, written):
 @pytest.mark.parametrize("beta", [1e-3, 0.1, 200.0])
 def test_sound_losses_are_taken(text, beta, written, mesh8):
     c = section(name=written(text), beta=(beta,))
-    named_loss.check(c)
-    named_loss.check(c, mesh8)
+    custom_loss.check(c)
+    custom_loss.check(c, mesh8)
 
 
 def test_what_only_a_mesh_refuses(written, mesh8):
@@ -144,15 +145,15 @@ def test_what_only_a_mesh_refuses(written, mesh8):
     body = "return -policy.real[jnp.arange(len(policy.real))]"
     text = f"import jax.numpy as jnp\n\ndef loss(policy, opponent, *, beta):\n    {body}"
     c = section(name=written(text))
-    named_loss.check(c)
+    custom_loss.check(c)
     with pytest.raises(ValueError, match=r"loss.name=.*it fails: ShardingTypeError"):
-        named_loss.check(c, mesh8)
+        custom_loss.check(c, mesh8)
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_our_own_would_pass(name):
     c = section(name=f"spin_jax.losses:{name}", answers=",".join(losses.ROLES.get(name, losses.PAIR)))
-    named_loss.check(c)
+    custom_loss.check(c)
 
 
 def test_a_run_ends_before_anything_is_made(written, tmp_path):
@@ -171,7 +172,7 @@ def test_an_edited_module_is_imported_anew(written):
     values = []
     for factor in (1, 2.5, 2.5):
         name = written(body.format(factor), keep=bool(values))
-        values.append(float(named_loss.find(name)(PairLogps(-1.0, -1.0), None, beta=1.0)))
+        values.append(float(custom_loss.find(name)(PairLogps(-1.0, -1.0), None, beta=1.0)))
     assert values == [1.0, 2.5, 2.5]
 
 
@@ -182,7 +183,7 @@ def test_a_notebooks_function(monkeypatch):
     main = sys.modules["__main__"]
     monkeypatch.setattr(main, "in_a_cell", losses.hinge, raising=False)
     monkeypatch.delattr(main, "__file__", raising=False)
-    assert named_loss.find("__main__:in_a_cell") is losses.hinge
+    assert custom_loss.find("__main__:in_a_cell") is losses.hinge
     digest = identity._source_of("__main__:in_a_cell")
     monkeypatch.setattr(main, "in_a_cell", losses.logistic)
     assert len(digest) == 16
@@ -190,6 +191,6 @@ def test_a_notebooks_function(monkeypatch):
 
 
 def test_pair_logps_are_pairs():
-    assert named_loss.logps_type(("real", "generated")) is PairLogps
-    assert named_loss.logps_type(("real", "generated", "start"))._fields == ("real", "generated", "start")
-    assert json.dumps(named_loss.options(section(options=" a=1, b=-2.5e-1 "))) == '{"a": 1.0, "b": -0.25}'
+    assert custom_loss.logps_type(("real", "generated")) is PairLogps
+    assert custom_loss.logps_type(("real", "generated", "start"))._fields == ("real", "generated", "start")
+    assert json.dumps(custom_loss.options(section(options=" a=1, b=-2.5e-1 "))) == '{"a": 1.0, "b": -0.25}'

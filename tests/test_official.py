@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from spin_jax.batches import RowShape, packed, pair_group
 from spin_jax.data.chat import Chat
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.records import Lengths
+from spin_jax.training.packing import RowShape, packed, pair_group
 
 TOKENIZER = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mistral_tokenizer"
 USER = {"role": "user", "content": "Hi"}

@@ -15,17 +15,17 @@ from safetensors import numpy as safetensors_numpy
 from scipy import stats
 
 import spin_jax
-from spin_jax import sample
-from spin_jax import slots as slots_lib
 from spin_jax.data.chat import Chat
-from spin_jax.draw import Sampling, draw, prompt_keys, truncate_logits
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import loading
 from spin_jax.models.architecture import Model, ModelConfig
 from spin_jax.models.decoder import Decoder, forward, output_head, project
 from spin_jax.models.params import abstract_params, init_params, sampling_params
 from spin_jax.runtime import sharding
-from spin_jax.sample import answer_prompts
+from spin_jax.sampling import continuous
+from spin_jax.sampling import slots as slots_lib
+from spin_jax.sampling.continuous import answer_prompts
+from spin_jax.sampling.next_token import Sampling, draw, prompt_keys, truncate_logits
 from spin_jax.storage import files
 
 # Prompts of 11 to 20 tokens, three more than characters: two of them are read at a time, padded to 16 or 24.
@@ -422,7 +422,7 @@ def calls(monkeypatch):
         return [array.unsafe_buffer_pointer() for array in (*slots.cache.keys, *slots.cache.values)]
 
     def watch(name):
-        program = getattr(sample, name)
+        program = getattr(continuous, name)
 
         def watched(decoder, params, slots, *arrays, **options):
             keys, old = slots.cache.keys[0], places(slots)
@@ -434,7 +434,7 @@ def calls(monkeypatch):
             made.append(Call(name, arrays[0].shape if arrays else (), shape, unfinished, in_place))
             return out
 
-        monkeypatch.setattr(sample, name, watched)
+        monkeypatch.setattr(continuous, name, watched)
 
     watch("prefill")
     watch("decode")
@@ -466,7 +466,7 @@ def test_answers_do_not_depend_on_the_chunks_they_are_decoded_in(steps, chosen, 
     A prefill draws the first token, and an answer begins with a chunk: in chunks of 3, answers end with
     the first token, at each place of a chunk, and some chunks later.
     """
-    monkeypatch.setattr(sample, "DECODE_STEPS", steps)
+    monkeypatch.setattr(continuous, "DECODE_STEPS", steps)
     assert sampled(small, chosen) == [expected[i] for i in chosen]
     ended = [len(expected[i]) for i in MIDDLE if expected[i][-1] in STOPS]
     assert 1 in ended
@@ -499,14 +499,14 @@ def test_the_ring_is_never_wider_than_the_window(window, chosen, small, expected
     assert sorted(set(widths)) == ([48, 52] if window == 52 else [window])
     assert widths == sorted(widths)
     chunks = sum(call.program == "decode" for call in calls)
-    assert chunks * sample.DECODE_STEPS > 2 * window
+    assert chunks * continuous.DECODE_STEPS > 2 * window
 
 
 @pytest.fixture
 def as_on_gpus(monkeypatch):
     """Calls of `decode` make all their steps, and the next one is enqueued before one's tokens are read."""
-    monkeypatch.setattr(sample, "runs_ahead", lambda mesh: True)
-    monkeypatch.setattr(sample, "fixed_steps", lambda mesh: True)
+    monkeypatch.setattr(continuous, "runs_ahead", lambda mesh: True)
+    monkeypatch.setattr(continuous, "fixed_steps", lambda mesh: True)
 
 
 @pytest.mark.parametrize(("window", "chosen"), [(None, slice(None)), (6, SHORT), (52, MIDDLE)])
@@ -524,7 +524,7 @@ def test_running_ahead_changes_no_answer(window, chosen, small, expected, calls,
 @pytest.mark.parametrize("ahead", [False, True])
 def test_an_answer_that_is_stopped_gives_its_slot_away(ahead, small, expected, monkeypatch):
     """It has what it had when asked, and no other answer changes."""
-    monkeypatch.setattr(sample, "runs_ahead", lambda mesh: ahead)
+    monkeypatch.setattr(continuous, "runs_ahead", lambda mesh: ahead)
     stopped_at = {}
 
     def stopped(i, answer):
@@ -568,7 +568,7 @@ def test_slots_are_filled_again_and_again(small):
 @pytest.mark.parametrize(("tokens", "rows"), [(8, 1), (4096, 2)], ids=["less than a prompt", "many prompts"])
 def test_prompts_read_at_a_time(tokens, rows, small, expected, monkeypatch, calls):
     """As many as have so many tokens, but never none, nor more than a quarter of the slots."""
-    monkeypatch.setattr(sample, "_PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(continuous, "_PREFILL_TOKENS", tokens)
     assert sampled(small, MIDDLE, slots=8) == [expected[i] for i in MIDDLE]
     assert {call.prompts[0] for call in calls if call.program == "prefill"} == {rows}
 
@@ -656,7 +656,7 @@ def test_on_chunk_is_told_and_may_stop(small, expected):
     assert sum(tokens) == sum(map(len, expected))
     # A slot draws at most a chunk and the first token before it.
     assert all(0 <= count <= 3 for count in prompts)
-    assert all(0 < count <= 3 * (sample.DECODE_STEPS + 1) for count in tokens)
+    assert all(0 < count <= 3 * (continuous.DECODE_STEPS + 1) for count in tokens)
 
     class Stop(Exception):
         pass
@@ -690,10 +690,10 @@ def test_decoding_stops_when_every_answer_has(talker, monkeypatch):
     monkeypatch.setattr(slots_lib, "forward", counted)
     # Programs of their own, which no other test finds compiled with the counter in them.
     static = ("decoder", "sampling", "stop_tokens")
-    prefill = jax.jit(sample.prefill.__wrapped__, static_argnames=static)
-    decode = jax.jit(sample.decode.__wrapped__, static_argnames=(*static, "steps", "fixed"))
-    monkeypatch.setattr(sample, "prefill", prefill)
-    monkeypatch.setattr(sample, "decode", decode)
+    prefill = jax.jit(continuous.prefill.__wrapped__, static_argnames=static)
+    decode = jax.jit(continuous.decode.__wrapped__, static_argnames=(*static, "steps", "fixed"))
+    monkeypatch.setattr(continuous, "prefill", prefill)
+    monkeypatch.setattr(continuous, "decode", decode)
 
     def lengths_and_runs(token):
         runs.clear()
@@ -714,7 +714,7 @@ def program_arguments(model, slots, columns):
     prompts = (np.full((2, 16), 9, np.int32), np.array([16, 5], np.int32), np.full(2, NEW, np.int32))
     *arrays, keys = sharding.put_batch(model.mesh, (*prompts, np.zeros((2, 2), np.uint32)))
     with jax.set_mesh(model.mesh):
-        state = sample.new_slots(decoder, slots, columns)
+        state = continuous.new_slots(decoder, slots, columns)
     return (decoder, params, state, *arrays, jax.random.wrap_key_data(keys)), (decoder, params, state)
 
 
@@ -722,7 +722,7 @@ def test_filler_fills_no_slot(small):
     """Of two rows, one is filler: its slot is past the end, and all but the other's stay empty."""
     of_prefill, _ = program_arguments(small, 8, 48)
     with jax.set_mesh(small.mesh):
-        slots, _ = sample.prefill(
+        slots, _ = continuous.prefill(
             *of_prefill, np.array([1, 8], np.int32), sampling=SAMPLING, stop_tokens=STOPS
         )
     filled = np.arange(8) == 1
@@ -736,10 +736,10 @@ def test_filler_fills_no_slot(small):
 def test_prompts_go_to_the_emptiest_devices_and_stay_there():
     """Two rows a device: a device's rows take its own free slots, counted there; the emptiest comes first."""
     free = np.array([[0, 0, 0], [1, 1, 0], [0, 1, 1], [1, 1, 1]], bool)
-    rows, into = sample._places(free.reshape(-1), 8, 4)
+    rows, into = continuous._places(free.reshape(-1), 8, 4)
     assert rows.tolist() == [6, 2, 4, 7, 3, 5]  # devices 3, 1, 2, and around again
     assert into.tolist() == [0, 0, 1, 1, 1, 2]
-    rows, into = sample._places(np.zeros(12, bool), 8, 4)
+    rows, into = continuous._places(np.zeros(12, bool), 8, 4)
     assert rows.size == into.size == 0
 
 
@@ -766,7 +766,7 @@ def test_prompts_of_one_length_range_share_their_programs(small):
         prompts = random_prompts(lengths, seed)
         answers_of(small, prompts, keys, SAMPLING, slots=5, stop_tokens=STOPS)
 
-    programs = (sample.prefill, sample.decode)
+    programs = (continuous.prefill, continuous.decode)
     before = [program._cache_size() for program in programs]
     answer([1, 5, 8, 3, 7, 2, 8, 4], prompt_keys(0, 0, range(8)), seed=2)
     assert [program._cache_size() for program in programs] == [n + 1 for n in before]
@@ -792,8 +792,8 @@ def test_no_program_copies_the_cache(small):
     cache = of_prefill[2].cache
     with jax.set_mesh(small.mesh):
         lowered = (
-            sample.prefill.lower(*of_prefill, np.arange(2, dtype=np.int32), **how),
-            sample.decode.lower(*of_decode, steps=16, **how),
+            continuous.prefill.lower(*of_prefill, np.arange(2, dtype=np.int32), **how),
+            continuous.decode.lower(*of_decode, steps=16, **how),
         )
     for program in lowered:
         memory = program.compile().memory_analysis()

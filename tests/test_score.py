@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import spin_jax
-from spin_jax import scoring
-from spin_jax.batches import Group, RowShape, packed
 from spin_jax.models import loading
 from spin_jax.models.decoder import Decoder
-from spin_jax.scoring import response_logps, score_groups
+from spin_jax.training import log_probs
+from spin_jax.training.log_probs import response_logps, score_groups
+from spin_jax.training.packing import Group, RowShape, packed
 
 # Both sides in float32; their log-probs differ by ~1e-6 a token, and differences of one sign add up.
 PER_TOKEN = 1e-5
@@ -189,9 +189,9 @@ def test_chunks_without_answers_cost_and_change_nothing(tiny_model, monkeypatch)
     assert responses.min() == 0
     programs = []
     for limit in (2**40, 4 * 7 * 272):
-        monkeypatch.setattr(scoring, "_CHUNK_LOGITS", limit)
+        monkeypatch.setattr(log_probs, "_CHUNK_LOGITS", limit)
         programs.append(compiled_gradient(Decoder(config), params, rows))
-    assert scoring._chunks(rows, 272)[0].shape == (9, 4, 7)
+    assert log_probs._chunks(rows, 272)[0].shape == (9, 4, 7)
     assert " conditional(" in programs[1].as_text()
     ((_, expected), wanted), ((_, found), gradients) = (program(params, rows) for program in programs)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -211,7 +211,7 @@ def test_a_large_vocabulary_and_few_tokens(real, mesh):
     groups = [Group(prompt, tuple(answers))]
     (rows,) = packed(groups, shape)
     with jax.set_mesh(mesh):
-        _, _, owners = scoring._chunks(rows, 32000)
+        _, _, owners = log_probs._chunks(rows, 32000)
     np.testing.assert_array_equal((owners > 0).any(axis=(1, 2)), [True, True, False, False])
     scores = score_groups(Decoder(model.config), model.params, groups, shape, mesh)
     assert_scores_are_torchs(scores, groups, reference)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import losses, scoring, tiny
-from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, pair_group, stacked
+from spin_jax import losses, tiny
 from spin_jax.data.records import Pair
 from spin_jax.errors import NotFinite
 from spin_jax.models import loading, lora, saving
@@ -20,18 +19,19 @@ from spin_jax.models.decoder import Decoder
 from spin_jax.models.loading import new_model
 from spin_jax.models.params import abstract_params, copies, count_params, params_on
 from spin_jax.runtime import sharding
-from spin_jax.scoring import score_groups, score_rows
 from spin_jax.storage import checkpoints as checkpoint
-from spin_jax.train import (
+from spin_jax.training import log_probs
+from spin_jax.training.batches import ScoredPair, pair_batches, stacked
+from spin_jax.training.log_probs import score_groups, score_rows
+from spin_jax.training.loop import Loop, fit
+from spin_jax.training.optimizer import Optimization, make_optimizer
+from spin_jax.training.packing import Group, RowShape, packed, pair_group
+from spin_jax.training.step import (
     SFT,
     SPIN,
-    Loop,
-    Optimization,
     TrainState,
     abstract_state,
-    fit,
     init_state,
-    make_optimizer,
     make_step,
     summed_gradients,
 )
@@ -76,7 +76,7 @@ ARCHITECTURE = {
 def several_chunks():
     """Ten columns of a micro-batch are projected at a time: as it is with a large vocabulary."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_CHUNK_LOGITS", 2 * 10 * 272)
+        patch.setattr(log_probs, "_CHUNK_LOGITS", 2 * 10 * 272)
         yield
 
 
@@ -440,7 +440,7 @@ def test_logits_are_never_kept(model, monkeypatch):
     Two rows of 512 tokens of 32,768 words: 128 MiB. Beside the chunks of 4 MiB that are asked for, the
     largest are the head with its gradients, also 4 MiB each, and the scores of a layer's attention.
     """
-    monkeypatch.setattr(scoring, "_CHUNK_LOGITS", 2**20)
+    monkeypatch.setattr(log_probs, "_CHUNK_LOGITS", 2**20)
     config = dataclasses.replace(model.config, vocab_size=32768, num_attention_heads=2, num_key_value_heads=1)
     objective = SPIN(Decoder(config, remat="full"), losses.logistic)
     pair = Pair(0, 0, [], [], *np.ones((3, 100), np.int32), truncated=False)

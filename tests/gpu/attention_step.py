@@ -16,9 +16,9 @@ from measuring import attempt, tell, timed
 from tracing import traced
 from workload import prepared, recipe, set_up
 
-from spin_jax.batches import Group, RowShape, group_sizes, packed, pair_group
 from spin_jax.kernels import flash
 from spin_jax.kernels.layout import Layout
+from spin_jax.training.packing import Group, RowShape, group_sizes, packed, pair_group
 
 # bfloat16 keeps 8 bits: what is rounded to it is off by 0.2%. Scores, weights and gradients are, on the way.
 _BF16 = 0.01

@@ -15,10 +15,8 @@ from measuring import attempt, on_gpu
 from workload import SMALL, set_up
 
 from spin_jax import config as config_lib
-from spin_jax import named_loss, programs
-from spin_jax.batches import Group, RowShape, ScoredPair, packed, pair_batches, stacked
+from spin_jax import programs
 from spin_jax.data.records import Pair
-from spin_jax.draw import Sampling, draw, prompt_keys
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import loading
 from spin_jax.models.architecture import ModelConfig, Params
@@ -26,9 +24,13 @@ from spin_jax.models.decoder import Decoder, forward, output_head, project
 from spin_jax.models.params import init_params, sampling_params
 from spin_jax.runtime import sharding
 from spin_jax.runtime.sharding import round_up
-from spin_jax.sample import answer_prompts
-from spin_jax.scoring import response_logps, score_groups
-from spin_jax.train import SPIN, init_state, make_step
+from spin_jax.sampling.continuous import answer_prompts
+from spin_jax.sampling.next_token import Sampling, draw, prompt_keys
+from spin_jax.training import custom_loss
+from spin_jax.training.batches import ScoredPair, pair_batches, stacked
+from spin_jax.training.log_probs import response_logps, score_groups
+from spin_jax.training.packing import Group, RowShape, packed
+from spin_jax.training.step import SPIN, init_state, make_step
 
 _LARGER = dict(
     hidden_size=512,
@@ -175,7 +177,7 @@ def _first_losses(work: Work, dtype: str, kernel: str) -> dict[str, Any]:
     ]
     scored = [ScoredPair(pair, tuple(row)) for pair, row in zip(pairs, opponent, strict=True)]
     options = programs.optimization(config_lib.default(), 0)
-    step = make_step(SPIN(work.decoder(dtype, kernel), named_loss.find("logistic")), options)
+    step = make_step(SPIN(work.decoder(dtype, kernel), custom_loss.find("logistic")), options)
     state = init_state(jax.tree.map(jnp.copy, work.params), options, work.mesh)  # it is donated
     batches = pair_batches(scored, work.many)
     losses = []

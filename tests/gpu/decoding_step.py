@@ -17,7 +17,6 @@ from tracing import traced
 from workload import prepared, recipe, set_up
 
 from spin_jax import programs
-from spin_jax.draw import KEYS, Sampling, draw
 from spin_jax.kernels import flash_decode
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import cost
@@ -26,8 +25,9 @@ from spin_jax.models.attention import plain
 from spin_jax.models.decoder import Decoder
 from spin_jax.models.params import sampling_params_on
 from spin_jax.runtime import chips, sharding
-from spin_jax.sample import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
-from spin_jax.slots import Slots, decode, new_slots, prefill
+from spin_jax.sampling.continuous import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
+from spin_jax.sampling.next_token import KEYS, Sampling, draw
+from spin_jax.sampling.slots import Slots, decode, new_slots, prefill
 
 TARGET = 0.5  # of the roofline, at 128 slots
 _TARGET_SLOTS = 128

@@ -11,11 +11,12 @@ from tracing import traced
 from workload import prepared, recipe, set_up
 
 from spin_jax import programs
-from spin_jax.batches import PairBatch, RowShape, ScoredPair, filled_tokens, pair_batches, rows_flops, stacked
 from spin_jax.models.architecture import Model
 from spin_jax.models.params import count_params, init_params
 from spin_jax.runtime import chips, sharding
-from spin_jax.train import init_state, make_step
+from spin_jax.training.batches import PairBatch, ScoredPair, filled_tokens, pair_batches, rows_flops, stacked
+from spin_jax.training.packing import RowShape
+from spin_jax.training.step import init_state, make_step
 
 TARGET_MFU = 0.45  # of the 7B step, counting real tokens
 _STEPS = 3  # that are timed

@@ -9,11 +9,11 @@ from ml_collections import ConfigDict
 from configs import zephyr
 from spin_jax import config as config_lib
 from spin_jax import programs
-from spin_jax.batches import RowShape
 from spin_jax.command import set_up_jax
 from spin_jax.data.records import Example, Pair
 from spin_jax.models import loading
 from spin_jax.models.architecture import Model
+from spin_jax.training.packing import RowShape
 
 SMALL = dict(  # kernels want heads of 64 numbers or more
     model_type="mistral",

@@ -12,7 +12,6 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from spin_jax.batches import Group, Rows, RowShape, packed
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import Message
 from spin_jax.kernels.layout import Layout
@@ -20,6 +19,7 @@ from spin_jax.models.architecture import Model, Params
 from spin_jax.models.decoder import Decoder, Head, forward, output_head, project
 from spin_jax.runtime import sharding
 from spin_jax.runtime.sharding import bucket, round_up
+from spin_jax.training.packing import Group, Rows, RowShape, packed
 
 _CHUNK_LOGITS = 2**25  # float32: 128 MiB, or 1,024 tokens of a vocabulary of 32,768
 _FEW_LOGITS = 2**21  # 8 MiB: not worth a loop

@@ -6,82 +6,27 @@ a step, N rows of a micro-batch, G pairs of a row, B = N · G.
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array
 
 from spin_jax import losses
-from spin_jax.batches import PairBatch, Rows, filled_tokens
-from spin_jax.errors import Interrupted, NotFinite
 from spin_jax.models import lora
 from spin_jax.models.architecture import Params
 from spin_jax.models.decoder import Decoder
 from spin_jax.models.params import copies
-from spin_jax.named_loss import logps_type
 from spin_jax.runtime import sharding
-from spin_jax.scoring import response_logps
-from spin_jax.storage import checkpoints as checkpoint
+from spin_jax.training.batches import PairBatch
+from spin_jax.training.custom_loss import logps_type
+from spin_jax.training.log_probs import response_logps
+from spin_jax.training.optimizer import Optimization, make_optimizer
+from spin_jax.training.packing import Rows
 
 Metrics = dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimization:
-    """How parameters follow gradients; each field is a config key of `train` and `sft`."""
-
-    optimizer: str
-    learning_rate: float
-    schedule: str
-    warmup_ratio: float
-    weight_decay: float
-    momentum: float  # AdamW's β1
-    decay: float  # of the squared gradient: RMSProp's α, AdamW's β2
-    eps: float
-    clip_norm: float | None
-    offload: bool  # the optimizer's state waits in the hosts' memory
-    batch_size: int
-    epochs: int
-    schedule_epochs: int | None
-    lora_rank: int | None = None  # of adapters that are trained in place of the weights; None: the weights
-    lora_alpha: float = 16.0
-    lora_targets: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer={self.optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
-        if self.schedule not in ("linear", "cosine", "constant"):
-            raise ValueError(f"schedule={self.schedule!r}: choose from linear, cosine, constant")
-        if self.schedule_epochs is not None and self.schedule_epochs < self.epochs:
-            raise ValueError(f"schedule_epochs={self.schedule_epochs} is shorter than epochs={self.epochs}")
-
-    @property
-    def lora_scale(self) -> float:
-        return self.lora_alpha / (self.lora_rank or 1)
-
-    def schedule_steps(self, steps: int) -> int:
-        """The length of the schedule that goes with `steps`, those of `epochs`."""
-        return steps * (self.schedule_epochs or self.epochs) // max(self.epochs, 1)
-
-    def learning_rates(self, total: int) -> np.ndarray:
-        """Each step's learning rate over a schedule of `total` steps, float32 [total].
-
-        The formulas of transformers' schedulers: with a warm-up, step 0 has 0.
-        """
-        warmup = int(np.ceil(total * self.warmup_ratio))
-        peak = self.learning_rate
-        after = {
-            "linear": optax.linear_schedule(peak, 0.0, max(total - warmup, 1)),
-            "cosine": optax.cosine_decay_schedule(peak, max(total - warmup, 1)),
-            "constant": optax.constant_schedule(peak),
-        }[self.schedule]
-        schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
-        return np.asarray(jax.vmap(schedule)(jnp.arange(total)), np.float32).reshape(-1)
 
 
 # --- objectives ----------------------------------------------------------------------------------
@@ -151,40 +96,10 @@ class SFT:
         return -jnp.sum(response_logps(self.decoder, params, batch)), {}
 
 
-# --- the step ------------------------------------------------------------------------------------
-
-OPTIMIZERS: dict[str, Callable[[Optimization], list[optax.GradientTransformation]]] = {
-    # PyTorch's form: eps outside of the root, no bias correction, L2 in the gradient.
-    "rmsprop": lambda o: [
-        optax.add_decayed_weights(o.weight_decay),
-        optax.scale_by_rms(o.decay, eps=o.eps, eps_in_sqrt=False, bias_correction=False),
-    ],
-    "adamw": lambda o: [
-        optax.scale_by_adam(o.momentum, o.decay, eps=o.eps),
-        optax.add_decayed_weights(o.weight_decay),
-    ],
-    "adafactor": lambda o: [
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.add_decayed_weights(o.weight_decay),
-    ],
-}
-
-
-# Numbers that it keeps for each parameter, near enough.
-MOMENTS = {"rmsprop": 1, "adamw": 2, "adafactor": 0}
-
-
 class TrainState(NamedTuple):
     params: Params  # what is trained: float32 master weights, or with LoRA the adapters
     opt_state: Any
     skipped: Any  # int32 []: steps left out in a row up to now
-
-
-def make_optimizer(options: Optimization) -> optax.GradientTransformation:
-    """Gradients → descent directions; the step multiplies them by −learning_rate."""
-    clip = [] if options.clip_norm is None else [optax.clip_by_global_norm(options.clip_norm)]
-    return optax.chain(*clip, *OPTIMIZERS[options.optimizer](options))
 
 
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -303,88 +218,3 @@ def abstract_state(params: Params, options: Optimization, mesh: Any) -> TrainSta
 
 def _fresh(options: Optimization, params: Params) -> tuple[Any, Array]:
     return make_optimizer(options).init(params), jnp.zeros((), jnp.int32)
-
-
-@dataclasses.dataclass
-class Loop:
-    """What surrounds the steps of one training phase."""
-
-    steps: int  # steps of this phase
-    save_every: int  # steps between checkpoints; an interruption makes one too
-    most_skipped: int  # steps in a row that may be not finite, less one
-    # Told each step's metrics, in order, and the share of its time that was spent waiting for the batch.
-    on_step: Callable[[int, dict[str, float], float], None]
-    should_stop: Callable[[], Any]  # asked while a step runs: a signal's number or 0, or what will be one
-
-
-def fit(
-    state: TrainState,
-    batches: Iterable[Any],
-    step: Step,
-    *,
-    start: int,
-    learning_rates: np.ndarray,
-    scalars: Mapping[str, float],
-    frozen: Params | None = None,
-    mesh: jax.sharding.Mesh,
-    checkpoints: checkpoint.StepCheckpoints,
-    loop: Loop,
-) -> TrainState:
-    """Runs the steps `start` … `loop.steps` − 1.
-
-    Args:
-        state: donated.
-        batches: those of step `start` and after; arrays are [M, N, …].
-        learning_rates: one a step of the schedule.
-        scalars: of the objective, the same for all steps.
-        frozen: the weights under the adapters, where the state is of those.
-
-    Raises:
-        Interrupted: `loop.should_stop()`; the state has been saved.
-        NotFinite: nothing of the skipped steps went into the state; the last checkpoint stays.
-    """
-    arguments = {name: np.float32(value) for name, value in scalars.items()}
-    pending: tuple[int, Metrics, Any] | None = None
-    clock, waited = time.perf_counter(), 0.0  # when the last report was, and waiting since then
-
-    def report(item: tuple[int, Metrics, Any]) -> None:
-        nonlocal clock, waited
-        number, metrics, batch = item
-        values = {name: float(value) for name, value in metrics.items()}  # waits for the device
-        before, clock = clock, time.perf_counter()
-        values["learning_rate"] = float(learning_rates[number])
-        values["tokens_per_s"] = filled_tokens(batch) / (clock - before)
-        share, waited = waited / (clock - before), 0.0
-        loop.on_step(number, values, share)
-        if values["skipped"] >= loop.most_skipped:
-            raise NotFinite(number, batch)
-
-    if loop.save_every < loop.steps:
-        checkpoints.check_room(state)  # now, and not when the work is done
-    source, asked = iter(batches), 0
-    with jax.set_mesh(mesh):
-        for number in range(start, loop.steps):
-            began = time.perf_counter()
-            batch = next(source)
-            waited += time.perf_counter() - began
-            placed = sharding.put_batch(mesh, batch, axis=1)
-            state, metrics = step(state, placed, learning_rates[number], arguments, frozen)
-            # The device works on this step while the host reports the one before.
-            if pending is not None:
-                report(pending)
-            pending = (number, metrics, batch)
-            done = number + 1
-            before, asked = asked, loop.should_stop()  # several processes come to an answer a step later
-            stop = done < loop.steps and (int(before) or (asked if isinstance(asked, int) else 0))
-            if stop or (done % loop.save_every == 0 and done < loop.steps):
-                report(pending)
-                pending = None
-                checkpoints.save(done, state)
-                clock = time.perf_counter()  # a step's speed is not the disk's
-            if stop:
-                raise Interrupted(stop)
-            if pending is None:
-                checkpoints.check_room(state)  # for the next one, while nothing would be lost
-        if pending is not None:
-            report(pending)
-    return state

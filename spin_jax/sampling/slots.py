@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from spin_jax.draw import KEYS, Sampling, draw
 from spin_jax.kernels.layout import Layout
 from spin_jax.models.architecture import Params
 from spin_jax.models.cache import Cache, new_cache
 from spin_jax.models.decoder import Decoder, forward, output_head, project
 from spin_jax.runtime import sharding
+from spin_jax.sampling.next_token import KEYS, Sampling, draw
 
 NO_TOKEN = -1
 

@@ -15,16 +15,13 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from spin_jax.data.chat import Chat
-from spin_jax.data.records import Ids, Message
-from spin_jax.draw import KEYS, Sampling, prompt_keys
-from spin_jax.models.architecture import Model, ModelConfig, Params
-from spin_jax.models.attention import kernel_for
+from spin_jax.data.records import Ids
+from spin_jax.models.architecture import ModelConfig, Params
 from spin_jax.models.decoder import Decoder
-from spin_jax.models.params import sampling_params
 from spin_jax.runtime import sharding
 from spin_jax.runtime.sharding import bucket, round_up
-from spin_jax.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widened
+from spin_jax.sampling.next_token import KEYS, Sampling
+from spin_jax.sampling.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widened
 
 DECODE_STEPS = 8  # tokens between two looks at which slots are done
 _PREFILL_TOKENS, _FLASH_PREFILL_TOKENS = 4096, 8192  # the latter of each device
@@ -244,47 +241,3 @@ def _with_columns(state: Slots | None, decoder: Decoder, slots: int, columns: in
     if state is None:
         return new_slots(decoder, slots, columns)
     return state if columns <= state.cache.columns else widened(state, columns)
-
-
-def generate(
-    model: Model,
-    conversations: Sequence[list[Message]],
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    *,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    batch_size: int = 32,
-) -> list[str]:
-    """Answers conversations that wait for an assistant's turn.
-
-    Args:
-        model: from `spin_jax.load`.
-        conversations: lists of {"role", "content"}.
-        max_new_tokens: where an answer without a stop token is cut.
-        temperature: 0 is greedy.
-        seed: of the draws; the answer of conversation i depends on the seed and i.
-        top_k: draw from the k likeliest tokens only.
-        top_p: draw from the fewest tokens that hold this probability mass.
-        batch_size: prompts answered at a time.
-
-    Returns:
-        the answers' text, without special tokens.
-    """
-    chat = Chat(model.tokenizer, model.stop_tokens)
-    prompts = [chat.encode_prompt(messages) for messages in conversations]
-    if not prompts:
-        return []
-    kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
-    answers = answer_prompts(
-        Decoder(model.config, dtype=model.dtype, kernel=kernel),
-        sampling_params(model.params, model.config, model.dtype, model.mesh),
-        prompts,
-        prompt_keys(seed, 0, range(len(prompts))),
-        mesh=model.mesh,
-        sampling=Sampling(max_new_tokens, temperature, top_k, top_p),
-        stop_tokens=model.stop_tokens,
-        slots=min(batch_size, len(prompts)),
-    )
-    return [chat.decode(answer) for answer in answers]

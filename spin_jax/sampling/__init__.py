@@ -1,0 +1,1 @@
+"""Answers to prompts: the next token, slots in progress, continuous batching."""

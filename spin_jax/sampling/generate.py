@@ -1,0 +1,115 @@
+"""Answers by a model in memory: `spin_jax.generate`, and what evaluation asks of a model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxtyping import Array
+
+from spin_jax import config as config_lib
+from spin_jax import programs
+from spin_jax.data.chat import Chat
+from spin_jax.data.records import Ids, Message
+from spin_jax.models.architecture import Model
+from spin_jax.models.attention import kernel_for
+from spin_jax.models.decoder import Decoder
+from spin_jax.models.params import sampling_params
+from spin_jax.sampling.continuous import answer_prompts
+from spin_jax.sampling.next_token import Sampling, prompt_keys
+
+
+def generate(
+    model: Model,
+    conversations: Sequence[list[Message]],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    batch_size: int = 32,
+) -> list[str]:
+    """Answers conversations that wait for an assistant's turn.
+
+    Args:
+        model: from `spin_jax.load`.
+        conversations: lists of {"role", "content"}.
+        max_new_tokens: where an answer without a stop token is cut.
+        temperature: 0 is greedy.
+        seed: of the draws; the answer of conversation i depends on the seed and i.
+        top_k: draw from the k likeliest tokens only.
+        top_p: draw from the fewest tokens that hold this probability mass.
+        batch_size: prompts answered at a time.
+
+    Returns:
+        the answers' text, without special tokens.
+    """
+    chat = Chat(model.tokenizer, model.stop_tokens)
+    prompts = [chat.encode_prompt(messages) for messages in conversations]
+    if not prompts:
+        return []
+    kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
+    answers = answer_prompts(
+        Decoder(model.config, dtype=model.dtype, kernel=kernel),
+        sampling_params(model.params, model.config, model.dtype, model.mesh),
+        prompts,
+        prompt_keys(seed, 0, range(len(prompts))),
+        mesh=model.mesh,
+        sampling=Sampling(max_new_tokens, temperature, top_k, top_p),
+        stop_tokens=model.stop_tokens,
+        slots=min(batch_size, len(prompts)),
+    )
+    return [chat.decode(answer) for answer in answers]
+
+
+BATCH_SIZE = 32
+
+
+def answer(
+    model: Model,
+    prompts: Sequence[Ids],
+    keys: Array,
+    sampling: Sampling,
+    *,
+    stop_tokens: tuple[int, ...],
+    limits: Sequence[int],
+    batch_size: int = BATCH_SIZE,
+    **options: Any,
+) -> list[Ids]:
+    """`answer_prompts` with a copy of the weights made for it.
+
+    Args:
+        limits: tokens of each answer, at most.
+        batch_size: answers in progress at a time for every copy of the weights.
+        options: `stopped` and `on_chunk` of `answer_prompts`.
+    """
+    c = config_lib.default()
+    c.sampling.batch_size = batch_size
+    c.sampling.max_new_tokens = max(limits)
+    c.lengths.max_prompt = max(map(len, prompts))
+    c.lengths.max_length = c.lengths.max_prompt + c.sampling.max_new_tokens
+    mesh = programs.sampling_mesh(c, model)
+    return answer_prompts(
+        Decoder(model.config, dtype=model.dtype, kernel=programs.kernel(c, model)),
+        sampling_params(model.params, model.config, model.dtype, mesh),
+        prompts,
+        keys,
+        mesh=mesh,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        slots=min(programs.slots(c, model), len(prompts)),
+        limits=limits,
+        **options,
+    )
+
+
+def counting(
+    update: Callable[[int], object], should_stop: Callable[[], object]
+) -> Callable[[int, int], None]:
+    """An `on_chunk` that tells a progress bar and asks whether to stop."""
+
+    def on_chunk(prompts: int, tokens: int) -> None:
+        del tokens
+        update(prompts)
+        should_stop()
+
+    return on_chunk

@@ -1,0 +1,77 @@
+"""Which shape of micro-batch wastes least on the data at hand."""
+
+import numpy as np
+
+from spin_jax.runtime.sharding import round_up
+from spin_jax.training.packing import RowShape, pack
+
+_MOST_GROUPS = 64  # of a row: it sizes arrays of single numbers
+_TRIALS = 16, 512  # steps packed for every length tried, and groups: whichever is more
+
+
+# --- shapes --------------------------------------------------------------------------------------
+
+
+def choose_shape(
+    expected: np.ndarray,
+    largest: np.ndarray,
+    *,
+    batch_size: int,
+    shards: int,
+    tokens_per_device: int,
+    attention: float,
+    overhead: float,
+    granule: int,
+    row_length: int | None = None,
+    unshared: bool = False,
+) -> RowShape:
+    """The micro-batch that wastes least, found by packing a few steps of groups as they are expected.
+
+    Longer rows leave less at their ends and pay more for attention; larger micro-batches leave more of the
+    last one empty, and read and add up the weights less often.
+
+    Args:
+        expected: `sizes` of the groups as far as they are known, int [groups, 3].
+        largest: the most that any group can take, int [3].
+        batch_size: groups of a step.
+        shards: rows are a multiple of it.
+        tokens_per_device: of one micro-batch, at most (unless one row is longer).
+        attention: what a token's look at another costs, in units of the rest of a token.
+        overhead: what a micro-batch costs whatever is in it, in tokens a device.
+        granule: lengths are multiples of it.
+        row_length: takes the place of the search over lengths.
+        unshared: the shape has `unshared`, for splash attention.
+
+    Raises:
+        ValueError: row_length is shorter than a group can be.
+    """
+    shortest = round_up(int(largest[0]), granule)
+    if row_length is not None and row_length < largest[0]:
+        raise ValueError(f"row_length={row_length}: a group can have {largest[0]} tokens")
+    factors = (1, 1.0625, 1.125, 1.25, 1.375, 1.5, 1.75, 2, 2.5, 3, 4)
+    lengths = {round_up(int(shortest * factor), granule) for factor in factors}
+    if row_length is not None:
+        lengths = {round_up(row_length, granule)}
+    rng, some = np.random.default_rng(0), min(batch_size, len(expected))
+    trials = max(_TRIALS[0], _TRIALS[1] // some)
+    steps = [expected[rng.choice(len(expected), some, replace=False)] for _ in range(trials)]
+    fewest = max(int(expected[:, 0].min()), 1)
+    best: tuple[float, RowShape] | None = None
+    for T in sorted(lengths):
+        if row_length is None and max(shortest, tokens_per_device) < T:
+            continue
+        shape = RowShape(1, T, max(1, min(T // fewest, _MOST_GROUPS)))
+        packings = [pack(step, shape.capacity) for step in steps]
+        if unshared:
+            most = max(step[row, 1].sum() for step, rows in zip(steps, packings, strict=True) for row in rows)
+            shape = shape._replace(unshared=round_up(max(int(most), int(largest[1])), granule))
+        counts = np.array([len(rows) for rows in packings])
+        for each in range(1, max(1, tokens_per_device // T) + 1):
+            N = each * shards
+            microbatches = -(-counts // N)
+            cost = float(microbatches.mean()) * each * T * (1 + attention * T)
+            cost += float(microbatches.mean()) * overhead
+            if best is None or cost < best[0]:
+                best = cost, shape._replace(rows=N)
+    assert best is not None
+    return best[1]

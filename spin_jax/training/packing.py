@@ -1,0 +1,177 @@
+"""Packed rows of fixed shapes, made in NumPy: nothing here touches a device.
+
+A row holds several groups: a prompt, once, with each of its answers after it (one in SFT, two in
+self-play), so that nothing is padded but a row's end and no prompt is computed twice. `models/attention.py`
+keeps the answers apart, and `log_probs.py` adds up each one's log-probs. First-fit-decreasing fills the rows.
+
+Axes: N rows of a micro-batch, T tokens, R response tokens (as many as tokens), G groups of a row, A answers
+of a group. The fields of a batch are NumPy arrays on the host and JAX arrays in a step.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from spin_jax.data.records import Example, Ids, Pair
+from spin_jax.kernels.layout import Layout
+from spin_jax.losses import PAIR
+
+_WINDOW = 1024  # groups packed together
+
+
+class RowShape(NamedTuple):
+    """A micro-batch: the same for a whole run, whatever is sampled, so that one program serves it."""
+
+    rows: int  # N
+    length: int  # T
+    groups: int  # G: at most so many of a row
+    unshared: int = 0  # tokens when each answer has a prompt of its own; 0 where attention does not ask
+
+    @property
+    def capacity(self) -> np.ndarray:
+        """What a row holds, in the measures of `sizes`."""
+        return np.array([self.length, self.unshared or 2**31, self.groups])
+
+
+class Group(NamedTuple):
+    """A prompt, of one token or more, and its answers."""
+
+    prompt: Ids
+    answers: tuple[Ids, ...]
+
+
+class Rows(NamedTuple):
+    """Packed rows: the model's arguments, and whose log-prob each token is. 0 is none everywhere."""
+
+    tokens: Any  # int32 [N, T]
+    layout: Layout  # int32 [N, T], and [N, U] where rows are unshared
+    predictors: Any  # int32 [N, R]: the token whose state predicts a response's token, responses side by side
+    targets: Any  # int32 [N, R]: that response's token
+    owners: Any  # int32 [N, R]: the answer it belongs to, 1 … G · A
+    lengths: Any  # int32 [N, G, A]: tokens of each answer
+    items: Any  # int32 [N, G]: which of the groups packed this is, from 1
+
+
+# --- packing -------------------------------------------------------------------------------------
+
+
+def example_group(example: Example) -> Group:
+    return Group(example.prompt, (example.real,))
+
+
+def pair_group(pair: Pair, roles: Sequence[str] = PAIR) -> Group:
+    return Group(pair.prompt, tuple(getattr(pair, role) for role in roles))
+
+
+def sizes(prompts: Any, *answers: Any) -> np.ndarray:
+    """What groups take of a row: int [groups, (tokens, unshared tokens, 1)], from lengths [groups]."""
+    prompts, own = np.asarray(prompts), np.sum(answers, axis=0)
+    return np.stack([prompts + own, len(answers) * prompts + own, np.ones_like(prompts)], axis=1)
+
+
+def group_sizes(groups: Sequence[Group]) -> np.ndarray:
+    """`sizes` of groups that are there."""
+    answers = [[len(answer) for answer in group.answers] for group in groups]
+    return sizes([len(group.prompt) for group in groups], *zip(*answers, strict=True))
+
+
+def pack(wanted: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
+    """First-fit-decreasing: the groups of each row, by number.
+
+    Args:
+        wanted: from `sizes`.
+        capacity: of a row, in the same measures.
+
+    Raises:
+        ValueError: a group does not fit an empty row.
+    """
+    too_large = np.flatnonzero((wanted > capacity).any(axis=1))
+    if len(too_large):
+        raise ValueError(
+            f"group {too_large[0]} takes {wanted[too_large[0]].tolist()} (tokens, unshared tokens, groups) "
+            f"of a row that holds {capacity.tolist()}"
+        )
+    left = np.empty((len(wanted), len(capacity)), np.int64)  # of every row opened so far
+    rows: list[list[int]] = []
+    for item in np.argsort(-wanted[:, 0], kind="stable"):
+        fits = (left[: len(rows)] >= wanted[item]).all(axis=1)
+        row = int(np.argmax(fits)) if fits.any() else len(rows)
+        if row == len(rows):
+            rows.append([])
+            left[row] = capacity
+        left[row] -= wanted[item]
+        rows[row].append(int(item))
+    return rows
+
+
+def packed(groups: Sequence[Group], shape: RowShape, unattended: int | None = None) -> list[Rows]:
+    """As many micro-batches as the groups need.
+
+    Args:
+        unattended: a token id that no token attends to (`official`).
+
+    Raises:
+        ValueError: a group is longer than a row.
+    """
+    wanted = group_sizes(groups)
+    rows: list[list[int]] = []
+    for first in range(0, len(groups), _WINDOW):  # looking through all rows for each group would be quadratic
+        window = pack(wanted[first : first + _WINDOW], shape.capacity)
+        rows += [[first + member for member in row] for row in window]
+    chunks = [rows[first : first + shape.rows] for first in range(0, len(rows), shape.rows)]
+    return [_microbatch(groups, chunk, shape, unattended) for chunk in chunks]
+
+
+def _microbatch(
+    groups: Sequence[Group], chosen: list[list[int]], shape: RowShape, unattended: int | None
+) -> Rows:
+    N, T, G, U = shape
+    A = len(groups[0].answers)
+
+    def zeros(*dims: int) -> np.ndarray:
+        return np.zeros((N, *dims), np.int32)
+
+    rows = Rows(
+        tokens=zeros(T),
+        layout=Layout(zeros(T), zeros(T), zeros(T), zeros(U) if U else None),
+        predictors=zeros(T),
+        targets=zeros(T),
+        owners=zeros(T),
+        lengths=zeros(G, A),
+        items=zeros(G),
+    )
+    for row, members in enumerate(chosen):
+        _fill_row(jax.tree.map(lambda field, row=row: field[row], rows), groups, members, unattended)
+    return rows
+
+
+def _fill_row(row: Rows, groups: Sequence[Group], members: list[int], unattended: int | None) -> None:
+    """Lays groups out side by side: prompt, answer, answer."""
+    end = responses = unshared = 0
+    for number, item in enumerate(members):
+        prompt, answers = groups[item]
+        row.items[number] = item + 1
+        start, end, P = end, end + len(prompt), len(prompt)
+        row.tokens[start:end] = prompt
+        row.layout.positions[start:end] = np.arange(P)
+        for branch, answer in enumerate(answers):
+            begin, end, n = end, end + len(answer), len(answer)
+            row.tokens[begin:end] = answer
+            row.layout.positions[begin:end] = np.arange(P, P + n)
+            row.layout.branches[begin:end] = branch + 1  # pyright: ignore[reportOptionalSubscript]
+            row.lengths[number, branch] = n
+            span = slice(responses, responses + n)
+            row.predictors[span] = np.arange(begin - 1, end - 1)
+            row.predictors[responses] = start + P - 1  # the prompt's end predicts every answer's beginning
+            row.targets[span] = answer
+            row.owners[span] = number * len(answers) + branch + 1
+            responses += n
+            if row.layout.unshared is not None:
+                row.layout.unshared[unshared : unshared + P] = np.arange(start + 1, start + P + 1)
+                row.layout.unshared[unshared + P : unshared + P + n] = np.arange(begin + 1, end + 1)
+                unshared += P + n
+        row.layout.segments[start:end] = number + 1
+    if unattended is not None:
+        row.layout.segments[row.tokens == unattended] *= -1
