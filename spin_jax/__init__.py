@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spin_jax.models.loading import load
     from spin_jax.models.saving import save
     from spin_jax.sampling.generate import generate
-    from spin_jax.selfplay import run
+    from spin_jax.selfplay.algorithm import run
     from spin_jax.training.log_probs import logits, score
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch, each time
@@ -32,7 +32,7 @@ _HOMES = {
     "generate": "sampling.generate",
     "load": "models.loading",
     "logits": "training.log_probs",
-    "run": "selfplay",
+    "run": "selfplay.algorithm",
     "save": "models.saving",
     "score": "training.log_probs",
 }

@@ -42,7 +42,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spin_jax import config as config_lib
-from spin_jax import prepare, programs
 from spin_jax.command import fail, parse, set_up_jax
 from spin_jax.data import sources
 from spin_jax.data.examples import load_examples
@@ -54,6 +53,7 @@ from spin_jax.models.params import count_params, init_params, sampling_params
 from spin_jax.runtime import chips, processes, sharding
 from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import prompt_keys
+from spin_jax.selfplay import from_config, inputs
 from spin_jax.training import custom_loss
 from spin_jax.training.batches import ScoredPair, batches, filled_tokens, pair_batches, rows_flops
 from spin_jax.training.log_probs import score_groups
@@ -101,25 +101,25 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
         ValueError, FileNotFoundError: naming the key, or the file and row.
     """
     if config.model.path:
-        model, params, _ = prepare.open_model(config)
+        model, params, _ = inputs.open_model(config)
     else:
         model = loading.new_model(config.model.architecture.to_dict(), None, dtype=config.model.dtype)
-        model = programs.placed(config, model)
+        model = from_config.placed(config, model)
         params = functools.partial(init_params, model.config, jax.random.key(0), model.mesh)
-    programs.check_mesh(config, model)
+    from_config.check_mesh(config, model)
     vocab_size = model.config.vocab_size
     if pairs:
-        rows, chat = sources.load_rows(pairs, "train"), prepare.make_chat(config, model)
+        rows, chat = sources.load_rows(pairs, "train"), inputs.make_chat(config, model)
         read, _ = load_pairs(rows, chat, path=pairs, vocab_size=vocab_size)
         read = [dataclasses.replace(pair, start=pair.generated) for pair in read]  # as long as any
     else:
-        read = programs.expected_pairs(config, vocab_size, steps * config.train.batch_size)
+        read = from_config.expected_pairs(config, vocab_size, steps * config.train.batch_size)
     if prompts:
-        rows, chat = sources.load_rows(prompts, "train"), prepare.make_chat(config, model)
+        rows, chat = sources.load_rows(prompts, "train"), inputs.make_chat(config, model)
         examples, _ = load_examples(rows, chat, path=prompts)
         asked = [chat.sampling_prompt(example) for example in examples[:count]]
     else:
-        asked = [pair.prompt for pair in programs.expected_pairs(config, vocab_size, count)]
+        asked = [pair.prompt for pair in from_config.expected_pairs(config, vocab_size, count)]
     return Workload(config, model, params, read, asked)
 
 
@@ -150,19 +150,19 @@ def measure(work: Workload, steps: int, profile: str | None = None) -> dict[str,
 
 def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[str, Any]:
     model, c = work.model, work.config
-    mesh = programs.sampling_mesh(c, model)
+    mesh = from_config.sampling_mesh(c, model)
     weights = sampling_params(params, model.config, model.dtype, mesh)
-    slots = min(programs.slots(c, model), len(work.prompts))
+    slots = min(from_config.slots(c, model), len(work.prompts))
     new = c.sampling.max_new_tokens
 
     def answer() -> None:
         answer_prompts(
-            programs.decoder(c, model),
+            from_config.decoder(c, model),
             weights,
             work.prompts,
             prompt_keys(0, 0, range(len(work.prompts))),
             mesh=mesh,
-            sampling=programs.sampling(c),
+            sampling=from_config.sampling(c),
             stop_tokens=(),  # every answer has all its tokens: what is measured does not hang on the weights
             slots=slots,
         )
@@ -172,7 +172,7 @@ def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[
     _traced(answer, profile, "sample")
     tokens = new * len(work.prompts)
     chip = chips.chip(mesh.devices.flat[0].device_kind)
-    tensor = programs.sampling_tensor(c, model)
+    tensor = from_config.sampling_tensor(c, model)
     copies = mesh.size // tensor
     share = None
     if chip is not None:
@@ -193,7 +193,7 @@ def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[
 def _measure_scoring(work: Workload, params: Any) -> tuple[dict[str, Any], list]:
     model, c = work.model, work.config
     groups = _groups(work)
-    shape, decoder = _shape(work), programs.decoder(c, model)
+    shape, decoder = _shape(work), from_config.decoder(c, model)
     logps: Any = None
 
     def score() -> None:
@@ -211,9 +211,9 @@ def _measure_training(
     work: Workload, params: Any, scored: list, steps: int, profile: str | None
 ) -> dict[str, Any]:
     model, c = work.model, work.config
-    options = programs.optimization(c, 0)
+    options = from_config.optimization(c, 0)
     shape = _shape(work)
-    objective = programs.spin(c, model)
+    objective = from_config.spin(c, model)
     step = make_step(objective, options)
     state = init_state(params, options, model.mesh)
     scalars = {"beta": np.float32(c.loss.beta[0])}
@@ -275,7 +275,7 @@ def _groups(work: Workload) -> list[Group]:
 def _shape(work: Workload) -> RowShape:
     """The micro-batches of a run that knew these pairs."""
     known = group_sizes(_groups(work))
-    return programs.row_shape(work.config.train, work.config, work.model, known, known.max(axis=0))
+    return from_config.row_shape(work.config.train, work.config, work.model, known, known.max(axis=0))
 
 
 def _timed(run: Callable[[], None]) -> float:

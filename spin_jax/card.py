@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from spin_jax import config as config_lib
+from spin_jax import config_values
 from spin_jax.losses import ROLES
 from spin_jax.runtime import secrets
 
@@ -89,7 +89,7 @@ def hub_id(path: str | None) -> str | None:
 def _front_matter(facts: Facts) -> str:
     from huggingface_hub import ModelCardData
 
-    datasets = list(filter(None, map(hub_id, config_lib.data_paths(facts.config["data"]["path"]))))
+    datasets = list(filter(None, map(hub_id, config_values.data_paths(facts.config["data"]["path"]))))
     method = ["spin", "self-play"] if facts.kind == "iteration" else ["sft"]
     data = ModelCardData(
         base_model=hub_id(facts.config["model"]["path"]),
@@ -134,7 +134,7 @@ def _sources(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "base", f"none: a new {model['architecture'].get('model_type')}, initialized by the seed"
     part = ", ".join(filter(None, [data["name"], f"split {data['split']}"]))
     revision = facts.data_revision
-    for t, path in enumerate(config_lib.data_paths(data["path"])):
+    for t, path in enumerate(config_values.data_paths(data["path"])):
         commit = revision.get(path) if isinstance(revision, Mapping) else revision
         content = facts.fingerprints.get(f"data {t}" if t else "data")
         yield (
@@ -177,15 +177,15 @@ def _recipe(facts: Facts) -> Iterator[tuple[str, str]]:
 def _self_play(facts: Facts, row: Row) -> Iterator[tuple[str, str]]:
     c, t = facts.config, facts.iteration
     loss, sampling, play = c["loss"], c["sampling"], c["selfplay"]
-    beta = f"β {config_lib.per_iteration(loss['beta'], t):g}"
-    yield "loss", ", ".join([loss["name"], beta, *config_lib.beside_loss(c)])
+    beta = f"β {config_values.per_iteration(loss['beta'], t):g}"
+    yield "loss", ", ".join([loss["name"], beta, *config_values.beside_loss(c)])
     earlier = ", ".join(map(str, range(max(t - play["mix_previous"], play["start"]), t)))
     yield "pairs", f"{row['pairs']}{earlier and f', those of iteration {earlier} among them'}"
     if f"given pairs {t}" not in facts.fingerprints:
         keys = ("temperature", "top_k", "top_p", "max_new_tokens")
         yield "answers", ", ".join(f"{key} {sampling[key]:g}" for key in keys if sampling[key] is not None)
-    epochs = config_lib.per_iteration(c["train"]["epochs"], t)
-    rate = config_lib.per_iteration(c["train"]["learning_rate"], t)
+    epochs = config_values.per_iteration(c["train"]["epochs"], t)
+    rate = config_values.per_iteration(c["train"]["learning_rate"], t)
     yield from _optimization(
         {**c["train"], "learning_rate": rate}, f"{epochs} × the pairs, {row['steps']} steps"
     )

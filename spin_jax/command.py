@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
+from spin_jax import config_values
 from spin_jax.errors import ConfigError, OtherFailed
 from spin_jax.runtime import chips, secrets
 
@@ -186,7 +187,7 @@ def _load(argument: str) -> ConfigDict:
             if os.path.isdir(folder or ".")
             else []
         )
-        hint = config_lib.nearest(path, [name for name in there if name.endswith(".py")])
+        hint = config_values.nearest(path, [name for name in there if name.endswith(".py")])
         raise ValueError(f"no config file {path}{hint if there else ''}")
     try:
         get_config = runpy.run_path(path).get("get_config")
@@ -226,7 +227,7 @@ def _unknown_key(argument: str, path: list[str], config: Any) -> str | None:
         if prefix == "model.architecture.":  # any keys, but a flag changes only those that are there
             section = config.model.architecture if config and "model" in config else section
         if key not in section:
-            hint = config_lib.nearest(key, list(section), f"config.{prefix}") if list(section) else ""
+            hint = config_values.nearest(key, list(section), f"config.{prefix}") if list(section) else ""
             return f"no config key {prefix}{key} ({argument}){hint}"
         section = section[key]
     return None
@@ -242,4 +243,4 @@ def _wrong_type(name: str, value: str) -> str | None:
         return None
     if isinstance(section[key], ConfigDict):
         return f"{name} is a section, and got {value!r}"
-    return f"{name}={value}: {config_lib.wanted(section, key)}"
+    return f"{name}={value}: {config_values.wanted(section, key)}"

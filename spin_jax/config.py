@@ -4,15 +4,57 @@ Any key can be set on the command line as --config.section.key=value. Keys marke
 tuples: one value serves all iterations, a longer tuple gives one to each.
 """
 
-import difflib
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from spin_jax.config_values import check, is_of_kind, nearest, wanted
 from spin_jax.errors import ConfigError
+
+
+class Config(Mapping[str, Any]):
+    """A resolved config, or a section of one: its keys are attributes, and nothing changes them.
+
+    `resolve` makes it of a ConfigDict, and no other part of a run sees one.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        frozen = {k: Config(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+        object.__setattr__(self, "_values", frozen)
+
+    def __getattr__(self, key: str) -> Any:
+        if key.startswith("_") or key not in self._values:
+            raise AttributeError(f"config has no key {key}")
+        return self._values[key]
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        raise AttributeError(f"{key}={value!r}: a resolved config does not change; see Config.changed")
+
+    def __repr__(self) -> str:
+        return repr(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as nested dicts."""
+        return {k: v.to_dict() if isinstance(v, Config) else v for k, v in self._values.items()}
+
+    def changed(self, values: Mapping[str, Any]) -> "Config":
+        """A resolved copy with other values of some keys, as {"section.key": value}."""
+        other = self.to_dict()
+        for name, value in values.items():
+            section, key = name.split(".")
+            other[section][key] = value
+        return resolve(other)
 
 
 def default() -> Any:
@@ -170,10 +212,7 @@ def _optimization(epochs: Any, learning_rate: Any) -> Any:
     return o
 
 
-PER_ITERATION = ("loss.beta", "train.learning_rate", "train.epochs")
-
-
-def resolve(config: Mapping[str, Any] | ConfigDict) -> Any:
+def resolve(config: Mapping[str, Any] | ConfigDict) -> Config:
     """A whole, checked config: `config` laid over the defaults.
 
     Args:
@@ -186,11 +225,11 @@ def resolve(config: Mapping[str, Any] | ConfigDict) -> Any:
         raise ConfigError(
             f"the config is {config!r}, and should be a ConfigDict: start from config.default()"
         )
-    given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    given = config.to_dict() if isinstance(config, ConfigDict | Config) else dict(config)
     resolved = default()
     _lay_over(resolved, given, "")
-    _check(resolved)
-    return resolved
+    check(resolved)
+    return Config(resolved.to_dict())
 
 
 def _lay_over(config: Any, given: Mapping[str, Any], prefix: str) -> None:
@@ -210,277 +249,12 @@ def _lay_over(config: Any, given: Mapping[str, Any], prefix: str) -> None:
         elif value is not None or config[key] is not None:
             if isinstance(config[key], tuple):
                 value = tuple(value) if isinstance(value, list | tuple) else (value,)
-                fits = all(_is(type(config[key][0]), one) for one in value)
+                fits = all(is_of_kind(type(config[key][0]), one) for one in value)
             else:
-                fits = _is(config.get_type(key), value)
+                fits = is_of_kind(config.get_type(key), value)
             if not fits:
                 raise ConfigError(f"{name}={value!r}: {wanted(config, key)}")
             try:
                 config[key] = value
             except (TypeError, ValueError, OverflowError) as error:  # 10**400 for a float
                 raise ConfigError(f"{name}={value!r}: {error}") from error
-
-
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-
-
-def _is(kind: type, value: Any) -> bool:
-    """Whether a value is of a key's type: whole numbers are numbers, and truth values are not."""
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float if kind is float else kind)
-
-
-def wanted(section: Any, key: str) -> str:
-    """What a key's values have to be, in words."""
-    if isinstance(section[key], tuple):
-        return f"{_KINDS[type(section[key][0])]} is wanted, or several: (1, 2)"
-    return f"{_KINDS[section.get_type(key)]} is wanted"
-
-
-def nearest(key: str, keys: list[str], prefix: str = "") -> str:
-    """Names the closest key to a mistyped one, or lists them all; begins with a semicolon."""
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    return f"; there are {', '.join(sorted(keys))}"
-
-
-def tree(config: Any, everything: bool = False) -> str:
-    """The config for people: what is not the default, with the default beside it; or all, that marked."""
-    rows = list(_branch(config.to_dict(), default().to_dict(), everything))
-    if not rows:
-        return "config: the defaults"
-    widths = [min(max(len(row[column]) for row in rows), 32) for column in (0, 1)]
-    lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {was}".rstrip() for key, value, was in rows]
-    head = "(*: not the default, which follows)" if everything else "(what is not the default)"
-    return "\n".join([f"config {head}", *lines])
-
-
-def _branch(
-    section: Mapping[str, Any], defaults: Mapping[str, Any], everything: bool, indent: str = ""
-) -> Iterator[tuple[str, str, str]]:
-    """(key, value, default) of a section's lines: its own keys, then the sections in it."""
-    for key, value in sorted(section.items(), key=lambda item: isinstance(item[1], Mapping)):
-        if isinstance(value, Mapping):
-            below = list(_branch(value, defaults.get(key, {}), everything, f"{indent}  "))
-            if below:
-                yield f"  {indent}{key}", "", ""
-                yield from below
-        elif key not in defaults or value != defaults[key]:
-            was = f"({_shown(defaults[key])})" if key in defaults else ""
-            yield f"{'*' if everything else ' '} {indent}{key}", _shown(value), was
-        elif everything:
-            yield f"  {indent}{key}", _shown(value), ""
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return _shown(value[0]) if len(value) == 1 else ", ".join(map(_shown, value))
-    text = "unset" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{section.key: value} of a config."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return result
-
-
-def per_iteration(values: tuple, iteration: int) -> Any:
-    """The value of a per-iteration key at `iteration`."""
-    return values[min(iteration, len(values) - 1)]
-
-
-# What numbers can be, by their key's whole name or its last part: [ and ] take the end in, ( and ) do not.
-# Of a tuple, each. Floats stay clear of what float32 rounds to 0 or infinity.
-_RANGES = {
-    "[0, 2147483647]": ("seed", "fixed_prompts"),
-    "[1, 2147483647]": (
-        "data.limit",
-        "eval.tasks_limit",
-        "expected",
-        "every_steps",
-        "lora_rank",
-        "keep",
-        "max_new_tokens",
-        "max_prompt",
-        "most_skipped",
-        "row_length",
-        "selfplay.samples",
-        "sampling.tensor",
-        "shard_size",
-        "top_k",
-    ),
-    "[2, 2147483647]": ("max_length",),  # a prompt and an answer
-    "[1, 1048576]": ("batch_size", "tokens_per_device"),
-    "[-1, 1048576]": ("mesh.data", "mesh.fsdp", "mesh.tensor"),
-    "[0, 10000]": ("iterations", "start", "mix_previous", "sft.epochs"),
-    "[1, 10000]": ("train.epochs", "eval.samples", "patience", "schedule_epochs"),
-    "[0, 500]": ("eval.limit",),
-    "[0, 0.1]": ("eval.fraction",),
-    "[0, 1]": ("max_bad", "reference_alpha", "warmup_ratio"),
-    "[0, 1)": ("momentum", "decay"),
-    "(0, 1]": ("top_p",),
-    "[1e-37, 1]": ("eps",),
-    "[0, 1e30]": ("nll_weight", "temperature", "weight_decay"),
-    "(0, 1e30]": ("beta", "clip_norm", "control_learning_rate", "learning_rate", "lora_alpha"),
-}
-_RANGE_OF = {name: interval for interval, names in _RANGES.items() for name in names}
-_CHOICES = {
-    "train.remat": ("none", "attention", "attention+mlp", "full"),
-    "model.attention": ("plain", "splash", "flash"),
-    "model.dtype": ("float32", "bfloat16", "float16"),
-    "data.bad_rows": ("error", "drop"),
-    "selfplay.rows": ("all", "right", "wrong"),
-}
-
-
-def _check_ranges(section: Any, prefix: str = "") -> None:
-    for key, value in section.items():
-        name = f"{prefix}{key}"
-        interval = _RANGE_OF.get(name, _RANGE_OF.get(key))
-        if isinstance(value, ConfigDict):
-            if name != "model.architecture":
-                _check_ranges(value, f"{name}.")
-        elif interval and value is not None:
-            low, high = map(float, interval[1:-1].split(","))
-            for number in value if isinstance(value, tuple) else (value,):
-                above = low <= number if interval[0] == "[" else low < number
-                if not (above and (number <= high if interval[-1] == "]" else number < high)):
-                    raise ConfigError(f"{name}={value}: {_in_words(interval, number)}")
-        if name in _CHOICES and value is not None and value not in _CHOICES[name]:
-            raise ConfigError(f"{name}={value!r}: one of {', '.join(_CHOICES[name])}")
-
-
-def _in_words(interval: str, number: float) -> str:
-    low, high = interval[1:-1].split(", ")
-    words = f"at least {low}" if interval[0] == "[" else f"above {low}"
-    if float(high) < 1e6 or number >= float(high):  # an end far off goes without saying
-        words += f" and at most {high}" if interval[-1] == "]" else f" and below {high}"
-    return words
-
-
-def _check(c: Any) -> None:
-    def need(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(message)
-
-    _check_ranges(c)
-    iterations = c.selfplay.iterations
-    need(
-        c.selfplay.start <= iterations,
-        f"selfplay.start={c.selfplay.start}: at most selfplay.iterations={iterations}",
-    )
-    for name in PER_ITERATION:
-        section, key = name.split(".")
-        values = c[section][key]
-        need(
-            len(values) == 1 or len(values) >= max(iterations, 1),
-            f"{name} has {len(values)} values for {iterations} iterations: give one, or one each",
-        )
-    need(
-        len(c.lengths.expected) == 3,
-        f"lengths.expected={c.lengths.expected}: three numbers (prompt, human, generated)",
-    )
-    sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
-    need(
-        0 not in sizes and sizes.count(-1) < 2,
-        f"mesh.data, mesh.fsdp, mesh.tensor = {', '.join(map(str, sizes))}: at least 1, and at most one of "
-        "them -1 (what is left)",
-    )
-    need(
-        bool(c.model.path) or bool(c.model.architecture),
-        "model.path is not set, nor model.architecture: --config.model.path=DIRECTORY or a hub id",
-    )
-    need(
-        bool(c.data.path) or bool(c.selfplay.pairs),
-        "data.path is not set: --config.data.path=FILE, a directory or a hub id",
-    )
-    need(
-        bool(c.data.prompt_column) == bool(c.data.answer_column),
-        "data.prompt_column and data.answer_column go together: set both or neither",
-    )
-    need(
-        not c.official or c.lengths.max_prompt < c.lengths.max_length,
-        f"official: lengths.max_prompt={c.lengths.max_prompt} must be below "
-        f"lengths.max_length={c.lengths.max_length}",
-    )
-    need(
-        c.selfplay.patience is None or bool(c.checkpoint.best),
-        f"selfplay.patience={c.selfplay.patience} needs checkpoint.best: the number that is to improve",
-    )
-    need(
-        not c.eval.include_path or bool(c.eval.tasks),
-        f"eval.include_path={c.eval.include_path!r} is of no use without eval.tasks",
-    )
-    need(
-        c.selfplay.rows == "all" or bool(c.eval.verifier),
-        f"selfplay.rows={c.selfplay.rows!r} needs eval.verifier, which says what is right",
-    )
-    need(
-        c.selfplay.rows == "all" or not c.selfplay.scorer,
-        f"selfplay.rows={c.selfplay.rows!r} and selfplay.scorer both judge answers: leave one of them out",
-    )
-    paths = data_paths(c.data.path)
-    need(
-        len(paths) < 2 or len(paths) >= iterations,
-        f"data.path has {len(paths)} datasets for {iterations} iterations: give one, or one each",
-    )
-    given_pairs(c)
-    task_names(c)
-
-
-def data_paths(path: str | None) -> list[str]:
-    """data.path as a list: nothing, one dataset for all iterations, or one each."""
-    if path and os.path.exists(path):  # whatever commas are in its name
-        return [path]
-    return [part.strip() for part in (path or "").split(",") if part.strip()]
-
-
-def beside_loss(c: Mapping[str, Any]) -> list[str]:
-    """What makes the algorithm beside loss and β, where it is not SPIN's, in words."""
-    loss, play = c["loss"], c["selfplay"]
-    weight, options, alpha = (loss.get(key) for key in ("nll_weight", "options", "reference_alpha"))
-    samples, rows, scorer, restart = (play.get(key) for key in ("samples", "rows", "scorer", "restart"))
-    said = [
-        weight and f"{weight:g} × NLL of the human answer",
-        options,
-        alpha not in (None, 1) and f"{alpha:g} of the reference the opponent's and {1 - alpha:g} the start's",
-        samples not in (None, 1) and f"{samples} answers a prompt",
-        rows not in (None, "all") and f"trained on those that {c['eval'].get('verifier')} takes for {rows}",
-        scorer and f"scored by {scorer}",
-        restart and "the start's weights trained anew each time",
-    ]
-    return [text for text in said if text]
-
-
-def task_names(c: Any) -> list[str]:
-    """eval.tasks as a list; ConfigError where it names none."""
-    names = [name.strip() for name in (c.eval.tasks or "").split(",")]
-    if c.eval.tasks is None:
-        return []
-    if not all(names):
-        raise ConfigError(f"eval.tasks={c.eval.tasks!r}: task names, separated by commas")
-    return list(dict.fromkeys(names))
-
-
-def given_pairs(c: Any) -> dict[int, str]:
-    """selfplay.pairs as {iteration: path}."""
-    result: dict[int, str] = {}
-    position = c.selfplay.start
-    for entry in filter(None, (part.strip() for part in (c.selfplay.pairs or "").split(","))):
-        number, equals, path = entry.partition("=")
-        if equals and number.isdigit():
-            result[int(number)] = path
-        else:
-            result[position] = entry
-            position += 1
-    if result and max(result) >= c.selfplay.iterations:
-        raise ConfigError(
-            f"selfplay.pairs gives pairs for iteration {max(result)}, and "
-            f"selfplay.iterations={c.selfplay.iterations}"
-        )
-    return result

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from spin_jax import config as config_lib
-from spin_jax import programs
+from spin_jax import config_values
 from spin_jax.data.chat_template import Template
 from spin_jax.data.records import Ids
 from spin_jax.errors import BadRow, MissingTasks
@@ -36,6 +36,7 @@ from spin_jax.runtime.console import progress
 from spin_jax.runtime.sharding import bucket
 from spin_jax.sampling.generate import BATCH_SIZE, answer, counting
 from spin_jax.sampling.next_token import Sampling, prompt_keys
+from spin_jax.selfplay import from_config
 from spin_jax.training.log_probs import score_tokens
 from spin_jax.training.packing import Group, Rows, RowShape, group_sizes, packed
 
@@ -80,7 +81,7 @@ def _manager(names: tuple[str, ...], include_path: str | None) -> TaskManager:
     manager = _index(include_path, True)
     for name in names:
         if name not in manager.task_index:
-            hint = config_lib.nearest(name, manager.all_tasks)
+            hint = config_values.nearest(name, manager.all_tasks)
             hint = hint if "did you mean" in hint else "; `lm-eval ls tasks` lists those that come with it"
             raise ValueError(f"no evaluation task {name!r}{hint}")
     return manager
@@ -506,7 +507,7 @@ class HarnessModel(TemplateLM):
         sizes = group_sizes(groups)
         some = sizes[np.random.default_rng(0).permutation(len(sizes))[:_TRIED]]
         c.train.batch_size = len(some)
-        return programs.row_shape(c.train, c, self.model, some, sizes.max(axis=0))
+        return from_config.row_shape(c.train, c, self.model, some, sizes.max(axis=0))
 
     def _config(self) -> Any:
         """A config, as `programs` asks for one."""

@@ -70,16 +70,17 @@ def main(argv: list[str] | None = None) -> int:
         set_up_jax(config)
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
-    from spin_jax import errors, selfplay
+    from spin_jax import errors
     from spin_jax.runtime import processes
+    from spin_jax.selfplay import algorithm
 
     interrupts.speaks = processes.first()
     interrupts.listen()  # JAX takes SIGTERM for itself where there are several processes
     try:
         if _CHECK.value or workdir is None:
-            selfplay.check(config, workdir)
+            algorithm.check(config, workdir)
         else:
-            selfplay.run(config, workdir, only=_ONLY.value, should_stop=interrupts)
+            algorithm.run(config, workdir, only=_ONLY.value, should_stop=interrupts)
     except errors.Interrupted as stopped:
         if processes.first():
             say(secrets.redacted(f"\ninterrupted; {again}"))

@@ -13,7 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from spin_jax import config as config_lib
-from spin_jax import figures, panels
+from spin_jax import config_values, figures, panels
 from spin_jax.card import hub_id
 from spin_jax.figures import Curve, Panel
 from spin_jax.panels import Group
@@ -152,7 +152,7 @@ def _lead(run: Run) -> str:
         section: {key.partition(".")[2]: value for key, value in c.items() if key.startswith(f"{section}.")}
         for section in ("loss", "selfplay", "eval")
     }
-    beside = "".join(f", {text}" for text in config_lib.beside_loss(sections))
+    beside = "".join(f", {text}" for text in config_values.beside_loss(sections))
     loss = f"{c.get('loss.name', 'loss')} loss, β {betas}{beside}"
     said = f"{_model(c)} on {_data(run)}: {loss}, seed {c.get('seed', '?')}."
     return f"<p>{_text(said)}</p><p>{_text(_state(run))}</p>{_tiles(run)}"
@@ -524,7 +524,7 @@ def _at(name: str, revision: str | None) -> str:
 
 
 def _config(run: Run) -> str:
-    defaults = config_lib.flat(json.loads(json.dumps(config_lib.default().to_dict())))
+    defaults = config_values.flat(json.loads(json.dumps(config_lib.default().to_dict())))
     changed = {
         key: value for key, value in run.config.items() if key not in defaults or defaults[key] != value
     }

@@ -105,7 +105,7 @@ def write_prompts(workdir: str, output: str, iteration: int | None = None) -> st
     Raises:
         ValueError, FileNotFoundError: the model that is to answer is not there yet, or answers are.
     """
-    from spin_jax.prepare import prepare
+    from spin_jax.selfplay.prepare import prepare
     from spin_jax.storage import files
 
     prepared = prepare(_config_of(workdir), workdir)

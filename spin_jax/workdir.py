@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from spin_jax import config as config_lib
+from spin_jax import config_values
 
 Row = dict[str, Any]
 START = -1  # the iteration number of the start
@@ -46,7 +46,7 @@ class Run:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """{section.key: value}."""
-        return config_lib.flat(self.record["config"])
+        return config_values.flat(self.record["config"])
 
     @property
     def made(self) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Sampling by its definition, the reference for `spin_jax.sampling.continuous`: one prompt, no cache, no padding between.
+"""Sampling by its definition, the reference for the sampler: one prompt, no cache, no padding between.
 
 For each token the whole sequence is read again. It shares with the sampler the model without its cache,
 and `draw`, whose law has tests of its own.

@@ -10,7 +10,9 @@ import pytest
 from runs import assert_same_run, read_metrics, read_pairs, weights
 
 from spin_jax import config as config_lib
-from spin_jax import errors, selfplay
+from spin_jax import errors
+from spin_jax.selfplay import fitting
+from spin_jax.selfplay.algorithm import PHASES, run
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALGORITHMS = runpy.run_path(str(ROOT / "configs" / "algorithms.py"))
@@ -31,7 +33,7 @@ def settings(tmp_path_factory, _one_device):
     base = ALGORITHMS["get_config"]("spin/tiny:smoke")
     base.update({"sft": {"control": False}, "selfplay": {"iterations": 0}, "eval": {"kl": False}})
     start = tmp_path_factory.mktemp("start")
-    selfplay.run(base, str(start))
+    run(base, str(start))
 
     def make(algorithm="spin", **keys):
         c = ALGORITHMS["get_config"](f"{algorithm}/tiny:smoke")
@@ -81,7 +83,7 @@ def runs(settings, tmp_path_factory):
     made = {}
     for name, keys in RELATIVES.items():
         made[name] = tmp_path_factory.mktemp(name)
-        selfplay.run(settings(name, **keys), str(made[name]))
+        run(settings(name, **keys), str(made[name]))
     return made
 
 
@@ -89,9 +91,9 @@ def runs(settings, tmp_path_factory):
 def test_phase_by_phase(name, runs, settings, tmp_path):
     """Each phase by itself comes to the same, to the bit: what it needs of others is on disk."""
     for _ in range(2):
-        for phase in selfplay.PHASES:
-            selfplay.run(settings(name, **RELATIVES[name]), str(tmp_path), only=phase)
-    selfplay.run(settings(name, **RELATIVES[name]), str(tmp_path))
+        for phase in PHASES:
+            run(settings(name, **RELATIVES[name]), str(tmp_path), only=phase)
+    run(settings(name, **RELATIVES[name]), str(tmp_path))
     assert_same_run(runs[name], tmp_path)
 
 
@@ -194,7 +196,7 @@ def test_sppo_gets_the_scores(runs):
 
 def test_a_fixed_reference_is_the_start(settings, tmp_path):
     """loss.reference_alpha=0: nobody scores by the opponent after the first iteration."""
-    selfplay.run(settings(**{"loss.reference_alpha": 0.0, "selfplay.mix_previous": 0}), str(tmp_path))
+    run(settings(**{"loss.reference_alpha": 0.0, "selfplay.mix_previous": 0}), str(tmp_path))
     names = [path.name for path in (tmp_path / "iteration_1" / "scores").iterdir()]
     assert names
     assert all(name.startswith("start-") for name in names)
@@ -241,14 +243,14 @@ def test_a_fixed_reference_is_the_start(settings, tmp_path):
 )
 def test_what_cannot_be(keys, message, settings, tmp_path):
     with pytest.raises(ValueError, match=message):
-        selfplay.run(settings(**keys), str(tmp_path / "run"))
+        run(settings(**keys), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_nothing_right(settings, tmp_path):
     keys = {"selfplay.rows": "right", "eval.verifier": "exact"}
     with pytest.raises(errors.NothingToTrainOn, match="iteration 0: no answer is right"):
-        selfplay.run(settings(**keys), str(tmp_path))
+        run(settings(**keys), str(tmp_path))
 
 
 EASY = [False]
@@ -261,11 +263,11 @@ def easy(reference, answer):
 def test_nothing_left_to_learn_from(settings, tmp_path, monkeypatch):
     """A model that errs no more ends self-play on mistakes as a run that is done."""
     keys = {"selfplay.rows": "wrong", "eval.verifier": "test_algorithms:easy", "selfplay.mix_previous": 0}
-    for phase in selfplay.PHASES:
-        selfplay.run(settings(**keys), str(tmp_path), only=phase)
+    for phase in PHASES:
+        run(settings(**keys), str(tmp_path), only=phase)
     monkeypatch.setattr("test_algorithms.EASY", [True])
     for _ in range(2):
-        rows = selfplay.run(settings(**keys), str(tmp_path))
+        rows = run(settings(**keys), str(tmp_path))
         assert [row["iteration"] for row in rows] == [-1, 0]
         assert rows[-1]["final"]
         assert "iteration 1: no answer is wrong" in rows[-1]["stopped"]
@@ -285,7 +287,7 @@ def broken(messages, answers):
 def test_a_scorer_that_fails(scorer, said, settings, tmp_path):
     keys = {"selfplay.scorer": f"test_algorithms:{scorer}"}
     with pytest.raises(errors.JudgeFailed, match=f"prompt_id .*{said}"):
-        selfplay.run(settings("sppo", **keys), str(tmp_path))
+        run(settings("sppo", **keys), str(tmp_path))
 
 
 def test_the_starts_answers_are_found_by_prompt(settings, runs, tmp_path):
@@ -294,9 +296,9 @@ def test_the_starts_answers_are_found_by_prompt(settings, runs, tmp_path):
     columns = ("real", "generated", "prompt_tokens", "real_tokens", "generated_tokens")
     path.write_text("".join(json.dumps({name: row[name] for name in columns}) + "\n" for row in rows))
     keys = {"selfplay.pairs": f"1={path}", "selfplay.mix_previous": 0}
-    selfplay.run(settings("tspin", **keys), str(tmp_path / "run"), only="sample")
+    run(settings("tspin", **keys), str(tmp_path / "run"), only="sample")
     for phase in ("score", "train", "sample", "score"):
-        selfplay.run(settings("tspin", **keys), str(tmp_path / "run"), only=phase)
+        run(settings("tspin", **keys), str(tmp_path / "run"), only=phase)
     found = {row["prompt_id"]: row["start_logp"] for row in scores_of(tmp_path / "run", 1)}
     theirs = {
         r["prompt_id"]: r["start_logp"] for r in scores_of(runs["tspin"], 1) if r["source_iteration"] == 1
@@ -312,7 +314,7 @@ def test_prompts_that_the_start_does_not_answer(settings, tmp_path):
     with pytest.raises(
         ValueError, match="the start answers no such prompt as that of prompt_id 0, iteration 1"
     ):
-        selfplay.run(settings("tspin", **{"selfplay.pairs": f"1={path}"}), str(tmp_path / "run"))
+        run(settings("tspin", **{"selfplay.pairs": f"1={path}"}), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -336,7 +338,7 @@ def test_preferences_are_pairs(settings, tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.write_text((json.dumps(row) + "\n") * 12)
         c = settings("dpo", **{"selfplay.pairs": str(path), "data.path": None, "eval.limit": 0})
-        found[name] = selfplay.prepare(config_lib.resolve(c), None).given[0]
+        found[name] = fitting.prepare(config_lib.resolve(c), None).given[0]
     for pairs in found.values():
         assert len(pairs) == 12
         for pair, other in zip(pairs, found["pairs"], strict=True):
@@ -349,7 +351,7 @@ def test_a_preference_without_its_prompt(settings, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"chosen": "6", "rejected": "7"}) + "\n")
     with pytest.raises(ValueError, match=r"pairs.jsonl.*1: chosen is text, and there is no field prompt"):
-        selfplay.run(settings("dpo", **{"selfplay.pairs": str(path)}), str(tmp_path / "run"))
+        run(settings("dpo", **{"selfplay.pairs": str(path)}), str(tmp_path / "run"))
 
 
 def test_given_scores(settings, tmp_path, runs):
@@ -372,7 +374,7 @@ def test_given_scores(settings, tmp_path, runs):
         "selfplay.scorer": "test_algorithms:lengths",
         "selfplay.iterations": 1,
     }
-    selfplay.run(settings("sppo", **keys), str(tmp_path / "run"), only="sample")
+    run(settings("sppo", **keys), str(tmp_path / "run"), only="sample")
     stored = {
         (r["prompt_id"], r["sample_id"]): r for r in read_pairs(tmp_path / "run" / "iteration_0" / "pairs")
     }
@@ -403,7 +405,7 @@ def test_a_dataset_an_iteration(settings, tmp_path):
     """Prompts of each iteration are its dataset's; held-out rows are the first's, and in no other."""
     path = "test_algorithms:sums,test_algorithms:others"
     keys = {"data.path": path, "data.limit": None, "selfplay.mix_previous": 0}
-    selfplay.run(settings(**keys), str(tmp_path))
+    run(settings(**keys), str(tmp_path))
 
     def asked(kind, t):
         paths = sorted((tmp_path / f"iteration_{t}" / "pairs").glob(f"{kind}*"))
@@ -423,17 +425,17 @@ def test_a_dataset_an_iteration(settings, tmp_path):
 def test_a_dataset_that_comes_later(settings, tmp_path):
     """A run on one dataset goes on with another; one that has been used cannot change."""
     keys = {"data.path": "test_algorithms:sums", "data.limit": None, "selfplay.iterations": 1}
-    selfplay.run(settings(**keys), str(tmp_path))
+    run(settings(**keys), str(tmp_path))
     before = weights(tmp_path / "iteration_0" / "model")
     two = {"data.path": "test_algorithms:sums,test_algorithms:others", "selfplay.iterations": 2}
-    selfplay.run(settings(**{**keys, **two}), str(tmp_path))
+    run(settings(**{**keys, **two}), str(tmp_path))
     after = weights(tmp_path / "iteration_0" / "model")
     assert all(np.array_equal(before[name], after[name]) for name in before)
     swapped = {**two, "selfplay.iterations": 3, "data.path": ",".join(["test_algorithms:sums"] * 3)}
     with pytest.raises(ValueError, match=r"fingerprints\.data 1 is"):
-        selfplay.run(settings(**{**keys, **swapped}), str(tmp_path))
+        run(settings(**{**keys, **swapped}), str(tmp_path))
     with pytest.raises(ValueError, match=r"fingerprints\.data is"):
-        selfplay.run(
+        run(
             settings(**{**keys, **two, "data.path": "test_algorithms:others,test_algorithms:others"}),
             str(tmp_path),
         )

@@ -15,7 +15,6 @@ from jax.interpreters import partial_eval
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from spin_jax import config as spin_config
-from spin_jax import programs
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import attention
 from spin_jax.models.architecture import ModelConfig
@@ -23,6 +22,7 @@ from spin_jax.models.attention import attend, kernel_for, visible
 from spin_jax.models.decoder import Decoder
 from spin_jax.models.params import abstract_params, params_on
 from spin_jax.runtime import sharding
+from spin_jax.selfplay import from_config
 from spin_jax.training import custom_loss
 from spin_jax.training.batches import PairBatch
 from spin_jax.training.log_probs import response_logps
@@ -375,7 +375,7 @@ def test_training_with_flash_lowers_for_gpus(dim):
         for x in (rows.lengths, rows.items, rows.items)
     ]
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    options = programs.optimization(spin_config.default(), 0)
+    options = from_config.optimization(spin_config.default(), 0)
     params = params_on(mesh, config)
     with jax.sharding.use_abstract_mesh(mesh):
         opt_state = jax.eval_shape(make_optimizer(options).init, params)

@@ -15,9 +15,10 @@ import sys
 import pytest
 
 from spin_jax import config as config_lib
-from spin_jax import errors, heldout, prepare, programs, tiny
+from spin_jax import errors, heldout, tiny
 from spin_jax.models import loading
 from spin_jax.runtime import user_code
+from spin_jax.selfplay import from_config, inputs
 from spin_jax.storage import files
 from spin_jax.training import custom_loss
 
@@ -387,13 +388,13 @@ def open_config(config):
     custom_loss.check(c.loss)
     if c.eval.verifier:
         heldout.find_verifier(c.eval.verifier)
-    model, _, _ = prepare.open_model(c)
-    programs.check_mesh(c, model)
-    prepare.make_chat(c, model)
-    programs.sampling(c)
-    programs.sft_optimization(c)
+    model, _, _ = inputs.open_model(c)
+    from_config.check_mesh(c, model)
+    inputs.make_chat(c, model)
+    from_config.sampling(c)
+    from_config.sft_optimization(c)
     for t in range(c.selfplay.start, c.selfplay.iterations):
-        programs.optimization(c, t)
+        from_config.optimization(c, t)
 
 
 def test_any_mistake_in_a_config_is_named(monkeypatch):

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from spin_jax import config, programs
+from spin_jax import config
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.records import Example, Lengths, Pair
 from spin_jax.runtime import sharding
+from spin_jax.selfplay import from_config
 from spin_jax.training import batches, packing
 from spin_jax.training.batch_shape import choose_shape
 from spin_jax.training.batches import ScoredPair, filled_tokens, pair_batches, stacked
@@ -379,11 +380,11 @@ def test_whatever_is_sampled_fits(seed, kernel, tiny_model):
         Example(i, [], np.ones(p), np.ones(n)) for i, (p, n) in enumerate(zip(prompts, real, strict=True))
     ]
     worst = sizes(prompts, real, np.minimum(limit - prompts, c.sampling.max_new_tokens))
-    shape = programs.pair_shape(c, tiny_model, examples, {})
+    shape = from_config.pair_shape(c, tiny_model, examples, {})
     pack(worst, shape.capacity)
     assert shape.length < worst[:, 0].max() + (16 if kernel == "plain" else 128)  # and not much longer
     given = make_pair(0, [1] * 100, [1] * 120, [1] * 130)
-    pack(sizes([100], [120], [130]), programs.pair_shape(c, tiny_model, examples, {0: [given]}).capacity)
+    pack(sizes([100], [120], [130]), from_config.pair_shape(c, tiny_model, examples, {0: [given]}).capacity)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -401,7 +402,7 @@ def test_official_pairs_fit(seed, tiny_model):
         ]
         examples.append(chat.example(number, turns[0], Counter()))
         pairs.append(chat.given_pair(number, 0, *turns, Counter()))
-    shape = programs.pair_shape(c, tiny_model, examples, {})
+    shape = from_config.pair_shape(c, tiny_model, examples, {})
     assert packed([pair_group(pair) for pair in pairs], shape)
 
 

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import machines, programs
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import cost, loading
 from spin_jax.models.decoder import Decoder, forward, output_head, project
 from spin_jax.models.params import abstract_params
+from spin_jax.plan import machine
 from spin_jax.runtime import chips
+from spin_jax.selfplay import from_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -218,18 +219,18 @@ def test_tpus_have_the_names_that_jax_knows():
 
 def test_an_unknown_accelerator_is_told():
     """The number would be wrong; that there is none, and why, is said once. A CPU is asked for no peak."""
-    said = chips.unknown_peak(machines.Device("TPU v99", "tpu"))
+    said = chips.unknown_peak(machine.Device("TPU v99", "tpu"))
     assert "'TPU v99'" in said
     assert "MFU" in said
-    assert chips.unknown_peak(machines.Device("TPU v5 lite", "tpu")) == ""
-    assert chips.unknown_peak(machines.Device("cpu", "cpu")) == ""
+    assert chips.unknown_peak(machine.Device("TPU v5 lite", "tpu")) == ""
+    assert chips.unknown_peak(machine.Device("cpu", "cpu")) == ""
 
 
 def test_expected_pairs_have_the_lengths_asked_for():
     from configs import zephyr
 
     config = zephyr.get_config()
-    pairs = programs.expected_pairs(config, 32000, 400)
+    pairs = from_config.expected_pairs(config, 32000, 400)
     lengths = np.array([(len(p.prompt), len(p.real), len(p.generated)) for p in pairs])
     np.testing.assert_allclose(lengths.mean(axis=0)[:2], (180, 300), rtol=0.05)
     assert lengths[:, 2].max() == 256  # sampling.max_new_tokens

@@ -4,7 +4,8 @@ import re
 
 from huggingface_hub import RepoCard
 
-from spin_jax import card, config, identity
+from spin_jax import card, config
+from spin_jax.selfplay import fingerprints as identity
 
 FINGERPRINTS = {"data": "90 examples, 0123", "weights": "4567", "code": "89ab"}
 VERSIONS = {"spin_jax": "0.1.0", "jax": "0.10.2"}

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 import spin_jax
-from spin_jax import command, config, errors, identity
+from spin_jax import command, config, errors
 from spin_jax import tiny as tiny_world
 from spin_jax.models import loading
 from spin_jax.runtime import interrupts, processes, secrets
+from spin_jax.selfplay import fingerprints
 from spin_jax.storage import checkpoints, files, metrics, seals
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -426,9 +427,9 @@ def test_a_loss_is_known_by_its_source(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     module = tmp_path / "changing.py"
     module.write_text("from spin_jax.losses import logistic as loss\n")
-    before = identity._source_of("changing")
+    before = fingerprints._source_of("changing")
     module.write_text("from spin_jax.losses import hinge as loss\n")
-    assert identity._source_of("changing") != before
+    assert fingerprints._source_of("changing") != before
 
 
 def test_the_commit_of_the_code(monkeypatch):
@@ -441,14 +442,14 @@ def test_the_commit_of_the_code(monkeypatch):
         check=False,
     )
     if known.stdout.strip():
-        assert identity.commit() in (known.stdout.strip(), f"{known.stdout.strip()}, changed")
+        assert fingerprints.commit() in (known.stdout.strip(), f"{known.stdout.strip()}, changed")
     installed = unittest.mock.Mock()
     installed.read_text.return_value = '{"vcs_info": {"commit_id": "c0ffee"}}'
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(identity.importlib.metadata, "distribution", lambda name: installed)
-    assert identity.commit() == "c0ffee"
+    monkeypatch.setattr(fingerprints.importlib.metadata, "distribution", lambda name: installed)
+    assert fingerprints.commit() == "c0ffee"
     installed.read_text.return_value = None
-    assert identity.commit() is None
+    assert fingerprints.commit() is None
 
 
 def test_one_run_at_a_time(finished):
@@ -479,7 +480,7 @@ def test_secrets_stay_out_of_what_is_written(tmp_path, monkeypatch, capfd):
     text = "hf_abcdefghijklmnop https://me:geheim@host/x 0123456789abcdef sk-aaaabbbbccccddddeeee hf_x"
     assert secrets.redacted(text) == "[secret] https://[secret]@host/x [WANDB_API_KEY] [secret] hf_x"
     c = config.resolve(tiny(data={"revision": "hf_abcdefghijklmnop"}))
-    assert identity.recorded(c)["data"]["revision"] == "[secret]"
+    assert fingerprints.recorded(c)["data"]["revision"] == "[secret]"
     processes.say("token 0123456789abcdef")
     command.fail("bad token 0123456789abcdef")
     assert "0123456789abcdef" not in "".join(capfd.readouterr())

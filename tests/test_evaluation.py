@@ -13,7 +13,8 @@ import pytest
 from runs import weights
 
 import spin_jax
-from spin_jax import config, errors, evaluation, figures, heldout, panels, report, table
+from spin_jax import config, errors, figures, heldout, panels, report, table
+from spin_jax.selfplay import held_out
 from spin_jax.tiny import problems
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,7 +80,7 @@ def one_device():
 def finished(tmp_path_factory):
     """(workdir, summary, {iteration: own held-out answers}, held-out examples) of three iterations."""
     workdir, drawn, examples = tmp_path_factory.mktemp("evaluation") / "run", [], []
-    draw = evaluation.Evaluation.draw
+    draw = held_out.Evaluation.draw
 
     def recorded(play, params):
         drawn.append(draw(play, params))
@@ -87,7 +88,7 @@ def finished(tmp_path_factory):
         return drawn[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation.Evaluation, "draw", recorded)
+        patch.setattr(held_out.Evaluation, "draw", recorded)
         summary = spin_jax.run(tiny(), str(workdir))
     return workdir, summary, dict(zip((-1, 0, 1, 2), drawn, strict=True)), examples
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from spin_jax import config as config_lib
-from spin_jax import errors
+from spin_jax import config_values, errors
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -94,7 +94,7 @@ def test_resolve_lays_over_the_defaults():
     assert config.loss.beta == (0.5,)
     assert config.train.epochs == (1, 2, 3)
     assert config.sampling.max_new_tokens == config_lib.default().sampling.max_new_tokens
-    assert [config_lib.per_iteration(config.train.epochs, t) for t in range(3)] == [1, 2, 3]
+    assert [config_values.per_iteration(config.train.epochs, t) for t in range(3)] == [1, 2, 3]
     with pytest.raises(errors.ConfigError, match=r"did you mean train\.clip_norm"):
         config_lib.resolve({"train": {"clipnorm": 1.0}})
     with pytest.raises(errors.ConfigError, match="seed='x': a whole number is wanted"):
@@ -106,14 +106,14 @@ def test_longer_tuples_are_cut_to_the_iterations():
     config.model.path = config.data.path = "x"
     config.selfplay.iterations = 2
     config.loss.beta = (0.1, 0.2, 5.0)
-    assert config_lib.per_iteration(config_lib.resolve(config).loss.beta, 1) == 0.2
+    assert config_values.per_iteration(config_lib.resolve(config).loss.beta, 1) == 0.2
 
 
 def test_pairs_by_iteration():
     config = config_lib.default()
     config.selfplay.start, config.selfplay.iterations = 1, 4
     config.selfplay.pairs = "a, b,0=c"
-    assert config_lib.given_pairs(config) == {1: "a", 2: "b", 0: "c"}
+    assert config_values.given_pairs(config) == {1: "a", 2: "b", 0: "c"}
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import config, losses, selfplay
+from spin_jax import config, losses
 from spin_jax.losses import PairLogps
 from spin_jax.runtime import user_code
+from spin_jax.selfplay import algorithm
 from spin_jax.training import custom_loss
 
 
@@ -159,7 +160,7 @@ def test_our_own_would_pass(name):
 def test_a_run_ends_before_anything_is_made(written, tmp_path):
     name = written("def loss(policy, opponent, *, beta): return (policy.real - policy.generated).mean()")
     with pytest.raises(ValueError, match="the step takes the mean"):
-        selfplay.run(
+        algorithm.run(
             {"loss": {"name": name}, "model": {"path": "nowhere"}, "data": {"path": "x"}},
             str(tmp_path / "run"),
         )
@@ -178,16 +179,16 @@ def test_an_edited_module_is_imported_anew(written):
 
 def test_a_notebooks_function(monkeypatch):
     """What stands in a cell is `__main__:name`; its text is its fingerprint."""
-    from spin_jax import identity
+    from spin_jax.selfplay import fingerprints
 
     main = sys.modules["__main__"]
     monkeypatch.setattr(main, "in_a_cell", losses.hinge, raising=False)
     monkeypatch.delattr(main, "__file__", raising=False)
     assert custom_loss.find("__main__:in_a_cell") is losses.hinge
-    digest = identity._source_of("__main__:in_a_cell")
+    digest = fingerprints._source_of("__main__:in_a_cell")
     monkeypatch.setattr(main, "in_a_cell", losses.logistic)
     assert len(digest) == 16
-    assert digest != identity._source_of("__main__:in_a_cell")
+    assert digest != fingerprints._source_of("__main__:in_a_cell")
 
 
 def test_pair_logps_are_pairs():

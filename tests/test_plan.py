@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from spin_jax import collectives, config, estimate, footprint, machines, plan, programs
-from spin_jax.collectives import Collective
+from spin_jax import config
+from spin_jax.plan import __main__, collectives, compiled, estimate, time
+from spin_jax.plan import machine as machines
+from spin_jax.plan.collectives import Collective
 from spin_jax.runtime import chips
+from spin_jax.selfplay import from_config
 
 # Mistral's shape, small enough to be compiled in half a minute, large enough that weights exceed a MiB.
 SMALL = {
@@ -153,8 +156,8 @@ def zephyr(**changes):
 
 def planned(c, topology, **assumed):
     """By arithmetic."""
-    work = footprint.workload(c, topology, compiles=False)
-    return plan.plan(work, plan.Assumed(pairs=50_000, **assumed))
+    work = compiled.workload(c, topology, compiles=False)
+    return __main__.plan(work, time.Assumed(pairs=50_000, **assumed))
 
 
 def test_one_h200_holds_a_7b():
@@ -197,7 +200,7 @@ def test_what_would_fit_is_suggested():
     assert not answer["fits"]
     assert any("train.remat" in flag for flag in answer["suggestion"]["flags"])
     assert not any("topology" in flag for flag in answer["suggestion"]["flags"])
-    assert "it does not fit" in plan.table(answer)
+    assert "it does not fit" in __main__.table(answer)
 
 
 def test_links_bind_where_they_are_slow(monkeypatch):
@@ -206,9 +209,9 @@ def test_links_bind_where_they_are_slow(monkeypatch):
     assert quick["phases"]["train"]["collective_gib"]["all-gather"] == pytest.approx(2 * 13.5, rel=0.01)
     slow = {
         kind: chip.__class__(chip.flops, chip.bandwidth, chip.memory, 1e9)
-        for kind, chip in plan.roofline.CHIPS.items()
+        for kind, chip in __main__.roofline.CHIPS.items()
     }
-    monkeypatch.setattr(plan.roofline, "CHIPS", slow)
+    monkeypatch.setattr(__main__.roofline, "CHIPS", slow)
     assert planned(zephyr(), "h100:8")["phases"]["train"]["bottleneck"] == "collectives"
 
 
@@ -227,7 +230,7 @@ def test_offloaded_state_is_told_and_takes_its_time():
     train = answer["phases"]["train"]
     assert train["parts_gib"]["optimizer"] == 0
     assert train["offloaded_gib"] * 2**30 == 4 * 7_241_732_096
-    assert "26.98 GiB of each device's optimizer state" in plan.table(answer)
+    assert "26.98 GiB of each device's optimizer state" in __main__.table(answer)
     slow = planned(zephyr(train__offload=True), "h200:1", host_gb_s=1.0)["phases"]["train"]
     assert slow["bottleneck"] == "host memory"
     assert slow["unit_s"] == pytest.approx(2 * 4 * 7.241732096)
@@ -260,7 +263,7 @@ def test_impossible_machines(topology, changes, message):
 
 
 def test_the_command(capsys):
-    code = plan.main(["plan", "--config=configs/zephyr.py", "--topology=h200:1", "--json", "--nocompile"])
+    code = __main__.main(["plan", "--config=configs/zephyr.py", "--topology=h200:1", "--json", "--nocompile"])
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == 0
     assert (answer["by"], answer["uncompiled"]) == ("arithmetic", "--nocompile")
@@ -281,13 +284,13 @@ def test_without_the_compiler_arithmetic_says_so(monkeypatch):
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", absent)
     machines.devices.cache_clear()
     try:
-        work = footprint.workload(zephyr(), "h100:4")
+        work = compiled.workload(zephyr(), "h100:4")
     finally:
         machines.devices.cache_clear()
-    answer = plan.plan(work, plan.Assumed(pairs=1000))
+    answer = __main__.plan(work, time.Assumed(pairs=1000))
     assert answer["by"] == "arithmetic"
     assert f"pip install jax-cuda13-plugin=={jax.__version__}" in answer["uncompiled"]
-    assert "memory by arithmetic (to compile: pip install jax-cuda13-plugin" in plan.table(answer)
+    assert "memory by arithmetic (to compile: pip install jax-cuda13-plugin" in __main__.table(answer)
 
 
 @pytest.mark.parametrize(
@@ -322,8 +325,8 @@ def test_each_machine_of_the_recipe_has_room():
     _, machines = config_file("zephyr.py")
     cases = [("zephyr.py", name, name.replace("-", ":")) for name in machines]
     for file, variant, topology in [*cases, ("llama2_70b.py", "", "v5p:4x4x4")]:
-        work = footprint.workload(config.resolve(config_file(file, variant)[0]), topology, compiles=False)
-        assert footprint.fits(work, estimate.estimated_phases(work)), topology
+        work = compiled.workload(config.resolve(config_file(file, variant)[0]), topology, compiles=False)
+        assert compiled.fits(work, estimate.estimated_phases(work)), topology
     with pytest.raises(ValueError, match="no variant 'v5e'"):
         config_file("zephyr.py", "v5e")
 
@@ -334,7 +337,7 @@ def tpu():
     pytest.importorskip("libtpu", reason="needs jax[tpu], though no TPU")
     c = zephyr()
     c.model.architecture = dict(SMALL)
-    return footprint.workload(config.resolve(c), "v5e:2x4")
+    return compiled.workload(config.resolve(c), "v5e:2x4")
 
 
 def test_a_tpu_program_moves_what_fsdp_must(tpu):
@@ -342,8 +345,8 @@ def test_a_tpu_program_moves_what_fsdp_must(tpu):
 
     The step donates its state, all of it.
     """
-    step, arguments = footprint.train_program(tpu)
-    program = footprint.compiled(tpu.model.mesh, step, arguments, effort=-1.0)  # in a third of the time
+    step, arguments = compiled.train_program(tpu)
+    program = compiled.compiled(tpu.model.mesh, step, arguments, effort=-1.0)  # in a third of the time
     found = [one for one in collectives.collectives(program.as_text()) if one.bytes > 2**20]
     sums = collectives.totals(found)
     matrices = 2 * sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params) if leaf.ndim > 2)
@@ -364,7 +367,7 @@ def test_a_tpu_program_moves_what_fsdp_must(tpu):
     assert program.memory_analysis().alias_size_in_bytes == pytest.approx(state, rel=0.01)  # padded scales
     guess = estimate.estimated_phases(tpu)["train"].memory
     # Within a quarter of a 7B's; here the arithmetic's fixed parts weigh more.
-    assert 0.8 < guess / sum(footprint.taken(program)) < 2
+    assert 0.8 < guess / sum(compiled.taken(program)) < 2
 
 
 @pytest.mark.long
@@ -373,21 +376,21 @@ def test_slices_exchange_gradients_alone():
     pytest.importorskip("libtpu", reason="needs jax[tpu], though no TPU")
     c = zephyr()
     c.model.architecture = dict(SMALL)
-    work = footprint.workload(config.resolve(c), "v5e:2x2*2")
+    work = compiled.workload(config.resolve(c), "v5e:2x2*2")
     assert dict(work.model.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
-    step, arguments = footprint.train_program(work)
-    program = footprint.compiled(work.model.mesh, step, arguments, effort=-1.0)
+    step, arguments = compiled.train_program(work)
+    program = compiled.compiled(work.model.mesh, step, arguments, effort=-1.0)
     sums = collectives.totals(collectives.collectives(program.as_text()))
     assert sums[collectives.BETWEEN_SLICES] == pytest.approx(sums["reduce-scatter"] / 4, rel=0.01)
 
 
 def test_sampling_shares_weights_only_where_it_must(tpu):
     """A small model is copied to every chip; a 7B needs several of v5e's, and one H200 holds it."""
-    assert programs.sampling_tensor(tpu.config, tpu.model) == 1
-    large = footprint.workload(zephyr(), "v5e:2x4")
-    assert programs.sampling_tensor(large.config, large.model) > 1
-    card = footprint.workload(zephyr(), "h200:1", compiles=False)
-    assert programs.sampling_tensor(card.config, card.model) == 1
+    assert from_config.sampling_tensor(tpu.config, tpu.model) == 1
+    large = compiled.workload(zephyr(), "v5e:2x4")
+    assert from_config.sampling_tensor(large.config, large.model) > 1
+    card = compiled.workload(zephyr(), "h200:1", compiles=False)
+    assert from_config.sampling_tensor(card.config, card.model) == 1
 
 
 # --- GPUs, compiled ------------------------------------------------------------------------------
@@ -397,7 +400,7 @@ def small_on(topology):
     pytest.importorskip("jax_cuda13_plugin", reason="needs jax-cuda13-plugin, though no GPU")
     c = zephyr()
     c.model.architecture = dict(SMALL)
-    work = footprint.workload(config.resolve(c), topology)
+    work = compiled.workload(config.resolve(c), topology)
     assert work.compiles, work.uncompiled
     return work
 
@@ -405,12 +408,12 @@ def small_on(topology):
 def test_a_gpu_plan_is_compiled():
     """Eight GPUs: the state is that by hand, weights are gathered for both passes, gradients scattered."""
     work = small_on("h100:8")
-    answer = plan.plan(work, plan.Assumed(pairs=1000))
+    answer = __main__.plan(work, time.Assumed(pairs=1000))
     assert answer["by"] == "compilation"
-    assert "memory by compilation" in plan.table(answer)
+    assert "memory by compilation" in __main__.table(answer)
     assert answer["fits"]
     train = answer["phases"]["train"]
-    state = footprint.train_program(work)[1][0]
+    state = compiled.train_program(work)[1][0]
     mine = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * 4 for leaf in jax.tree.leaves(state))
     held = train["parts_gib"]["weights"] + train["parts_gib"]["optimizer"]
     assert held * 2**30 == pytest.approx(mine, rel=0.02)  # and the batch
@@ -429,7 +432,7 @@ def test_gpu_nodes_exchange_gradients_alone():
     """Between two nodes of two goes what arithmetic says: no weights, each gradient there and back."""
     work = small_on("h100:2*2")
     assert dict(work.model.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
-    program = footprint.compiled(work.model.mesh, *footprint.train_program(work))
+    program = compiled.compiled(work.model.mesh, *compiled.train_program(work))
     sums = collectives.totals(collectives.collectives(program.as_text(), node=2))
     guess = estimate.estimated_phases(work)["train"].traffic
     # The tables' gradients may travel in float32.

@@ -14,9 +14,10 @@ from matplotlib import image
 from runs import ROOT
 from test_command import run
 
-from spin_jax import config, figures, identity, panels, report, workdir
+from spin_jax import config, figures, panels, report, workdir
 from spin_jax.data import parquet
 from spin_jax.data.records import Pair
+from spin_jax.selfplay import fingerprints
 from spin_jax.storage import files, metrics
 
 LONG = "It depends on what is asked. " * 12
@@ -27,7 +28,7 @@ def write_run(folder, iterations=2, steps=20, **sections):
     given = {"model": {"path": "org/base"}, "data": {"path": "org/chat"}, "eval": {"verifier": "exact"}}
     resolved = config.resolve({**given, "selfplay": {"iterations": iterations}, **sections})
     record = {
-        "config": identity.recorded(resolved),
+        "config": fingerprints.recorded(resolved),
         "model_revision": "0123abcd",
         "commit": "c0ffee",
         "fingerprints": {"data": "60 examples, 77", "code": "1"},

@@ -15,8 +15,8 @@ import pytest
 from runs import ROOT, Command, assert_same_run, read_metrics, read_pairs, weights
 
 from spin_jax import config, pairs
-from spin_jax.opponent import Opponent
-from spin_jax.prepare import prepare
+from spin_jax.selfplay.opponent import Opponent
+from spin_jax.selfplay.prepare import prepare
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 STEP_KEYS = {

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from spin_jax import config, programs
+from spin_jax import config
 from spin_jax.runtime import sharding
+from spin_jax.selfplay import from_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ def sizes(devices, slices=1, heads=8, **mesh):
     c = config.default()
     for key, value in mesh.items():
         c.mesh[key] = value
-    return programs.mesh_sizes(c, types.SimpleNamespace(num_key_value_heads=heads), devices, slices)
+    return from_config.mesh_sizes(c, types.SimpleNamespace(num_key_value_heads=heads), devices, slices)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from spin_jax.config import nearest
+from spin_jax.config_values import nearest
 from spin_jax.models import weight_files
 from spin_jax.models.architecture import Model, ModelConfig, Params, check_constants
 from spin_jax.models.families import TRANSFORMERS_4, family, model_config

@@ -5,14 +5,13 @@ from typing import Any
 
 from jaxtyping import Array
 
-from spin_jax import config as config_lib
-from spin_jax import programs
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import Ids, Message
 from spin_jax.models.architecture import Model
 from spin_jax.models.attention import kernel_for
 from spin_jax.models.decoder import Decoder
 from spin_jax.models.params import sampling_params
+from spin_jax.sampling import placement
 from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import Sampling, prompt_keys
 
@@ -82,21 +81,19 @@ def answer(
         batch_size: answers in progress at a time for every copy of the weights.
         options: `stopped` and `on_chunk` of `answer_prompts`.
     """
-    c = config_lib.default()
-    c.sampling.batch_size = batch_size
-    c.sampling.max_new_tokens = max(limits)
-    c.lengths.max_prompt = max(map(len, prompts))
-    c.lengths.max_length = c.lengths.max_prompt + c.sampling.max_new_tokens
-    mesh = programs.sampling_mesh(c, model)
+    longest = max(map(len, prompts)) + max(limits)
+    devices_each = placement.devices_per_copy(model, batch_size, longest)
+    mesh = placement.sampling_mesh(model, devices_each)
+    kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
     return answer_prompts(
-        Decoder(model.config, dtype=model.dtype, kernel=programs.kernel(c, model)),
+        Decoder(model.config, dtype=model.dtype, kernel=kernel),
         sampling_params(model.params, model.config, model.dtype, mesh),
         prompts,
         keys,
         mesh=mesh,
         sampling=sampling,
         stop_tokens=stop_tokens,
-        slots=min(programs.slots(c, model), len(prompts)),
+        slots=min(batch_size * (mesh.size // devices_each), len(prompts)),
         limits=limits,
         **options,
     )

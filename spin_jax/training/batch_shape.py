@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from spin_jax.models import cost
+from spin_jax.models.architecture import Model
+from spin_jax.runtime import sharding
 from spin_jax.runtime.sharding import round_up
 from spin_jax.training.packing import RowShape, pack
 
@@ -10,6 +13,36 @@ _TRIALS = 16, 512  # steps packed for every length tried, and groups: whichever 
 
 
 # --- shapes --------------------------------------------------------------------------------------
+
+
+def row_shape(
+    model: Model,
+    kernel: str,
+    expected: np.ndarray,
+    largest: np.ndarray,
+    *,
+    batch_size: int,
+    tokens_per_device: int,
+    row_length: int | None,
+) -> RowShape:
+    """`choose_shape` with what attention by this kernel, and a micro-batch, cost on the model's devices."""
+    on_cpu = model.mesh.devices.flat[0].platform == "cpu"
+    return choose_shape(
+        expected,
+        largest,
+        batch_size=batch_size,
+        shards=sharding.batch_shards(model.mesh),
+        tokens_per_device=tokens_per_device,
+        # Plain scores cost their softmax beside the matmuls, splash skips what causality hides, and flash all
+        # that is not of a token's own group, however long the row.
+        attention=cost.score_share(model.config) * {"plain": 1.5, "splash": 0.5, "flash": 0}[kernel],
+        # Accelerators: reading weights and adding up gradients takes as long as some hundred tokens. A CPU
+        # needs milliseconds to get going (2 at 100 GFLOP/s): all or nothing, by the size of the model.
+        overhead=2e8 / (3 * cost.forward_flops(model.config, 1, 1, 0)) if on_cpu else 256,
+        granule=16 if kernel == "plain" else 128,
+        row_length=row_length,
+        unshared=kernel == "splash",
+    )
 
 
 def choose_shape(

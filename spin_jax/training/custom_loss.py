@@ -14,10 +14,9 @@ import numpy as np
 from jaxtyping import Array
 
 from spin_jax import losses
+from spin_jax.config import Config
 from spin_jax.runtime import sharding
 from spin_jax.runtime.user_code import import_function
-
-Config = Any  # the section `loss` of a resolved config: type checkers know nothing of its keys
 
 # Roles that a row can have; each is a field of chat.Pair, too.
 KNOWN_ROLES = ("real", "generated", "start")

@@ -15,7 +15,6 @@ from measuring import attempt, on_gpu
 from workload import SMALL, set_up
 
 from spin_jax import config as config_lib
-from spin_jax import programs
 from spin_jax.data.records import Pair
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import loading
@@ -26,6 +25,7 @@ from spin_jax.runtime import sharding
 from spin_jax.runtime.sharding import round_up
 from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import Sampling, draw, prompt_keys
+from spin_jax.selfplay import from_config
 from spin_jax.training import custom_loss
 from spin_jax.training.batches import ScoredPair, pair_batches, stacked
 from spin_jax.training.log_probs import response_logps, score_groups
@@ -176,7 +176,7 @@ def _first_losses(work: Work, dtype: str, kernel: str) -> dict[str, Any]:
         for number, group in enumerate(work.groups)
     ]
     scored = [ScoredPair(pair, tuple(row)) for pair, row in zip(pairs, opponent, strict=True)]
-    options = programs.optimization(config_lib.default(), 0)
+    options = from_config.optimization(config_lib.default(), 0)
     step = make_step(SPIN(work.decoder(dtype, kernel), custom_loss.find("logistic")), options)
     state = init_state(jax.tree.map(jnp.copy, work.params), options, work.mesh)  # it is donated
     batches = pair_batches(scored, work.many)

@@ -16,7 +16,6 @@ from measuring import attempt, memory, on_gpu, timed
 from tracing import traced
 from workload import prepared, recipe, set_up
 
-from spin_jax import programs
 from spin_jax.kernels import flash_decode
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import cost
@@ -28,6 +27,7 @@ from spin_jax.runtime import chips, sharding
 from spin_jax.sampling.continuous import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
 from spin_jax.sampling.next_token import KEYS, Sampling, draw
 from spin_jax.sampling.slots import Slots, decode, new_slots, prefill
+from spin_jax.selfplay import from_config
 
 TARGET = 0.5  # of the roofline, at 128 slots
 _TARGET_SLOTS = 128
@@ -82,16 +82,16 @@ def run(dry: bool, short: bool, slots: list[int], trace: bool = False, extras: b
 def _prepare(config: Any) -> Work:
     model, _, _ = prepared(config)
     prompt, _, answer = config.lengths.expected
-    mesh = programs.sampling_mesh(config, model)
+    mesh = from_config.sampling_mesh(config, model)
     return Work(
         model.config,
-        programs.decoder(config, model),
+        from_config.decoder(config, model),
         mesh,
         _weights(sampling_params_on(mesh, model.config, model.dtype)),
         prompt,
         prompt + answer // 2,
         cache_columns(model.config, prompt + config.sampling.max_new_tokens),
-        {"sampling": dataclasses.replace(programs.sampling(config), max_new_tokens=1), "stop_tokens": ()},
+        {"sampling": dataclasses.replace(from_config.sampling(config), max_new_tokens=1), "stop_tokens": ()},
         chips.chip(jax.devices()[0].device_kind),
     )
 

@@ -10,10 +10,10 @@ from measuring import attempt, memory
 from tracing import traced
 from workload import prepared, recipe, set_up
 
-from spin_jax import programs
 from spin_jax.models.architecture import Model
 from spin_jax.models.params import count_params, init_params
 from spin_jax.runtime import chips, sharding
+from spin_jax.selfplay import from_config
 from spin_jax.training.batches import PairBatch, ScoredPair, filled_tokens, pair_batches, rows_flops, stacked
 from spin_jax.training.packing import RowShape
 from spin_jax.training.step import init_state, make_step
@@ -103,7 +103,7 @@ def _measure(config: Any, trace: bool, steps: int, what: dict[str, Any]) -> dict
 
 def _prepare(config: Any) -> Work:
     model, pairs, shape = prepared(config)
-    objective, options = programs.spin(config, model), programs.optimization(config, 0)
+    objective, options = from_config.spin(config, model), from_config.optimization(config, 0)
     scored = [ScoredPair(pair, (-200.0, -150.0)) for pair in pairs]
     size = options.batch_size
     most = -(-size // shape.rows)

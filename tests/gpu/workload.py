@@ -8,11 +8,11 @@ from ml_collections import ConfigDict
 
 from configs import zephyr
 from spin_jax import config as config_lib
-from spin_jax import programs
 from spin_jax.command import set_up_jax
 from spin_jax.data.records import Example, Pair
 from spin_jax.models import loading
 from spin_jax.models.architecture import Model
+from spin_jax.selfplay import from_config
 from spin_jax.training.packing import RowShape
 
 SMALL = dict(  # kernels want heads of 64 numbers or more
@@ -76,11 +76,11 @@ def set_up(config: Any) -> None:
 def prepared(config: Any) -> tuple[Model, list[Pair], RowShape]:
     """(the model without weights on this machine's device, random pairs, the run's shape of rows)."""
     model = loading.new_model(config.model.architecture.to_dict(), None, dtype=config.model.dtype)
-    model = programs.placed(config, model)
-    pairs = programs.expected_pairs(config, model.config.vocab_size, 4 * config.train.batch_size)
+    model = from_config.placed(config, model)
+    pairs = from_config.expected_pairs(config, model.config.vocab_size, 4 * config.train.batch_size)
     examples = [Example(pair.prompt_id, [], pair.prompt, pair.real) for pair in pairs]
     lengths = config.lengths
     longest = np.zeros(min(lengths.max_prompt, lengths.max_length - 1), np.int32)
     answer = np.zeros(lengths.max_length - len(longest), np.int32)
-    shape = programs.pair_shape(config, model, [*examples, Example(-1, [], longest, answer)], {})
+    shape = from_config.pair_shape(config, model, [*examples, Example(-1, [], longest, answer)], {})
     return model, pairs, shape

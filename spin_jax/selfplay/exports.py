@@ -6,12 +6,13 @@ from typing import Any
 
 from etils import epath
 
-from spin_jax import card, identity
+from spin_jax import card
 from spin_jax.models import saving
 from spin_jax.models.architecture import Params
-from spin_jax.opponent import BEFORE
-from spin_jax.prepare import Prepared
 from spin_jax.runtime import processes
+from spin_jax.selfplay import fingerprints
+from spin_jax.selfplay.opponent import BEFORE
+from spin_jax.selfplay.prepared import Prepared
 from spin_jax.storage import hub, seals
 
 Row = dict[str, Any]
@@ -36,7 +37,7 @@ class Exports:
         facts = card.Facts(
             kind=kind,
             iteration=rows[-1]["iteration"],
-            config=identity.recorded(run.config),
+            config=fingerprints.recorded(run.config),
             rows=rows,
             model_revision=run.model.revision,
             data_revision=run.data_revision,

@@ -21,6 +21,7 @@ from etils import epath
 
 import spin_jax
 from spin_jax import config as config_lib
+from spin_jax import config_values
 from spin_jax.data.records import Example, Pair
 from spin_jax.models.architecture import Model
 from spin_jax.runtime import processes, secrets
@@ -163,14 +164,14 @@ def commit() -> str | None:
 
 def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{name: (what a run began with, what is here now)}, but for what may differ."""
-    old, new = (config_lib.flat(c) for c in (began["config"], recorded(config)))
+    old, new = (config_values.flat(c) for c in (began["config"], recorded(config)))
     both = range(min(old.get("selfplay.iterations", 0), new["selfplay.iterations"]))
     result: dict[str, tuple[Any, Any]] = {}
-    defaults = config_lib.flat(recorded(config_lib.default()))
+    defaults = config_values.flat(recorded(config_lib.default()))
     for name, value in new.items():
         theirs, ours = old.get(name, defaults.get(name, value)), value
-        if name in config_lib.PER_ITERATION:
-            theirs, ours = ([config_lib.per_iteration(v, t) for t in both] for v in (theirs, ours))
+        if name in config_values.PER_ITERATION:
+            theirs, ours = ([config_values.per_iteration(v, t) for t in both] for v in (theirs, ours))
         free = name in _FREE or name.partition(".")[0] in _FREE_SECTIONS
         free = free and not (name == "eval.verifier" and config.selfplay.rows != "all")
         if not free and theirs != ours:

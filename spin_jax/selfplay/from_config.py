@@ -11,22 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from spin_jax import config as config_lib
+from spin_jax import config_values
+from spin_jax.config import Config
 from spin_jax.data.records import Example, Pair
 from spin_jax.models import cost, lora
 from spin_jax.models.architecture import Model, ModelConfig
 from spin_jax.models.attention import kernel_for
 from spin_jax.models.decoder import Decoder
-from spin_jax.runtime import chips, sharding
-from spin_jax.sampling.continuous import cache_columns
+from spin_jax.runtime import sharding
+from spin_jax.sampling import placement
 from spin_jax.sampling.next_token import Sampling
-from spin_jax.training import custom_loss
-from spin_jax.training.batch_shape import choose_shape
+from spin_jax.training import batch_shape, custom_loss
 from spin_jax.training.optimizer import Optimization
 from spin_jax.training.packing import RowShape, example_group, group_sizes, sizes
 from spin_jax.training.step import SPIN
-
-Config = Any  # a resolved ConfigDict: type checkers know nothing of its keys
 
 
 def decoder(config: Config, model: Model) -> Decoder:
@@ -52,7 +50,7 @@ def optimization(config: Config, t: int) -> Optimization:
     """How iteration t is trained."""
     values = _optimization_keys(config.train)
     for key in ("learning_rate", "epochs"):
-        values[key] = config_lib.per_iteration(values[key], t)
+        values[key] = config_values.per_iteration(values[key], t)
     return Optimization(**values)
 
 
@@ -112,31 +110,14 @@ def placed(config: Config, model: Model, devices: Sequence[Any] | None = None) -
 
 
 def sampling_tensor(config: Config, model: Model) -> int:
-    """How many devices share one copy of the sampler's weights: the config's, or as few as have room for it.
-
-    A device holds its part of the copy and of its slots' cache, beside its part of the float32 weights;
-    a fifth of its memory is left for all else.
-    """
-    if config.sampling.tensor is not None:
-        return config.sampling.tensor
-    chip = chips.chip(model.mesh.devices.flat[0].device_kind)
-    if chip is None:
-        return 1
-    heads, devices = model.config.num_key_value_heads, model.mesh.size
-    stored = 4 * cost.all_params(model.config) / (devices // model.mesh.shape["data"])
-    copy = model.dtype.itemsize * (
-        cost.all_params(model.config)
-        + cost.cached_numbers(model.config, cache_columns(model.config, longest(config)))
-        * config.sampling.batch_size
-    )
-    shares = [n for n in range(1, heads + 1) if heads % n == 0 and devices % n == 0]
-    return next((n for n in shares if stored + copy / n < 0.8 * chip.memory), shares[-1])
+    """How many devices share one copy of the sampler's weights: the config's, or as few as have room."""
+    c = config.sampling
+    return c.tensor or placement.devices_per_copy(model, c.batch_size, longest(config))
 
 
 def sampling_mesh(config: Config, model: Model) -> jax.sharding.Mesh:
     """The same devices, each with a copy of the model, or `sampling_tensor` of them sharing one."""
-    devices = list(model.mesh.devices.flat)
-    return sharding.make_mesh(-1, 1, sampling_tensor(config, model), devices)
+    return placement.sampling_mesh(model, sampling_tensor(config, model))
 
 
 def slots(config: Config, model: Model) -> int:
@@ -217,24 +198,15 @@ def example_shape(config: Config, model: Model, examples: Sequence[Example]) -> 
 
 
 def row_shape(
-    options: Config, config: Config, model: Model, expected: np.ndarray, largest: np.ndarray
+    section: Config, config: Config, model: Model, expected: np.ndarray, largest: np.ndarray
 ) -> RowShape:
-    """`choose_shape` for a section of options and what attention costs on this machine."""
-    name = kernel(config, model)
-    on_cpu = model.mesh.devices.flat[0].platform == "cpu"
-    return choose_shape(
+    """The micro-batches of a section, `train` or `sft`, for groups of these sizes."""
+    return batch_shape.row_shape(
+        model,
+        kernel(config, model),
         expected,
         largest,
-        batch_size=options.batch_size,
-        shards=sharding.batch_shards(model.mesh),
-        tokens_per_device=options.tokens_per_device,
-        # Plain scores cost their softmax beside the matmuls, splash skips what causality hides, and flash all
-        # that is not of a token's own group, however long the row.
-        attention=cost.score_share(model.config) * {"plain": 1.5, "splash": 0.5, "flash": 0}[name],
-        # Accelerators: reading weights and adding up gradients takes as long as some hundred tokens. A CPU
-        # needs milliseconds to get going (2 at 100 GFLOP/s): all or nothing, by the size of the model.
-        overhead=2e8 / (3 * cost.forward_flops(model.config, 1, 1, 0)) if on_cpu else 256,
-        granule=16 if name == "plain" else 128,
-        row_length=options.row_length,
-        unshared=name == "splash",
+        batch_size=section.batch_size,
+        tokens_per_device=section.tokens_per_device,
+        row_length=section.row_length,
     )

@@ -15,18 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spin_jax import collectives as traffic
-from spin_jax import errors, machines, programs
+from spin_jax import errors
 from spin_jax.data.records import Example, Pair
 from spin_jax.errors import CompilerFailed, OutOfMemory
 from spin_jax.models import loading, lora
 from spin_jax.models.architecture import Model
 from spin_jax.models.params import params_on, sampling_params_on
+from spin_jax.plan import collectives as traffic
+from spin_jax.plan import machine as machines
 from spin_jax.runtime import chips, sharding
 from spin_jax.runtime.chips import GPU_MEMORY
 from spin_jax.sampling.continuous import DECODE_STEPS, cache_columns, fixed_steps, prefill_rows
 from spin_jax.sampling.next_token import KEYS
 from spin_jax.sampling.slots import decode, new_slots, prefill
+from spin_jax.selfplay import from_config
 from spin_jax.storage import files
 from spin_jax.training import custom_loss
 from spin_jax.training.batches import PairBatch, ScoredPair, pair_batches, stacked
@@ -101,7 +103,7 @@ def workload(config: Any, topology: str, compiles: bool = True) -> Work:
     if not stated:
         raise ValueError("the config states no model.architecture: --config.model.path=DIR has one")
     model = loading.new_model(stated, None, dtype=config.model.dtype)
-    sizes = programs.mesh_sizes(config, model.config, machine.devices, machine.slices)
+    sizes = from_config.mesh_sizes(config, model.config, machine.devices, machine.slices)
     uncompiled = "" if compiles else "--nocompile"
     mesh: Any = machines.described(machine, dict(zip(sharding.AXES, sizes, strict=True)))
     if compiles:
@@ -110,12 +112,12 @@ def workload(config: Any, topology: str, compiles: bool = True) -> Work:
         except errors.NoCompiler as missing:
             uncompiled = str(missing)
     model = dataclasses.replace(model, mesh=mesh)
-    programs.check_mesh(config, model)
-    pairs = programs.expected_pairs(config, model.config.vocab_size, 16 * config.train.batch_size)
+    from_config.check_mesh(config, model)
+    pairs = from_config.expected_pairs(config, model.config.vocab_size, 16 * config.train.batch_size)
     examples = [Example(p.prompt_id, [], p.prompt, p.real) for p in pairs]
     prompt = np.zeros(min(config.lengths.max_prompt, config.lengths.max_length - 1), np.int32)
     answer = np.zeros(config.lengths.max_length - len(prompt), np.int32)
-    shape = programs.pair_shape(config, model, [*examples, Example(-1, [], prompt, answer)], {})
+    shape = from_config.pair_shape(config, model, [*examples, Example(-1, [], prompt, answer)], {})
     return Work(config, machine, model, shape, pairs, uncompiled)
 
 
@@ -148,7 +150,7 @@ def batches_of(work: Work, pairs: Sequence[Pair]) -> list[PairBatch]:
 
 
 def train_program(work: Work) -> tuple[Any, tuple]:
-    options, mesh = programs.optimization(work.config, 0), work.model.mesh
+    options, mesh = from_config.optimization(work.config, 0), work.model.mesh
     params, frozen = params_on(mesh, work.model.config), None
     if options.lora_rank:
         frozen = params_on(mesh, work.model.config, work.model.dtype)
@@ -158,27 +160,27 @@ def train_program(work: Work) -> tuple[Any, tuple]:
         batches_of(work, work.pairs[: options.batch_size]), -(-options.batch_size // work.shape.rows)
     )
     arguments = state, _abstract(mesh, batch, 1), _numbers(), {"beta": _numbers()}, frozen
-    return make_step(programs.spin(work.config, work.model), options), arguments
+    return make_step(from_config.spin(work.config, work.model), options), arguments
 
 
 def _score_program(work: Work) -> tuple[Any, tuple]:
     (rows, *_) = batches_of(work, work.pairs[:1])
     params = params_on(work.model.mesh, work.model.config)
-    decoder = programs.decoder(work.config, work.model)
+    decoder = from_config.decoder(work.config, work.model)
     return score_rows, (decoder, params, _abstract(work.model.mesh, rows.rows))
 
 
 def _sample_programs(work: Work) -> dict[str, tuple[Any, tuple, dict[str, Any]]]:
     """Prefill and decode with the widest cache and the longest prompts."""
     c, model = work.config, work.model
-    mesh, slots = programs.sampling_mesh(c, model), programs.slots(c, model)
-    decoder, params = programs.decoder(c, model), sampling_params_on(mesh, model.config, model.dtype)
-    how: dict[str, Any] = {"sampling": programs.sampling(c), "stop_tokens": (2,)}
+    mesh, slots = from_config.sampling_mesh(c, model), from_config.slots(c, model)
+    decoder, params = from_config.decoder(c, model), sampling_params_on(mesh, model.config, model.dtype)
+    how: dict[str, Any] = {"sampling": from_config.sampling(c), "stop_tokens": (2,)}
     rows = prefill_rows(slots, c.lengths.max_prompt, sharding.batch_shards(mesh), decoder.kernel)
     prompts, row = np.zeros((rows, c.lengths.max_prompt), np.int32), np.zeros(rows, np.int32)
     tokens, lengths = _abstract(mesh, (prompts, row))
     with jax.set_mesh(mesh):
-        columns = cache_columns(model.config, programs.longest(c))
+        columns = cache_columns(model.config, from_config.longest(c))
         state = jax.eval_shape(lambda: new_slots(decoder, slots, columns))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl=KEYS), rows))
     arguments = decoder, params, state
@@ -252,7 +254,7 @@ def compiled_phases(
         return dataclasses.replace(guess[name], parts=parts, traffic=traffic.totals(found))
 
     def sample() -> Phase:
-        mesh = programs.sampling_mesh(work.config, work.model)
+        mesh = from_config.sampling_mesh(work.config, work.model)
         temporary, found = 0.0, {}
         for name, (program, arguments, keywords) in _sample_programs(work).items():
             try:

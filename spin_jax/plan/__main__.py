@@ -29,28 +29,27 @@ Exit codes: 0 it fits, 1 it does not, or the compiler fails, 2 bad input.
 """
 
 import dataclasses
-import itertools
 import json
-import math
 import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from spin_jax import collectives as traffic
 from spin_jax import config as config_lib
-from spin_jax import machines, programs
+from spin_jax import config_values
 from spin_jax.command import fail, parse, set_compiler_flags
 from spin_jax.errors import CompilerFailed
-from spin_jax.estimate import estimated_phases
-from spin_jax.footprint import Phase, Work, batches_of, compiled_phases, fits, limit, workload
 from spin_jax.models import cost
+from spin_jax.plan import machine
+from spin_jax.plan.compiled import Work, compiled_phases, fits, limit, workload
+from spin_jax.plan.estimate import estimated_phases
+from spin_jax.plan.suggestion import suggestion
+from spin_jax.plan.time import Assumed, duration, fill_in_times, run_time
 from spin_jax.runtime.console import compact
-from spin_jax.training import batches
-from spin_jax.training.batches import filled_tokens
+from spin_jax.selfplay import from_config
 from spin_jax.training.optimizer import MOMENTS
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
@@ -67,142 +66,6 @@ _DCN = flags.DEFINE_float("dcn_gbit_s", 50.0, "Gbit a second that a device gets 
 _GIB = 2.0**30
 
 
-# --- time ----------------------------------------------------------------------------------------
-
-
-class Assumed(NamedTuple):
-    """What times are computed from, beside the config."""
-
-    pairs: int
-    mfu: float = 0.45
-    decode_efficiency: float = 0.5
-    dcn_gbit_s: float = 50.0
-    host_gb_s: float = 16.0  # between a device and its host's memory
-
-
-def _timed(work: Work, phases: dict[str, Phase], assumed: Assumed) -> None:
-    """Fills in what each phase takes of an iteration."""
-    c, m, chip, mesh = work.config, work.model.config, work.chip, work.model.mesh
-    epochs = config_lib.per_iteration(c.train.epochs, 0)
-    size = c.train.batch_size
-    steps = [batches_of(work, work.pairs[first : first + size]) for first in range(0, len(work.pairs), size)]
-    microbatches = sum(map(len, steps)) / len(steps)
-    filled = sum(filled_tokens(part) for step in steps for part in step) / len(steps)
-    forward = sum(batches.rows_flops(m, part.rows) for step in steps for part in step) / len(steps)
-    padding = microbatches * work.shape.rows * work.shape.length / filled
-
-    def bound(phase: Phase, passes: int, per_unit: float) -> None:
-        """What overlaps: the slowest is what it takes."""
-        flops = passes * forward * per_unit / mesh.size
-        phase.tflops = flops / 1e12
-        times = {
-            "compute": flops * padding / (chip.flops * assumed.mfu),
-            "collectives": traffic.received(phase.traffic) * microbatches * per_unit / chip.links,
-        }
-        between = phase.traffic.get(traffic.BETWEEN_SLICES, 0)
-        times["network between slices"] = between * microbatches * per_unit * 8 / (assumed.dcn_gbit_s * 1e9)
-        times["host memory"] = 2 * phase.offloaded / (assumed.host_gb_s * 1e9)  # there and back
-        phase.bottleneck = max(times, key=lambda name: times[name])
-        phase.seconds = times[phase.bottleneck]
-        phase.tokens_per_s = filled * per_unit / phase.seconds
-
-    train, score, sample = phases["train"], phases["score"], phases["sample"]
-    bound(train, 2 if c.train.lora_rank else 3, 1.0)  # frozen weights have no gradient
-    train.units = math.ceil(assumed.pairs / size) * epochs
-    bound(score, 1, 1 / microbatches)
-    score.units = math.ceil(assumed.pairs / size) * microbatches
-
-    prompt, _, new = c.lengths.expected
-    share = programs.sampling_tensor(c, work.model)
-    copies = mesh.size // share
-    step = cost.decode_step_s(
-        m, chip, c.sampling.batch_size, prompt + new / 2, work.model.dtype.itemsize, share
-    )
-    links = traffic.received(sample.traffic) / chip.links
-    reading = cost.forward_flops(m, prompt, 1, prompt * prompt / 2) / (share * chip.flops * assumed.mfu)
-    each = max(step / assumed.decode_efficiency, links) / c.sampling.batch_size + reading / new
-    sample.bottleneck = "collectives" if links > step / assumed.decode_efficiency else "memory bandwidth"
-    sample.tflops = cost.forward_flops(m, 1, 1, prompt + new / 2) / mesh.size / 1e12
-    sample.seconds, sample.units = each / copies, assumed.pairs * new
-    sample.tokens_per_s = copies / each
-
-
-def _run(work: Work, phases: Mapping[str, Phase]) -> dict[str, float]:
-    """What all iterations take; a later one scores and trains on pairs of those before as well."""
-    c, hours = work.config, 0.0
-    seconds = {name: phase.seconds * phase.units for name, phase in phases.items()}
-    for t in range(c.selfplay.start, c.selfplay.iterations):
-        sources = 1 + min(t - c.selfplay.start, c.selfplay.mix_previous)
-        epochs = config_lib.per_iteration(c.train.epochs, t) / config_lib.per_iteration(c.train.epochs, 0)
-        references = 2 if t > c.selfplay.start and 0 < c.loss.reference_alpha < 1 else 1
-        scoring = references * seconds["score"]
-        hours += (seconds["sample"] + sources * (scoring + epochs * seconds["train"])) / 3600
-    iterations = c.selfplay.iterations - c.selfplay.start
-    return {"iterations": iterations, "hours": hours, "device_hours": hours * work.model.mesh.size}
-
-
-# --- what would fit ------------------------------------------------------------------------------
-
-
-# In the order in which they are tried, each key's values after the config's own.
-_REMATS = ("none", "attention+mlp", "attention", "full")
-_TOKENS = (4096, 2048)
-_SPLITS = (2, 4, 8)
-_ANSWERS = (64, 32, 16)
-
-
-def suggestion(work: Work, margin: float = 1.0) -> tuple[Work, list[str]] | None:
-    """The nearest settings that fit by arithmetic: what is computed again, accumulation, mesh, machine.
-
-    Args:
-        margin: share of the memory that arithmetic may fill.
-    """
-    c, own_machine, sizes = work.config, work.topology, machines.FAMILIES[work.topology.family].sizes
-    larger = sizes[sizes.index(own_machine.size) :] if own_machine.size in sizes else (own_machine.size,)
-    choices = {
-        "sampling.batch_size": [n for n in _ANSWERS if n < c.sampling.batch_size],
-        "train.offload": [True] * (not c.train.offload),
-        "mesh.tensor": [n for n in _SPLITS if n > work.model.mesh.shape["tensor"]],
-        "train.tokens_per_device": [n for n in _TOKENS if n < c.train.tokens_per_device],
-        "train.remat": _REMATS[_REMATS.index(c.train.remat) + 1 :],
-    }
-    own = [_value(c, key) for key in choices]
-    options = [[mine, *more] for mine, more in zip(own, choices.values(), strict=True)]
-
-    def tried(machine: machines.Topology, values: tuple) -> tuple[Work | None, dict[str, Any]]:
-        keys = {k: v for k, v, mine in zip(choices, values, own, strict=True) if v != mine}
-        try:
-            candidate = workload(_changed(c, keys), str(machine), work.compiles)
-        except ValueError:  # heads that the mesh does not divide, say
-            return None, keys
-        return candidate if fits(candidate, estimated_phases(candidate), margin) else None, keys
-
-    for machine in [own_machine._replace(size=size) for size in larger]:
-        frugal = [
-            values if key == "mesh.tensor" else values[-1:]
-            for key, values in zip(choices, options, strict=True)
-        ]
-        if not any(tried(machine, values)[0] for values in itertools.product(*frugal)):
-            continue
-        for values in itertools.product(*options):
-            candidate, keys = tried(machine, values)
-            if candidate:
-                settings = [f"--config.{key}={str(value).lower()}" for key, value in keys.items()]
-                return candidate, [f"--topology={machine}"] * (machine != own_machine) + settings
-    return None
-
-
-def _value(config: Any, key: str) -> Any:
-    section, name = key.split(".")
-    return config[section][name]
-
-
-def _changed(config: Any, keys: Mapping[str, Any]) -> Any:
-    other = config_lib.resolve(config.to_dict())
-    other.update_from_flattened_dict(keys)
-    return other
-
-
 # --- the answer ----------------------------------------------------------------------------------
 
 
@@ -213,7 +76,7 @@ def plan(work: Work, assumed: Assumed) -> dict[str, Any]:
         guess, phases = phases, compiled_phases(work, phases)
         # Compilation will have the last word: arithmetic is as far off for other settings as for these.
         margin = min(0.9, *(0.97 * guess[name].memory / phase.memory for name, phase in phases.items()))
-    _timed(work, phases, assumed)
+    fill_in_times(work, phases, assumed)
     model, mesh, whole = work.model.config, work.model.mesh, fits(work, phases)
     other = None if whole else suggestion(work, margin)
     confirmed = None
@@ -229,8 +92,8 @@ def plan(work: Work, assumed: Assumed) -> dict[str, Any]:
         "model": f"{model.model_type}, {compact(cost.all_params(model))} parameters",
         "lora": _saved(work),
         "sampling": {
-            "tensor": programs.sampling_tensor(work.config, work.model),
-            "slots": programs.slots(work.config, work.model),
+            "tensor": from_config.sampling_tensor(work.config, work.model),
+            "slots": from_config.slots(work.config, work.model),
         },
         "rows": {"rows": work.shape.rows, "length": work.shape.length},
         "remat": work.config.train.remat,
@@ -251,10 +114,10 @@ def plan(work: Work, assumed: Assumed) -> dict[str, Any]:
             for name, phase in phases.items()
         },
         "iteration_s": sum(phase.seconds * phase.units for phase in phases.values()),
-        "run": _run(work, phases),
+        "run": run_time(work, phases),
         "assumed": {
             **assumed._asdict(),
-            "epochs": config_lib.per_iteration(work.config.train.epochs, 0),
+            "epochs": config_values.per_iteration(work.config.train.epochs, 0),
             "lengths": list(work.config.lengths.expected),
         },
         "suggestion": None if other is None else {"flags": other[1], "compiled": confirmed},
@@ -266,9 +129,9 @@ def _saved(work: Work) -> dict[str, Any] | None:
     t = work.config.train
     if not t.lora_rank:
         return None
-    without = dataclasses.replace(work, config=_changed(work.config, {"train.lora_rank": None}))
+    without = dataclasses.replace(work, config=work.config.changed({"train.lora_rank": None}))
     memory = [estimated_phases(w)["train"].memory for w in (without, work)]
-    trained, each = programs.trained(work.config, work.model.config), 4 * (1 + MOMENTS[t.optimizer]) / _GIB
+    trained, each = from_config.trained(work.config, work.model.config), 4 * (1 + MOMENTS[t.optimizer]) / _GIB
     return {
         "rank": t.lora_rank,
         "trained": trained,
@@ -302,9 +165,9 @@ def table(answer: Mapping[str, Any]) -> str:
         )
     for name, phase in answer["phases"].items():
         mark = " " if phase["hbm_gib"] <= room else "!"
-        unit = f"{_duration(phase['unit_s'])} a {phase['unit']}"
+        unit = f"{duration(phase['unit_s'])} a {phase['unit']}"
         lines.append(
-            f"{name:7}{phase['hbm_gib']:>11.1f}{mark}  {unit:>22}  {_duration(phase['iteration_s']):>9}  "
+            f"{name:7}{phase['hbm_gib']:>11.1f}{mark}  {unit:>22}  {duration(phase['iteration_s']):>9}  "
             f"{phase['tokens_per_s']:>9.3g}  {phase['bottleneck']}"
         )
     for what, key in (("memory, GiB a device", "parts_gib"), ("collectives, GiB", "collective_gib")):
@@ -317,11 +180,11 @@ def table(answer: Mapping[str, Any]) -> str:
         lines += ["", f"{away:.2f} GiB of each device's optimizer state wait in the hosts' memory"]
     lines += [
         "",
-        f"the first iteration: {_duration(answer['iteration_s'])} for {assumed['pairs']:,} pairs and "
+        f"the first iteration: {duration(answer['iteration_s'])} for {assumed['pairs']:,} pairs and "
         f"{assumed['epochs']} epoch(s) of {'/'.join(map(str, assumed['lengths']))} tokens",
         f"(prompt/human/generated), at {assumed['mfu']:.0%} MFU, padding counted, and "
         f"{assumed['decode_efficiency']:.0%} of the decode roofline",
-        f"all {run['iterations']}, with the pairs mixed in: {_duration(3600 * run['hours'])}, "
+        f"all {run['iterations']}, with the pairs mixed in: {duration(3600 * run['hours'])}, "
         f"{run['device_hours']:.3g} device-hours",
         "it fits" if answer["fits"] else "it does not fit",
     ]
@@ -337,13 +200,6 @@ def table(answer: Mapping[str, Any]) -> str:
 
 def _unit_of_traffic(name: str) -> str:
     return "decode step" if name == "sample" else "micro-batch"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
 
 
 def read_flags() -> tuple[Any, str, int]:
@@ -363,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, topology, pairs = parse(argv, read_flags)
         set_compiler_flags(config)
-        machines.expect_no_device()
+        machine.expect_no_device()
         jax.config.update("jax_platforms", "cpu")  # nothing runs; an accelerator here is left alone
         work = workload(config, topology, _COMPILE.value)
     except (ValueError, FileNotFoundError) as error:

@@ -7,12 +7,12 @@ each number that they taught.
 import math
 from typing import NamedTuple
 
-from spin_jax import collectives as traffic
-from spin_jax import programs
-from spin_jax.footprint import Phase, Work
 from spin_jax.models import cost
+from spin_jax.plan import collectives as traffic
+from spin_jax.plan.compiled import Phase, Work
 from spin_jax.runtime import sharding
 from spin_jax.sampling.continuous import cache_columns, prefill_rows
+from spin_jax.selfplay import from_config
 from spin_jax.training.optimizer import MOMENTS
 
 
@@ -57,7 +57,7 @@ def _layer(work: Work) -> _Layer:
 def _training(work: Work) -> Phase:
     c, m, layer, item = work.config, work.model.config, _layer(work), work.model.dtype.itemsize
     whole = _per_device(work)
-    share = programs.trained(c, m) / cost.all_params(m)
+    share = from_config.trained(c, m) / cost.all_params(m)
     weights, mine = item * whole if c.train.lora_rank else 4 * whole, 4 * share * whole
     tensor, D = work.model.mesh.shape["tensor"], m.hidden_size
     kept = {  # numbers of a token and layer, beside the layer's input
@@ -106,11 +106,11 @@ def _scoring(work: Work) -> Phase:
 
 def _sampling(work: Work) -> Phase:
     c, m, item = work.config, work.model.config, work.model.dtype.itemsize
-    share = programs.sampling_tensor(c, work.model)
+    share = from_config.sampling_tensor(c, work.model)
     copies = work.model.mesh.size // share
-    columns, prompt = cache_columns(m, programs.longest(c)), c.lengths.max_prompt
-    kernel = programs.kernel(c, work.model)
-    rows = prefill_rows(programs.slots(c, work.model), prompt, copies, kernel) // copies
+    columns, prompt = cache_columns(m, from_config.longest(c)), c.lengths.max_prompt
+    kernel = from_config.kernel(c, work.model)
+    rows = prefill_rows(from_config.slots(c, work.model), prompt, copies, kernel) // copies
     scores = 4 * m.num_attention_heads * prompt * prompt / share / 8  # of a block of queries
     scores = 0 if kernel == "flash" else scores
     states = item * prompt * (4 * m.hidden_size + 3 * m.intermediate_size / share)

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from spin_jax import config as config_lib
-from spin_jax import heldout
+from spin_jax import config_values, heldout
 from spin_jax.data import parquet
 from spin_jax.data.records import Ids
 from spin_jax.models.architecture import Params
-from spin_jax.opponent import BEFORE, Opponent
-from spin_jax.prepare import Prepared
 from spin_jax.runtime.sharding import free
 from spin_jax.sampling.next_token import Sampling
+from spin_jax.selfplay.opponent import BEFORE, Opponent
+from spin_jax.selfplay.prepared import Prepared
 from spin_jax.storage import files
 from spin_jax.training.custom_loss import logps_type
 from spin_jax.training.packing import Group, pair_group
@@ -110,7 +109,7 @@ class Evaluation:
     def _tasks(self, folder: epath.Path, params: Params) -> Row:
         """Numbers of lm-eval's tasks. Each is on disk when it is done: an interruption costs one of them."""
         c = self._run.config
-        names = config_lib.task_names(c)
+        names = config_values.task_names(c)
         if not names:
             return {}
         from spin_jax import harness  # it needs lm_eval, which is optional

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from spin_jax import judging, programs
 from spin_jax.data import parquet
 from spin_jax.data.records import Example, Ids, Pair, asked
 from spin_jax.errors import Interrupted, MissingAnswers
-from spin_jax.judging import judged
 from spin_jax.models.architecture import Params
 from spin_jax.models.params import sampling_params
-from spin_jax.prepare import Prepared
 from spin_jax.runtime.console import compact, progress
 from spin_jax.runtime.sharding import bucket
 from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import Sampling, prompt_keys
+from spin_jax.selfplay import from_config, judge
+from spin_jax.selfplay.judge import judged
+from spin_jax.selfplay.prepared import Prepared
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics
 from spin_jax.training.batches import ScoredPair
@@ -138,7 +138,7 @@ class Opponent:
         Slots drain at the end of a round. One that an interruption broke off is repeated as a whole, in the
         same company, so that its answers are the same to the bit.
         """
-        busy = 4 * programs.slots(self.run.config, self.run.model)
+        busy = 4 * from_config.slots(self.run.config, self.run.model)
         count = max(1, busy // self.run.config.sampling.shard_size)
         for first in range(0, len(shards), count):
             chosen = tuple(range(first, min(first + count, len(shards))))
@@ -190,7 +190,7 @@ class Opponent:
             mesh=run.sampling_mesh,
             sampling=sampling,
             stop_tokens=run.model.stop_tokens,
-            slots=min(programs.slots(c, run.model), self._most_answers),
+            slots=min(from_config.slots(c, run.model), self._most_answers),
             limits=[max(c.lengths.max_length - len(prompt), 1) for prompt in prompts],
             on_chunk=on_chunk,
         )
@@ -289,7 +289,7 @@ class Opponent:
     def _rows_of(self, shard: ScoreFile) -> list[Pair]:
         """The pairs of a file that are trained on, with the start's answers where the loss asks for them."""
         pairs = parquet.pairs_from_parquet(shard.pairs.read_bytes(), shard.pairs)
-        pairs = judging.chosen(pairs, self.run.config.selfplay.rows)
+        pairs = judge.chosen(pairs, self.run.config.selfplay.rows)
         if "start" not in self.run.roles:
             return pairs
         answers, wanted = self._start_answers, [_question(pair) for pair in pairs]

@@ -3,8 +3,8 @@
 from typing import Any
 
 from spin_jax import figures, heldout, panels, table
-from spin_jax.prepare import Prepared
 from spin_jax.runtime import processes
+from spin_jax.selfplay.prepared import Prepared
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics
 

@@ -1,40 +1,31 @@
-"""Self-play fine-tuning: Algorithm 1 of arXiv 2401.01335, on disk.
+"""The phases of a run that make weights, and what is reported of them."""
 
-    start ──▶ sample ──▶ score ──▶ train ──▶ θ_{t+1}, the next opponent ──▶ …
-
-`run` is the whole of it. Each phase writes what it has done as it goes, and skips what it finds done:
-running again with the same workdir continues. An iteration holds one set of weights at a time: the
-opponent's log-probs are computed once, before training starts from its weights.
-"""
-
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
-from spin_jax import config as config_lib
-from spin_jax import errors, identity, programs
+from spin_jax import config_values, errors
 from spin_jax.data.records import Example
 from spin_jax.errors import NotFinite, NothingToTrainOn
-from spin_jax.evaluation import Evaluation
-from spin_jax.exports import Exports
 from spin_jax.models import lora
 from spin_jax.models.architecture import Params
 from spin_jax.models.params import params_on
-from spin_jax.opponent import BEFORE, OPPONENT, START, Opponent
-from spin_jax.prepare import Prepared, lengths, plan, prepare, take
-from spin_jax.runtime import interrupts, processes, sharding
+from spin_jax.runtime import processes, sharding
 from spin_jax.runtime.console import compact, progress
+from spin_jax.selfplay import fingerprints, from_config
+from spin_jax.selfplay.exports import Exports
+from spin_jax.selfplay.held_out import Evaluation
+from spin_jax.selfplay.opponent import BEFORE, OPPONENT, START, Opponent
+from spin_jax.selfplay.prepared import Prepared
+from spin_jax.selfplay.summary import Summary
 from spin_jax.storage import checkpoints as checkpoint
 from spin_jax.storage import files, seals
 from spin_jax.storage.metrics import Metrics
-from spin_jax.summary import Summary
 from spin_jax.training.batches import PairBatch, ScoredPair, as_npz, batches, pair_batches, training_steps
 from spin_jax.training.loop import Loop, fit
 from spin_jax.training.optimizer import Optimization
@@ -42,90 +33,6 @@ from spin_jax.training.packing import Rows, RowShape, example_group, packed
 from spin_jax.training.step import SFT, Objective, TrainState, abstract_state, init_state, make_step
 
 Row = dict[str, Any]
-
-
-PHASES = ("sample", "score", "train")
-
-
-def run(
-    config: Mapping[str, Any] | ConfigDict,
-    workdir: str,
-    *,
-    only: str | None = None,
-    should_stop: Callable[[], int] | None = None,
-) -> list[Row]:
-    """Runs self-play, or continues it, and returns the rows of summary.json.
-
-    Args:
-        config: what `spin_jax.config.default` lists; missing keys keep their defaults.
-        workdir: a directory or object store URL; one run, and what is already there is not redone.
-        only: `sample`, `score` or `train`: just this phase of the next iteration.
-        should_stop: asked between units of work: the number of a signal, or 0. None listens to Ctrl-C and
-            SIGTERM. Of several processes, one that is to stop stops all.
-
-    Raises:
-        ValueError, FileNotFoundError: bad config or input, before anything is computed.
-        Interrupted: stopped; the same call continues.
-        NotFinite: losses or gradients that are not finite, step after step.
-        OSError: the workdir cannot be written; files.NoRoom where the disk is too full for a checkpoint.
-    """
-    if only is not None and only not in PHASES:
-        raise ValueError(f"only={only!r}: choose from {', '.join(PHASES)}")
-    with contextlib.ExitStack() as stack:
-        stop = should_stop or stack.enter_context(interrupts.listening())
-        resolved = config_lib.resolve(config)
-        processes.say(f"{config_lib.tree(resolved)}\n")
-        prepared = prepare(resolved, workdir)
-        stack.enter_context(take(prepared))
-        play = SelfPlay(prepared, lambda: processes.most(stop()))
-        stack.callback(play.metrics.close)
-        processes.say(plan(play.run, sum(map(play.finished, play.run.iterations))))
-
-        params, spent = play.start(), ""
-        play.hand_out()  # what failed before
-        for t in play.run.iterations:
-            if play.finished(t):
-                params = None
-                continue
-            if play.summary.stops_early():
-                break
-            if only in (None, "sample"):
-                params = play.sample(t, params)
-            if only in (None, "score"):
-                params = play.score(t, params)
-            if only in (None, "train"):
-                try:
-                    params = play.train(t, params)  # the next opponent
-                except NothingToTrainOn as error:
-                    if t == play.run.config.selfplay.start:
-                        raise
-                    spent = str(error)
-            if only is not None or spent:
-                break
-        del params
-
-        if spent or play.summary.stops_early() or all(map(play.finished, play.run.iterations)):
-            play.control()
-            play.summary.conclude(spent)
-            play.hand_out()
-            play.summary.report()
-        return play.summary.rows
-
-
-def check(config: Mapping[str, Any] | ConfigDict, workdir: str | None = None) -> None:
-    """Reads and checks all that `run` would, and says what it found; nothing is trained or written.
-
-    Raises:
-        ValueError, FileNotFoundError: what `run` would.
-    """
-    resolved = config_lib.resolve(config)
-    processes.say(f"{config_lib.tree(resolved, everything=True)}\n")
-    prepared = prepare(resolved, workdir)
-    lines = plan(prepared, 0).splitlines()
-    shown = [line for line in lines if workdir or not line.startswith(("workdir", "disk"))]
-    processes.say(
-        "\n".join([*shown, "", lengths(prepared), "", "everything that can be checked is in order"])
-    )
 
 
 @dataclasses.dataclass
@@ -158,12 +65,12 @@ class SelfPlay:
                 run.workdir,
                 tensorboard=logging.tensorboard,
                 wandb_project=logging.wandb_project,
-                config=identity.recorded(run.config),
+                config=fingerprints.recorded(run.config),
             )
         )
         self.summary = Summary(run, self.metrics)
         self.opponent = Opponent(run, self.metrics, should_stop)
-        self.spin = programs.spin(run.config, run.model)
+        self.spin = from_config.spin(run.config, run.model)
         self.evaluation = Evaluation(run, self.opponent, self.spin)
         self.exports = Exports(run, self.opponent.stop_here)
 
@@ -318,7 +225,7 @@ class SelfPlay:
             shape=run.pair_shape,
             steps=steps,
             schedule_steps=options.schedule_steps(steps),
-            scalars={"beta": float(config_lib.per_iteration(run.config.loss.beta, t))},
+            scalars={"beta": float(config_values.per_iteration(run.config.loss.beta, t))},
             begins_from=lambda: self.before(self._origin(t)),
         )
 

@@ -1,0 +1,129 @@
+"""What a run prints before it begins: its config, the data's lengths, and what is about to run."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from spin_jax import config_values
+from spin_jax.config import default
+from spin_jax.models.params import abstract_params, count_params
+from spin_jax.runtime import processes, sharding
+from spin_jax.runtime.console import compact
+from spin_jax.selfplay import from_config
+from spin_jax.selfplay.inputs import datasets_of, distinct, read_inputs
+from spin_jax.selfplay.prepared import Prepared
+from spin_jax.storage import files
+from spin_jax.training.optimizer import MOMENTS
+
+
+def lengths(prepared: Prepared) -> str:
+    """A table of the data's lengths in tokens, before anything is dropped or cut, against the limits."""
+    most = 2**31 - 1
+    unlimited = prepared.config.changed({"lengths.max_prompt": most, "lengths.max_length": most})
+    read = processes.together(lambda: read_inputs(unlimited, prepared.began, prepared.today))
+    examples = distinct(datasets_of(unlimited, read))
+    prompts, answers = (
+        np.array([len(ids) for ids in of]) for of in zip(*((e.prompt, e.real) for e in examples), strict=True)
+    )
+    columns = {"prompt": prompts, "answer": answers, "both": prompts + answers}
+    lines = [f"{'tokens':<10}" + "".join(f"{name:>10}" for name in columns)]
+    for title, share in (("median", 50), ("90%", 90), ("99%", 99), ("longest", 100)):
+        lines.append(f"{title:<10}" + "".join(f"{np.percentile(n, share):>10.0f}" for n in columns.values()))
+    limits, count = prepared.config.lengths, len(examples)
+    long = int((prompts > limits.max_prompt).sum())
+    cut = int(((prompts <= limits.max_prompt) & (prompts + answers > limits.max_length)).sum())
+    lines.append(f"prompts longer than lengths.max_prompt={limits.max_prompt}, dropped: {long} of {count}")
+    lines.append(f"answers cut at lengths.max_length={limits.max_length}: {cut} of {count}")
+    return "\n".join(lines)
+
+
+def plan(prepared: Prepared, finished: int) -> str:
+    """The lines printed at start-up: devices, mesh, model, memory, data and what is about to run."""
+    c, model = prepared.config, prepared.model
+    device = jax.devices()[0]
+    count = count_params(sharding.unboxed(abstract_params(model.config)))
+    rank = c.train.lora_rank
+    trained = from_config.trained(c, model.config)
+    frozen = count * model.dtype.itemsize if rank else 0
+    # float32 weights and gradients, and the optimizer's moments
+    copies = 2 + MOMENTS[c.train.optimizer]
+    gib = (trained * 4 * copies + frozen) / (model.mesh.shape["fsdp"] * model.mesh.shape["tensor"]) / 2**30
+    mesh = " × ".join(f"{name} {size}" for name, size in model.mesh.shape.items())
+    source = c.model.path or "initialized here"
+    revision = f" at {model.revision[:12]}" if model.revision else ""
+    first, last, shape = c.selfplay.start, c.selfplay.iterations - 1, prepared.pair_shape
+    betas = ", ".join(f"{beta:g}" for beta in c.loss.beta)
+    beside = "".join(f", {text}" for text in config_values.beside_loss(c))
+    lines = [
+        ("devices", f"{jax.device_count()} × {device.device_kind}, mesh {mesh}"),
+        (
+            "model",
+            f"{model.config.model_type}, {source}{revision}: {compact(count)} parameters, {model.dtype}",
+        ),
+        ("memory", f"{gib:.2f} GiB a device for weights, gradients and optimizer; activations come on top"),
+        *([("LoRA", f"rank {rank}: {compact(trained)} numbers are trained")] if rank else []),
+        ("disk", _disk(prepared, finished, count, trained)),
+        ("data", f"{_counts(prepared)} prompts to train on, {len(prepared.held_out)} held out"),
+        ("rows", f"{shape.rows} × {shape.length} tokens a micro-batch, {c.train.batch_size} pairs a step"),
+        ("attention", prepared.decoder.kernel),
+        ("self-play", f"iterations {first} to {last}, {finished} of them done"),
+        ("loss", f"{c.loss.name}, β {betas}{beside}"),
+        ("workdir", str(prepared.workdir)),
+        *(("note", note) for note in prepared.notes),
+    ]
+    return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def _counts(prepared: Prepared) -> str:
+    return ", ".join(str(len(dataset)) for dataset in prepared.datasets)
+
+
+def _disk(prepared: Prepared, finished: int, parameters: int, trained: int) -> str:
+    """What the iterations to come will write, and what there is room for."""
+    c, left = prepared.config, len(prepared.iterations) - finished
+    iteration = parameters * (4 + prepared.model.dtype.itemsize)  # float32 parameters, and the export
+    steps = (c.checkpoint.keep + 1) * trained * 4 * (1 + MOMENTS[c.train.optimizer])
+    need = left * iteration + (steps if left else 0)
+    room = files.free(prepared.workdir)
+    text = f"{need / 2**30:.2f} GiB for {left} iterations to come, step checkpoints included"
+    if room is None:
+        return text
+    short = " (TOO LITTLE: the run will stop where it runs out)" if room < need else ""
+    return f"{text}; {room / 2**30:.2f} GiB free{short}"
+
+
+def tree(config: Any, everything: bool = False) -> str:
+    """The config for people: what is not the default, with the default beside it; or all, that marked."""
+    rows = list(_branch(config.to_dict(), default().to_dict(), everything))
+    if not rows:
+        return "config: the defaults"
+    widths = [min(max(len(row[column]) for row in rows), 32) for column in (0, 1)]
+    lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {was}".rstrip() for key, value, was in rows]
+    head = "(*: not the default, which follows)" if everything else "(what is not the default)"
+    return "\n".join([f"config {head}", *lines])
+
+
+def _branch(
+    section: Mapping[str, Any], defaults: Mapping[str, Any], everything: bool, indent: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """(key, value, default) of a section's lines: its own keys, then the sections in it."""
+    for key, value in sorted(section.items(), key=lambda item: isinstance(item[1], Mapping)):
+        if isinstance(value, Mapping):
+            below = list(_branch(value, defaults.get(key, {}), everything, f"{indent}  "))
+            if below:
+                yield f"  {indent}{key}", "", ""
+                yield from below
+        elif key not in defaults or value != defaults[key]:
+            was = f"({_shown(defaults[key])})" if key in defaults else ""
+            yield f"{'*' if everything else ' '} {indent}{key}", _shown(value), was
+        elif everything:
+            yield f"  {indent}{key}", _shown(value), ""
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return _shown(value[0]) if len(value) == 1 else ", ".join(map(_shown, value))
+    text = "unset" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
