@@ -18,16 +18,14 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, and none shall wait for it
 
 import json
-from pathlib import Path
 
 import jax
 import pytest
+from runs import SHARED
 
 from spin_jax import tiny
 from spin_jax.models import loading
 from spin_jax.runtime import sharding
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 # Far from the libraries' defaults, so that a constant which is not read from config.json shows.
 SMALL = {
@@ -57,7 +55,7 @@ LLAMA3 = {
 
 
 # Files that take minutes come first, so that no worker is left alone with one at the end.
-_SLOW = ("selfplay", "kill", "families", "evaluation", "durable", "hosts", "lora", "harness", "bad_config")
+_SLOW = ("algorithm", "kill", "families", "held_out", "durable", "hosts", "lora", "harness", "config")
 
 
 def pytest_collection_modifyitems(items):

@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import ROOT
 
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import cost, loading
@@ -18,8 +18,6 @@ from spin_jax.models.params import abstract_params
 from spin_jax.plan import machine
 from spin_jax.runtime import chips
 from spin_jax.selfplay import from_config
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(*flags, cache):

@@ -2,18 +2,16 @@
 
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
 import time
 
 import pytest
+from runs import ROOT
 
 from spin_jax import config as config_lib
 from spin_jax import config_values, errors
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def command(*arguments, timeout=120):

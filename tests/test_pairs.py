@@ -199,7 +199,7 @@ def test_pairs_whose_prompt_is_not_sampled_from_come_again_with_their_ids(tmp_pa
 def vllm(tmp_path):
     """vllm(*arguments, answers, **environment) → the finished script, in an environment without ours."""
     (tmp_path / "site").mkdir()
-    shutil.copy(ROOT / "tests" / "vllm_stub.py", tmp_path / "site" / "vllm.py")
+    shutil.copy(ROOT / "tests" / "helpers" / "vllm_stub.py", tmp_path / "site" / "vllm.py")
     script = ROOT / "launch" / "vllm_answers.py"
     assert "spin_jax import" not in script.read_text()
     assert "import spin_jax" not in script.read_text()

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from matplotlib import image
-from runs import ROOT
-from test_command import run
+from runs import ROOT, run_module
 
 from spin_jax import config, figures, panels, report, workdir
 from spin_jax.data import parquet
@@ -524,19 +523,19 @@ def test_a_drawing_of_any_data():
 def test_the_command(copy, tmp_path):
     folder, _ = copy
     remove("metrics.jsonl", "iteration_*")(folder)
-    done = run("report", f"--workdir={folder}/", f"--png={tmp_path / 'png'}")
+    done = run_module("report", f"--workdir={folder}/", f"--png={tmp_path / 'png'}")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{folder}/report.html: 5 figures, 0.")
     assert done.stdout.endswith(f"{tmp_path}/png: 5 figures as PNG\n")
     assert (folder / "report.html").exists()
-    wrong = run("report", f"--workdir={tmp_path / 'nothing'}")
+    wrong = run_module("report", f"--workdir={tmp_path / 'nothing'}")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert (
         wrong.stderr == f"error: {tmp_path}/nothing/config.json is missing: is {tmp_path}/nothing a run's?\n"
     )
     (folder / "summary.json").unlink()
     (tmp_path / "file").touch()
-    assert run("report", f"--workdir={folder}", f"--output={tmp_path}/file/page.html").returncode == 1
+    assert run_module("report", f"--workdir={folder}", f"--output={tmp_path}/file/page.html").returncode == 1
 
 
 # --- in a browser --------------------------------------------------------------------------------

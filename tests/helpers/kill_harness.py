@@ -1,6 +1,6 @@
 """Kills the command again and again, and compares what it comes to with a run that nobody disturbed.
 
-    python tests/kill_harness.py --workdir=DIR [--kills=50] [--signal=KILL] [--processes=1] [FLAGS]
+    python tests/helpers/kill_harness.py --workdir=DIR [--kills=50] [--signal=KILL] [--processes=1] [FLAGS]
 
 A reference run shows which phases there are, in which order and how long. Then the same command runs in a
 workdir of its own: at a random moment of each phase it is killed and started again, until it is done; as

@@ -1,20 +1,18 @@
 """SPIN's relatives on its engine: what rows they train on, against what reference, from which weights."""
 
 import json
-import pathlib
 import runpy
 
 import jax
 import numpy as np
 import pytest
-from runs import assert_same_run, read_metrics, read_pairs, weights
+from runs import ROOT, assert_same_run, read_metrics, read_pairs, weights
 
 from spin_jax import config as config_lib
 from spin_jax import errors
 from spin_jax.selfplay import fitting
 from spin_jax.selfplay.algorithm import PHASES, run
 
-ROOT = pathlib.Path(__file__).parents[1]
 ALGORITHMS = runpy.run_path(str(ROOT / "configs" / "algorithms.py"))
 
 

@@ -4,7 +4,6 @@ Without libtpu, or JAX's plugin for CUDA, what needs the compiler is skipped.
 """
 
 import json
-import pathlib
 import runpy
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from runs import ROOT
 
 from spin_jax import config
 from spin_jax.plan import __main__, collectives, compiled, estimate, time
@@ -315,7 +315,7 @@ def test_each_machine_has_a_chip():
 
 
 def config_file(name, variant=""):
-    path = pathlib.Path(__file__).parent.parent / "configs" / name
+    path = ROOT / "configs" / name
     module = runpy.run_path(str(path))
     return module["get_config"](*[variant] * bool(variant)), module.get("MACHINES", {})
 

@@ -10,14 +10,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from runs import weights
+from runs import ROOT, weights
 
 import spin_jax
 from spin_jax import config, errors, figures, heldout, panels, report, table
 from spin_jax.selfplay import held_out
 from spin_jax.tiny import problems
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def tiny(**sections):

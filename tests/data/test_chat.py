@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import pathlib
 import re
 import time
 from collections import Counter
@@ -10,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from runs import SHARED
 
 from spin_jax import tiny
 from spin_jax.data.chat import Chat, _private
@@ -17,7 +17,6 @@ from spin_jax.data.chat_template import _Watchdog
 from spin_jax.data.records import Lengths, checked
 from spin_jax.errors import BadRow, BadTemplate, EmptyAnswer
 
-SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 USER, ANSWER = {"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}
 
 

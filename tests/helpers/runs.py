@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "data"
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 
 
@@ -144,3 +145,16 @@ def _load_checkpoint(path):
     stored = ocp.metadata(path).metadata
     loaded = ocp.load(path, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), stored))
     return {jax.tree_util.keystr(key): x for key, x in jax.tree_util.tree_flatten_with_path(loaded)[0]}
+
+
+def run_module(module, *arguments, **environment):
+    """What `python -m spin_jax.<module>` does with these arguments: a CompletedProcess."""
+    return subprocess.run(
+        [sys.executable, "-m", f"spin_jax.{module}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

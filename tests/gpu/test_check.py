@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import ROOT
 
-ROOT = Path(__file__).parents[1]
 CHECK = ROOT / "tests" / "gpu" / "check.py"
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -12,13 +11,12 @@ import types
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from runs import ROOT, Command, assert_same_run, read_metrics, read_pairs, weights
+from runs import ROOT, SHARED, Command, assert_same_run, read_metrics, read_pairs, weights
 
 from spin_jax import config, pairs
 from spin_jax.selfplay.opponent import Opponent
 from spin_jax.selfplay.prepare import prepare
 
-SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 STEP_KEYS = {
     "loss",
     "margin",
@@ -231,7 +229,7 @@ def test_answers_by_vllm_come_back_as_our_own(command, finished, tmp_path):
     whole, _ = finished
     run, prompts, given = tmp_path / "run", tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
     (tmp_path / "site").mkdir()
-    shutil.copy(ROOT / "tests" / "vllm_stub.py", tmp_path / "site" / "vllm.py")
+    shutil.copy(ROOT / "tests" / "helpers" / "vllm_stub.py", tmp_path / "site" / "vllm.py")
     known = read_pairs(whole / "iteration_0" / "pairs")
     answers = [[row["prompt_tokens"], row["generated_tokens"]] for row in known]
     (tmp_path / "answers.json").write_text(json.dumps(answers))

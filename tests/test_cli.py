@@ -1,37 +1,27 @@
 """What the commands say for themselves: help, the nearest flag, the config as a tree."""
 
-import os
 import re
-import subprocess
-import sys
 import time
 
 import pytest
-from runs import ROOT
+from runs import ROOT, run_module
 
 from spin_jax import config
 from spin_jax.selfplay import announce
 
 
-def run(module, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", f"spin_jax.{module}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def _source(module):
+    file, package = ROOT / "spin_jax" / f"{module}.py", ROOT / "spin_jax" / module / "__main__.py"
+    return (package if package.exists() else file).read_text()
 
 
 @pytest.mark.parametrize("module", ["main", "pairs", "plan", "benchmark", "evaluate", "report"])
 def test_help_names_every_flag_and_exit_code(module):
     began = time.monotonic()
-    result = run(module, "--help")
+    result = run_module(module, "--help")
     assert module in ("plan", "benchmark") or time.monotonic() - began < 4  # a busy machine; alone 0.2 s
     assert (result.returncode, result.stderr) == (0, "")
-    defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "spin_jax" / f"{module}.py").read_text())
+    defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', _source(module))
     assert len(defined) >= 3
     for name in defined:
         assert f"--{name}" in result.stdout
@@ -43,7 +33,7 @@ def test_help_names_every_flag_and_exit_code(module):
 
 
 def test_main_tells_of_other_processes_and_libraries_flags():
-    said = run("main", "--config=no_such_file.py", "--helpfull").stdout
+    said = run_module("main", "--config=no_such_file.py", "--helpfull").stdout
     for name in ("coordinator", "num_processes", "process_id", "heartbeat_s", "verbosity"):
         assert f"--{name}" in said
 
@@ -70,7 +60,7 @@ def test_main_tells_of_other_processes_and_libraries_flags():
 )
 def test_mistyped_flags(module, arguments, said):
     """No JAX is imported for that: it would fail here."""
-    result = run(module, *arguments, JAX_NUM_CPU_DEVICES="none at all")
+    result = run_module(module, *arguments, JAX_NUM_CPU_DEVICES="none at all")
     assert (result.returncode, result.stderr) == (2, f"error: {said}\n")
 
 

@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import math
-import pathlib
 import random
 import shutil
 import string
@@ -13,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+from runs import ROOT
 
 from spin_jax import config as config_lib
 from spin_jax import errors, heldout, tiny
@@ -22,7 +22,6 @@ from spin_jax.selfplay import from_config, inputs
 from spin_jax.storage import files
 from spin_jax.training import custom_loss
 
-ROOT = pathlib.Path(__file__).parents[1]
 INDEX = "model.safetensors.index.json"
 
 

@@ -1,17 +1,17 @@
 """`official`: each quirk of the released code, beside what the default does."""
 
-import pathlib
 from collections import Counter
 
 import numpy as np
 import pytest
+from runs import SHARED
 
 from spin_jax.data.chat import Chat
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.records import Lengths
 from spin_jax.training.packing import RowShape, packed, pair_group
 
-TOKENIZER = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mistral_tokenizer"
+TOKENIZER = SHARED / "mistral_tokenizer"
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello there"}
 EOS = 2

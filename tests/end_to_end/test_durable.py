@@ -14,6 +14,7 @@ import unittest.mock
 import jax
 import numpy as np
 import pytest
+from runs import ROOT
 
 import spin_jax
 from spin_jax import command, config, errors
@@ -22,8 +23,6 @@ from spin_jax.models import loading
 from spin_jax.runtime import interrupts, processes, secrets
 from spin_jax.selfplay import fingerprints
 from spin_jax.storage import checkpoints, files, metrics, seals
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def tiny(**sections):

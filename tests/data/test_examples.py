@@ -1,11 +1,11 @@
 """Datasets in, conversations and pairs out."""
 
 import json
-import pathlib
 from collections import Counter
 
 import numpy as np
 import pytest
+from runs import SHARED
 
 from spin_jax import tiny
 from spin_jax.data import examples as examples_lib
@@ -15,8 +15,6 @@ from spin_jax.data.examples import load_examples, split_held_out
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Example, Lengths, Pair
 from spin_jax.errors import BadRow
-
-SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from spin_jax import config, errors, tiny
 from spin_jax.data import parquet, sources
 from spin_jax.data.chat import Chat
 from spin_jax.data.examples import load_examples
-from spin_jax.data.pairs import hosts, load_pairs
+from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Lengths, Pair
+from spin_jax.runtime import processes
 
 GOOD = {"question": "1+2", "answer": "3"}
 
@@ -186,11 +187,11 @@ def test_of_two_processes_the_first_bad_row_is_named(chat, tmp_path, monkeypatch
     def both(**options):
         found = []
         for process in (0, 1):
-            monkeypatch.setattr(hosts, "turn", lambda n, process=process: n % 2 == process)
-            monkeypatch.setattr(hosts, "exchanged", lambda value: found.append(value) or [value])
+            monkeypatch.setattr(processes, "turn", lambda n, process=process: n % 2 == process)
+            monkeypatch.setattr(processes, "exchanged", lambda value: found.append(value) or [value])
             with contextlib.suppress(ValueError):
                 read(chat, path, **options)
-        monkeypatch.setattr(hosts, "exchanged", lambda value: pickle.loads(pickle.dumps(found)))
+        monkeypatch.setattr(processes, "exchanged", lambda value: pickle.loads(pickle.dumps(found)))
         return read(chat, path, **options)
 
     path.write_bytes(line(GOOD | {"x": 1}) * 9 + line({"text": 1}) + line({"answer": 1}) + line(GOOD) * 20)

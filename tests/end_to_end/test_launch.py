@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
+from runs import ROOT
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = ROOT / "launch"
 RUNS = ["tpu_pod.sh run", "tpu_pod.sh resume", "tpu_pod.sh loop", "xpk.sh run", "slurm.sh", "gpu.sh"]
 OTHERS = [
     *(f"tpu_pod.sh {name}" for name in ("create", "status", "fetch", "delete")),
