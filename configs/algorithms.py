@@ -1,7 +1,7 @@
 """SPIN and its relatives: each algorithm is a few keys that are set on top of another config.
 
     python -m spin_jax.main --config=configs/algorithms.py:rest_em --workdir=DIR                # on tiny.py
-    python -m spin_jax.main --config=configs/algorithms.py:rest_em/small_gsm8k --workdir=DIR …  # on another config
+    python -m spin_jax.main --config=configs/algorithms.py:rest_em/small_gsm8k --workdir=DIR …  # on another
 
 `python -m spin_jax.sweep` runs several of them with several seeds and compares the results; the table in
 configs/README.md was made that way. For SFT alone take any config with --config.selfplay.iterations=0 and

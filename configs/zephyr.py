@@ -11,7 +11,7 @@ Variants:
     zephyr.py:MACHINE    sets memory keys to suit one of MACHINES below; the algorithm stays the same
 
 `--config.selfplay.pairs=UCLA-AGI/SPIN_iter0,UCLA-AGI/SPIN_iter1,…` trains on the published pairs instead of
-sampling. `python -m spin_jax.plan --config=configs/zephyr.py --topology=…` tells memory and time of a machine.
+sampling. Memory and time on a machine: `python -m spin_jax.plan --config=configs/zephyr.py --topology=…`.
 """
 
 from typing import Any
