@@ -1,31 +1,33 @@
-"""SPIN and its relatives as a few keys each, over another config.
+"""SPIN and its relatives: each algorithm is a few keys that are set on top of another config.
 
-    python -m spin_jax.main --config=configs/algorithms.py:rest_em --workdir=DIR                # over tiny.py
-    python -m spin_jax.main --config=configs/algorithms.py:rest_em/small_gsm8k --workdir=DIR …  # over another
+    python -m spin_jax.main --config=configs/algorithms.py:rest_em --workdir=DIR                # on tiny.py
+    python -m spin_jax.main --config=configs/algorithms.py:rest_em/small_gsm8k --workdir=DIR …  # on another
 
-`python -m spin_jax.sweep` runs several, with several seeds, and compares them: the README's table. SFT alone
-is any config with --config.selfplay.iterations=0 and sft.epochs; beside self-play it is sft.control.
+`python -m spin_jax.sweep` runs several of them with several seeds and compares the results; the table in
+configs/README.md was made that way. For SFT alone take any config with --config.selfplay.iterations=0 and
+sft.epochs; `sft.control` trains by SFT beside self-play.
 """
 
 import runpy
 from pathlib import Path
 from typing import Any
 
-# What makes the algorithm, whatever it learns.
+# The keys that make each algorithm, whatever the task.
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "spin": {},  # arXiv 2401.01335
     "hinge": {"loss.name": "hinge"},
     "exponential": {"loss.name": "exponential"},
     "correlation": {"loss.name": "correlation"},
     "spin_nll": {"loss.nll_weight": 1.0},
-    # The reference stays partly the start: arXiv 2404.04291.
+    # The reference is a mixture of the opponent and the start: arXiv 2404.04291.
     "alpha_spin": {"loss.reference_alpha": 0.5},
-    # No reference, and what the start answered as a third answer: arXiv 2601.08198.
+    # No reference model; the answer of the start is a third answer in each row: arXiv 2601.08198.
     "tspin": {"loss.name": "tspin", "loss.beta": (0.1,)},
-    # Pairs and reference stay: arXiv 2305.18290. Pairs of your own: --config.selfplay.pairs=PATH.
+    # Fixed pairs and a fixed reference: arXiv 2305.18290. For your own pairs: --config.selfplay.pairs=PATH.
     "dpo": {"selfplay.iterations": 1},
     "ipo": {"selfplay.iterations": 1, "loss.name": "ipo"},  # arXiv 2310.12036
-    # Likelihood of the own answers that eval.verifier takes, each time from the start: arXiv 2312.06585.
+    # Maximizes the likelihood of the model's own answers that eval.verifier accepts, beginning from the start
+    # in each iteration: arXiv 2312.06585.
     "rest_em": {
         "loss.name": "likelihood",
         "selfplay.samples": 4,
@@ -33,33 +35,22 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "selfplay.restart": True,
         "selfplay.mix_previous": 0,
     },
-    # A squared loss toward the win probability that selfplay.scorer gives: arXiv 2405.00675.
+    # A squared loss toward the win probability that selfplay.scorer returns: arXiv 2405.00675.
     "sppo": {"loss.name": "sppo", "selfplay.samples": 5, "selfplay.mix_previous": 0, "loss.beta": (1e-3,)},
-}
-
-# Numbers that suit answers of two digits, and some 188 steps of 256 rows for all.
-TINY: dict[str, dict[str, Any]] = {
-    "exponential": {"loss.beta": (3.0,), "train.learning_rate": (1e-4, 7e-5, *[3e-5] * 8)},
-    "correlation": {"train.learning_rate": (1e-5, 7e-6, *[3e-6] * 8)},
-    "spin_nll": {"loss.nll_weight": 10.0},
-    "dpo": {"train.epochs": (5,)},
-    "ipo": {"train.epochs": (5,), "loss.beta": (0.5,)},
-    "rest_em": {"selfplay.samples": 2},
-    "sppo": {"selfplay.samples": 2, "selfplay.scorer": "spin_jax.tiny:wins", "loss.beta": (0.25,)},
 }
 
 
 def get_config(variant: str = "spin") -> Any:
+    """The config of `ALGORITHM`, or of `ALGORITHM/FILE[:VARIANT]` with a config file of this folder."""
     name, _, base = variant.partition("/")
     if name not in ALGORITHMS:
         raise ValueError(f"configs/algorithms.py has {', '.join(ALGORITHMS)}, and not {name!r}")
     file, _, base_variant = (base or "tiny").partition(":")
-    get_base = runpy.run_path(str(Path(__file__).with_name(f"{file}.py")))["get_config"]
-    c = get_base(base_variant) if base_variant else get_base()
-    keys = ALGORITHMS[name]
-    if file == "tiny":
-        keys = {"sft.control": name == "spin", **keys, **TINY.get(name, {})}
-    for key, value in keys.items():
+    module = runpy.run_path(str(Path(__file__).with_name(f"{file}.py")))
+    c = module["get_config"](base_variant) if base_variant else module["get_config"]()
+    # A config file may have `settings_for`: numbers of an algorithm that suit its task.
+    of_task = module["settings_for"](name) if "settings_for" in module else {}
+    for key, value in {**ALGORITHMS[name], **of_task}.items():
         section, _, last = key.partition(".")
         c[section][last] = value
     return c

@@ -3,10 +3,10 @@
     python -m spin_jax.main --config=configs/small_gsm8k.py --workdir=DIR \
         --config.model.path=MODEL --config.data.path=train.jsonl
 
-MODEL is any Mistral or Llama directory of Hugging Face's, or a hub id; the data any file of question
-and answer rows. `--config.sft.epochs=2` fine-tunes the model first, where it is not an SFT model yet.
-Expected: on held-out problems the margin grows within each iteration; `summary.json` has the share of
-right numbers, greedy and at temperature 1, before and after.
+MODEL is a Hugging Face directory or hub id of any supported family; the data is any file with question
+and answer rows. Add `--config.sft.epochs=2` if the model is not fine-tuned yet: it is then trained by SFT
+first. Expected: the margin on held-out problems grows within each iteration. `summary.json` has the share
+of right answers, greedy and at temperature 1, before and after.
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
-"""The embedded default: a small Mistral learns sums of three numbers by SFT, then by self-play.
+"""The first run: a small Mistral learns sums of three numbers, first by SFT and then by self-play.
 
     python -m spin_jax.main --config=configs/tiny.py --workdir=/tmp/spin_tiny
 
-Nothing is downloaded. `configs/tiny.py:smoke` is the same run in miniature, for tests.
+It downloads no model and no data, and takes a few minutes on two CPU cores. `configs/tiny.py:smoke` is the
+same run in miniature, for tests. Expected: at seed 0 the greedy accuracy rises from 0.944 to 0.976.
 """
 
 from typing import Any
@@ -10,6 +11,24 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spin_jax import config
+
+# Numbers that suit answers of two digits and about 188 steps of 256 rows, for each algorithm of
+# configs/algorithms.py that needs other numbers than SPIN.
+ALGORITHM_SETTINGS: dict[str, dict[str, Any]] = {
+    "exponential": {"loss.beta": (3.0,), "train.learning_rate": (1e-4, 7e-5, *[3e-5] * 8)},
+    "correlation": {"train.learning_rate": (1e-5, 7e-6, *[3e-6] * 8)},
+    "spin_nll": {"loss.nll_weight": 10.0},
+    "dpo": {"train.epochs": (5,)},
+    "ipo": {"train.epochs": (5,), "loss.beta": (0.5,)},
+    "rest_em": {"selfplay.samples": 2},
+    "sppo": {"selfplay.samples": 2, "selfplay.scorer": "spin_jax.tiny:wins", "loss.beta": (0.25,)},
+}
+
+
+def settings_for(algorithm: str) -> dict[str, Any]:
+    """The keys that configs/algorithms.py changes when it runs `algorithm` on this task."""
+    with_control = algorithm == "spin"  # one SFT control is enough for a comparison of algorithms
+    return {"sft.control": with_control, **ALGORITHM_SETTINGS.get(algorithm, {})}
 
 
 def get_config(variant: str = "") -> Any:
@@ -37,20 +56,20 @@ def get_config(variant: str = "") -> Any:
     c.lengths.max_prompt = 12
     c.lengths.max_length = 16
 
-    # Stops before its schedule ends: a start that still errs leaves self-play something to learn from.
+    # SFT stops before its schedule ends, so that the start still makes errors for self-play to learn from.
     c.sft.epochs = 6
     c.sft.schedule_epochs = 8
     c.sft.batch_size = 64
     c.sft.learning_rate = 3e-3
     c.sft.control = True
-    c.sft.control_learning_rate = 8e-4  # where that schedule stopped
+    c.sft.control_learning_rate = 8e-4  # the learning rate at which that schedule stopped
 
     c.selfplay.iterations = 3
     c.sampling.max_new_tokens = 4
     c.sampling.batch_size = 512
     c.sampling.shard_size = 2048
 
-    c.loss.beta = (10.0,)  # answers of two digits: a margin of 1 nat is plenty
+    c.loss.beta = (10.0,)  # large: the answers have two digits, and a margin of 1 nat is enough
     c.train.optimizer = "adamw"
     c.train.decay = 0.999
     c.train.learning_rate = (3e-4, 2e-4, *[1e-4] * 8)

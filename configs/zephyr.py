@@ -2,11 +2,16 @@
 
     python -m spin_jax.main --config=configs/zephyr.py --workdir=DIR
 
-Expected: the Open LLM Leaderboard average of the SFT model, 58.14, rises to 60.80, 62.12, 62.97 and
-63.16 in the paper's table. `configs/zephyr.py:official` runs it with the quirks of the released code.
-`--config.selfplay.pairs=UCLA-AGI/SPIN_iter0,UCLA-AGI/SPIN_iter1,…` trains on the published pairs
-instead of sampling. `configs/zephyr.py:MACHINE` is the recipe with what suits one of MACHINES below: less is
-computed again where memory allows. What each takes: `python -m spin_jax.plan --config=… --topology=…`.
+Expected: in the paper's table the Open LLM Leaderboard average is 58.14 for the SFT model and 60.80, 62.12,
+62.97 and 63.16 after iterations 0 to 3. configs/README.md tells how to reproduce it, step by step.
+
+Variants:
+
+    zephyr.py:official   reproduces the quirks of the released code
+    zephyr.py:MACHINE    sets memory keys to suit one of MACHINES below; the algorithm stays the same
+
+`--config.selfplay.pairs=UCLA-AGI/SPIN_iter0,UCLA-AGI/SPIN_iter1,…` trains on the published pairs instead of
+sampling. Memory and time on a machine: `python -m spin_jax.plan --config=configs/zephyr.py --topology=…`.
 """
 
 from typing import Any
@@ -15,7 +20,8 @@ from ml_collections import ConfigDict
 
 from spin_jax import config
 
-# plan's topologies, with - for the colon: pods of 8, 16 and 64 chips, one GPU and eight.
+# By the topology that `plan` takes, with - instead of the colon: TPU pods of 8, 16 and 64 chips, one GPU and
+# eight GPUs. Where memory allows, the backward pass computes less a second time.
 MACHINES: dict[str, dict[str, Any]] = {
     "v5p-2x2x2": {"train.remat": "attention+mlp"},
     "v6e-2x4": {"train.remat": "full"},
@@ -53,7 +59,7 @@ def get_config(variant: str = "") -> Any:
 
     c.data.path = "HuggingFaceH4/ultrachat_200k"
     c.data.split = "train_sft"
-    c.data.limit = 50_292  # 49,792 to train on and 500 held out, less the prompts that are too long
+    c.data.limit = 50_292  # 49,792 to train on and 500 held out; prompts that are too long are dropped
     c.data.system_message = ""  # the recipe's empty system message
     c.lengths.max_prompt = 512
     c.lengths.max_length = 1024
@@ -71,7 +77,7 @@ def get_config(variant: str = "") -> Any:
     c.train.schedule = "linear"
     c.train.warmup_ratio = 0.1
     c.train.batch_size = 64
-    c.train.epochs = (2,)  # of a schedule of six: the scripts stop as needed
+    c.train.epochs = (2,)  # the learning rate follows a schedule of six epochs, as in the authors' scripts
     c.train.schedule_epochs = 6
 
     c.update_from_flattened_dict(MACHINES.get(variant, {}))

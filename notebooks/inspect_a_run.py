@@ -9,49 +9,34 @@
 # %% [markdown]
 # # Inside a run
 #
-# A workdir holds all that a run has seen and done: its numbers, the opponents' answers and what was
-# thought of them, and every iteration's model. This notebook reads one. For the short version, a page
-# to send to somebody:
+# A workdir holds everything that a run has made: its metrics, the opponents' answers and their log-probs,
+# and the model of every iteration. This notebook reads a workdir. A shorter view is one HTML page, which
+# you can send to somebody:
 #
 # ```bash
 # python -m spin_jax.report --workdir=DIR
 # ```
 
 # %% [markdown]
-# **Setup.** Where spin_jax is installed (`pip install -e .` in a clone), this cell only imports it.
-# On a bare machine, a Colab say, it fetches the code from `REPO` and installs it; if you are asked to
-# restart the session afterwards, do, and run this cell again.
+# **Setup.** In a clone where `pip install -e . jupyter` was run, run this cell as it is. On Colab, or any
+# other machine without spin_jax, activate its second line first.
 
 # %%
-import importlib.util
+# On Colab, delete the first "# " of the next line and fill in OWNER ("./spin_jax_code[cuda]" for a GPU).
+# # !git clone -q https://github.com/OWNER/spin_jax spin_jax_code && pip install -q -e "./spin_jax_code"
 import pathlib
-import shutil
-import subprocess
 import sys
 import warnings
 
-REPO = "https://github.com/OWNER/spin_jax"  # put here where you have this notebook from
-
-if importlib.util.find_spec("spin_jax") is None:
-    code = pathlib.Path("spin_jax_code").resolve()
-    if "OWNER" in REPO and not code.exists():
-        raise ValueError(
-            "spin_jax is not installed: write into REPO where its code is, and run this cell again"
-        )
-    if not code.exists():
-        subprocess.run(["git", "clone", "-q", REPO, str(code)], check=True)
-    extra = "[cuda]" if shutil.which("nvidia-smi") else ""
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{code}{extra}"], check=True)
-    sys.path.insert(0, str(code))
-
+sys.path.insert(0, "spin_jax_code")  # the clone that the line above makes
 import spin_jax
 
 sys.path.insert(0, str(pathlib.Path(spin_jax.__file__).parents[1]))  # configs/ is beside the package
-warnings.filterwarnings("ignore", message="IProgress not found")  # plain progress bars will do
+warnings.filterwarnings("ignore", message="IProgress not found")  # plain progress bars are fine
 
 # %% tags=["parameters"]
-WORKDIR = "/tmp/spin_tiny"  # any run of spin_jax, finished or not; this is the README's first one
-TINY = ""  # where there is none yet: the tiny run, in three minutes; "smoke": in half a minute, and for tests
+WORKDIR = "/tmp/spin_tiny"  # the workdir of any run, finished or not; this is the first run of the README
+TINY = ""  # if there is no run yet, the tiny run is made (three minutes); "smoke" takes half a minute
 
 # %%
 import contextlib
@@ -60,19 +45,19 @@ import io
 if not pathlib.Path(WORKDIR, "summary.json").exists():
     from configs import tiny
 
-    print(f"There is no run in {WORKDIR}, so a tiny one is made in runs/tiny.")
+    print(f"There is no run in {WORKDIR}, so the tiny run is made in runs/tiny.")
     WORKDIR, recipe = "runs/tiny", tiny.get_config(TINY)
     recipe.selfplay.iterations = 2
     recipe.sft.control = False
-    with contextlib.redirect_stdout(io.StringIO()):  # of what it says, only the progress
+    with contextlib.redirect_stdout(io.StringIO()):  # shows only the progress bars
         spin_jax.run(recipe, WORKDIR)
 RUN = pathlib.Path(WORKDIR)
 
 # %% [markdown]
 # ## The table
 #
-# `summary.json` has a row for the start and one for each iteration; the README says what each number
-# means.
+# `summary.json` has a row for the start and one for each iteration. `configs/README.md` says what each
+# number means.
 
 # %%
 import json
@@ -90,11 +75,13 @@ numbers.style.format(lambda x: f"{x:g}" if x == round(x) else f"{x:.3f}", na_rep
 # %% [markdown]
 # ## The curves
 #
-# `metrics.jsonl` has a row for each step of each phase. A *reward* is β times what an answer has
-# gained over the opponent; the margin is the difference of the two.
+# `metrics.jsonl` has a row for each step of each phase. The *reward* of an answer is β times the
+# difference between its log-prob under the model and under the opponent. The margin is the reward of the
+# human answer minus the reward of the generated answer.
 #
-# Look at where the margin comes from: the human answers may rise, or the generated ones fall, or both
-# fall, and the generated ones faster. The last is the rule on large models, and no bug.
+# Look at where the margin comes from. The log-probs of human answers may rise, or those of generated
+# answers may fall, or both may fall, the generated ones faster. The last case is common with large models
+# and is not a bug.
 
 # %%
 import matplotlib.pyplot as plt
@@ -113,7 +100,7 @@ steps = metrics[metrics.phase == "train"].reset_index()
 panels = {
     "rewards": {"real_reward": HUMAN, "generated_reward": OPPONENT},
     "margin": {"margin": BLACK},
-    "log-probs (nats an answer)": {"real_logp": HUMAN, "generated_logp": OPPONENT},
+    "log-probs (nats per answer)": {"real_logp": HUMAN, "generated_logp": OPPONENT},
 }
 labels = {"real": "human answers", "generated": "the opponent's"}
 
@@ -133,9 +120,9 @@ plt.show()
 # %% [markdown]
 # ## The pairs
 #
-# `iteration_t/pairs/` are the opponent's answers beside the human ones, as conversations and as token
-# ids; `iteration_t/scores/` is what the opponent of iteration t thinks of both. From the second
-# iteration on, it has scored the pairs of the one before as well, which are trained on again.
+# `iteration_t/pairs/` holds the opponent's answers beside the human answers, as conversations and as token
+# ids. `iteration_t/scores/` holds the log-probs of both under the opponent of iteration t. From the second
+# iteration on there are also scores of the previous iteration's pairs, because these are trained on again.
 
 
 # %%
@@ -157,7 +144,7 @@ def scored(t, source):
 
 
 def show(table):
-    """Conversations read better to the left, and with their lines."""
+    """Shows text aligned to the left, with its line breaks."""
     look = {"white-space": "pre-wrap", "text-align": "left", "vertical-align": "top"}
     return table.style.hide().format(precision=1).set_properties(**look)
 
@@ -169,16 +156,15 @@ for t in ITERATIONS:
     print(f"iteration {t}: {len(pairs[t])} pairs, {same:.0%} the same answer twice, {cut:.0%} cut off")
 
 # %% [markdown]
-# The longest answers of the last opponent. Where a model rambles, or repeats itself, it shows here
-# first.
+# These are the longest answers of the last opponent. If a model repeats itself, you see it here first.
 
 # %%
 last = pairs[ITERATIONS[-1]]
 show(last.nlargest(4, "answer_tokens")[[*WORDS, "answer_tokens"]])
 
 # %% [markdown]
-# How long are they? Answers that grow from iteration to iteration, or pile up at the right edge
-# (there they were cut), deserve a look.
+# How long are the answers? Look closer if they grow from iteration to iteration, or if many of them are at
+# the right edge: those were cut off.
 
 # %%
 longest = max(table[["human_tokens", "answer_tokens"]].max().max() for table in pairs.values())
@@ -193,12 +179,12 @@ axes[0, 0].set_ylabel("pairs")
 plt.show()
 
 # %% [markdown]
-# ## What the opponents thought of them
+# ## The opponents' log-probs
 #
-# Each point is a pair whose answers differ. Below the diagonal the opponent itself found the human
-# answer likelier, and drew its own by chance; above it, it believed in its own. Both are what
-# training takes away. (Where answers are short, the points fill a curved edge: there the two share
-# all the probability that there is.)
+# Each point is a pair whose answers differ. Below the diagonal, the opponent itself gave the human answer
+# the higher probability and sampled the other one by chance. Above the diagonal, the opponent preferred its
+# own answer. Training works against both. (With short answers many points lie on a curve: there the two
+# answers have nearly all the probability together.)
 
 # %%
 differ = {t: table[table.human != table.answer] for t, table in pairs.items()}
@@ -209,15 +195,15 @@ for axis, (t, table) in zip(axes.flat, differ.items(), strict=True):
     axis.scatter(table.real_logp, table.generated_logp, s=8, alpha=0.25, color=OPPONENT, linewidths=0)
     axis.set(xlim=(low, -low / 50), ylim=(low, -low / 50), aspect="equal")
     axis.set(title=f"iteration {t}: {len(table)} pairs", xlabel="log p of the human answer")
-axes[0, 0].set_ylabel("log p of its own answer")
+axes[0, 0].set_ylabel("log p of the generated answer")
 plt.show()
 
 # %% [markdown]
 # ## What an iteration changed
 #
-# The pairs of the first iteration, scored by its opponent and again by the model that it made. What a
-# pair has gained is the margin in nats, without β. At the top is what training did; at the bottom
-# what it did not manage, or undid.
+# These are pairs of the first iteration. They were scored by its opponent, and again by the model that the
+# iteration trained. `margin` is the change between the two, in nats and without β. The table begins with the
+# pairs that gained most and ends with those that gained least.
 
 # %%
 gained = None
@@ -231,7 +217,7 @@ if len(ITERATIONS) > 1 and config["selfplay"]["mix_previous"]:
     gained = gained[gained.human != gained.answer].sort_values("margin", ascending=False)
     shown = show(pd.concat([gained[:4], gained[-4:]])[[*WORDS, "human_gained", "answer_gained", "margin"]])
 else:
-    shown = "This takes two iterations, and selfplay.mix_previous."
+    shown = "This needs two iterations and selfplay.mix_previous."
 shown
 
 # %%
@@ -241,7 +227,7 @@ if gained is not None:
     bins = np.linspace(*ends, 50)
     axis.hist(gained.human_gained, bins, color=HUMAN, alpha=0.35, label=labels["real"])
     axis.hist(gained.answer_gained, bins, color=OPPONENT, label=labels["generated"], **OUTLINE)
-    axis.set(title=f"what iteration {first} did to its pairs", xlabel="log-prob gained (nats)")
+    axis.set(title=f"what iteration {first} changed in its pairs", xlabel="change of the log-prob (nats)")
     axis.set_ylabel("pairs")
     axis.legend()
     plt.show()
@@ -249,7 +235,7 @@ if gained is not None:
 # %% [markdown]
 # ## Answers side by side
 #
-# `samples.jsonl` has the same held-out questions in each iteration, answered greedily.
+# `samples.jsonl` has greedy answers to the same held-out questions for each iteration.
 
 # %%
 answers = {}
@@ -262,8 +248,8 @@ show(pd.DataFrame(answers))
 # %% [markdown]
 # ## Your own sentence
 #
-# Every iteration's model is there to be asked. How likely is each of these answers, at the start and
-# at the end?
+# You can load the model of every iteration. How likely is each of these answers under the start and under
+# the last model?
 
 # %%
 PROMPT = "12+9+7"

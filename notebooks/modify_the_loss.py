@@ -9,58 +9,43 @@
 # %% [markdown]
 # # Your own loss, and its curve
 #
-# SPIN's loss is one function of log-probs. In this notebook you write another one in a file of your
-# own, look at its shape beside the paper's four, and train with it and with the logistic loss from
-# the same start. Nothing in the package changes. It takes three minutes on two CPU cores, and half of
-# that is the start.
+# SPIN's loss is one function of log-probs. In this notebook you write another loss in a file of your own,
+# plot it beside the paper's four losses, and train with it and with the logistic loss from the same start.
+# You do not change the package. It takes three minutes on two CPU cores; half of that is SFT of the start.
 
 # %% [markdown]
-# **Setup.** Where spin_jax is installed (`pip install -e .` in a clone), this cell only imports it.
-# On a bare machine, a Colab say, it fetches the code from `REPO` and installs it; if you are asked to
-# restart the session afterwards, do, and run this cell again.
+# **Setup.** In a clone where `pip install -e . jupyter` was run, run this cell as it is. On Colab, or any
+# other machine without spin_jax, activate its second line first.
 
 # %%
-import importlib.util
+# On Colab, delete the first "# " of the next line and fill in OWNER ("./spin_jax_code[cuda]" for a GPU).
+# # !git clone -q https://github.com/OWNER/spin_jax spin_jax_code && pip install -q -e "./spin_jax_code"
 import pathlib
-import shutil
-import subprocess
 import sys
 import warnings
 
-REPO = "https://github.com/OWNER/spin_jax"  # put here where you have this notebook from
-
-if importlib.util.find_spec("spin_jax") is None:
-    code = pathlib.Path("spin_jax_code").resolve()
-    if "OWNER" in REPO and not code.exists():
-        raise ValueError(
-            "spin_jax is not installed: write into REPO where its code is, and run this cell again"
-        )
-    if not code.exists():
-        subprocess.run(["git", "clone", "-q", REPO, str(code)], check=True)
-    extra = "[cuda]" if shutil.which("nvidia-smi") else ""
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{code}{extra}"], check=True)
-    sys.path.insert(0, str(code))
-
+sys.path.insert(0, "spin_jax_code")  # the clone that the line above makes
 import spin_jax
 
 sys.path.insert(0, str(pathlib.Path(spin_jax.__file__).parents[1]))  # configs/ is beside the package
-warnings.filterwarnings("ignore", message="IProgress not found")  # plain progress bars will do
+warnings.filterwarnings("ignore", message="IProgress not found")  # plain progress bars are fine
 
 # %% tags=["parameters"]
-TINY = ""  # "smoke" takes a minute, and its model learns next to nothing
-RUNS = "runs/modify_the_loss"  # one folder in it for each loss
+TINY = ""  # "smoke" takes one minute, but its model hardly learns anything
+RUNS = "runs/modify_the_loss"  # holds one workdir for each loss
 
 # %% [markdown]
 # ## Write it
 #
-# A loss gets what two models think of two answers to a prompt, summed log-probs in nats:
-# `policy.real`, `policy.generated`, `opponent.real`, `opponent.generated`, each of shape [B], and
-# returns one number a pair, [B].
+# A loss gets the log-probs of two answers under two models, summed over tokens, in nats: `policy.real`,
+# `policy.generated`, `opponent.real` and `opponent.generated`, each of shape [B]. It returns one number for
+# each pair, again [B].
 #
-# `margin` is the paper's $t = \beta\,[\log\frac{p_\theta(y|x)}{p_{\theta_t}(y|x)} -
-# \log\frac{p_\theta(y'|x)}{p_{\theta_t}(y'|x)}]$, with y human and y′ generated. The loss below is
-# the logistic one, smoothed: it believes that one pair in ten has its answers the wrong way round, so
-# it wants a margin, and not too much of it.
+# `margin` is the paper's
+# $t = \beta\,[\log\frac{p_\theta(y|x)}{p_{\theta_t}(y|x)} - \log\frac{p_\theta(y'|x)}{p_{\theta_t}(y'|x)}]$,
+# where y is the human answer and y′ the generated one. The loss below is the logistic loss with label
+# smoothing: it assumes that in one pair of ten the generated answer is the better one. It therefore asks for
+# a margin, but not for a large one.
 
 # %%
 # %%writefile my_losses.py
@@ -75,7 +60,7 @@ def smoothed(policy, opponent, *, beta, doubt=0.1):
 
 
 # %% [markdown]
-# A run sees when the file has been edited. This notebook's own plots need to be told.
+# A run notices by itself when the file was edited. For the plots of this notebook, reload the module.
 
 # %%
 import importlib
@@ -87,9 +72,8 @@ importlib.reload(my_losses)
 # %% [markdown]
 # ## Look at it
 #
-# With β = 1 and an opponent to whom all is alike, the margin is the policy's log-prob of the human
-# answer: so any loss can be drawn as ℓ(t). Training starts from the opponent, at t = 0 for every
-# pair, and moves by −ℓ′(t): a pair whose ℓ′ is near 0 has no more say.
+# A loss of the margin alone can be plotted as ℓ(t). Training starts from the opponent, so every pair starts
+# at t = 0. The gradient of a pair is proportional to −ℓ′(t): where ℓ′ is near 0, the pair no longer counts.
 
 # %%
 import jax
@@ -133,13 +117,13 @@ left.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# The paper asks for a convex, decreasing ℓ with ℓ′(0) < 0. Mine is convex, and falls only as far as t
-# = log 9 ≈ 2.2: beyond it a pair is pushed back.
+# The paper asks for a convex, decreasing ℓ with ℓ′(0) < 0. The smoothed loss is convex, but it decreases only
+# until t = log 9 ≈ 2.2. Beyond that it pulls the margin back.
 #
-# ## A start for both
+# ## One start for both losses
 #
-# The same model that learns sums as in the README, trained by SFT and stopped while it still errs.
-# With no iterations to play, a run makes its start alone.
+# This is the model of the README's first run: it learns sums by SFT, and SFT stops while the model still
+# makes errors. A run with `selfplay.iterations = 0` makes the start and nothing else.
 
 # %%
 import contextlib
@@ -150,7 +134,7 @@ from configs import tiny
 
 
 def play(name, loss, start=None):
-    """One iteration of self-play with a loss, from the model in a folder; without one, that model is made."""
+    """One iteration of self-play with a loss, from the model in the folder `start`; None makes that model."""
     config = tiny.get_config(TINY)
     config.sft.control = False
     config.eval.samples = 4
@@ -160,10 +144,8 @@ def play(name, loss, start=None):
         config.model.path, config.model.architecture, config.model.tokenizer = start, {}, None
         config.sft.epochs = 0
     workdir = f"{RUNS}/{name}"
-    shutil.rmtree(
-        workdir, ignore_errors=True
-    )  # afresh: a workdir knows the loss it began with, and refuses another
-    with contextlib.redirect_stdout(io.StringIO()):  # of what a run says, only the progress
+    shutil.rmtree(workdir, ignore_errors=True)  # a workdir that began with another loss is refused
+    with contextlib.redirect_stdout(io.StringIO()):  # shows only the progress bars
         return spin_jax.run(config, workdir)
 
 
@@ -173,9 +155,9 @@ START = f"{RUNS}/start/start/model"
 # %% [markdown]
 # ## Train with it
 #
-# `module:function` is all that a run needs to know; on the command line it is
-# `--config.loss.name=my_losses:smoothed`. Start, seed and β are the same, so both losses see the very
-# same opponent's answers, in the same order.
+# A run needs only the name `module:function`; on the command line it is
+# `--config.loss.name=my_losses:smoothed`. Start, seed and β are the same, so both losses see the same answers
+# of the opponent, in the same order.
 
 # %%
 results = {
@@ -186,8 +168,8 @@ results = {
 # %% [markdown]
 # ## See its curve
 #
-# The values of two losses cannot be compared; what is logged beside them can: the margin, the share
-# of pairs where it is above 0, and the log-prob of the human answers.
+# The values of two losses cannot be compared. These can: the margin, the share of pairs with a positive
+# margin, and the log-prob of the human answers.
 
 # %%
 import pandas as pd
@@ -201,7 +183,7 @@ def curves(name):
 
 panels = {
     "margin": "margin",
-    "accuracy": "share of pairs with a margin above 0",
+    "accuracy": "share of pairs with a positive margin",
     "real_logp": "log-prob of the human answers",
 }
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
@@ -215,11 +197,11 @@ plt.show()
 print(f"pairs whose answers are identical: {curves('logistic').identical.mean():.0%}")
 
 # %% [markdown]
-# What wobbles in step is the batches, which are the same. Where the opponent's answer *is* the human
-# one, token for token, the margin is 0 whatever the model does, and no loss can learn from the pair;
-# the averages are over those too.
+# Both curves wobble in the same places because both runs see the same batches. Where the opponent's answer
+# equals the human answer, token for token, the margin is always 0 and no loss can learn from the pair. The
+# averages include these pairs.
 #
-# And on sums that were kept from training:
+# The next table is about held-out sums:
 
 # %%
 keys = {
@@ -233,15 +215,15 @@ table = pd.DataFrame({"start": results["logistic"][0], **{name: rows[-1] for nam
 table.loc[list(keys)].rename(index=keys).style.format(precision=3, na_rep="–")
 
 # %% [markdown]
-# The KL divergence is how far a model has moved from the start. On this seed the smoothed loss gains
-# about as much and moves a tenth as far; but one seed is an anecdote. Before you believe a
-# difference, run a few (`config.seed`).
+# The KL divergence says how far a model has moved from the start. On this seed the smoothed loss gains about
+# as much and moves a tenth as far. One seed proves little: before you believe a difference, run several
+# seeds (`config.seed`).
 #
 # ## When a loss is broken
 #
-# Two mistakes that are easily made: to average over the pairs, where the training step does that
-# itself (it knows which rows are padding), and a slope that is no number at t = 0, which is where
-# every pair begins. Both are told before anything is computed.
+# Two mistakes are easy to make. One is to average over the pairs: the training step does that itself,
+# because it knows which rows are padding. The other is a slope that is not finite at t = 0, where every pair
+# begins. Both are reported before anything is computed.
 
 # %%
 # %%writefile broken_losses.py
@@ -270,12 +252,11 @@ for function in ("averaged", "square_root"):
 # %% [markdown]
 # ## Now yours
 #
-# Change `my_losses.py` above and run on from there. Some to try: a square, `(t − 1)²`; the logistic
-# loss with `− 0.1 * policy.real` added, which keeps the human answers likely; a margin without the
-# opponent, `beta * (policy.real − policy.generated)`. `configs/algorithms.py` has the relatives of
-# SPIN that have a name.
+# Change `my_losses.py` above and run the cells from there on. Ideas: a square, `(t − 1)²`; the logistic loss
+# plus `− 0.1 * policy.real`, which keeps the human answers likely; a margin without the opponent,
+# `beta * (policy.real − policy.generated)`. Published relatives of SPIN are in `configs/algorithms.py`.
 #
-# Outside of a notebook, in the folder where your file is:
+# Outside of a notebook, run this in the folder of your file:
 #
 # ```bash
 # python -m spin_jax.main --config=configs/tiny.py --workdir=/tmp/mine --config.loss.name=my_losses:smoothed

@@ -9,59 +9,44 @@
 # %% [markdown]
 # # Self-play on a small model
 #
-# SPIN turns a model that can answer into one that answers better, with no new labels. In every
-# iteration the model of the last one, the *opponent*, answers the training questions; the new model
-# learns to tell the human answers from those; and then it is the opponent.
+# SPIN improves a fine-tuned model without new labels. In every iteration the model of the previous
+# iteration, the *opponent*, answers the training questions. The new model learns to prefer the human answers
+# over those answers. Then the new model is the next opponent.
 #
-# Here a model of 135 million parameters plays on grade-school maths, cut down to what the GPU of a
-# free Colab can do in minutes (*Runtime → Change runtime type*). A CPU gets a tenth of it, and takes
-# twenty minutes to show that all works. With no network, a tiny model that learns sums takes its
-# place.
+# Here a model of 135 million parameters plays on grade-school maths. The run is cut down so that the GPU of a
+# free Colab needs only minutes (*Runtime → Change runtime type*). On a CPU it uses a tenth of the data and
+# takes twenty minutes, which only shows that everything works. Without network, the notebook uses a tiny
+# model that learns sums.
 
 # %% [markdown]
-# **Setup.** Where spin_jax is installed (`pip install -e .` in a clone), this cell only imports it.
-# On a bare machine, a Colab say, it fetches the code from `REPO` and installs it; if you are asked to
-# restart the session afterwards, do, and run this cell again.
+# **Setup.** In a clone where `pip install -e . jupyter` was run, run this cell as it is. On Colab, or any
+# other machine without spin_jax, activate its second line first.
 
 # %%
-import importlib.util
+# On Colab, delete the first "# " of the next line and fill in OWNER ("./spin_jax_code[cuda]" for a GPU).
+# # !git clone -q https://github.com/OWNER/spin_jax spin_jax_code && pip install -q -e "./spin_jax_code"
 import pathlib
-import shutil
-import subprocess
 import sys
 import warnings
 
-REPO = "https://github.com/OWNER/spin_jax"  # put here where you have this notebook from
-
-if importlib.util.find_spec("spin_jax") is None:
-    code = pathlib.Path("spin_jax_code").resolve()
-    if "OWNER" in REPO and not code.exists():
-        raise ValueError(
-            "spin_jax is not installed: write into REPO where its code is, and run this cell again"
-        )
-    if not code.exists():
-        subprocess.run(["git", "clone", "-q", REPO, str(code)], check=True)
-    extra = "[cuda]" if shutil.which("nvidia-smi") else ""
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{code}{extra}"], check=True)
-    sys.path.insert(0, str(code))
-
+sys.path.insert(0, "spin_jax_code")  # the clone that the line above makes
 import spin_jax
 
 sys.path.insert(0, str(pathlib.Path(spin_jax.__file__).parents[1]))  # configs/ is beside the package
-warnings.filterwarnings("ignore", message="IProgress not found")  # plain progress bars will do
+warnings.filterwarnings("ignore", message="IProgress not found")  # plain progress bars are fine
 
 # %% [markdown]
-# **What to play with.** Everything that you are likely to change first.
+# **Settings.** These are the things that you are likely to change first.
 
 # %% tags=["parameters"]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a hub id, or a folder; Mistral, Llama, Qwen, Phi, Gemma …
 DATA = "openai/gsm8k"  # questions and human answers
-ROWS = None  # how many of them; None: what takes minutes on this machine
-WORKDIR = "runs/spin_small_model"  # the run is kept here; running again goes on with it
-TINY = ""  # of the tiny model: "smoke" takes half a minute in place of three, and learns next to nothing
+ROWS = None  # how many rows to use; None: as many as take minutes on this machine
+WORKDIR = "runs/spin_small_model"  # the run is kept here; the same cell continues it
+TINY = ""  # variant of the tiny run: "smoke" takes half a minute instead of three, and hardly learns anything
 
 # %% [markdown]
-# **Is there a network?** One question to the hub, and at most ten seconds of waiting for its answer.
+# **Is there a network?** The notebook asks the hub once and waits at most ten seconds for the answer.
 
 # %% tags=["network"]
 import concurrent.futures
@@ -71,7 +56,7 @@ from huggingface_hub import HfApi
 
 
 def reachable(name):
-    """Whether the model is a folder here, or the hub has it and answers."""
+    """Whether the model is a local folder, or the hub answers that it has it."""
     if os.path.isdir(name):
         return True
     asked = concurrent.futures.ThreadPoolExecutor().submit(HfApi().model_info, name, timeout=5)
@@ -90,10 +75,9 @@ else:
     print("So this falls back to the tiny model, which is made here and learns sums like 12+19+7.")
 
 # %% [markdown]
-# **What can the machine do?** Weights are always kept in float32; `dtype` is what the model computes
-# in. bfloat16 is fast where the hardware has it: TPUs, and GPUs since Ampere (A100, L4). The T4 of a
-# free Colab has not, and float16 would need its gradients scaled, so there, and on CPUs, it is
-# float32.
+# **Which dtype?** Weights are always kept in float32; `dtype` is the dtype of computation. bfloat16 is fast
+# on TPUs and on GPUs since Ampere (A100, L4). The T4 of a free Colab has no bfloat16, and float16 would need
+# loss scaling, so the notebook uses float32 there and on CPUs.
 
 # %%
 import jax
@@ -105,8 +89,8 @@ dtype = "bfloat16" if ampere or device.platform == "tpu" else "float32"
 print(f"{device.device_kind}: computing in {dtype}")
 
 # %% [markdown]
-# **The recipe** is a config: `spin_jax/config.py` has every key with its meaning, and a mistyped one
-# names the nearest. `configs/small_gsm8k.py` is made for one GPU; here it is cut down to minutes.
+# **The recipe** is a config. `spin_jax/config.py` lists every key with its meaning; for a mistyped key the
+# error names the nearest one. `configs/small_gsm8k.py` is made for one GPU; here it is cut down to minutes.
 
 # %%
 from configs import small_gsm8k, tiny
@@ -116,7 +100,7 @@ if online:
     config.model.path = MODEL
     config.model.dtype = dtype
     config.data.path = DATA
-    config.data.name = "main" if DATA == "openai/gsm8k" else None  # it has two versions
+    config.data.name = "main" if DATA == "openai/gsm8k" else None  # gsm8k has two configurations
     config.data.limit = ROWS or (480 if accelerated else 40)
     config.lengths.max_prompt = 192
     config.lengths.max_length = 384
@@ -130,23 +114,23 @@ else:
     config.sft.control = False
 
 # %% [markdown]
-# **The run.** It says what differs from the defaults, what it is about to do, and how far it is.
-# Interrupt it whenever you like: run the cell again, and it goes on where it stopped.
+# **The run.** It prints which keys differ from the defaults, what it will do, and its progress. You can
+# interrupt it at any time: run the cell again, and it continues where it stopped.
 #
-# The table at its end is about questions that were kept from training. NLL is how surprised a model
-# is by the human answers; *right* is the share of its own answers that are. Where a few dozen were
-# asked, one more is chance.
+# The table at the end is about held-out questions. NLL is the negative log-likelihood of the human answers,
+# so lower is better. *right* is the share of the model's own answers that are right. With only a few dozen
+# questions, a difference of one answer is chance.
 
 # %%
 rows = spin_jax.run(config, WORKDIR)
 
 # %% [markdown]
-# **The curves of training.** The *margin* is what SPIN maximizes: how much more the human answer has
-# gained over the opponent than the generated one has, times β. Each iteration starts at 0, from the
-# opponent itself.
+# **The training curves.** SPIN increases the *margin*: β times how much more the log-prob of the human answer
+# has grown than that of the generated answer, both compared with the opponent. Each iteration starts at 0,
+# because it starts from the opponent itself.
 #
-# Look at the log-probs, too. The loss asks for their difference alone, so that of the human answers
-# may fall while the margin grows. That is no bug; `config.loss.nll_weight` holds it up.
+# Look at the log-probs too. The loss depends only on their difference, so the log-prob of the human answers
+# may fall while the margin grows. That is not a bug; `config.loss.nll_weight` works against it.
 
 # %%
 import matplotlib.pyplot as plt
@@ -172,13 +156,13 @@ for iteration, part in steps.groupby("iteration"):
         axis.axvline(part.index[0], color="grey", linewidth=0.8, linestyle=":")
         axis.text(part.index[0], 1, f" {iteration}", transform=axis.get_xaxis_transform(), va="top")
 left.set(title="margin", xlabel="step (dotted: an iteration begins)")
-right.set(title="log-prob (nats an answer)", xlabel="step (dotted: an iteration begins)")
+right.set(title="log-prob (nats per answer)", xlabel="step (dotted: an iteration begins)")
 right.legend()
 plt.show()
 
 # %% [markdown]
-# **Before and after.** The start and the last iteration answer the same held-out questions, greedily.
-# Each iteration's model is a Hugging Face folder: transformers and vLLM open it as well.
+# **Before and after.** The start and the last iteration answer the same held-out questions, greedily. The
+# model of each iteration is a Hugging Face folder, which transformers and vLLM open too.
 
 # %%
 last = pathlib.Path(WORKDIR, f"iteration_{rows[-1]['iteration']}")
@@ -201,14 +185,13 @@ mine = "Tom has 12 apples, buys 19 more and eats 7. How many are left?" if onlin
 print(spin_jax.generate(model, [[{"role": "user", "content": mine}]], max_new_tokens=128)[0])
 
 # %% [markdown]
-# **What to try next.** Take another `WORKDIR` with each: a run refuses to go on as a different one.
+# **What to try next.** Use a new `WORKDIR` for each: a workdir refuses a run with other settings.
 #
-# * More rows: `ROWS = 2000`. More than anything else, this is what decides whether the gain is more
-#   than chance.
-# * A model that was never fine-tuned: `config.sft.epochs = 2` teaches it the human answers first.
-# * Less memory: `config.train.lora_rank = 16`, and a learning rate ten times as high.
-# * Does it beat more of the same? `config.sft.control = True` trains the start on by SFT for as many
+# * More rows: `ROWS = 2000`. With few rows you cannot tell a gain from chance.
+# * A model that is not fine-tuned yet: with `config.sft.epochs = 2` it is trained by SFT first.
+# * Less memory: `config.train.lora_rank = 16`, with a learning rate ten times as high.
+# * Is self-play better than more SFT? `config.sft.control = True` also trains the start by SFT for as many
 #   steps.
-# * Your data: `DATA = "mine.jsonl"`, rows of `messages`, or of `question` and `answer`.
-# * Your loss: `modify_the_loss.ipynb`. A closer look at this run: `inspect_a_run.ipynb`, with its
+# * Your data: `DATA = "mine.jsonl"`, with rows of `messages`, or of `question` and `answer`.
+# * Your loss: `modify_the_loss.ipynb`. To look closer at this run: `inspect_a_run.ipynb` with the same
 #   `WORKDIR`.

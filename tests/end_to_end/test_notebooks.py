@@ -65,7 +65,7 @@ def read_rows(path):
 
 
 def test_there_is_no_other_notebook():
-    assert {path.stem for path in NOTEBOOKS.iterdir() if path.is_file()} == set(NAMES)
+    assert {path.stem for path in NOTEBOOKS.iterdir() if path.suffix in (".py", ".ipynb")} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,38 +75,43 @@ def test_a_notebook_is_what_jupytext_makes_of_its_source(name):
     def cells(of):
         return [(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in of.cells]
 
-    again = f"python -m jupytext --to ipynb --update notebooks/{name}.py"
-    assert cells(notebook) == cells(source), again
+    command = f"python -m jupytext --to ipynb --update notebooks/{name}.py"
+    assert cells(notebook) == cells(source), command
     assert notebook.metadata.kernelspec.name == "python3"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in code), f"clear the outputs: {again}"
+    assert not any(cell.outputs or cell.execution_count for cell in code), f"clear the outputs: {command}"
 
 
-def test_all_are_set_up_alike(tmp_path, monkeypatch):
-    """Without the package they fetch it from where they are told; where they are not told, they say so."""
+def test_the_set_up_cell_works_without_an_installation(tmp_path):
+    """With its first command activated, it fetches the code, and finds both the package and configs/."""
     cells = {
-        cell.source
-        for name in NAMES
-        for cell in source_of(name).cells
-        if cell.cell_type == "code" and "REPO =" in cell.source
+        cell.source for name in NAMES for cell in source_of(name).cells if "github.com/OWNER" in cell.source
     }
-    (setup,) = cells
-    commands = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(ValueError, match="REPO"):
-        exec(setup, {})
-    assert not commands
-    exec(setup.replace("com/OWNER", "com/someone"), {})
-    code = str(tmp_path / "spin_jax_code")
-    assert commands == [
-        ["git", "clone", "-q", "https://github.com/someone/spin_jax", code],
-        [sys.executable, "-m", "pip", "install", "-q", "-e", code],
-    ]
-    assert sys.path[:2] == [str(ROOT), code]
+    (cell,) = cells  # the same in each notebook
+    (command,) = [line[3:] for line in cell.splitlines() if line.startswith("# !")]
+    programs = {"git": f'ln -s {ROOT} "${{@: -1}}"', "pip": 'echo "$@" > pip.txt'}
+    for name, body in programs.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": ""}
+    subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert (tmp_path / "pip.txt").read_text().split() == ["install", "-q", "-e", "./spin_jax_code"]
+    script = f"{cell}\nimport configs.tiny\nprint(spin_jax.__file__, configs.tiny.__file__, sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    code = tmp_path / "spin_jax_code"
+    assert done.stdout.split() == [
+        str(code / "spin_jax" / "__init__.py"),
+        str(code / "configs" / "tiny.py"),
+    ], done.stderr
 
 
 def test_a_silent_hub_is_not_waited_for(tmp_path):

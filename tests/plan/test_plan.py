@@ -324,7 +324,7 @@ def test_each_machine_of_the_recipe_has_room():
     """By arithmetic, which compilation agrees with to a quarter; the 70B on 64 chips of v5p too."""
     _, machines = config_file("zephyr.py")
     cases = [("zephyr.py", name, name.replace("-", ":")) for name in machines]
-    for file, variant, topology in [*cases, ("llama2_70b.py", "", "v5p:4x4x4")]:
+    for file, variant, topology in [*cases, ("tulu2_70b.py", "", "v5p:4x4x4")]:
         work = compiled.workload(config.resolve(config_file(file, variant)[0]), topology, compiles=False)
         assert compiled.fits(work, estimate.estimated_phases(work)), topology
     with pytest.raises(ValueError, match="no variant 'v5e'"):

@@ -1,9 +1,9 @@
-"""The recipe of zephyr.py on a model of Llama-2-70B's shape: Tulu-2-70B, which is an SFT model.
+"""One iteration of the recipe of zephyr.py on Tulu-2-70B, an SFT model of Llama-2-70B's shape.
 
-    python -m spin_jax.plan --config=configs/llama2_70b.py --topology=v5p:4x4x4
-    python -m spin_jax.main --config=configs/llama2_70b.py --workdir=gs://BUCKET/FOLDER
+    python -m spin_jax.plan --config=configs/tulu2_70b.py --topology=v5p:4x4x4
+    python -m spin_jax.main --config=configs/tulu2_70b.py --workdir=gs://BUCKET/FOLDER
 
-One iteration. Expected: nothing is published for this size; summary.json has held-out margin and NLL.
+Expected: nothing is published for this size. Held-out margin and NLL are in summary.json.
 """
 
 from typing import Any
@@ -36,7 +36,8 @@ def get_config() -> Any:
     c.lengths.max_prompt = 512
     c.lengths.max_length = 1024
 
-    # On 64 chips of v5p: 16 parts of each layer's weights travel, not 64, and half as many bytes.
+    # Chosen for 64 chips of v5p: weights are split over 16 chips instead of 64, and the devices send half
+    # as many bytes.
     c.mesh.tensor = 4
 
     c.selfplay.iterations = 1
