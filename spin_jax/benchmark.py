@@ -42,7 +42,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spin_jax import config as config_lib
-from spin_jax.command import fail, parse, set_up_jax
+from spin_jax.cli import fail, parse, set_up_jax
 from spin_jax.data import sources
 from spin_jax.data.examples import load_examples
 from spin_jax.data.pairs import load_pairs

@@ -1,84 +1,85 @@
-"""Every exception that this package raises for a reason of its own, with the exit code that it means.
+"""Every exception that spin_jax raises by a name of its own, and the exit code of a command that it ends.
 
-Exit code 2 says that the input is wrong, and 1 that the run failed; after 1 the same command continues the
-run. Errors of other kinds (ValueError, OSError and so on) get their code from `spin_jax.cli.failed`.
+A command prints such an error as one message, without a traceback. The exit code 2 says that its input was
+bad, 1 that it failed.
 """
 
 from typing import Any
 
-_GIB = 2.0**30
 
-# --- input ---------------------------------------------------------------------------------------
+class SpinJaxError(Exception):
+    """What spin_jax itself raises; the message is written for whoever runs the command."""
+
+    exit_code = 1
 
 
-class ConfigError(ValueError):
-    """The config cannot run. The message names the key and says what to do."""
+# --- bad input ------------------------------------------------------------------------------------
+
+
+class ConfigError(SpinJaxError, ValueError):
+    """A config that cannot run; the message names the key and says what to do."""
 
     exit_code = 2
 
 
-class BadRow(ValueError):
-    """A row makes no conversation. The message says why; the caller adds file and row."""
+class BadRow(SpinJaxError, ValueError):
+    """A row of the data that holds no conversation; the message says why, and the caller adds which row."""
 
     exit_code = 2
 
 
 class EmptyAnswer(BadRow):
-    """The answer of a row is null, empty or white space."""
+    """A row whose answer is null, empty or white space."""
 
 
-class BadTemplate(ValueError):
-    """A chat template serves for no conversation, or takes too long. The message says why."""
-
-    exit_code = 2
-
-
-class MissingAnswers(FileNotFoundError):
-    """Files are missing that another phase of the iteration has to make first."""
+class BadTemplate(SpinJaxError, ValueError):
+    """A chat template that renders no conversation, or takes too long; the message says why."""
 
     exit_code = 2
 
 
-class MissingTasks(ImportError, ValueError):
-    """lm_eval is not installed. The message says how to install it."""
+class Damaged(SpinJaxError, ValueError):
+    """Files that differ from what was written; the message names each."""
 
     exit_code = 2
 
 
-class NothingToTrainOn(RuntimeError):
-    """`selfplay.rows` leaves nothing of an iteration's answers."""
+class MissingInput(SpinJaxError, FileNotFoundError):
+    """What a phase of a run reads is not there, as where an earlier phase has yet to make it."""
 
     exit_code = 2
 
 
-class Damaged(ValueError):
-    """Files differ from what was written. The message names each of them."""
+class NothingToTrainOn(SpinJaxError, RuntimeError):
+    """selfplay.rows keeps none of an iteration's answers."""
 
     exit_code = 2
 
 
-# --- the run -------------------------------------------------------------------------------------
+class HarnessNotInstalled(SpinJaxError, ImportError, ValueError):
+    """lm_eval is not installed; the message says how to install it."""
+
+    exit_code = 2
 
 
-class NoRoom(OSError):
-    """The disk has no room for what is to be written. The message has the numbers."""
+class NoCompiler(SpinJaxError):
+    """No compiler for the planned machine is installed; the message says what to install."""
 
-    exit_code = 1
+    exit_code = 2
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+class NoRoom(SpinJaxError, OSError):
+    """The disk has no room for what is to be written; the message has the numbers."""
 
     def __str__(self) -> str:
         return str(self.strerror)
 
 
-class JudgeFailed(RuntimeError):
-    """A verifier or scorer raised an error, or returned something else than a number for each answer."""
-
-    exit_code = 1
-
-
-class NotFinite(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
-
-    exit_code = 1
+class NotFinite(SpinJaxError, RuntimeError):
+    """Too many training steps in a row had a loss or gradient that is not finite."""
 
     def __init__(self, step: int, batch: Any):
         super().__init__(f"loss or gradient was not finite, step after step; the last was step {step}")
@@ -86,42 +87,40 @@ class NotFinite(RuntimeError):
         self.batch = batch
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal stopped a phase between two units of work; everything done so far is saved."""
-
-    def __init__(self, signal_number: int):
-        super().__init__()
-        self.exit_code = 128 + signal_number
+class JudgeFailed(SpinJaxError, RuntimeError):
+    """A verifier or scorer raised an error, or did not return a number for each answer."""
 
 
-class OtherFailed(RuntimeError):
-    """Another process failed and has said why; this one exits with the same code."""
-
-    def __init__(self, exit_code: int):
-        super().__init__("another process failed: it says why")
-        self.exit_code = exit_code
+class CompilerFailed(SpinJaxError):
+    """The compiler failed on a program for a reason other than memory."""
 
 
-# --- compilation for machines that are not here ----------------------------------------------------
-
-
-class NoCompiler(Exception):
-    """No compiler for the machine is installed. The message says what would install it."""
-
-    exit_code = 2
-
-
-class CompilerFailed(Exception):
-    """The compiler failed on a program that it should compile."""
-
-    exit_code = 1
-
-
-class OutOfMemory(Exception):
-    """The compiler found no room for a program on the device."""
-
-    exit_code = 1
+class OutOfMemory(SpinJaxError):
+    """A program needs more memory than a device has."""
 
     def __init__(self, needed: float):
-        super().__init__(f"needs {needed / _GIB:.1f} GiB")
+        super().__init__(f"needs {needed / 2**30:.1f} GiB")
         self.needed = needed  # bytes
+
+
+class OtherFailed(SpinJaxError, RuntimeError):
+    """Another process failed, and prints why; this process exits with the same code."""
+
+    def __init__(self, code: int):
+        super().__init__("another process failed: it says why")
+        self.exit_code = code
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run between two units of work, and everything done so far is saved.
+
+    Like KeyboardInterrupt it is no Exception, so that no `except Exception` on its way holds it up.
+    """
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number  # of the signal
+        self.exit_code = 128 + number

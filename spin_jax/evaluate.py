@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from spin_jax import config as config_lib
-from spin_jax.command import fail, failed, parse, set_up_jax
+from spin_jax.cli import fail, failed, parse, set_up_jax
 from spin_jax.runtime.interrupts import Interrupts, say
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory or hub id.")

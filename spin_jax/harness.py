@@ -28,7 +28,7 @@ from spin_jax import config as config_lib
 from spin_jax import config_values
 from spin_jax.data.chat_template import Template
 from spin_jax.data.records import Ids
-from spin_jax.errors import BadRow, MissingTasks
+from spin_jax.errors import BadRow, HarnessNotInstalled
 from spin_jax.models.architecture import Model
 from spin_jax.models.decoder import Decoder
 from spin_jax.runtime import processes, sharding
@@ -47,7 +47,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise MissingTasks(
+    raise HarnessNotInstalled(
         f"evaluation tasks need lm-evaluation-harness ({error}): pip install 'spin_jax[eval]'"
     ) from error
 

@@ -34,7 +34,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from spin_jax import config as config_lib
-from spin_jax.command import fail, failed, parse, set_up_jax
+from spin_jax.cli import fail, failed, parse, set_up_jax
 from spin_jax.runtime import secrets
 from spin_jax.runtime.interrupts import Interrupts, say
 

@@ -33,7 +33,7 @@ from typing import Any
 from absl import flags
 
 from spin_jax import config as config_lib
-from spin_jax.command import fail, parse
+from spin_jax.cli import fail, parse
 
 # --- pairs ---------------------------------------------------------------------------------------
 

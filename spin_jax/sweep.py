@@ -32,7 +32,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from spin_jax.command import fail, parse
+from spin_jax.cli import fail, parse
 from spin_jax.storage import files
 
 Numbers = dict[str, float]

@@ -139,7 +139,7 @@ def test_shipped_configs_are_whole(name):
 def test_every_key_is_read():
     """A key that nothing reads is dead: each last name occurs in the package outside of config.py."""
     sources = "".join(
-        path.read_text() for path in (ROOT / "spin_jax").glob("*.py") if path.name != "config.py"
+        path.read_text() for path in (ROOT / "spin_jax").rglob("*.py") if path.name != "config.py"
     )
     checks = (ROOT / "spin_jax" / "config.py").read_text().partition("def given_pairs")[2]
 
@@ -159,7 +159,7 @@ def test_every_dependency_is_imported_and_torch_is_not():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    sources = "".join(path.read_text() for path in (ROOT / "spin_jax").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "spin_jax").rglob("*.py"))
     modules = {"absl-py": "absl", "orbax-checkpoint": "orbax", "etils": "etils"}
     for requirement in project["dependencies"]:
         name = requirement.partition(">=")[0].partition("[")[0]

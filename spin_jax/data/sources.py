@@ -313,7 +313,10 @@ def place(rows: Any, number: int, path: str) -> str:
 
 
 def pinned(path: str, revision: str | None) -> str | None:
-    """The commit that a hub dataset's revision stands for now; None of what is no hub's, or out of reach."""
+    """The commit that a hub dataset's revision stands for now; None of a dataset that is not the hub's.
+
+    When the hub is out of reach, it is the revision itself: that a dataset has one says that it is the hub's.
+    """
     if ":" in path or os.path.exists(path) or path.startswith(("/", ".")) or ".." in path:
         return None
     from huggingface_hub import HfApi
@@ -322,4 +325,4 @@ def pinned(path: str, revision: str | None) -> str | None:
     try:
         return HfApi().dataset_info(path, revision=revision).sha
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
-        return revision  # what the cache holds of it; or load_rows says why not
+        return revision or "main"  # load_rows takes what the cache holds of it, or says why there is nothing

@@ -40,7 +40,7 @@ from ml_collections import config_flags
 
 from spin_jax import config as config_lib
 from spin_jax import config_values
-from spin_jax.command import fail, parse, set_compiler_flags
+from spin_jax.cli import fail, parse, set_compiler_flags
 from spin_jax.errors import CompilerFailed
 from spin_jax.models import cost
 from spin_jax.plan import machine

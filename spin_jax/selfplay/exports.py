@@ -6,9 +6,9 @@ from typing import Any
 
 from etils import epath
 
-from spin_jax import card
 from spin_jax.models import saving
 from spin_jax.models.architecture import Params
+from spin_jax.report import model_card
 from spin_jax.runtime import processes
 from spin_jax.selfplay import fingerprints
 from spin_jax.selfplay.opponent import BEFORE
@@ -34,7 +34,7 @@ class Exports:
     def describe(self, kind: str, folder: epath.Path, rows: Sequence[Row]) -> None:
         """Puts a model card into an export, which is whole without: its numbers are known later."""
         run = self._run
-        facts = card.Facts(
+        facts = model_card.Facts(
             kind=kind,
             iteration=rows[-1]["iteration"],
             config=fingerprints.recorded(run.config),
@@ -42,10 +42,10 @@ class Exports:
             model_revision=run.model.revision,
             data_revision=run.data_revision,
             commit=run.commit,
-            license=card.stated_license(hub.readme(run.config.model.path, run.model.revision)),
+            license=model_card.stated_license(hub.readme(run.config.model.path, run.model.revision)),
             **run.identity,
         )
-        seals.add(folder / "model", "README.md", card.card(facts).encode())
+        seals.add(folder / "model", "README.md", model_card.model_card(facts).encode())
 
     def keep_best(self, best: Row | None) -> None:
         """Copies the model of the best iteration so far to best/."""

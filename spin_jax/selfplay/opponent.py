@@ -16,7 +16,7 @@ from etils import epath
 
 from spin_jax.data import parquet
 from spin_jax.data.records import Example, Ids, Pair, asked
-from spin_jax.errors import Interrupted, MissingAnswers
+from spin_jax.errors import Interrupted, MissingInput
 from spin_jax.models.architecture import Params
 from spin_jax.models.params import sampling_params
 from spin_jax.runtime.console import compact, progress
@@ -294,7 +294,7 @@ class Opponent:
             return pairs
         answers, wanted = self._start_answers, [_question(pair) for pair in pairs]
         if absent := [pair for pair, key in zip(pairs, wanted, strict=True) if key not in answers]:
-            raise MissingAnswers(
+            raise MissingInput(
                 f"{shard.pairs}: prompt_id {absent[0].prompt_id}, sample_id {absent[0].sample_id} has no "
                 f"answer of the start among the pairs of iteration {self.origin}, and the loss asks for one"
             )
@@ -393,4 +393,4 @@ def need(paths: Sequence[epath.Path], problem: str, phase: str) -> None:
     there = files.existing(paths)
     if not all(there):
         absent = paths[there.index(False)]
-        raise MissingAnswers(f"{problem} ({absent} is missing): run --only={phase} first")
+        raise MissingInput(f"{problem} ({absent} is missing): run --only={phase} first")

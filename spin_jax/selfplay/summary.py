@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from spin_jax import figures, heldout, panels, table
+from spin_jax import heldout
+from spin_jax.report import charts, drawing, numbers
 from spin_jax.runtime import processes
 from spin_jax.selfplay.prepared import Prepared
 from spin_jax.storage import files
@@ -98,7 +99,8 @@ class Summary:
 
     def report(self) -> None:
         """Prints the table; draws summary.png."""
-        processes.say(f"\n{table.table(self.rows)}\n")
+        processes.say(f"\n{numbers.summary_table(self.rows)}\n")
         if self._run.config.logging.plot:
-            files.write(self._run.workdir / "summary.png", figures.grid(panels.of_iterations(self.rows)))
+            picture = drawing.png_grid(charts.over_iterations(self.rows))
+            files.write(self._run.workdir / "summary.png", picture)
         processes.say(f"models, metrics and pairs are in {self._run.workdir}")

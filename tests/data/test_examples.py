@@ -254,3 +254,13 @@ def test_example_type(chat):
     example = chat.example(1, [turn("user", "1"), turn("assistant", "2")], Counter())
     assert isinstance(example, Example)
     assert example.prompt.dtype == example.real.dtype == np.int32
+
+
+def test_a_revision_tells_that_a_dataset_is_the_hubs(tmp_path, monkeypatch):
+    """When the hub is out of reach as well, as it is in the tests: a report needs to know it later."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "local" / "sums").mkdir(parents=True)
+    assert sources.pinned("org/sums", None) == "main"
+    assert sources.pinned("org/sums", "v1") == "v1"
+    assert sources.pinned("local/sums", "v1") is None
+    assert sources.pinned("spin_jax.tiny:problems", None) is None

@@ -17,7 +17,7 @@ import pytest
 from runs import ROOT
 
 import spin_jax
-from spin_jax import command, config, errors
+from spin_jax import cli, config, errors
 from spin_jax import tiny as tiny_world
 from spin_jax.models import loading
 from spin_jax.runtime import interrupts, processes, secrets
@@ -481,7 +481,7 @@ def test_secrets_stay_out_of_what_is_written(tmp_path, monkeypatch, capfd):
     c = config.resolve(tiny(data={"revision": "hf_abcdefghijklmnop"}))
     assert fingerprints.recorded(c)["data"]["revision"] == "[secret]"
     processes.say("token 0123456789abcdef")
-    command.fail("bad token 0123456789abcdef")
+    cli.fail("bad token 0123456789abcdef")
     assert "0123456789abcdef" not in "".join(capfd.readouterr())
 
 

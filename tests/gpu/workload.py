@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import zephyr
 from spin_jax import config as config_lib
-from spin_jax.command import set_up_jax
+from spin_jax.cli import set_up_jax
 from spin_jax.data.records import Example, Pair
 from spin_jax.models import loading
 from spin_jax.models.architecture import Model

@@ -13,7 +13,8 @@ import pytest
 from runs import ROOT, weights
 
 import spin_jax
-from spin_jax import config, errors, figures, heldout, panels, report, table
+from spin_jax import config, errors, heldout
+from spin_jax.report import charts, drawing, numbers, page
 from spin_jax.selfplay import held_out
 from spin_jax.tiny import problems
 
@@ -401,19 +402,19 @@ def test_a_task_says_what_is_better(task_files):
 
 
 def full_rows(iterations):
-    keys = [key for _, wanted in table.GROUPS for key, *_ in wanted]
-    numbers = {key: 9999 if key in ("pairs", "steps", "skipped") else -123.45678 for key in keys}
-    numbers["leaderboard_musr_murder_mysteries/exact_match,strict-match"] = 0.123456789
+    keys = [key for _, wanted in numbers.SECTIONS for key, *_ in wanted]
+    values = {key: 9999 if key in ("pairs", "steps", "skipped") else -123.45678 for key in keys}
+    values["leaderboard_musr_murder_mysteries/exact_match,strict-match"] = 0.123456789
     control = {"nll": 0.5, "greedy_accuracy": 1.0}
     return [{"iteration": -1, "nll": 0.1}] + [
-        {"iteration": t, **numbers, "control": control} for t in range(iterations)
+        {"iteration": t, **values, "control": control} for t in range(iterations)
     ]
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 4, 30])
 def test_the_table_is_not_wide_and_holds_everything(iterations):
     rows = full_rows(iterations)
-    text = table.table(rows)
+    text = numbers.summary_table(rows)
     assert max(map(len, text.splitlines())) <= 110
     for t in range(iterations):
         assert text.count(f" {t} ") + text.count(f" {t}\n") >= 1
@@ -425,7 +426,7 @@ def test_the_table_is_not_wide_and_holds_everything(iterations):
 
 def test_the_table_leaves_out_what_nobody_has():
     rows = [{"iteration": -1, "nll": 0.25}, {"iteration": 0, "nll": 0.125, "skipped": 0, "final": True}]
-    assert table.table(rows).splitlines() == [
+    assert numbers.summary_table(rows).splitlines() == [
         "iteration                            start     0 *",
         "──────────────────────────────────  ──────  ──────",
         "held-out answers",
@@ -433,13 +434,13 @@ def test_the_table_leaves_out_what_nobody_has():
         "",
         "* the final model",
     ]
-    assert figures.grid(panels.of_iterations(rows)).startswith(b"\x89PNG")
+    assert drawing.png_grid(charts.over_iterations(rows)).startswith(b"\x89PNG")
 
 
 def test_a_report_of_a_real_run(stopped, tmp_path):
     """The files that a run leaves are those that the report reads."""
     _, folder, _ = stopped
-    report.write([str(folder)], str(tmp_path / "page.html"))
+    page.write([str(folder)], str(tmp_path / "page.html"))
     text = (tmp_path / "page.html").read_text()
     assert "Stopped early: nll has not improved" in text
     for title in ("Right answers", "Training loss", "Lengths, pairs of iteration 1", "SFT loss"):

@@ -2,9 +2,11 @@
 
 import re
 
+import pytest
 from huggingface_hub import RepoCard
 
-from spin_jax import card, config
+from spin_jax import config
+from spin_jax.report import model_card
 from spin_jax.selfplay import fingerprints as identity
 
 FINGERPRINTS = {"data": "90 examples, 0123", "weights": "4567", "code": "89ab"}
@@ -24,15 +26,22 @@ ROWS = [
 ]
 
 
-def facts(kind="iteration", rows=ROWS, license=None, fingerprints=FINGERPRINTS, **sections):
+def facts(
+    kind="iteration",
+    rows=ROWS,
+    license=None,
+    fingerprints=FINGERPRINTS,
+    revisions=("c0ffee", "f00d"),
+    **sections,
+):
     c = {"model": {"path": "owner/base-sft"}, "data": {"path": "owner/sums", "name": "plain"}, **sections}
-    return card.Facts(
+    return model_card.Facts(
         kind=kind,
         iteration=rows[-1]["iteration"],
         config=identity.recorded(config.resolve(c)),
         rows=rows,
-        model_revision="c0ffee",
-        data_revision="f00d",
+        model_revision=revisions[0],
+        data_revision=revisions[1],
         fingerprints=fingerprints,
         versions=VERSIONS,
         commit="abc123",
@@ -47,7 +56,9 @@ def table(text):
 
 
 def test_the_hub_reads_its_head():
-    text = card.card(facts(license={"license": "other", "license_name": "x", "license_link": "LICENSE"}))
+    text = model_card.model_card(
+        facts(license={"license": "other", "license_name": "x", "license_link": "LICENSE"})
+    )
     assert RepoCard(text).data.to_dict() == {
         "base_model": "owner/base-sft",
         "datasets": ["owner/sums"],
@@ -58,14 +69,14 @@ def test_the_hub_reads_its_head():
         "license_name": "x",
         "license_link": "LICENSE",
     }
-    head = RepoCard(card.card(facts(kind="control"))).data.to_dict()
+    head = RepoCard(model_card.model_card(facts(kind="control"))).data.to_dict()
     assert "license" not in head
     assert head["tags"] == ["sft", "fine-tuning", "spin_jax"]
 
 
 def test_an_iteration_tells_its_recipe_and_numbers():
     c = {"loss": {"beta": (0.1, 5.0), "nll_weight": 0.2}, "selfplay": {"iterations": 2}}
-    text = card.card(
+    text = model_card.model_card(
         facts(**c, train={"learning_rate": (5e-7, 1e-7), "clip_norm": 1.0, "epochs": 2, "lora_rank": 8})
     )
     found = table(text)
@@ -83,32 +94,32 @@ def test_an_iteration_tells_its_recipe_and_numbers():
     assert found["nll"] == ["1.25", "1", "0.5"]
     assert found["tasks/gsm8k/exact_match"][0] == "0.5"
     assert found["control/nll"][-1] == "0.75"
-    assert "spin_jax 0.1.0 commit abc123 (sources `89ab`); jax 0.10.2." in text
+    assert "spin_jax 0.1.0, commit abc123 (sources `89ab`); jax 0.10.2." in text
     assert 'from_pretrained("DIRECTORY OF THIS FILE")' in text
     assert "chen2024self" in text
 
 
 def test_start_and_control():
     sft = {"epochs": 2, "control": True, "control_learning_rate": 3e-4}
-    start = card.card(facts("start", ROWS[:1], sft=sft))
+    start = model_card.model_card(facts("start", ROWS[:1], sft=sft))
     assert "after supervised fine-tuning on the human answers" in start
     assert table(start)["length"] == ["2 × the data"]
     assert table(start)["learning rate"][0].startswith("2e-05")
-    control = table(card.card(facts("control", sft=sft)))
+    control = table(model_card.model_card(facts("control", sft=sft)))
     assert control["length"] == ["9 steps, as self-play took"]
     assert control["learning rate"][0].startswith("0.0003")
     new = {"path": None, "architecture": {"model_type": "mistral"}}
-    fresh = card.card(facts("start", ROWS[:1], model=new))
+    fresh = model_card.model_card(facts("start", ROWS[:1], revisions=(None, "f00d"), model=new))
     assert "nothing has been learned" in fresh
     assert "optimizer" not in table(fresh)
     assert "base_model" not in RepoCard(fresh).data.to_dict()
 
 
 def test_a_card_is_pushed_with_its_branch():
-    assert 'from_pretrained("me/mine", revision="iteration_1")' in card.card(
+    assert 'from_pretrained("me/mine", revision="iteration_1")' in model_card.model_card(
         facts(export={"push_to": "me/mine"})
     )
-    start = card.card(facts("start", ROWS[:1], export={"push_to": "me/mine"}))
+    start = model_card.model_card(facts("start", ROWS[:1], export={"push_to": "me/mine"}))
     assert 'spin_jax.load("me/mine", revision="start")' in start
 
 
@@ -119,7 +130,7 @@ def test_times_places_and_secrets_stay_out(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("")
     model, data = {"path": str(tmp_path / "model")}, {"path": str(tmp_path / "rows.jsonl")}
     given = {**FINGERPRINTS, "given pairs 1": "180 pairs, geheimgeheim"}
-    text = card.card(facts(model=model, data=data, fingerprints=given))
+    text = model_card.model_card(facts(model=model, data=data, fingerprints=given, revisions=(None, None)))
     assert table(text)["base"] == ["`model` (4567)"]
     assert table(text)["data"][0].startswith("`rows.jsonl` (90 examples, 0123)")
     assert table(text)["given pairs of iteration 1"] == ["180 pairs, [SOME_TOKEN]"]
@@ -134,7 +145,7 @@ def test_times_places_and_secrets_stay_out(tmp_path, monkeypatch):
 
 def test_the_bases_license_is_taken_over(tmp_path):
     readme = tmp_path / "README.md"
-    assert card.stated_license(readme) == {}
+    assert model_card.stated_license(readme) == {}
     for content, found in (
         ("no head", {}),
         ("---\nlicense: mit\nlanguage: en\n---\n# x", {"license": "mit"}),
@@ -144,4 +155,43 @@ def test_the_bases_license_is_taken_over(tmp_path):
         ("---\nlicense: {\n---\n", {}),
     ):
         readme.write_text(content)
-        assert card.stated_license(readme) == found
+        assert model_card.stated_license(readme) == found
+
+
+def test_what_is_of_the_hub_is_told_by_the_record_alone(tmp_path, monkeypatch):
+    """The current directory says nothing: a folder may have a hub's name, and a local one may be gone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "base-sft").mkdir(parents=True)
+    c = {"data": {"path": "owner/sums,local/sums"}, "selfplay": {"iterations": 2}}
+    several = {**FINGERPRINTS, "data 1": "80 examples, 4567"}
+    revisions = "c0ffee", {"owner/sums": "f00d", "local/sums": None}
+    text = model_card.model_card(facts(**c, fingerprints=several, revisions=revisions))
+    head = RepoCard(text).data.to_dict()
+    assert (head["base_model"], head["datasets"]) == ("owner/base-sft", ["owner/sums"])
+    found = table(text)
+    assert "datasets/owner/sums) at `f00d` (90 examples, 0123)" in found["data"][0]
+    assert found["data of iteration 1"][0].startswith("`sums` (80 examples, 4567)")
+
+
+@pytest.mark.parametrize(
+    ("path", "revisions", "fingerprints", "found"),
+    [
+        (None, None, {}, []),
+        ("org/a", "1f", {"data": "x"}, [("org/a", "1f")]),
+        ("local/a,b", None, {"data": "x"}, [("local/a,b", None)]),  # a comma in a name
+        ("org/a, org/a", "1f", {"data": "x", "data 1": "x"}, [("org/a", "1f")] * 2),
+        ("a, b", {"a": None, "b": None}, {"data": "x", "data 1": "y"}, [("a", None), ("b", None)]),
+    ],
+)
+def test_datasets_and_their_commits(path, revisions, fingerprints, found):
+    assert model_card.dataset_revisions(path, revisions, fingerprints) == found
+
+
+def test_a_number_that_is_not_finite_is_one_in_both_forms():
+    """JSON has null where a number is NaN: a run that reads its summary again writes the same card."""
+    cards = [
+        model_card.model_card(facts("start", [{"iteration": -1, "nll": value, "margin": 0.5}]))
+        for value in (float("nan"), None)
+    ]
+    assert cards[0] == cards[1]
+    assert table(cards[0])["nll"] == ["NaN"]

@@ -1,0 +1,149 @@
+"""Model cards: the README.md of an exported model, as the Hugging Face hub reads it.
+
+A card says nothing of times and places, so that a run that was interrupted writes the same one. Its text is
+in templates/model_card.md; this file computes what the template shows.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path, PurePath
+from typing import Any
+
+from spin_jax import config_values
+from spin_jax.losses import ROLES
+from spin_jax.report.numbers import START, Row, iteration_name
+from spin_jax.runtime import secrets
+
+# Names of a summary's row that are no measurements, that two equal runs may have different values for, or
+# that the recipe tells already.
+_LEFT_OUT = re.compile(r"iteration|beta|pairs|steps|skipped|final|stopped|.*(minutes|seconds|_s)")
+
+Revisions = str | Mapping[str, str | None] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a card tells of an export."""
+
+    kind: str  # start, iteration or control
+    iteration: int  # the last one; −1 of the start
+    config: Mapping[str, Any]  # the run's, as config.json has it
+    rows: Sequence[Row]  # of summary.json, to this iteration
+    model_revision: str | None  # the commit of a base from the hub
+    data_revision: Revisions  # the commit of a dataset from the hub; of several datasets by path
+    fingerprints: Mapping[str, str]
+    versions: Mapping[str, str]
+    commit: str | None  # of the code
+    license: Mapping[str, Any]  # what the base's card says of its license
+
+
+def model_card(facts: Facts) -> str:
+    """The whole README.md."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config, t = facts.config, facts.iteration
+    model, play = config["model"], config["selfplay"]
+    datasets = dataset_revisions(config["data"]["path"], facts.data_revision, facts.fingerprints)
+    on_hub = dict.fromkeys(path for path, revision in datasets if revision)
+    card = ModelCard.from_template(
+        ModelCardData(
+            base_model=model["path"] if facts.model_revision else None,
+            datasets=list(on_hub) or None,
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=[
+                *(["spin", "self-play"] if facts.kind == "iteration" else ["sft"]),
+                "fine-tuning",
+                "spin_jax",
+            ],
+            **facts.license,
+        ),
+        template_str=resources.files("spin_jax.report")
+        .joinpath("templates/model_card.md")
+        .read_text("utf-8"),
+        facts=facts,
+        config=config,
+        model_name=source_name(model["path"], None) if model["path"] else model["architecture"]["model_type"],
+        datasets=[(path, source_name(path, revision), revision) for path, revision in datasets],
+        own_objective=config["selfplay"]["restart"] or config["loss"]["name"] in ROLES,
+        loss=[
+            config["loss"]["name"],
+            f"β {_value(config['loss']['beta'], facts):g}",
+            *config_values.beside_loss(config),
+        ],
+        earlier=range(max(t - play["mix_previous"], play["start"]), t),
+        steps=sum(row.get("steps", 0) for row in facts.rows),
+        epochs=_value(config["train"]["epochs"], facts),
+        learning_rate=_value(config["train"]["learning_rate"], facts),
+        numbers=_numbers_by_name(facts.rows),
+        headings=[_heading(row) for row in facts.rows],
+    )
+    return secrets.redacted(f"{card}\n")
+
+
+def _value(values: Sequence[Any], facts: Facts) -> Any:
+    return config_values.per_iteration(tuple(values), max(facts.iteration, 0))
+
+
+def stated_license(readme: str | Path) -> dict[str, str]:
+    """What the head of a README.md says of its model's license; {} where it says nothing."""
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        head = metadata_load(readme) or {}
+    except Exception:  # there is no file, or its head may be anything
+        return {}
+    values = {key: head.get(key) for key in ("license", "license_name", "license_link")}
+    stated = {key: value for key, value in values.items() if isinstance(value, str)}
+    return stated if "license" in stated else {}
+
+
+# --- where model and data come from --------------------------------------------------------------
+
+
+def dataset_revisions(
+    path: str | None, revisions: Revisions, fingerprints: Mapping[str, str]
+) -> list[tuple[str, str | None]]:
+    """(path, commit) of the dataset for all iterations, or of each iteration's; no commit: it is no hub's.
+
+    It is told from what the run recorded alone: which files are here now says nothing of the run.
+    """
+    several = isinstance(revisions, Mapping) or "data 1" in fingerprints
+    paths = [part.strip() for part in (path or "").split(",")] if several else [path]
+    by_path = revisions if isinstance(revisions, Mapping) else dict.fromkeys(filter(None, paths), revisions)
+    return [(path, by_path.get(path)) for path in paths if path]
+
+
+def source_name(path: str, revision: str | None) -> str:
+    """The hub's name of a model or dataset, or the last part of a local path: where it lay is private.
+
+    A run records the commit of what it takes from the hub, and of nothing else.
+    """
+    return path if revision else PurePath(path).name
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def _heading(row: Row) -> str:
+    return iteration_name(row) if row["iteration"] == START else f"iteration {iteration_name(row)}"
+
+
+def _numbers_by_name(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """{name in summary.json: its value in each row, "" where the row has none}."""
+    columns = [dict(_measurements(row)) for row in rows]
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {name: [column.get(name, "") for column in columns] for name in names}
+
+
+def _measurements(row: Row, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _measurements(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float | None) and not _LEFT_OUT.fullmatch(key):
+            finite = value is not None and math.isfinite(value)  # JSON has null where a number is not
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            yield f"{prefix}{key}", text if finite else "NaN"
