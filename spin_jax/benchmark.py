@@ -39,10 +39,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from spin_jax import config as config_lib
-from spin_jax.cli import fail, parse, set_up_jax
+from spin_jax.cli import fail, parse, read_config, set_up_jax
 from spin_jax.data import sources
 from spin_jax.data.examples import load_examples
 from spin_jax.data.pairs import load_pairs
@@ -60,7 +60,7 @@ from spin_jax.training.log_probs import score_groups
 from spin_jax.training.packing import Group, RowShape, group_sizes, pair_group
 from spin_jax.training.step import init_state, make_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
+flags.DEFINE_string("config", None, "Config file; --config.key=value changes a key of it.")
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory; without it, random weights.")
 _PAIRS = flags.DEFINE_string("pairs", None, "Pairs to score and train on: JSONL or parquet.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "Rows whose prompts are answered.")
@@ -306,7 +306,7 @@ def _count_compilation() -> list[float]:
 
 def resolved_config() -> Any:
     """The config that the flags ask for."""
-    c = _CONFIG.value
+    c = read_config()
     if c is None and not _MODEL.value:
         raise ValueError("--config or --model is needed; see --help")
     if c is None:

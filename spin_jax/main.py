@@ -31,14 +31,13 @@ import sys
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from spin_jax import config as config_lib
-from spin_jax.cli import fail, failed, parse, set_up_jax
+from spin_jax.cli import fail, failed, parse, read_config, set_up_jax
 from spin_jax.runtime import secrets
 from spin_jax.runtime.interrupts import Interrupts, say
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
+flags.DEFINE_string("config", None, "Config file; --config.key=value changes a key of it.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; the same one continues it.")
 _ONLY = flags.DEFINE_enum("only", None, ["sample", "score", "train"], "Run one phase of the next iteration.")
 _CHECK = flags.DEFINE_bool("check", False, "Check config, data, tokenizer and model files, and end.")
@@ -46,9 +45,10 @@ _CHECK = flags.DEFINE_bool("check", False, "Check config, data, tokenizer and mo
 
 def read_flags() -> tuple[Any, str | None]:
     """The config and the workdir that the flags ask for."""
-    if _CONFIG.value is None or (_WORKDIR.value is None and not _CHECK.value):
+    config = read_config()
+    if config is None or (_WORKDIR.value is None and not _CHECK.value):
         raise ValueError("--config and --workdir are needed; see --help")
-    return config_lib.resolve(_CONFIG.value), _WORKDIR.value
+    return config_lib.resolve(config), _WORKDIR.value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,9 +30,8 @@ from typing import Any
 
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
-from spin_jax.cli import fail, parse
+from spin_jax.cli import config_overrides, fail, parse
 from spin_jax.storage import files
 
 Numbers = dict[str, float]
@@ -95,19 +94,18 @@ def read_flags() -> tuple[str, list[str], list[int], epath.Path, list[str]]:
         seeds = [int(seed) for seed in given.seeds]
     except ValueError:
         raise ValueError(f"--seeds={','.join(given.seeds)}: whole numbers, as 0,1,2") from None
-    file = config_flags.get_config_filename(given["config"])
-    return file, given.variants, seeds, epath.Path(given.workdir), given.numbers
+    return given.config, given.variants, seeds, epath.Path(given.workdir), given.numbers
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     argv = sys.argv if argv is None else argv
-    config_flags.DEFINE_config_file("config", None, "Config file.")  # here: importers have other flags
+    # Defined here, and not above: who imports this module has other flags.
+    flags.DEFINE_string("config", None, "Config file; --config.key=value changes a key of it.")
     flags.DEFINE_string("workdir", None, "Where the runs are kept.")
     flags.DEFINE_list("variants", [], "Of the config file.")
     flags.DEFINE_list("seeds", ["0"], "Of each variant.")
     flags.DEFINE_list("numbers", ["sampled_accuracy", "greedy_accuracy", "nll"], "Of summary.json.")
-    overrides = [argument for argument in argv[1:] if argument.lstrip("-").startswith("config.")]
     try:
         config, variants, seeds, workdir, numbers = parse(argv, read_flags)
     except ValueError as error:
@@ -116,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     for number, (seed, variant) in enumerate((s, v) for s in seeds for v in variants):
         folder = workdir / variant / f"seed_{seed}"
         print(f"\n=== {number + 1} of {len(seeds) * len(variants)}: {variant}, seed {seed}\n", flush=True)
-        if code := run(config, variant, seed, folder, overrides):
+        if code := run(config, variant, seed, folder, config_overrides()):
             return fail(f"{variant}, seed {seed}, ended with {code}; the same command goes on", code)
         runs.append(
             (variant, seed, outcome(json.loads((folder / "summary.json").read_text()), variant, numbers))

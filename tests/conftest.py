@@ -21,38 +21,12 @@ import json
 
 import jax
 import pytest
+from architectures import SMALL
 from runs import SHARED
 
 from spin_jax import tiny
 from spin_jax.models import loading
 from spin_jax.runtime import sharding
-
-# Far from the libraries' defaults, so that a constant which is not read from config.json shows.
-SMALL = {
-    "vocab_size": 272,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-3,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,  # logits that are not all alike
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-
 
 # Files that take minutes come first, so that no worker is left alone with one at the end.
 _SLOW = ("algorithm", "kill", "families", "held_out", "durable", "hosts", "lora", "harness", "config")

@@ -15,7 +15,8 @@ import pytest
 from runs import ROOT
 
 from spin_jax import config as config_lib
-from spin_jax import errors, heldout, tiny
+from spin_jax import errors, tiny
+from spin_jax.evaluate import verifiers
 from spin_jax.models import loading
 from spin_jax.runtime import user_code
 from spin_jax.selfplay import from_config, inputs
@@ -66,7 +67,7 @@ COMMANDS = [
     ([TINY, "--config.train.eps=small"], "config.train.eps=small: a number is wanted"),
     ([TINY, "--config.loss.beta=x"], "loss.beta=('x',): a number is wanted, or several"),
     ([TINY, "--config.loss.beta=(1,'a')"], "loss.beta=(1, 'a'): a number is wanted, or several"),
-    ([TINY, "--config.sft=3"], "config.sft is a section, and got '3'"),
+    ([TINY, "--config.sft=3"], "config.sft is a section, and got 3"),
     (
         [TINY, "--config.model.architecture.hidden_sise=3"],
         "did you mean config.model.architecture.hidden_size?",
@@ -76,7 +77,9 @@ COMMANDS = [
     ([TINY, "--config.train.eps=nan"], "train.eps=nan: at least 1e-37"),
     ([TINY, "--config.train.batch_size", "x"], "config.train.batch_size=x: a whole number is wanted"),
     (["--config"], "no config file --workdir="),
-    (["--config.seed=3", TINY], "before a value for --config"),
+    ([TINY, "--config.loss.betta=1"], "config has no key loss.betta; did you mean loss.beta?"),
+    ([TINY, "--config.seed.x=1"], "seed={'x': 1}: a whole number is wanted"),
+    (["--config.seed=abc", TINY], "config.seed=abc: a whole number is wanted"),
 ]
 # Runs each list of arguments in a process of its own, forked where nothing but the imports has happened.
 DRIVER = """
@@ -256,7 +259,7 @@ def test_functions_that_are_none(text, message, tmp_path, monkeypatch):
         (tmp_path / "user_functions.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "user_functions", raising=False)
-    for find in (custom_loss.find, heldout.find_verifier):
+    for find in (custom_loss.find, verifiers.find_verifier):
         with pytest.raises(ValueError, match=message):
             find("user_functions:f")
 
@@ -386,7 +389,7 @@ def open_config(config):
     c = config_lib.resolve(config)
     custom_loss.check(c.loss)
     if c.eval.verifier:
-        heldout.find_verifier(c.eval.verifier)
+        verifiers.find_verifier(c.eval.verifier)
     model, _, _ = inputs.open_model(c)
     from_config.check_mesh(c, model)
     inputs.make_chat(c, model)

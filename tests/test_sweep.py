@@ -103,11 +103,34 @@ def test_sigterm_is_handed_on(tmp_path):
         (["--variants=a"], "--config, --variants and --workdir are needed"),
         (["--config=configs/tiny.py", "--variants=a", "--seeds=x"], "--seeds=x: whole numbers"),
         (
-            ["--config=configs/tiny.py", "--variants=a", "--config.loss.betta=1"],
-            "did you mean config.loss.beta",
+            ["--config=configs/tiny.py", "--variants=smoke", "--config.loss.betta=1"],
+            "did you mean loss.beta",
         ),
         (["--config=configs/tiny.py", "--varaints=a"], "did you mean --variants"),
     ],
 )
 def test_flags(arguments, message, tmp_path):
     assert message in swept(tmp_path, *arguments, expect=2).stderr
+
+
+# Starts no run, and prints what would be started; in a process of its own, as modules define the same flags.
+PRINT_RUN = "from spin_jax import sweep; sweep.run = lambda *run: print(*run) or 7; sweep.main()"
+
+
+def test_config_flags_are_handed_on(tmp_path):
+    """With `=` or a space, and switches with neither."""
+    keys = [
+        "--config.loss.beta",
+        "0.5",
+        "-config.sft.epochs=2",
+        "--config.official",
+        "--noconfig.logging.plot",
+    ]
+    others = ["--config", "FILE", "--variants=a", f"--workdir={tmp_path}"]
+    command = [sys.executable, "-c", PRINT_RUN, *keys, *others]
+    done = subprocess.run(
+        command, cwd=ROOT, env=Command().environment(), capture_output=True, text=True, timeout=60
+    )
+    keys = ["loss.beta=0.5", "sft.epochs=2", "official=True", "logging.plot=False"]
+    handed_on = [f"--config.{key}" for key in keys]
+    assert done.stdout.splitlines()[-1] == f"FILE a 0 {tmp_path / 'a' / 'seed_0'} {handed_on}", done.stderr

@@ -36,11 +36,10 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from spin_jax import config as config_lib
 from spin_jax import config_values
-from spin_jax.cli import fail, parse, set_compiler_flags
+from spin_jax.cli import fail, parse, read_config, set_compiler_flags
 from spin_jax.errors import CompilerFailed
 from spin_jax.models import cost
 from spin_jax.plan import machine
@@ -52,7 +51,7 @@ from spin_jax.runtime.console import compact
 from spin_jax.selfplay import from_config
 from spin_jax.training.optimizer import MOMENTS
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with overrides of its keys.")
+flags.DEFINE_string("config", None, "Config file; --config.key=value changes a key of it.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:8x8, v5p:2x2x2 …; GPUs: h200:1, h100:8 …")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object in place of the table.")
 _PAIRS = flags.DEFINE_integer("pairs", None, "Pairs of an iteration; unset: data.limit.", lower_bound=1)
@@ -204,9 +203,9 @@ def _unit_of_traffic(name: str) -> str:
 
 def read_flags() -> tuple[Any, str, int]:
     """(config, topology, pairs) that the flags ask for."""
-    if _CONFIG.value is None or _TOPOLOGY.value is None:
+    config = read_config()
+    if config is None or _TOPOLOGY.value is None:
         raise ValueError("--config and --topology are needed; see --help")
-    config = _CONFIG.value
     config.data.path = config.data.path or "planned"
     config = config_lib.resolve(config)
     pairs = _PAIRS.value or (config.data.limit or 50_000) * config.selfplay.samples

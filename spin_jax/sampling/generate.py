@@ -41,11 +41,21 @@ def generate(
 
     Returns:
         the answers' text, without special tokens.
+
+    Raises:
+        ValueError: a prompt and `max_new_tokens` take more positions than the model has.
     """
     chat = Chat(model.tokenizer, model.stop_tokens)
     prompts = [chat.encode_prompt(messages) for messages in conversations]
     if not prompts:
         return []
+    longest, positions = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + max_new_tokens > positions:
+        fits = f"max_new_tokens={positions - longest} fits" if longest < positions else "it is too long"
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, which with max_new_tokens={max_new_tokens} is more "
+            f"than the model's {positions} positions (max_position_embeddings): {fits}"
+        )
     kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
     answers = answer_prompts(
         Decoder(model.config, dtype=model.dtype, kernel=kernel),

@@ -203,9 +203,9 @@ def row_shape(
     """The micro-batches of a section, `train` or `sft`, for groups of these sizes."""
     return batch_shape.row_shape(
         model,
-        kernel(config, model),
         expected,
         largest,
+        kernel=kernel(config, model),
         batch_size=section.batch_size,
         tokens_per_device=section.tokens_per_device,
         row_length=section.row_length,

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from spin_jax import config_values, heldout
+from spin_jax import config_values
 from spin_jax.data import parquet
 from spin_jax.data.records import Ids
+from spin_jax.evaluate import measures, verifiers
 from spin_jax.models.architecture import Params
 from spin_jax.runtime.sharding import free
 from spin_jax.sampling.next_token import Sampling
@@ -83,7 +84,7 @@ class Evaluation:
         if not run.held_out:
             return {}
         row: Row = {
-            "nll": heldout.nll(
+            "nll": measures.nll(
                 run.decoder,
                 params,
                 run.held_out,
@@ -97,12 +98,12 @@ class Evaluation:
             greedy = self._answer_held_out(params, run.sampling(temperature=0.0), 1)
             row["greedy_accuracy"] = self._share_right(greedy)
             row["sampled_accuracy"] = self._share_right(drawn)
-        return row | heldout.responses(run.chat, run.held_out, drawn)
+        return row | measures.response_statistics(run.chat, run.held_out, drawn)
 
     def _share_right(self, answers: Sequence[Ids]) -> float:
         run = self._run
         assert run.verifier is not None
-        return heldout.share_right(
+        return verifiers.share_correct(
             run.verifier, run.held_out, [run.chat.decode(answer) for answer in answers]
         )
 
@@ -112,7 +113,7 @@ class Evaluation:
         names = config_values.task_names(c)
         if not names:
             return {}
-        from spin_jax import harness  # it needs lm_eval, which is optional
+        from spin_jax.evaluate import harness  # it needs lm_eval, which is optional
 
         path, limit = folder / "tasks.json", c.eval.tasks_limit
         done = files.read_agreed(path)
@@ -147,7 +148,7 @@ class Evaluation:
         first = self._run.config.selfplay.start
         opponent = self._logps(before(t), drawn)
         start = opponent if t == first else self._logps(before(first), drawn)
-        return {"kl_opponent": heldout.kl(own, opponent), "kl_start": heldout.kl(own, start)}
+        return {"kl_opponent": measures.kl(own, opponent), "kl_start": measures.kl(own, start)}
 
     def _logps(self, params: Params, drawn: Sequence[Ids]) -> np.ndarray:
         """A model's log-probs of answers to the held-out prompts, float32 [drawn].

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spin_jax import config_values, heldout
+from spin_jax import config_values
 from spin_jax.config import Config
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
@@ -17,6 +17,7 @@ from spin_jax.data.examples import load_examples, split_held_out
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Example, Lengths, Pair, asked
+from spin_jax.evaluate import verifiers
 from spin_jax.models import loading, tokenizers, weight_files
 from spin_jax.models.architecture import Model, Params
 from spin_jax.models.params import init_params
@@ -35,7 +36,7 @@ class Inputs(NamedTuple):
     chat: Chat
     given: dict[int, list[Pair]]
     judge: Judge | None
-    verifier: heldout.Verifier | None
+    verifier: verifiers.Verifier | None
     rows: dict[str, Any]  # datasets by path; none where the given pairs are the data
     data_revision: str | dict[str, str | None] | None
     start: str  # a digest of the weights that it starts from
@@ -45,7 +46,7 @@ class Inputs(NamedTuple):
 def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
     custom_loss.check(config.loss)
     judge, name = judging.judge(config), config.eval.verifier
-    verifier = heldout.find_verifier(name) if name else None
+    verifier = verifiers.find_verifier(name) if name else None
     model, initial_params, start = open_model(config, _model_began_with(config, began))
     from_config.check_mesh(config, model)
     custom_loss.check(config.loss, model.mesh)

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from spin_jax import heldout
 from spin_jax.data.records import Message, Pair
 from spin_jax.errors import JudgeFailed
+from spin_jax.evaluate import verifiers
 from spin_jax.runtime import processes
 from spin_jax.runtime.user_code import import_function
 
@@ -26,7 +26,7 @@ def judge(config: Any) -> Judge | None:
         return import_function(config.selfplay.scorer)
     if config.selfplay.rows == "all":
         return None
-    verifier = heldout.find_verifier(config.eval.verifier)
+    verifier = verifiers.find_verifier(config.eval.verifier)
 
     def verdicts(messages: list[Message], answers: list[str]) -> list[float]:
         return [float(bool(verifier(messages[-1]["content"], answer))) for answer in answers]

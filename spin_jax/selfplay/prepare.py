@@ -9,13 +9,14 @@ from typing import Any
 
 from etils import epath
 
-from spin_jax import config_values, heldout
+from spin_jax import config_values
 from spin_jax.config import Config
 from spin_jax.data.records import Pair, asked
 from spin_jax.models import lora
 from spin_jax.models.architecture import Model
 from spin_jax.runtime import processes
 from spin_jax.selfplay import fingerprints, from_config
+from spin_jax.selfplay.best import DIRECTIONS
 from spin_jax.selfplay.inputs import agreed_inputs, datasets_of, distinct, held_out_of, read_inputs, without
 from spin_jax.selfplay.prepared import Prepared
 from spin_jax.storage import files, hub
@@ -81,12 +82,16 @@ def _check_tasks(config: Config, model: Model | None = None) -> None:
     tasks, include_path = config_values.task_names(config), config.eval.include_path
     if not tasks:
         return
-    from spin_jax import harness  # it needs lm_eval, which is optional
+    from spin_jax.evaluate.tasks import (  # it needs lm_eval, which is optional
+        check_model,
+        check_tasks,
+        load_tasks,
+    )
 
     if model is None:
-        harness.check_tasks(tasks, include_path)
+        check_tasks(tasks, include_path)
     else:
-        harness.check_asked(harness.load_tasks(tasks, include_path=include_path), model)
+        check_model(load_tasks(tasks, include_path=include_path), model)
 
 
 def _check_options(prepared: Prepared) -> None:
@@ -96,7 +101,7 @@ def _check_options(prepared: Prepared) -> None:
     best = prepared.config.checkpoint.best
     if best in ("greedy_accuracy", "sampled_accuracy") and not prepared.config.eval.verifier:
         raise ValueError(f"checkpoint.best={best!r} needs eval.verifier")
-    if best in heldout.BETTER and not prepared.held_out:
+    if best in DIRECTIONS and not prepared.held_out:
         raise ValueError(f"checkpoint.best={best!r} needs held-out rows: there are none")
     _ = prepared.better
     if prepared.config.export.push_to:

@@ -8,14 +8,15 @@ from typing import Any
 import jax
 from etils import epath
 
-from spin_jax import config_values, heldout
+from spin_jax import config_values
 from spin_jax.config import Config
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import Example, Pair
+from spin_jax.evaluate import verifiers
 from spin_jax.models.architecture import Model, Params
 from spin_jax.models.decoder import Decoder
 from spin_jax.sampling.next_token import Sampling
-from spin_jax.selfplay import fingerprints, from_config
+from spin_jax.selfplay import best, fingerprints, from_config
 from spin_jax.selfplay.judge import Judge
 from spin_jax.training import custom_loss
 from spin_jax.training.optimizer import Optimization
@@ -34,7 +35,7 @@ class Prepared:
     datasets: list[list[Example]]  # to train on: one for all iterations, or one each
     held_out: list[Example]  # of the first
     judge: Judge | None  # of sampled answers
-    verifier: heldout.Verifier | None  # of held-out ones
+    verifier: verifiers.Verifier | None  # of held-out ones
     given: dict[int, list[Pair]]  # pairs from the config, by iteration
     pair_shape: RowShape  # of micro-batches, the same for all iterations
     example_shape: RowShape
@@ -74,7 +75,7 @@ class Prepared:
         c = self.config
         if not c.checkpoint.best:
             return 0
-        return heldout.direction(c.checkpoint.best, config_values.task_names(c), c.eval.include_path)
+        return best.direction(c.checkpoint.best, config_values.task_names(c), c.eval.include_path)
 
     def examples(self, t: int) -> list[Example]:
         """What iteration t trains on; the start trains on the first dataset.

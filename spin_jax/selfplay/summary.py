@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from spin_jax import heldout
 from spin_jax.report import charts, drawing, numbers
 from spin_jax.runtime import processes
+from spin_jax.selfplay.best import best_row
 from spin_jax.selfplay.prepared import Prepared
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics
@@ -50,7 +50,7 @@ class Summary:
 
         The start is none of them, better or not: what self-play hands on is a model that self-play made.
         """
-        return heldout.best(self.made, self._run.config.checkpoint.best, self._run.better)
+        return best_row(self.made, self._run.config.checkpoint.best, self._run.better)
 
     def stops_early(self) -> str:
         """Why no iteration is begun that is not done yet; "" where there is nothing against it.
@@ -59,7 +59,7 @@ class Summary:
         It is told from summary.json alone, so that a run that is started again comes to the same.
         """
         c, patience = self._run.config.checkpoint, self._run.config.selfplay.patience
-        best = heldout.best(self.rows, c.best, self._run.better) if patience else None
+        best = best_row(self.rows, c.best, self._run.better) if patience else None
         if best is None or all(map(self.row, self._run.iterations)):
             return ""
         since = [row for row in self.rows if row["iteration"] > best["iteration"] and c.best in row]

@@ -17,15 +17,19 @@ _TRIALS = 16, 512  # steps packed for every length tried, and groups: whichever 
 
 def row_shape(
     model: Model,
-    kernel: str,
     expected: np.ndarray,
     largest: np.ndarray,
     *,
+    kernel: str,
     batch_size: int,
     tokens_per_device: int,
-    row_length: int | None,
+    row_length: int | None = None,
 ) -> RowShape:
-    """`choose_shape` with what attention by this kernel, and a micro-batch, cost on the model's devices."""
+    """`choose_shape` with what attention and a micro-batch cost on the model's devices.
+
+    Args:
+        kernel: how attention is computed: plain, splash or flash.
+    """
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     return choose_shape(
         expected,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LLAMA3
+from architectures import LLAMA3
 from jax.sharding import NamedSharding, PartitionSpec
 
 import spin_jax

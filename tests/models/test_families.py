@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LLAMA3
+from architectures import LLAMA3
 
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import families, loading, saving

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 
-import conftest
+import architectures
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from spin_jax.storage import files
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
-LLAMA3 = {**conftest.LLAMA3, "original_max_position_embeddings": 64}
+LLAMA3 = {**architectures.LLAMA3, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},

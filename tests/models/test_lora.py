@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from conftest import SMALL
+from architectures import SMALL
 
 import spin_jax
 from spin_jax import config, tiny

@@ -823,3 +823,13 @@ def test_eight_devices_answer_as_one(stored, used, sampling, chosen, small):
 def test_eight_devices_answer_as_one_by_the_kernels_of_gpus(small):
     mesh = sharding.make_mesh(2, 2, 2)
     assert sampled(small, SHORT, mesh=mesh, slots=8, kernel="flash") == expected_of(small, SHORT)
+
+
+def test_generate_refuses_more_positions_than_the_model_has(talker):
+    """Before anything is compiled, and says what fits."""
+    positions = talker.config.max_position_embeddings
+    with pytest.raises(ValueError, match=r"max_new_tokens=\d+ fits"):
+        spin_jax.generate(talker, asked(QUESTIONS), max_new_tokens=positions)
+    question = [[{"role": "user", "content": "1" * positions}]]
+    with pytest.raises(ValueError, match="it is too long"):
+        spin_jax.generate(talker, question, max_new_tokens=1)

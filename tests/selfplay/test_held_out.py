@@ -13,9 +13,11 @@ import pytest
 from runs import ROOT, weights
 
 import spin_jax
-from spin_jax import config, errors, heldout
+from spin_jax import config, errors
+from spin_jax.evaluate import measures
 from spin_jax.report import charts, drawing, numbers, page
 from spin_jax.selfplay import held_out
+from spin_jax.selfplay.best import best_row, direction
 from spin_jax.tiny import problems
 
 
@@ -141,7 +143,7 @@ def test_kl_is_unbiased_and_less_noisy_than_the_estimator_it_is_not():
     exact = np.sum(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
     ones = rng.random((4000, 40)) < p
     own, other = (np.where(ones, np.log(x), np.log(1 - x)).sum(1).astype(np.float32) for x in (p, q))
-    assert heldout.kl(own, other) == pytest.approx(exact, abs=float((own - other).std()) / 10)
+    assert measures.kl(own, other) == pytest.approx(exact, abs=float((own - other).std()) / 10)
     k3 = np.exp(other - own) - 1 - (other - own)
     assert (own - other).std() < k3.std()
 
@@ -271,14 +273,14 @@ def test_best_knows_directions_ties_and_what_is_no_number():
         {"iteration": t, "nll": x, "t/acc": y} for t, x, y in ((0, 0.3, 0.1), (1, 0.2, 0.5), (2, 0.2, 0.5))
     ]
     rows += [{"iteration": 3, "nll": float("nan"), "t/acc": None}, {"iteration": 4}]
-    assert heldout.best(rows, "nll", heldout.direction("nll", ()))["iteration"] == 1
-    assert heldout.best(rows, "t/acc", 1)["iteration"] == 1
-    assert heldout.best(rows, "t/acc", -1)["iteration"] == 0
-    assert heldout.best(rows, "margin", 1) is None
+    assert best_row(rows, "nll", direction("nll", ()))["iteration"] == 1
+    assert best_row(rows, "t/acc", 1)["iteration"] == 1
+    assert best_row(rows, "t/acc", -1)["iteration"] == 0
+    assert best_row(rows, "margin", 1) is None
     with pytest.raises(ValueError, match=r"checkpoint\.best='kl_start': choose from nll, loss, .*identical$"):
-        heldout.direction("kl_start", ())
+        direction("kl_start", ())
     with pytest.raises(ValueError, match=r"or a number of gsm8k, arc: task/metric$"):
-        heldout.direction("acc", ["gsm8k", "arc"])
+        direction("acc", ["gsm8k", "arc"])
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_settings_that_make_no_sense_are_refused(sections, message):
 @pytest.fixture(scope="module")
 def task_files(tmp_path_factory):
     """A directory of two tasks of lm-evaluation-harness: sums, and half as many."""
-    pytest.importorskip("spin_jax.harness", exc_type=ImportError)
+    pytest.importorskip("spin_jax.evaluate.harness", exc_type=ImportError)
     folder = tmp_path_factory.mktemp("tasks")
     for name, count in (("sums", 8), ("few_sums", 4)):
         data = folder / f"{name}.jsonl"
@@ -348,7 +350,7 @@ def test_the_best_by_a_task_is_the_final_model(task_files, tmp_path, capfd):
 
 def test_a_task_that_is_done_is_not_run_again(task_files, finished, tmp_path, monkeypatch):
     """An interruption costs one task; another limit asks again."""
-    from spin_jax import harness
+    from spin_jax.evaluate import harness
 
     asked = []
 
@@ -393,9 +395,9 @@ def test_tasks_and_their_numbers_are_checked_before_anything_is_compiled(
 
 
 def test_a_task_says_what_is_better(task_files):
-    assert heldout.direction("sums/perplexity", ["sums"], task_files) == -1
-    assert heldout.direction("sums/acc", ["few_sums", "sums"], task_files) == 1
-    assert heldout.direction("sums/acc/some-filter", ["sums"], task_files) == 1
+    assert direction("sums/perplexity", ["sums"], task_files) == -1
+    assert direction("sums/acc", ["few_sums", "sums"], task_files) == 1
+    assert direction("sums/acc/some-filter", ["sums"], task_files) == 1
 
 
 # --- the table -----------------------------------------------------------------------------------

@@ -11,9 +11,6 @@ from runs import FAST_COMPILATION, ROOT
 
 pytest.importorskip("lm_eval")
 
-import spin_jax
-from spin_jax import questions
-
 TASK = """
 task: {name}
 dataset_path: json
@@ -33,11 +30,6 @@ doc_to_target: 0
 doc_to_choice: ["{{answer}}", "none"]
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
-PAIR = """
-group: both
-task: [sums, choices]
-aggregate_metric_list: [{metric: acc, weight_by_size: true}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +47,9 @@ def evaluate(tmp_path_factory):
     """evaluate(*flags, expect=0) → (stdout, stderr)."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def run(*flags, expect=0, program=("-m", "spin_jax.evaluate")):
+    def run(*flags, expect=0):
         environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": FAST_COMPILATION}
-        command = [sys.executable, *program, *flags]
+        command = [sys.executable, "-m", "spin_jax.evaluate", *flags]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == expect, done.stdout + done.stderr
         return done.stdout, done.stderr
@@ -82,28 +74,23 @@ def test_tasks(evaluate, tiny_dir, tasks, tmp_path):
     assert report["num_fewshot"] == {"sums": 2, "choices": 2}
     assert (report["limit"], report["dtype"]) == (5, "float32")
     assert report["versions"].keys() == {"spin_jax", "jax", "lm_eval", "transformers"}
-    head, first, second = (line.split() for line in said.splitlines())
-    assert head == ["task", "few-shot", "metric", "value", "±", "stderr"]
-    assert first[:3] == ["sums", "2", "exact_match"]
-    assert second[:3] == ["choices", "2", "acc"]
-    assert float(second[3]) == pytest.approx(report["metrics"]["choices/acc"], abs=1e-4)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()]
+    assert rows[0] == ["Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr"]
+    cells = {row[0]: row for row in rows[2:]}
+    assert cells.keys() == {"sums", "choices"}
+    assert cells["sums"][3:6] == ["2", "exact_match", "↑"]
+    for row, name in ((cells["sums"], "sums/exact_match"), (cells["choices"], "choices/acc")):
+        assert float(row[6]) == pytest.approx(report["metrics"][name], abs=1e-4)
+        assert float(row[8]) == pytest.approx(report["stderr"][name], abs=1e-4)
 
 
-QUESTIONS = [
-    {"question_id": 111, "category": "math", "turns": ["2+2?", "And 3+3?"], "reference": ["4", "6"]},
-    {"question_id": 7, "category": "math", "turns": ["x" * 300]},
-    {"question_id": "one", "category": "other", "turns": ["Write."]},
-]
-
-
-@pytest.fixture
-def question_file(tmp_path):
-    path = tmp_path / "question.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    return str(path)
-
-
-def test_questions(evaluate, tiny_dir, question_file, tmp_path):
+def test_questions(evaluate, tiny_dir, tmp_path):
+    question_file = tmp_path / "question.jsonl"
+    questions = [
+        {"question_id": 111, "category": "math", "turns": ["2+2?", "And 3+3?"], "reference": ["4", "6"]},
+        {"question_id": 7, "category": "math", "turns": ["Hi"]},
+    ]
+    question_file.write_text("".join(json.dumps(row) + "\n" for row in questions))
     output = tmp_path / "model_answer" / "tiny-spin.jsonl"
     said, _ = evaluate(
         f"--model={tiny_dir}",
@@ -121,21 +108,6 @@ def test_questions(evaluate, tiny_dir, question_file, tmp_path):
     assert "answers of tiny-spin to 1 questions" in said
 
 
-def test_both_turns_are_asked_in_the_chat_format(tiny_model, question_file, capsys):
-    read = questions.read(question_file)
-    assert [question.temperature for question in read] == [0.0, 0.0, 0.7]
-    first, other = (questions.answers(tiny_model, read, "me", max_new_tokens=9, seed=seed) for seed in (0, 1))
-    said, long, drawn = (row["choices"][0]["turns"] for row in first)
-    assert other[0]["choices"][0]["turns"] == said  # mathematics is greedy
-    assert other[2]["choices"][0]["turns"] != drawn
-    asked = [{"role": "user", "content": "2+2?"}]
-    again = [*asked, {"role": "assistant", "content": said[0]}, {"role": "user", "content": "And 3+3?"}]
-    expected = [spin_jax.generate(tiny_model, [chat], max_new_tokens=9)[0] for chat in (asked, again)]
-    assert [text.strip() for text in expected] == said
-    assert long == [""]  # the model takes 256 tokens
-    assert "question 7, turn 1: no room" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -144,7 +116,7 @@ def test_both_turns_are_asked_in_the_chat_format(tiny_model, question_file, caps
         (["--model=MODEL", "--task=sums"], "tasks"),  # did you mean
         (["--model=MODEL", "--tasks=sums", "--limit=0"], "limit"),
         (["--model=MODEL", "--questions=q.jsonl"], "needs --output"),
-        (["--model=MODEL", "--tasks=leaderboard_v1", "--num_fewshot=3"], "leaderboard_v1 says how it asks"),
+        (["--model=MODEL", "--tasks=leaderboard_v1", "--num_fewshot=3"], "leaderboard_v1 goes with neither"),
         (["--model=/nowhere", "--tasks=sums"], "/nowhere"),
         (["--model=MODEL", "--tasks=sums", "--include_path=/nowhere"], "no such directory"),
         (["--model=MODEL", "--tasks=sums", "--output=HERE"], "is a directory"),
@@ -186,17 +158,3 @@ def test_ctrl_c(tiny_dir, tasks, tmp_path):
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert not output.exists()
-
-
-def test_the_leaderboard(evaluate):
-    """The paper's averages from its six numbers, and ours below."""
-    program = """
-from spin_jax.evaluate import COLUMNS, leaderboard
-print(leaderboard({f"{task}/{COLUMNS[task].metric}": n / 10 for n, task in enumerate(COLUMNS)}, "us"))
-"""
-    said, _ = evaluate(program=["-c", program])
-    lines = said.splitlines()
-    assert lines[0].startswith("| | ARC | TruthfulQA | Winogrande | GSM8K | HellaSwag | MMLU | average |")
-    assert lines[-1] == "| us | 0.00 | 10.00 | 20.00 | 30.00 | 40.00 | 50.00 | 25.00 |"
-    averages = [line.split("|")[-2].strip() for line in lines[2:-1]]
-    assert averages == ["58.14", "61.31", "60.80", "62.12", "62.97", "63.16"]

@@ -1,0 +1,431 @@
+"""lm-evaluation-harness on a model in memory: its requests, answered by our programs on the model's mesh.
+
+    tasks.check_tasks(["gsm8k"])
+    harness.run_tasks(model, ["gsm8k"], limit=100)  # {"gsm8k/exact_match/strict-match": 0.37, …}
+
+The model gets the same tokens as from the harness's own `hf` backend: special tokens, the space between
+context and continuation, left truncation and stop strings agree. The computation is our own: a context is
+read once for all its continuations, several requests share a row, and as soon as a generated answer ends,
+the next one takes its place.
+
+Importing this module raises `tasks.Missing` where lm_eval is not installed.
+Axes: N rows, R response tokens, A answers.
+"""
+
+# It comes first because it says how to install lm_eval where that is missing.
+from spin_jax.evaluate.tasks import GenerationOptions, Tasks, check_model, flat_metrics, load_tasks
+
+# isort: split
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+from unittest import mock
+
+import jax
+import lm_eval.api.task
+import numpy as np
+from lm_eval import evaluator
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from spin_jax.data.chat_template import Template
+from spin_jax.data.records import Ids
+from spin_jax.errors import BadRow
+from spin_jax.evaluate.request_groups import classes_by_size, group_by_context
+from spin_jax.models.architecture import Model
+from spin_jax.models.decoder import Decoder
+from spin_jax.runtime import processes, sharding
+from spin_jax.runtime.console import progress
+from spin_jax.runtime.sharding import bucket
+from spin_jax.sampling.generate import BATCH_SIZE, answer, counting
+from spin_jax.sampling.next_token import Sampling, prompt_keys
+from spin_jax.training.batch_shape import row_shape
+from spin_jax.training.log_probs import score_tokens
+from spin_jax.training.packing import Group, Rows, RowShape, group_sizes, packed
+
+_TOKENS = 256  # tokens that are scored at a time for each answer that would be in progress at a time
+_GROUPS_IN_MEMORY = 4096  # groups that are packed together
+_SHAPE_SAMPLE = 256  # groups that the shape of rows is chosen by
+
+
+def evaluate(
+    model: Model,
+    tasks: Tasks,
+    *,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    stderr: bool = False,
+    should_stop: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Evaluates a model on tasks.
+
+    Args:
+        model: with weights.
+        tasks: from `load_tasks`.
+        limit: evaluates the first so many questions of each task only.
+        apply_chat_template: asks in the model's chat format, with few-shot examples as turns.
+        batch_size: answers in progress at a time for each copy of the weights; where requests are only
+            scored, a device takes 256 tokens in place of each answer.
+        seed: of the random numbers, where a task samples its answers.
+        stderr: also estimates standard errors.
+        should_stop: is called between batches, and may raise to stop.
+
+    Returns:
+        the harness's own dict of results, in every process.
+
+    Raises:
+        ValueError: the model cannot answer the tasks.
+    """
+    check_model(tasks, model, apply_chat_template)
+    if (penalty := model.generation_config.get("repetition_penalty") or 1.0) != 1.0:
+        processes.say(f"generation_config.json has repetition_penalty={penalty}: it is not applied")
+    harness_model = HarnessModel(model, batch_size=batch_size, seed=seed, should_stop=should_stop)
+    # The harness shows a progress bar for each task while it builds requests: a moment each, 57 for MMLU.
+    with mock.patch.object(lm_eval.api.task, "tqdm", lambda docs, **options: docs):
+        results = evaluator.evaluate(
+            harness_model,
+            tasks.loaded,
+            limit=limit,
+            bootstrap_iters=1000 if stderr else 0,
+            log_samples=False,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=True,
+        )
+    assert results is not None  # the harness takes each process for the first one
+    return dict(results)
+
+
+def run_tasks(
+    model: Model,
+    names: Sequence[str],
+    *,
+    include_path: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    should_stop: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Runs tasks, groups or tags on a model, with as many few-shot examples as they state.
+
+    Returns:
+        `flat_metrics` of the results, the same in every process.
+
+    Raises:
+        ValueError: as in `load_tasks`, before anything is computed.
+    """
+    tasks = load_tasks(names, include_path=include_path)
+    return flat_metrics(evaluate(model, tasks, limit=limit, seed=seed, should_stop=should_stop), tasks)
+
+
+class HarnessModel(TemplateLM):
+    """A model as the harness sees it.
+
+    Every process answers all requests with all devices, and the harness sees one process.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        batch_size: int = BATCH_SIZE,
+        seed: int = 0,
+        should_stop: Callable[[], object] = lambda: None,
+    ):
+        super().__init__()
+        self.model = model
+        self.tokenizer = model.tokenizer
+        self.max_length = model.config.max_position_embeddings
+        self.batch_size = batch_size
+        self._seed = seed
+        self._should_stop = should_stop
+        self._encodings: dict[str, list[int]] = {}  # of texts that the harness is about to encode
+
+    # text
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The chat as text; without a generation prompt, it ends where the last message ends.
+
+        Where the template refuses system messages, they are left out.
+        """
+
+        def render(messages: list[dict[str, str]]) -> str:
+            if add_generation_prompt:
+                return self._template.render(messages, prompt=True)
+            return _render_unfinished(self._template, messages)
+
+        try:
+            return render(chat_history)
+        except BadRow:
+            return render([m for m in chat_history if m["role"] != "system"])
+
+    @cached_property
+    def _template(self) -> Template:
+        return Template(self.tokenizer)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None and string in self._encodings:
+            return self._encodings[string]
+        return self._encode([string], self.tokenizer.decode(self.prefix_token_id), add_special_tokens)[0]
+
+    def _encode(
+        self, strings: Sequence[str], bos: str | None, add_special_tokens: bool | None = None
+    ) -> list[list[int]]:
+        """Token ids of many strings; a string that begins with `bos` gets no special tokens by default."""
+
+        def gets_special_tokens(string: str) -> bool:
+            if add_special_tokens is None:
+                return not (bos and string.startswith(bos))
+            return add_special_tokens
+
+        ids: list[list[int]] = [[] for _ in strings]
+        for special in (True, False):
+            numbers = [n for n, string in enumerate(strings) if gets_special_tokens(string) == special]
+            if numbers:
+                texts = [strings[number] for number in numbers]
+                encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)
+                for number, row in zip(numbers, encoded["input_ids"], strict=True):
+                    ids[number] = row
+        return ids
+
+    # log-likelihoods
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log p of the continuation given the context, in nats; whether greedy decoding would write it)."""
+        del disable_tqdm
+        pairs = [request.args for request in requests]
+        # The harness encodes these texts one by one. Encoding them together takes a fraction of the time.
+        texts = {text: None for c, k in pairs if c for text in (c + k, c.rstrip())}
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        self._encodings = dict(zip(texts, self._encode(list(texts), bos), strict=True))
+        try:
+            return super().loglikelihood(list(requests), disable_tqdm=True)
+        finally:
+            self._encodings = {}
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts, read in windows of the model's length; each token is predicted once."""
+        del disable_tqdm
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        texts = self._encode([request.args[0] for request in requests], bos)
+        windows, owners = [], []
+        for number, ids in enumerate(texts):
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        logps = [logp for logp, _ in self._loglikelihood_tokens(windows)]
+        return np.bincount(np.array(owners, int), logps, len(requests)).tolist()
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        del kwargs
+        fitted = [self._fit(context, continuation) for _, context, continuation in requests]
+        groups, members = group_by_context(fitted, self.max_length)
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        with progress("log-likelihoods", len(requests), unit="request") as bar:
+            sizes = np.array([len(prompt) + sum(map(len, answers)) for prompt, answers in groups])
+            tokens = self._tokens_per_device * sharding.batch_shards(self.model.mesh)
+            for numbers in classes_by_size(sizes, tokens):
+                logps, greedy = self._score(
+                    [groups[number] for number in numbers],
+                    on_batch=lambda done, of=numbers: bar.update(sum(len(members[of[i]]) for i in done)),
+                )
+                for row, group in enumerate(numbers):
+                    for column, request in enumerate(members[group]):
+                        answers[request] = float(logps[row, column]), bool(greedy[row, column])
+        return answers
+
+    @property
+    def _tokens_per_device(self) -> int:
+        return _TOKENS * self.batch_size
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """Cuts the context on the left, so that the model can read all tokens but the last."""
+        if not 0 < len(continuation) <= self.max_length:
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens: {self.tokenizer.decode(continuation)!r:.80}; "
+                f"from 1 to {self.max_length} (max_position_embeddings) can be scored"
+            )
+        return context[-(self.max_length + 1 - len(continuation)) :] or [self.prefix_token_id], continuation
+
+    def _score(
+        self, groups: list[Group], on_batch: Callable[[list[int]], object]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(Σ log p, whether greedy decoding would write all tokens) of the answers, each [groups, A].
+
+        Args:
+            groups: contexts with their continuations.
+            on_batch: is called with the numbers of the groups that have been scored.
+        """
+        A = max(len(group.answers) for group in groups)
+        empty = np.zeros(0, np.int32)
+        groups = [g._replace(answers=g.answers + (empty,) * (A - len(g.answers))) for g in groups]
+        sums, misses = np.zeros(len(groups) * A), np.zeros(len(groups) * A)
+
+        def collect(first: int, rows: Rows, scores: Any) -> None:
+            self._should_stop()
+            logps, greedy = map(sharding.to_host, scores)
+            where = np.nonzero(rows.owners[:, : logps.shape[1]])
+            group, column = np.divmod(rows.owners[where] - 1, A)
+            index = (first + rows.items[where[0], group] - 1) * A + column
+            np.add.at(sums, index, logps[where])
+            np.add.at(misses, index, ~greedy[where])
+            on_batch((first + rows.items[rows.items > 0] - 1).tolist())
+
+        with jax.set_mesh(self.model.mesh):
+            running = None  # the batch that the devices compute while the host packs the next one
+            for dispatched in self._dispatch(groups):
+                if running is not None:
+                    collect(*running)
+                running = dispatched
+            if running is not None:
+                collect(*running)
+        return sums.reshape(-1, A), misses.reshape(-1, A) == 0
+
+    def _dispatch(self, groups: list[Group]) -> Iterator[tuple[int, Rows, Any]]:
+        """Starts the scoring of packed rows, all of one shape with rare exceptions.
+
+        Yields:
+            the number of the first group that was packed with these rows, the rows, and their scores on the
+            devices.
+        """
+        mesh, shape = self.model.mesh, self._choose_shape(groups)
+        decoder, R = Decoder(self.model.config, dtype=self.model.dtype), 1
+        for first in range(0, len(groups), _GROUPS_IN_MEMORY):
+            parts = packed(groups[first : first + _GROUPS_IN_MEMORY], shape)
+            most = max(np.count_nonzero(rows.owners, axis=1).max() for rows in parts)
+            R = min(max(R, bucket(int(most))), shape.length)  # only few tokens of a row are scored
+            for rows in parts:
+                scored = rows._replace(
+                    predictors=rows.predictors[:, :R],
+                    targets=rows.targets[:, :R],
+                    owners=rows.owners[:, :R],
+                    lengths=None,
+                    items=None,
+                )
+                placed = sharding.put_batch(mesh, scored)
+                yield first, rows, score_tokens(decoder, self.model.params, placed)
+
+    def _choose_shape(self, groups: list[Group]) -> RowShape:
+        sizes = group_sizes(groups)
+        sample = sizes[np.random.default_rng(0).permutation(len(sizes))[:_SHAPE_SAMPLE]]
+        return row_shape(
+            self.model,
+            sample,
+            sizes.max(axis=0),
+            kernel="plain",  # no other kernel reads a context once for many answers
+            batch_size=len(sample),
+            tokens_per_device=self._tokens_per_device,
+        )
+
+    # generation
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers, each up to its first stop string."""
+        del disable_tqdm
+        defaults = self.model.generation_config
+        options = [GenerationOptions.from_kwargs(request.args[1], defaults) for request in requests]
+        texts = [request.args[0] for request in requests]
+        prompts = [
+            # Cut on the left, so that there is room for the longest answer that is allowed.
+            np.array(ids[-(self.max_length - own.limit) :] or [self.prefix_token_id], np.int32)
+            for ids, own in zip(self._encode(texts, self.tokenizer.bos_token), options, strict=True)
+        ]
+        return self._generate_texts(prompts, options)
+
+    def _generate_texts(self, prompts: Sequence[Ids], options: Sequence[GenerationOptions]) -> list[str]:
+        """Answers to prompts; those that are sampled in the same way share a compiled program."""
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for number, own in enumerate(options):
+            alike[own.sampling(), self._stop_tokens(own)].append(number)
+        texts = [""] * len(prompts)
+        with progress("answers", len(prompts), unit="request") as bar:
+            for (sampling, stop_tokens), numbers in alike.items():
+                chosen = [options[number] for number in numbers]
+                keys = prompt_keys(self._seed, 0, numbers)  # by number: equal requests get different answers
+                answers = self._generate(
+                    [prompts[number] for number in numbers], chosen, sampling, stop_tokens, keys, bar.update
+                )
+                for number, own, tokens in zip(numbers, chosen, answers, strict=True):
+                    texts[number] = self._answer_text(tokens, own.until, stop_tokens)
+        return texts
+
+    def _generate(
+        self,
+        prompts: Sequence[Ids],
+        options: Sequence[GenerationOptions],
+        sampling: Sampling,
+        stop_tokens: tuple[int, ...],
+        keys: Any,
+        on_done: Callable[[int], object],
+    ) -> list[Ids]:
+        """Answers that are all sampled in the same way; each ends at stop strings of its own."""
+
+        def stopped(number: int, tokens: list[int]) -> bool:
+            until = options[number].until
+            return bool(until) and _text_before_stop(self._decode(tokens), until) is not None
+
+        return answer(
+            self.model,
+            prompts,
+            keys,
+            sampling,
+            stop_tokens=stop_tokens,
+            limits=[own.limit for own in options],
+            batch_size=self.batch_size,
+            stopped=stopped,
+            on_chunk=counting(on_done, self._should_stop),
+        )
+
+    def _stop_tokens(self, options: GenerationOptions) -> tuple[int, ...]:
+        """The model's stop tokens, and stop strings that are special tokens: no decoded text shows those."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = {i for i, token in added if token.special and token.content in options.until}
+        return tuple(sorted(special.union(self.model.stop_tokens)))
+
+    def _answer_text(self, tokens: Ids, until: Sequence[str], stop_tokens: tuple[int, ...]) -> str:
+        ended = len(tokens) and int(tokens[-1]) in stop_tokens
+        text = self._decode((tokens[:-1] if ended else tokens).tolist())
+        before = _text_before_stop(text, (*until, self.tokenizer.decode(self.eot_token_id)))
+        return text if before is None else before
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _text_before_stop(text: str, until: Sequence[str]) -> str | None:
+    """The text before its first stop string; None where it has none."""
+    before = text
+    for stop in filter(None, until):
+        before = before.split(stop)[0]
+    return None if before == text else before
+
+
+def _render_unfinished(template: Template, messages: list[dict[str, str]]) -> str:
+    """The chat up to the end of its last message, which the model continues."""
+    mark = "CONTINUE_FINAL_MESSAGE_TAG "
+    *before, last = messages
+    text = template.render([*before, {**last, "content": last["content"] + mark}], prompt=False)
+    end = text.rfind(mark.strip())
+    if end < 0:
+        raise BadRow("the chat template leaves the last message out")
+    keeps_spaces = text[end : end + len(mark)] == mark  # otherwise the template strips messages
+    return text[:end] if keeps_spaces else text[:end].rstrip()

@@ -1,0 +1,152 @@
+"""Answers to questions of several turns (MT-Bench), in the files that FastChat's judges read.
+
+A question file has a JSON object on each line: `question_id`, `turns` (the user's messages, in order) and
+`category`, which decides the temperature. An answer has the same question_id and
+`choices: [{"index": 0, "turns": […]}]`.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from spin_jax.data import sources
+from spin_jax.data.chat import Chat
+from spin_jax.data.records import checked_text
+from spin_jax.models.architecture import Model
+from spin_jax.runtime import processes
+from spin_jax.runtime.console import progress
+from spin_jax.sampling.generate import BATCH_SIZE, answer, counting
+from spin_jax.sampling.next_token import Sampling, prompt_keys
+
+# FastChat's temperatures by category.
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "arena-hard-200": 0.0,
+}
+DEFAULT_TEMPERATURE = 0.7  # of all other categories
+TOP_K = 50  # the default of transformers, which FastChat samples with
+MAX_NEW_TOKENS = 1024
+
+
+class Question(NamedTuple):
+    id: int | str
+    turns: tuple[str, ...]
+    temperature: float
+
+
+def read_questions(path: str, limit: int | None = None) -> list[Question]:
+    """The first `limit` questions of a JSONL file, or all of them.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the file, and the row and field that are wrong.
+    """
+    rows = sources.load_rows(path, "train")
+    questions: list[Question] = []
+    for number in range(min(len(rows), limit or len(rows))):
+        row = rows[number]
+        try:
+            question = _parse_question(row)
+            if any(question.id == other.id for other in questions):
+                raise ValueError(f"an earlier row has the same question_id {question.id!r}")
+        except ValueError as error:
+            raise ValueError(f"{sources.place(rows, number, path)}: {error}") from error
+        questions.append(question)
+    return questions
+
+
+def _parse_question(row: dict[str, Any]) -> Question:
+    if not isinstance(row.get("question_id"), int | str):
+        raise ValueError(f"question_id is {row.get('question_id')!r}, and should be a number or text")
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"turns is {turns!r:.80}, and should be a list of the user's messages")
+    for number, turn in enumerate(turns):
+        checked_text(turn, f"turns[{number}]")
+    temperature = TEMPERATURES.get(str(row.get("category")), DEFAULT_TEMPERATURE)
+    return Question(row["question_id"], tuple(turns), temperature)
+
+
+def answer_questions(
+    model: Model,
+    questions: Sequence[Question],
+    model_name: str,
+    *,
+    batch_size: int = BATCH_SIZE,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    seed: int = 0,
+    should_stop: Callable[[], object] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Answers all turns of all questions.
+
+    Args:
+        model: with weights; its tokenizer has a chat template.
+        questions: from `read_questions`.
+        model_name: the name by which judges know the model.
+        batch_size: answers in progress at a time for each copy of the weights.
+        max_new_tokens: the most tokens of an answer; the model's own limit counts as well.
+        seed: of the random numbers. An answer depends on it, on the question's place and on the turn.
+        should_stop: is called every few tokens, and may raise to stop.
+
+    Returns:
+        the rows of a FastChat answer file, in the order of the questions.
+    """
+    chat = Chat(model.tokenizer, model.stop_tokens)
+    replies: list[list[str]] = [[] for _ in questions]  # the model's, by question and turn
+    with progress("answers", sum(len(question.turns) for question in questions), unit="turn") as bar:
+        on_chunk = counting(bar.update, should_stop)
+        for turn in range(max(len(question.turns) for question in questions)):
+            for temperature in sorted({question.temperature for question in questions}):
+                prompts = {
+                    number: chat.encode_prompt(_messages(question.turns[: turn + 1], replies[number]))
+                    for number, question in enumerate(questions)
+                    if question.temperature == temperature and len(question.turns) > turn
+                }
+                longest = model.config.max_position_embeddings
+                limits = {i: min(max_new_tokens, longest - len(prompt)) for i, prompt in prompts.items()}
+                answerable = [i for i in prompts if limits[i] > 0]
+                for i in prompts.keys() - set(answerable):
+                    processes.say(
+                        f"question {questions[i].id}, turn {turn + 1}: no room for an answer, so it is empty"
+                    )
+                    replies[i].append("")
+                    bar.update()
+                if not answerable:
+                    continue
+                answers = answer(
+                    model,
+                    [prompts[i] for i in answerable],
+                    prompt_keys(seed, turn, answerable),
+                    Sampling(max_new_tokens, temperature, TOP_K if temperature else None),
+                    stop_tokens=model.stop_tokens,
+                    limits=[limits[i] for i in answerable],
+                    batch_size=batch_size,
+                    on_chunk=on_chunk,
+                )
+                for i, tokens in zip(answerable, answers, strict=True):
+                    replies[i].append(chat.decode(tokens).strip())
+    return [
+        {
+            "question_id": question.id,
+            "answer_id": uuid.uuid4().hex,
+            "model_id": model_name,
+            "choices": [{"index": 0, "turns": turns}],
+            "tstamp": time.time(),
+        }
+        for question, turns in zip(questions, replies, strict=True)
+    ]
+
+
+def _messages(turns: Sequence[str], replies: Sequence[str]) -> list[dict[str, str]]:
+    """The conversation so far: the user's turns, each followed by the model's reply if there is one."""
+    conversation = [[{"role": "user", "content": text}] for text in turns]
+    for number, text in enumerate(replies):
+        conversation[number].append({"role": "assistant", "content": text})
+    return [message for messages in conversation for message in messages]

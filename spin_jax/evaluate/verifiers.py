@@ -1,0 +1,58 @@
+"""Verifiers: functions that decide whether an answer is correct, given the reference answer.
+
+To add one, write a function of (reference, answer) and name it in VERIFIERS; one in a file of your own is
+named by `module:function`.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+from spin_jax.data.records import Example
+from spin_jax.runtime.user_code import import_function
+
+Verifier = Callable[[str, str], bool]  # (reference, answer)
+
+
+def exact(reference: str, answer: str) -> bool:
+    """The answer equals the reference; white space around them does not count."""
+    return answer.strip() == reference.strip()
+
+
+def gsm8k(reference: str, answer: str) -> bool:
+    """Both texts end in the same number: the one after the last `####`, or else the last one in the text."""
+    return _final_number(answer) is not None and _final_number(answer) == _final_number(reference)
+
+
+def _final_number(text: str) -> float | None:
+    marked = re.findall(r"####\s*(-?[\d,]*\.?\d+)", text)
+    numbers = marked or re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+VERIFIERS: dict[str, Verifier] = {"exact": exact, "gsm8k": gsm8k}
+
+
+def find_verifier(name: str) -> Verifier:
+    """The verifier of that name in VERIFIERS, or the function that `module:function` names.
+
+    Raises:
+        ValueError: there is no such verifier.
+    """
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    if ":" not in name:
+        raise ValueError(f"eval.verifier={name!r}: choose from {', '.join(VERIFIERS)}, or module:function")
+    return import_function(name)
+
+
+def share_correct(verifier: Verifier, examples: Sequence[Example], answers: Sequence[str]) -> float:
+    """The share of answers that the verifier accepts.
+
+    Args:
+        verifier: decides about each answer.
+        examples: each ends with the reference answer.
+        answers: the first answer to every example in order, then the second answer to every example, …
+    """
+    references = [example.messages[-1]["content"] for example in examples]
+    verdicts = [verifier(references[i % len(examples)], answer) for i, answer in enumerate(answers)]
+    return sum(verdicts) / len(verdicts)

@@ -1,0 +1,43 @@
+"""Verifiers: which answers they accept."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from spin_jax.evaluate import verifiers
+
+
+@pytest.mark.parametrize(
+    ("answer", "correct"),
+    [
+        ("5 + 3 = 8\n#### 1,008", True),
+        ("The first gives 7, so it is 1008.", True),
+        ("#### 1008 in 3 steps", True),  # the marked number counts, not the last one
+        ("#### 1008.0", True),
+        ("#### -1008", False),
+        ("1008, or rather 1009", False),
+        ("I do not know.", False),
+    ],
+)
+def test_gsm8k_compares_final_numbers(answer, correct):
+    assert verifiers.gsm8k("7 * 144 = 1008\n#### 1008", answer) == correct
+
+
+def test_gsm8k_accepts_nothing_where_neither_text_has_a_number():
+    assert not verifiers.gsm8k("none", "none")
+
+
+def test_exact_ignores_white_space_around_the_answer_only():
+    assert verifiers.exact("a b", " a b\n")
+    assert not verifiers.exact("a b", "a  b")
+
+
+def test_answers_go_round_the_examples():
+    examples = [SimpleNamespace(messages=[{"role": "assistant", "content": text}]) for text in ("x", "y")]
+    assert verifiers.share_correct(verifiers.exact, examples, ["x", "y", "y", "y"]) == 0.75
+    assert verifiers.share_correct(verifiers.exact, examples, ["y", "x"]) == 0
+
+
+def test_a_verifier_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"eval\.verifier='nobody': choose from exact, gsm8k, or module"):
+        verifiers.find_verifier("nobody")
