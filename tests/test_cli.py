@@ -70,7 +70,7 @@ def test_mistyped_flags(module, arguments, said):
 
 def test_the_config_as_a_tree():
     c = config.resolve({"model": {"path": "m"}, "data": {"path": "d"}, "loss": {"beta": (0.1, 0.2, 5.0)}})
-    assert announce.tree(c).splitlines() == [
+    assert announce.config_tree(c).splitlines() == [
         "config (what is not the default)",
         "  data",
         "    path  d              (unset)",
@@ -79,14 +79,14 @@ def test_the_config_as_a_tree():
         "  model",
         "    path  m              (unset)",
     ]
-    whole = announce.tree(c, everything=True).splitlines()
+    whole = announce.config_tree(c, everything=True).splitlines()
     marked = [line.split()[1] for line in whole if line.startswith("*")]
     assert marked == ["path", "beta", "path"]
     keys = sum(1 if not hasattr(v, "keys") else 1 + len(v) for v in config.default().values())
     assert len(whole) == 1 + keys - 1  # a line each, but for model.architecture, which is empty
     with_architecture = config.resolve({"model": {"architecture": {"x": "y" * 99}}, "data": {"path": "d"}})
-    assert re.search(r"\n    architecture\n +x +y{59}…\n?", announce.tree(with_architecture))
-    assert announce.tree(config.default()) == "config: the defaults"
+    assert re.search(r"\n    architecture\n +x +y{59}…\n?", announce.config_tree(with_architecture))
+    assert announce.config_tree(config.default()) == "config: the defaults"
 
 
 @pytest.mark.skipif(bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")), reason="may have a TPU")

@@ -1,24 +1,40 @@
-"""TODO."""
+"""Self-play fine-tuning: Algorithm 1 of arXiv 2401.01335, on disk.
+
+    for t = 0 … T − 1:
+        sample    y' ~ p_θt(· | x) for each prompt x                                      opponent.py
+        score     log p_θt(y | x) and log p_θt(y' | x) of the human and the generated answer
+        train     θ_{t+1} = argmin_θ Σ ℓ(β log p_θ(y|x)/p_θt(y|x) − β log p_θ(y'|x)/p_θt(y'|x))    fitting.py
+
+`run` is the whole of it. Each phase writes its results as it goes, and skips what exists already, so that
+running again with the same workdir continues. Only one set of weights is held at a time: the opponent's
+log-probs are computed before training starts from its weights.
+"""
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from spin_jax import config as config_lib
 from spin_jax.errors import NothingToTrainOn
+from spin_jax.models.architecture import Params
 from spin_jax.runtime import interrupts, processes
-from spin_jax.selfplay import announce
-from spin_jax.selfplay.announce import lengths, plan
-from spin_jax.selfplay.fitting import Row, SelfPlay
-from spin_jax.selfplay.prepare import prepare, take
+from spin_jax.selfplay import announce, fingerprints, from_config
+from spin_jax.selfplay.engine import Engine
+from spin_jax.selfplay.exports import Exports
+from spin_jax.selfplay.fitting import Fitting, TrainingPhase
+from spin_jax.selfplay.held_out import Evaluation
+from spin_jax.selfplay.opponent import Opponent
+from spin_jax.selfplay.prepare import START, Prepared, locked, prepare
+from spin_jax.selfplay.summary import Row, Summary
+from spin_jax.storage import files, seals
+from spin_jax.storage.metrics import Metrics
 
 PHASES = ("sample", "score", "train")
 
 
 def run(
-    config: Mapping[str, Any] | ConfigDict,
+    config: Mapping[str, Any],
     workdir: str,
     *,
     only: str | None = None,
@@ -27,72 +43,223 @@ def run(
     """Runs self-play, or continues it, and returns the rows of summary.json.
 
     Args:
-        config: what `spin_jax.config.default` lists; missing keys keep their defaults.
-        workdir: a directory or object store URL; one run, and what is already there is not redone.
-        only: `sample`, `score` or `train`: just this phase of the next iteration.
-        should_stop: asked between units of work: the number of a signal, or 0. None listens to Ctrl-C and
-            SIGTERM. Of several processes, one that is to stop stops all.
+        config: a ConfigDict or nested dict of the keys in `spin_jax.config`; absent keys keep their defaults.
+        workdir: a directory or object store URL. It holds one run, and nothing in it is made twice.
+        only: `sample`, `score` or `train` runs just this phase of the next iteration.
+        should_stop: returns the number of the signal that asks the run to stop, or 0; it is called between
+            units of work. None listens to Ctrl-C and SIGTERM. Where one of several processes is to stop, all
+            do.
 
     Raises:
         ValueError, FileNotFoundError: bad config or input, before anything is computed.
-        Interrupted: stopped; the same call continues.
-        NotFinite: losses or gradients that are not finite, step after step.
-        OSError: the workdir cannot be written; files.NoRoom where the disk is too full for a checkpoint.
+        Interrupted: the run was stopped; the same call continues it.
+        NotFinite: losses or gradients were not finite for several steps in a row.
+        OSError: the workdir cannot be written; NoRoom where the disk is too full for a checkpoint.
     """
     if only is not None and only not in PHASES:
         raise ValueError(f"only={only!r}: choose from {', '.join(PHASES)}")
     with contextlib.ExitStack() as stack:
         stop = should_stop or stack.enter_context(interrupts.listening())
         resolved = config_lib.resolve(config)
-        processes.say(f"{announce.tree(resolved)}\n")
+        processes.say(f"{announce.config_tree(resolved)}\n")
         prepared = prepare(resolved, workdir)
-        stack.enter_context(take(prepared))
+        stack.enter_context(locked(prepared))
         play = SelfPlay(prepared, lambda: processes.most(stop()))
         stack.callback(play.metrics.close)
-        processes.say(plan(play.run, sum(map(play.finished, play.run.iterations))))
+        processes.say(announce.run_overview(prepared, sum(map(play.finished, prepared.iterations))))
+        play.iterate(only)
+        return play.summary.rows
 
-        params, spent = play.start(), ""
-        play.hand_out()  # what failed before
-        for t in play.run.iterations:
-            if play.finished(t):
+
+def check(config: Mapping[str, Any], workdir: str | None = None) -> None:
+    """Reads and checks everything that `run` would, and prints what it found; trains and writes nothing.
+
+    Raises:
+        ValueError, FileNotFoundError: as `run` does.
+    """
+    resolved = config_lib.resolve(config)
+    processes.say(f"{announce.config_tree(resolved, everything=True)}\n")
+    prepared = prepare(resolved, workdir)
+    lines = announce.run_overview(prepared, 0).splitlines()
+    shown = [line for line in lines if workdir or not line.startswith(("workdir", "disk"))]
+    lengths = announce.length_table(prepared)
+    processes.say("\n".join([*shown, "", lengths, "", "everything that can be checked is in order"]))
+
+
+class SelfPlay:
+    """The players of Algorithm 1, and the story that they play."""
+
+    def __init__(self, run: Prepared, should_stop: Callable[[], Any]):
+        """`should_stop` returns the number of the signal that asks the run to stop, or 0."""
+        logging = run.config.logging
+        self.run = run
+        self.metrics = processes.together(
+            lambda: Metrics(
+                run.workdir,
+                tensorboard=logging.tensorboard,
+                wandb_project=logging.wandb_project,
+                config=fingerprints.recorded(run.config),
+            )
+        )
+        self.summary = Summary(run, self.metrics)
+        self.objective = from_config.spin(run.config, run.model)
+        self.engine = Engine(run, should_stop)
+        self.opponent = Opponent(run, self.engine, self.metrics, self.weights)
+        self.fitting = Fitting(run, self.engine, self.metrics, should_stop)
+        self.evaluation = Evaluation(run, self.engine, self.opponent, self.objective)
+        self.exports = Exports(run, self.engine.stop_if_asked)
+
+    def finished(self, t: int) -> bool:
+        return bool(self.summary.row(t))
+
+    def iterate(self, only: str | None = None) -> None:
+        """Makes the start and all iterations that are missing; `only` runs one phase of the next one."""
+        params, spent = self.start(), ""
+        self.hand_out()  # an earlier attempt may have failed
+        for t in self.run.iterations:
+            if self.finished(t):
                 params = None
                 continue
-            if play.summary.stops_early():
+            if self.summary.stops_early():
                 break
             if only in (None, "sample"):
-                params = play.sample(t, params)
+                params = self.opponent.sample(t, params)
             if only in (None, "score"):
-                params = play.score(t, params)
+                params = self.opponent.score(t, params)
             if only in (None, "train"):
                 try:
-                    params = play.train(t, params)  # the next opponent
+                    params = self.train(t, params)  # θ_{t+1} is the next opponent
                 except NothingToTrainOn as error:
-                    if t == play.run.config.selfplay.start:
+                    if t == self.run.config.selfplay.start:
                         raise
                     spent = str(error)
             if only is not None or spent:
                 break
-        del params
+        del params  # before the control needs the memory
 
-        if spent or play.summary.stops_early() or all(map(play.finished, play.run.iterations)):
-            play.control()
-            play.summary.conclude(spent)
-            play.hand_out()
-            play.summary.report()
-        return play.summary.rows
+        if spent or self.summary.stops_early() or all(map(self.finished, self.run.iterations)):
+            self.control()
+            self.summary.conclude(spent)
+            self.hand_out()
+            self.summary.report()
 
+    # --- weights ---------------------------------------------------------------------------------
 
-def check(config: Mapping[str, Any] | ConfigDict, workdir: str | None = None) -> None:
-    """Reads and checks all that `run` would, and says what it found; nothing is trained or written.
+    def weights(self, t: int) -> Params:
+        """θ_t, the opponent of iteration t: the start, or the weights that iteration t − 1 ended with."""
+        run = self.run
+        if t > run.config.selfplay.start:
+            return self.fitting.checkpointed(run.folder(t - 1), lambda: self._retrained(t - 1))
+        if not run.makes_start:
+            return run.initial_params()
+        return self.fitting.checkpointed(run.folder(START), self._new_start)
 
-    Raises:
-        ValueError, FileNotFoundError: what `run` would.
-    """
-    resolved = config_lib.resolve(config)
-    processes.say(f"{announce.tree(resolved, everything=True)}\n")
-    prepared = prepare(resolved, workdir)
-    lines = plan(prepared, 0).splitlines()
-    shown = [line for line in lines if workdir or not line.startswith(("workdir", "disk"))]
-    processes.say(
-        "\n".join([*shown, "", lengths(prepared), "", "everything that can be checked is in order"])
-    )
+    def _new_start(self) -> Params:
+        if not self.run.config.sft.epochs:
+            return self.run.initial_params()
+        return self.fitting.fit(None, self.fitting.sft_phase())
+
+    def _retrained(self, t: int) -> Params:
+        """The weights of iteration t, made again from the files that are left of it."""
+        params = self.opponent.score(t, self.opponent.sample(t, None))
+        return self._fitted(t, params, self._phase(t))
+
+    # --- the start -------------------------------------------------------------------------------
+
+    def start(self) -> Params | None:
+        """Makes, exports and evaluates the start; returns its weights, or None where all that was done."""
+        if self.finished(START):
+            return None
+        params = self.weights(self.run.config.selfplay.start)
+        folder = self.run.folder(START)
+        if self.run.makes_start:
+            self.exports.save(folder, params)
+        self.evaluation.write_samples(START, params)
+        sampled = self.evaluation.sample(params)
+        row: Row = {"iteration": START, **self.evaluation.measure_alone(folder, params, sampled)}
+        if self.run.makes_start:
+            self.exports.describe("start", folder, [row])
+        self.summary.add(row, step=0)
+        return params
+
+    # --- training --------------------------------------------------------------------------------
+
+    def train(self, t: int, params: Params | None) -> Params | None:
+        """Iteration t from its scored pairs to its checkpoint, export and evaluation.
+
+        Args:
+            params: θ_t; None reads them where they are needed.
+
+        Returns:
+            θ_{t+1}; or None where the end of the evaluation needed their memory.
+        """
+        began, folder, phase = time.perf_counter(), self.run.folder(t), self._phase(t)
+        params = self.fitting.checkpointed(folder, lambda: self._fitted(t, params, phase))
+        self.exports.save(folder, params)
+        beta, steps = phase.scalars["beta"], phase.steps
+        skipped = self.metrics.count("train", t, lambda row: row.get("skipped"))
+        row: Row = {"iteration": t, "beta": beta, "pairs": len(phase.items), "steps": steps}
+        row |= {"skipped": skipped, **self.evaluation.measure_pairs(t, params, beta)}
+        self.evaluation.write_samples(t, params)
+        sampled = self.evaluation.sample(params)
+        row |= self.evaluation.measure_alone(folder, params, sampled)
+        if self.run.config.eval.kl and sampled:
+            row |= self.evaluation.divergence(t, params, sampled)
+            params = None
+        row["minutes"] = round((time.perf_counter() - began) / 60, 3)
+        self.exports.describe("iteration", folder, [*self.summary.rows, row])
+        self.summary.add(row, step=steps)
+        self.hand_out()
+        return params
+
+    def _phase(self, t: int) -> TrainingPhase:
+        origin = self._trained_from(t)
+        scored = self.opponent.scored_pairs(t, "train")
+        return self.fitting.spin_phase(t, self.objective, scored, lambda: self.weights(origin))
+
+    def _fitted(self, t: int, params: Params | None, phase: TrainingPhase) -> Params:
+        """θ_{t+1}, trained from θ_t; with selfplay.restart from the start's weights."""
+        if self._trained_from(t) != t:
+            self.engine.free(params)
+            params = None
+        return self.fitting.fit(params, phase)
+
+    def _trained_from(self, t: int) -> int:
+        """The iteration whose opponent's weights iteration t trains; the first, with selfplay.restart."""
+        return self.run.config.selfplay.start if self.run.config.selfplay.restart else t
+
+    def hand_out(self) -> None:
+        """Copies the best model so far to best/, and pushes to the hub what is not there yet."""
+        self.exports.keep_best(self.summary.best())
+        self.exports.push([row["iteration"] for row in self.summary.iterations])
+
+    # --- the SFT control -------------------------------------------------------------------------
+
+    def control(self) -> None:
+        """The paper's control: the start is trained on by SFT for as many steps as each iteration took."""
+        if not self.run.config.sft.control:
+            return
+        params, done = None, list(filter(self.finished, self.run.iterations))
+        folder = self.run.workdir / "control"
+        for t in done:
+            row = self.summary.row(t)
+            if "control" not in row:
+                files.remove(folder / "model")  # an export after fewer iterations
+                params = self._control_weights(t, params)
+                sampled = self.evaluation.sample(params)
+                row["control"] = self.evaluation.measure_alone(folder / f"iteration_{t}", params, sampled)
+                self.summary.write()
+        if done and not seals.sealed(folder / "model"):
+            self.exports.save(folder, self._control_weights(done[-1], None) if params is None else params)
+        if done:
+            self.exports.describe("control", folder, self.summary.rows)
+
+    def _control_weights(self, t: int, params: Params | None) -> Params:
+        """The control beside iteration t; `params` are the weights of the control before it, or None."""
+
+        def initial_params() -> Params:
+            is_first = t == self.run.config.selfplay.start
+            return self.weights(t) if is_first else self._control_weights(t - 1, None)
+
+        phase = self.fitting.control_phase(t, self.summary.row(t)["steps"], initial_params)
+        return self.fitting.checkpointed(phase.folder, lambda: self.fitting.fit(params, phase))

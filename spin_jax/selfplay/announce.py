@@ -1,4 +1,4 @@
-"""What a run prints before it begins: its config, the data's lengths, and what is about to run."""
+"""What a run prints before it begins: its config, the lengths of the data, and an overview of the run."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,20 +12,21 @@ from spin_jax.models.params import abstract_params, count_params
 from spin_jax.runtime import processes, sharding
 from spin_jax.runtime.console import compact
 from spin_jax.selfplay import from_config
-from spin_jax.selfplay.inputs import datasets_of, distinct, read_inputs
-from spin_jax.selfplay.prepared import Prepared
+from spin_jax.selfplay.inputs import all_examples, datasets_of, read_inputs
+from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
 from spin_jax.training.optimizer import MOMENTS
 
 
-def lengths(prepared: Prepared) -> str:
-    """A table of the data's lengths in tokens, before anything is dropped or cut, against the limits."""
+def length_table(prepared: Prepared) -> str:
+    """A table of the data's lengths in tokens, before anything is dropped or cut, with the limits below."""
     most = 2**31 - 1
     unlimited = prepared.config.changed({"lengths.max_prompt": most, "lengths.max_length": most})
     read = processes.together(lambda: read_inputs(unlimited, prepared.began, prepared.today))
-    examples = distinct(datasets_of(unlimited, read))
+    examples = all_examples(datasets_of(unlimited, read))
     prompts, answers = (
-        np.array([len(ids) for ids in of]) for of in zip(*((e.prompt, e.real) for e in examples), strict=True)
+        np.array([len(ids) for ids in column])
+        for column in zip(*((e.prompt, e.real) for e in examples), strict=True)
     )
     columns = {"prompt": prompts, "answer": answers, "both": prompts + answers}
     lines = [f"{'tokens':<10}" + "".join(f"{name:>10}" for name in columns)]
@@ -39,8 +40,12 @@ def lengths(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
-def plan(prepared: Prepared, finished: int) -> str:
-    """The lines printed at start-up: devices, mesh, model, memory, data and what is about to run."""
+def run_overview(prepared: Prepared, finished: int) -> str:
+    """Devices, mesh, model, memory, disk, data, loss and notes: a line for each.
+
+    Args:
+        finished: iterations that have ended already.
+    """
     c, model = prepared.config, prepared.model
     device = jax.devices()[0]
     count = count_params(sharding.unboxed(abstract_params(model.config)))
@@ -65,7 +70,7 @@ def plan(prepared: Prepared, finished: int) -> str:
         ("memory", f"{gib:.2f} GiB a device for weights, gradients and optimizer; activations come on top"),
         *([("LoRA", f"rank {rank}: {compact(trained)} numbers are trained")] if rank else []),
         ("disk", _disk(prepared, finished, count, trained)),
-        ("data", f"{_counts(prepared)} prompts to train on, {len(prepared.held_out)} held out"),
+        ("data", f"{_dataset_sizes(prepared)} prompts to train on, {len(prepared.held_out)} held out"),
         ("rows", f"{shape.rows} × {shape.length} tokens a micro-batch, {c.train.batch_size} pairs a step"),
         ("attention", prepared.decoder.kernel),
         ("self-play", f"iterations {first} to {last}, {finished} of them done"),
@@ -76,12 +81,12 @@ def plan(prepared: Prepared, finished: int) -> str:
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
 
 
-def _counts(prepared: Prepared) -> str:
+def _dataset_sizes(prepared: Prepared) -> str:
     return ", ".join(str(len(dataset)) for dataset in prepared.datasets)
 
 
 def _disk(prepared: Prepared, finished: int, parameters: int, trained: int) -> str:
-    """What the iterations to come will write, and what there is room for."""
+    """What the iterations to come will write, and how much room there is."""
     c, left = prepared.config, len(prepared.iterations) - finished
     iteration = parameters * (4 + prepared.model.dtype.itemsize)  # float32 parameters, and the export
     steps = (c.checkpoint.keep + 1) * trained * 4 * (1 + MOMENTS[c.train.optimizer])
@@ -94,13 +99,16 @@ def _disk(prepared: Prepared, finished: int, parameters: int, trained: int) -> s
     return f"{text}; {room / 2**30:.2f} GiB free{short}"
 
 
-def tree(config: Any, everything: bool = False) -> str:
-    """The config for people: what is not the default, with the default beside it; or all, that marked."""
+def config_tree(config: Any, everything: bool = False) -> str:
+    """The keys that differ from their defaults, with the defaults; or all keys, those that differ marked."""
     rows = list(_branch(config.to_dict(), default().to_dict(), everything))
     if not rows:
         return "config: the defaults"
     widths = [min(max(len(row[column]) for row in rows), 32) for column in (0, 1)]
-    lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {was}".rstrip() for key, value, was in rows]
+    lines = [
+        f"{key:<{widths[0]}}  {value:<{widths[1]}}  {default_text}".rstrip()
+        for key, value, default_text in rows
+    ]
     head = "(*: not the default, which follows)" if everything else "(what is not the default)"
     return "\n".join([f"config {head}", *lines])
 
@@ -108,22 +116,22 @@ def tree(config: Any, everything: bool = False) -> str:
 def _branch(
     section: Mapping[str, Any], defaults: Mapping[str, Any], everything: bool, indent: str = ""
 ) -> Iterator[tuple[str, str, str]]:
-    """(key, value, default) of a section's lines: its own keys, then the sections in it."""
+    """(key, value, default) of each line of a section: its own keys first, then the sections in it."""
     for key, value in sorted(section.items(), key=lambda item: isinstance(item[1], Mapping)):
         if isinstance(value, Mapping):
-            below = list(_branch(value, defaults.get(key, {}), everything, f"{indent}  "))
-            if below:
+            lines = list(_branch(value, defaults.get(key, {}), everything, f"{indent}  "))
+            if lines:
                 yield f"  {indent}{key}", "", ""
-                yield from below
+                yield from lines
         elif key not in defaults or value != defaults[key]:
-            was = f"({_shown(defaults[key])})" if key in defaults else ""
-            yield f"{'*' if everything else ' '} {indent}{key}", _shown(value), was
+            default_text = f"({_value_text(defaults[key])})" if key in defaults else ""
+            yield f"{'*' if everything else ' '} {indent}{key}", _value_text(value), default_text
         elif everything:
-            yield f"  {indent}{key}", _shown(value), ""
+            yield f"  {indent}{key}", _value_text(value), ""
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, tuple):
-        return _shown(value[0]) if len(value) == 1 else ", ".join(map(_shown, value))
+        return _value_text(value[0]) if len(value) == 1 else ", ".join(map(_value_text, value))
     text = "unset" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:59]}…"

@@ -1,4 +1,4 @@
-"""The models of a run as others open them: Hugging Face directories with a card, the best one, the hub."""
+"""The exports of a run: Hugging Face directories with a model card, the best model, the hub."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,28 +11,27 @@ from spin_jax.models.architecture import Params
 from spin_jax.report import model_card
 from spin_jax.runtime import processes
 from spin_jax.selfplay import fingerprints
-from spin_jax.selfplay.opponent import BEFORE
-from spin_jax.selfplay.prepared import Prepared
+from spin_jax.selfplay.prepare import START, Prepared
 from spin_jax.storage import hub, seals
 
 Row = dict[str, Any]
 
 
 class Exports:
-    """The directories model/ and best/ of a run."""
+    """Writes the directories model/ and best/, and pushes them."""
 
-    def __init__(self, run: Prepared, stop_here: Callable[[], None]):
+    def __init__(self, run: Prepared, stop_if_asked: Callable[[], None]):
         self._run = run
-        self._stop_here = stop_here  # raises to stop, between two tensors
-        self._best: int | None = None  # the iteration that was told last
+        self._stop_if_asked = stop_if_asked  # is called between two tensors, and raises to stop
+        self._announced_best: int | None = None  # the iteration that was printed last
 
     def save(self, folder: epath.Path, params: Params) -> None:
         if not seals.sealed(folder / "model"):
             model = dataclasses.replace(self._run.model, params=params)
-            saving.save(model, folder / "model", dtype=model.dtype, on_tensor=self._stop_here)
+            saving.save(model, folder / "model", dtype=model.dtype, on_tensor=self._stop_if_asked)
 
     def describe(self, kind: str, folder: epath.Path, rows: Sequence[Row]) -> None:
-        """Puts a model card into an export, which is whole without: its numbers are known later."""
+        """Adds a model card to an export. It comes later than the weights, because its numbers do."""
         run = self._run
         facts = model_card.Facts(
             kind=kind,
@@ -49,22 +48,22 @@ class Exports:
 
     def keep_best(self, best: Row | None) -> None:
         """Copies the model of the best iteration so far to best/."""
-        if best and seals.sealed(self._run.folder(best["iteration"]) / "model"):  # not removed since
+        if best and seals.sealed(self._run.folder(best["iteration"]) / "model"):  # a user may have removed it
             wanted, t = self._run.config.checkpoint.best, best["iteration"]
             seals.copy(self._run.folder(t) / "model", self._run.workdir / "best")
-            if t != self._best:
+            if t != self._announced_best:
                 processes.say(f"best by {wanted}: iteration {t} ({best[wanted]:.4g}), in best/")
-            self._best = t
+            self._announced_best = t
 
     def push(self, done: Sequence[int]) -> None:
-        """Pushes the exports that the hub has not got yet, where a config names a place for them.
+        """Pushes the exports that are not on the hub yet, if the config names a repository.
 
-        `done` are the iterations that are.
+        `done` are the iterations that have ended.
         """
         run, c = self._run, self._run.config
         if not c.export.push_to:
             return
-        exports = {"start": run.folder(BEFORE) / "model"} if run.makes_start else {}
+        exports = {"start": run.folder(START) / "model"} if run.makes_start else {}
         exports |= {f"iteration_{t}": run.folder(t) / "model" for t in done}
         exports["control"] = run.workdir / "control" / "model"
         if c.checkpoint.best:

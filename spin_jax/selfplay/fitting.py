@@ -1,7 +1,10 @@
-"""The phases of a run that make weights, and what is reported of them."""
+"""The training phases of a run: what is fitted to what, step checkpoints, and the checkpoint at the end.
+
+A phase goes on from its newest good step checkpoint, and a phase that has its final checkpoint is not
+trained again.
+"""
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,269 +12,178 @@ import jax
 import numpy as np
 from etils import epath
 
-from spin_jax import config_values, errors
+from spin_jax import config_values
 from spin_jax.data.records import Example
-from spin_jax.errors import NotFinite, NothingToTrainOn
+from spin_jax.errors import Damaged, NotFinite, NothingToTrainOn
 from spin_jax.models import lora
 from spin_jax.models.architecture import Params
 from spin_jax.models.params import params_on
 from spin_jax.runtime import processes, sharding
 from spin_jax.runtime.console import compact, progress
-from spin_jax.selfplay import fingerprints, from_config
-from spin_jax.selfplay.exports import Exports
-from spin_jax.selfplay.held_out import Evaluation
-from spin_jax.selfplay.opponent import BEFORE, OPPONENT, START, Opponent
-from spin_jax.selfplay.prepared import Prepared
-from spin_jax.selfplay.summary import Summary
-from spin_jax.storage import checkpoints as checkpoint
-from spin_jax.storage import files, seals
+from spin_jax.selfplay.engine import Engine
+from spin_jax.selfplay.prepare import START, Prepared
+from spin_jax.storage import checkpoints, files
+from spin_jax.storage.checkpoints import StepCheckpoints
 from spin_jax.storage.metrics import Metrics
 from spin_jax.training.batches import PairBatch, ScoredPair, as_npz, batches, pair_batches, training_steps
 from spin_jax.training.loop import Loop, fit
 from spin_jax.training.optimizer import Optimization
 from spin_jax.training.packing import Rows, RowShape, example_group, packed
-from spin_jax.training.step import SFT, Objective, TrainState, abstract_state, init_state, make_step
-
-Row = dict[str, Any]
+from spin_jax.training.step import SFT, SPIN, Objective, TrainState, abstract_state, init_state, make_step
 
 
 @dataclasses.dataclass
-class Training:
-    """One phase of training: what is fitted to what, and for how long."""
+class TrainingPhase:
+    """One phase of training: its data, its objective, and for how long it runs."""
 
-    phase: str
+    name: str  # sft, train or control: the phase in metrics.jsonl
     iteration: int
-    folder: epath.Path  # step checkpoints go to its train/
+    folder: epath.Path  # step checkpoints go to its train/, the final one to its checkpoint/
     objective: Objective
     options: Optimization
     items: Sequence  # examples or scored pairs
     collate: Callable[[Sequence], Sequence[Any]]  # items → micro-batches
-    shape: RowShape  # of those
+    shape: RowShape  # of the micro-batches
     steps: int
     schedule_steps: int
-    scalars: dict[str, float]
-    begins_from: Callable[[], Params]
+    scalars: dict[str, float]  # β, for the objective
+    initial_params: Callable[[], Params]  # reads or makes the weights that the phase starts from
 
 
-class SelfPlay:
-    """The phases of a run that make weights, and what is reported of them."""
+class Fitting:
+    """Trains weights by the phases of a run."""
 
-    def __init__(self, run: Prepared, should_stop: Callable[[], Any]):
-        logging = run.config.logging
-        self.run = run
-        self.should_stop = should_stop
-        self.metrics = processes.together(
-            lambda: Metrics(
-                run.workdir,
-                tensorboard=logging.tensorboard,
-                wandb_project=logging.wandb_project,
-                config=fingerprints.recorded(run.config),
-            )
-        )
-        self.summary = Summary(run, self.metrics)
-        self.opponent = Opponent(run, self.metrics, should_stop)
-        self.spin = from_config.spin(run.config, run.model)
-        self.evaluation = Evaluation(run, self.opponent, self.spin)
-        self.exports = Exports(run, self.opponent.stop_here)
+    def __init__(self, run: Prepared, engine: Engine, metrics: Metrics, should_stop: Callable[[], Any]):
+        """`should_stop` returns the number of the signal that asks the run to stop, or 0."""
+        self._run = run
+        self._engine = engine
+        self._metrics = metrics
+        self._should_stop = should_stop
 
-    def finished(self, t: int) -> bool:
-        return bool(self.summary.row(t))
+    # --- phases ----------------------------------------------------------------------------------
 
-    # --- the start -------------------------------------------------------------------------------
+    def spin_phase(
+        self, t: int, objective: SPIN, scored: Sequence[ScoredPair], initial_params: Callable[[], Params]
+    ) -> TrainingPhase:
+        """Iteration t of self-play: the loss of policy and opponent on the scored pairs.
 
-    def start(self) -> Params | None:
-        """Makes, exports and evaluates the start, where that is not done; then returns it."""
-        if self.finished(BEFORE):
-            return None
-        params = self.before(self.run.config.selfplay.start)
-        folder = self.run.folder(BEFORE)
-        if self.run.makes_start:
-            self.exports.save(folder, params)
-        self.evaluation.write_samples(BEFORE, params)
-        drawn = self.evaluation.draw(params)
-        row: Row = {"iteration": BEFORE, **self.evaluation.alone(folder, params, drawn)}
-        if self.run.makes_start:
-            self.exports.describe("start", folder, [row])
-        self.summary.add(row, step=0)
-        return params
-
-    def before(self, t: int) -> Params:
-        """The weights that iteration t starts from: its opponent."""
-        if t > self.run.config.selfplay.start:
-            return self._made(self.run.folder(t - 1), lambda: self._again(t - 1))
-        if self.run.makes_start:
-            return self._made(self.run.folder(BEFORE), self._sft_start)
-        return self.run.initial_params()
-
-    def _again(self, t: int) -> Params:
-        """Iteration t's parameters, from what is left of it."""
-        params = self.score(t, self.sample(t, None))
-        return self._fit(self._begun(t, params), self._spin(t))
-
-    def _sft_start(self) -> Params:
-        run, options = self.run, self.run.sft_options()
-        if not run.config.sft.epochs:
-            return run.initial_params()
-        steps = training_steps(len(run.examples(BEFORE)), options.batch_size, options.epochs)
-        schedule_steps = options.schedule_steps(steps)
-        return self._fit(None, self._sft("sft", BEFORE, steps, schedule_steps, run.initial_params))
-
-    def _made(self, folder: epath.Path, make: Callable[[], Params]) -> Params:
-        """What a phase ends with: the parameters in its checkpoint; made, where there is no good one."""
-        path, params = folder / "checkpoint", None
-        like = params_on(self.run.mesh, self.run.model.config)
-        if checkpoint.exists(path):
-            try:
-                params = checkpoint.restore(path, like)
-            except errors.Damaged as error:
-                processes.say(
-                    f"\nWARNING: {error}\nIt is made again, from the last good checkpoint before it.\n"
-                )
-        if params is None:
-            files.check_room(path, checkpoint.size(like), f"the checkpoint {path}")
-            params = make()
-            checkpoint.save(path, params)
-        files.remove(folder / "train")  # step checkpoints have served
-        return params
-
-    # --- the opponent's part -----------------------------------------------------------------------
-
-    def sample(self, t: int, params: Params | None) -> Params | None:
-        """Makes the answers that are missing. `params` are the opponent's; None reads them if needed."""
-        for source in self.opponent.needed(t)[:-1]:
-            if not self.opponent.has_answers(source):
-                given = source in self.run.given  # then nobody answers
-                self.opponent.sample(source, {} if given else self.before(source))
-        if not self.opponent.has_answers(t):
-            params = self.before(t) if params is None else params
-            self.opponent.sample(t, params)
-        return params
-
-    def score(self, t: int, params: Params | None) -> Params | None:
-        """The same of scores; None is left of the opponent's parameters where the start scores, too."""
-        if not self.opponent.has_scores(t, OPPONENT):
-            params = self.before(t) if params is None else params
-            self.opponent.score(t, params)
-        if not self.opponent.has_scores(t, START):
-            self._free(params)
-            self.opponent.score(t, self.before(self.run.config.selfplay.start), START)
-            params = None
-        return params
-
-    # --- training --------------------------------------------------------------------------------
-
-    def train(self, t: int, params: Params | None) -> Params | None:
-        """Iteration t from its scored pairs to its checkpoint, export, evaluation and samples.
-
-        `params` are its opponent's; None reads them if they are needed. Returns the iteration's own, or None
-        where the last of its evaluation has made room for others.
+        Raises:
+            NothingToTrainOn: there is no pair.
         """
-        began, folder, training = time.perf_counter(), self.run.folder(t), self._spin(t)
-        params = self._made(folder, lambda: self._fit(self._begun(t, params), training))
-        self.exports.save(folder, params)
-        beta, steps = training.scalars["beta"], training.steps
-        skipped = self.metrics.count("train", t, lambda row: row.get("skipped"))
-        row: Row = {"iteration": t, "beta": beta, "pairs": len(training.items), "steps": steps}
-        row |= {"skipped": skipped, **self.evaluation.pairs(t, params, beta)}
-        self.evaluation.write_samples(t, params)
-        drawn = self.evaluation.draw(params)
-        row |= self.evaluation.alone(folder, params, drawn)
-        if self.run.config.eval.kl and drawn:
-            row |= self.evaluation.divergence(t, params, drawn, self.before)
-            params = None
-        row["minutes"] = round((time.perf_counter() - began) / 60, 3)
-        self.exports.describe("iteration", folder, [*self.summary.rows, row])
-        self.summary.add(row, step=steps)
-        self.hand_out()
-        return params
-
-    def hand_out(self) -> None:
-        """Puts the best model so far in its place, and on the hub what is not there yet."""
-        self.exports.keep_best(self.summary.best())
-        self.exports.push([row["iteration"] for row in self.summary.made])
-
-    def _origin(self, t: int) -> int:
-        """The iteration whose opponent's weights iteration t trains."""
-        return self.run.config.selfplay.start if self.run.config.selfplay.restart else t
-
-    def _begun(self, t: int, params: Params | None) -> Params | None:
-        """The opponent's parameters, where it is those that are trained."""
-        if self._origin(t) == t:
-            return params
-        self._free(params)
-        return None
-
-    def _free(self, params: Params | None) -> None:
-        self.opponent.release()
-        sharding.free(params)
-
-    def _spin(self, t: int) -> Training:
-        run, options = self.run, self.run.options(t)
-        scored = self.opponent.scored_pairs(t, "train")
+        run, options = self._run, self._run.options(t)
         if not scored:
             raise NothingToTrainOn(
                 f"iteration {t}: no answer is {run.config.selfplay.rows}, and selfplay.rows asks for those; "
                 "more selfplay.samples or another eval.verifier may find some, in a new --workdir"
             )
         steps = training_steps(len(scored), options.batch_size, options.epochs)
-        return Training(
-            phase="train",
+        return TrainingPhase(
+            name="train",
             iteration=t,
             folder=run.folder(t),
-            objective=self.spin,
+            objective=objective,
             options=options,
             items=scored,
-            collate=self._pairs,
+            collate=self._collate_pairs,
             shape=run.pair_shape,
             steps=steps,
             schedule_steps=options.schedule_steps(steps),
             scalars={"beta": float(config_values.per_iteration(run.config.loss.beta, t))},
-            begins_from=lambda: self.before(self._origin(t)),
+            initial_params=initial_params,
         )
 
-    def _pairs(self, scored: Sequence[ScoredPair]) -> list[PairBatch]:
-        return pair_batches(scored, self.run.pair_shape, self.run.chat.unattended, self.run.roles)
+    def sft_phase(self) -> TrainingPhase:
+        """The SFT stage before self-play, which makes the start."""
+        run, options = self._run, self._run.sft_options()
+        steps = training_steps(len(run.examples(START)), options.batch_size, options.epochs)
+        schedule = options.schedule_steps(steps)
+        folder = run.folder(START)
+        return self._supervised("sft", START, folder, options, steps, schedule, run.initial_params)
 
-    def _examples(self, chosen: Sequence[Example]) -> list[Rows]:
-        groups = [example_group(example) for example in chosen]
-        return packed(groups, self.run.example_shape, self.run.chat.unattended)
+    def control_phase(self, t: int, steps: int, initial_params: Callable[[], Params]) -> TrainingPhase:
+        """The SFT control beside iteration t, for as many steps as that took."""
+        folder, options = (
+            self._run.workdir / "control" / f"iteration_{t}",
+            self._run.sft_options(control=True),
+        )
+        return self._supervised("control", t, folder, options, steps, steps, initial_params)
 
-    def _sft(
-        self, phase: str, t: int, steps: int, schedule_steps: int, begins_from: Callable[[], Params]
-    ) -> Training:
-        run = self.run
-        return Training(
-            phase=phase,
+    def _supervised(
+        self,
+        name: str,
+        t: int,
+        folder: epath.Path,
+        options: Optimization,
+        steps: int,
+        schedule_steps: int,
+        initial_params: Callable[[], Params],
+    ) -> TrainingPhase:
+        run = self._run
+        return TrainingPhase(
+            name=name,
             iteration=t,
-            folder=run.folder(t) if phase == "sft" else self._control_folder(t),
+            folder=folder,
             objective=SFT(run.decoder),
-            options=run.sft_options(control=phase == "control"),
+            options=options,
             items=run.examples(t),
-            collate=self._examples,
+            collate=self._collate_examples,
             shape=run.example_shape,
             steps=steps,
             schedule_steps=schedule_steps,
             scalars={},
-            begins_from=begins_from,
+            initial_params=initial_params,
         )
 
-    def _fit(self, params: Params | None, training: Training) -> Params:
+    def _collate_pairs(self, scored: Sequence[ScoredPair]) -> list[PairBatch]:
+        return pair_batches(scored, self._run.pair_shape, self._run.chat.unattended, self._run.roles)
+
+    def _collate_examples(self, examples: Sequence[Example]) -> list[Rows]:
+        groups = [example_group(example) for example in examples]
+        return packed(groups, self._run.example_shape, self._run.chat.unattended)
+
+    # --- training --------------------------------------------------------------------------------
+
+    def checkpointed(self, folder: epath.Path, make: Callable[[], Params]) -> Params:
+        """The weights in the folder's final checkpoint; where there is no good one, `make` makes them."""
+        path, params = folder / "checkpoint", None
+        abstract = params_on(self._run.mesh, self._run.model.config)
+        if checkpoints.exists(path):
+            try:
+                params = checkpoints.restore(path, abstract)
+            except Damaged as error:
+                processes.say(
+                    f"\nWARNING: {error}\nIt is made again, from the last good checkpoint before it.\n"
+                )
+        if params is None:
+            files.check_room(path, checkpoints.size(abstract), f"the checkpoint {path}")
+            params = make()
+            checkpoints.save(path, params)
+        files.remove(folder / "train")  # step checkpoints are of no more use
+        return params
+
+    def fit(self, params: Params | None, phase: TrainingPhase) -> Params:
         """Runs a training phase, from its newest good step checkpoint where there is one.
 
-        `params` are what it begins from; None makes them if they are needed.
+        Args:
+            params: the weights that the phase starts from; they are used up. None reads or makes them where
+                they are needed.
+
+        Raises:
+            Interrupted: the run was asked to stop; the state is saved.
+            NotFinite: too many steps in a row were not finite; the last batch is in a file of the folder.
         """
-        run, options, phase, t = self.run, training.options, training.phase, training.iteration
-        self.opponent.release()
+        run, options, t = self._run, phase.options, phase.iteration
+        self._engine.release()
         c, most_skipped = run.config.checkpoint, run.config.train.most_skipped
-        checkpoints = checkpoint.StepCheckpoints(training.folder / "train", c.keep, self.metrics.flush)
-        start = checkpoints.steps_done()
-        state, frozen = self._state(params, training, checkpoints, start)
-        self.metrics.rewind(phase, t, lambda step: step >= start)
-        title = phase if t == BEFORE else f"iteration {t}: {phase}"
-        with progress(title, training.steps, start) as bar:
+        step_checkpoints = StepCheckpoints(phase.folder / "train", c.keep, self._metrics.flush)
+        start = step_checkpoints.steps_done()
+        state, frozen = self._state(params, phase, step_checkpoints, start)
+        self._metrics.rewind(phase.name, t, lambda step: step >= start)
+        title = phase.name if t == START else f"iteration {t}: {phase.name}"
+        with progress(title, phase.steps, start) as bar:
 
             def on_step(number: int, values: dict[str, float], waited: float) -> None:
-                self.metrics.write(phase, t, number, values)
+                self._metrics.write(phase.name, t, number, values)
                 shown = {k: f"{values[k]:.4g}" for k in ("loss", "margin") if k in values}
                 shown |= {"tok/s": compact(values["tokens_per_s"]), "input wait": f"{waited:.1%}"}
                 shown |= {"skipped": f"{values['skipped']:.0f}"} if values["skipped"] else {}
@@ -281,106 +193,67 @@ class SelfPlay:
             try:
                 state = fit(
                     state,
-                    self._batches(training, start),
-                    make_step(training.objective, options),
+                    self._batches(phase, start),
+                    make_step(phase.objective, options),
                     start=start,
-                    learning_rates=options.learning_rates(training.schedule_steps),
-                    scalars=training.scalars,
+                    learning_rates=options.learning_rates(phase.schedule_steps),
+                    scalars=phase.scalars,
                     frozen=frozen,
                     mesh=run.mesh,
-                    checkpoints=checkpoints,
-                    loop=Loop(
-                        training.steps,
-                        c.every_steps,
-                        most_skipped,
-                        on_step,
-                        self.should_stop,
-                    ),
+                    checkpoints=step_checkpoints,
+                    loop=Loop(phase.steps, c.every_steps, most_skipped, on_step, self._should_stop),
                 )
             except NotFinite as error:
-                self._explain(error, training)
+                self._explain(error, phase)
                 raise
         if frozen is None:
             return state.params
         sharding.free(frozen)
-        return lora.merged(training.begins_from(), state.params, options.lora_scale)
+        return lora.merged(phase.initial_params(), state.params, options.lora_scale)
 
     def _state(
-        self, params: Params | None, training: Training, checkpoints: checkpoint.StepCheckpoints, start: int
+        self, params: Params | None, phase: TrainingPhase, step_checkpoints: StepCheckpoints, start: int
     ) -> tuple[TrainState, Params | None]:
-        """What training goes on with from step `start`; with LoRA, and the weights that stay as they are."""
-        run, options = self.run, training.options
-        like = params_on(run.mesh, run.model.config)
+        """The training state before step `start`; and with LoRA the frozen weights, else None."""
+        run, options = self._run, phase.options
+        abstract = params_on(run.mesh, run.model.config)
         if start and not options.lora_rank:
             sharding.free(params)  # a resumed phase needs no more memory than a fresh one
-            return checkpoints.restore(start, abstract_state(like, options, run.mesh)), None
-        params = training.begins_from() if params is None else params
+            return step_checkpoints.restore(start, abstract_state(abstract, options, run.mesh)), None
+        params = phase.initial_params() if params is None else params
         if not options.lora_rank:
             return init_state(params, options, run.mesh), None
-        like = lora.adapters_on(like, options.lora_rank, options.lora_targets)
+        adapters = lora.adapters_on(abstract, options.lora_rank, options.lora_targets)
         frozen = lora.freeze(params, run.model.dtype)
         if start:
-            return checkpoints.restore(start, abstract_state(like, options, run.mesh)), frozen
-        seed = _data_seed(run.config.seed, training.phase, training.iteration)
-        return init_state(lora.init(like, jax.random.key(seed)), options, run.mesh), frozen
+            return step_checkpoints.restore(start, abstract_state(adapters, options, run.mesh)), frozen
+        key = jax.random.key(self._data_seed(phase))
+        return init_state(lora.init(adapters, key), options, run.mesh), frozen
 
-    def _batches(self, training: Training, start: int) -> Iterator[Any]:
-        steps_per_epoch = training_steps(len(training.items), training.options.batch_size, 1)
+    def _batches(self, phase: TrainingPhase, start: int) -> Iterator[Any]:
+        steps_per_epoch = training_steps(len(phase.items), phase.options.batch_size, 1)
         return batches(
-            training.items,
-            training.collate,
-            training.options.batch_size,
-            training.shape,
-            seed=_data_seed(self.run.config.seed, training.phase, training.iteration),
-            epochs=-(-training.steps // steps_per_epoch),
+            phase.items,
+            phase.collate,
+            phase.options.batch_size,
+            phase.shape,
+            seed=self._data_seed(phase),
+            epochs=-(-phase.steps // steps_per_epoch),
             start=start,
         )
 
-    def _explain(self, error: NotFinite, training: Training) -> None:
-        """Writes the batch that was the last straw, for whoever has to find out why."""
-        path = training.folder / f"not_finite_{training.phase}_step_{error.step}.npz"
-        files.write(path, as_npz(error.batch, self.run.model.tokenizer.batch_decode))
+    def _data_seed(self, phase: TrainingPhase) -> int:
+        """The seed of the data order; each phase of each iteration has its own."""
+        number = {"sft": 0, "train": 1, "control": 2}[phase.name]
+        entropy = [self._run.config.seed, number, phase.iteration + 1]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def _explain(self, error: NotFinite, phase: TrainingPhase) -> None:
+        """Writes the batch of the last skipped step to a file, and names that file in the error."""
+        path = phase.folder / f"not_finite_{phase.name}_step_{error.step}.npz"
+        files.write(path, as_npz(error.batch, self._run.model.tokenizer.batch_decode))
         error.args = (
-            f"{training.phase}, iteration {training.iteration}: {error}. Those steps changed nothing; "
-            f"what the last one was given is in {path} (numpy.load). A lower learning rate, clip_norm "
-            "or model.dtype=float32 may help; --config.resume_anyway=True goes on from the last checkpoint",
+            f"{phase.name}, iteration {phase.iteration}: {error}. Those steps changed nothing; the batch "
+            f"of the last one is in {path} (numpy.load). A lower learning rate, clip_norm or "
+            "model.dtype=float32 may help; --config.resume_anyway=True goes on from the last checkpoint",
         )
-
-    # --- the control -----------------------------------------------------------------------------
-
-    def control(self) -> None:
-        """The paper's control: the start trained on by SFT, for as many steps as each iteration took."""
-        if not self.run.config.sft.control:
-            return
-        params, made = None, list(filter(self.finished, self.run.iterations))
-        control = self.run.workdir / "control"
-        for t in made:
-            row = self.summary.row(t)
-            if "control" not in row:
-                files.remove(control / "model")  # of fewer iterations
-                params = self._control(t, params)
-                drawn = self.evaluation.draw(params)
-                row["control"] = self.evaluation.alone(self._control_folder(t), params, drawn)
-                self.summary.write()
-        if made and not seals.sealed(control / "model"):
-            self.exports.save(control, self._control(made[-1], None) if params is None else params)
-        if made:
-            self.exports.describe("control", control, self.summary.rows)
-
-    def _control(self, t: int, params: Params | None) -> Params:
-        """The control after as many steps as iteration t took; `params` are those before, where in hand."""
-        steps = self.summary.row(t)["steps"]
-        first = t == self.run.config.selfplay.start
-        training = self._sft(
-            "control", t, steps, steps, lambda: self.before(t) if first else self._control(t - 1, None)
-        )
-        return self._made(training.folder, lambda: self._fit(params, training))
-
-    def _control_folder(self, t: int) -> epath.Path:
-        return self.run.workdir / "control" / f"iteration_{t}"
-
-
-def _data_seed(seed: int, phase: str, t: int) -> int:
-    """The seed of the data order of one phase of one iteration."""
-    number = {"sft": 0, "train": 1, "control": 2}[phase]
-    return int(np.random.SeedSequence([seed, number, t + 1]).generate_state(1)[0])

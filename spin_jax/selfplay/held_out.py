@@ -1,7 +1,7 @@
-"""What the models of a run are measured by: held-out answers, human and their own, tasks, and KL."""
+"""The numbers of summary.json: held-out pairs and answers, tasks of lm-evaluation-harness, and KL."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ from spin_jax.data import parquet
 from spin_jax.data.records import Ids
 from spin_jax.evaluate import measures, verifiers
 from spin_jax.models.architecture import Params
-from spin_jax.runtime.sharding import free
 from spin_jax.sampling.next_token import Sampling
-from spin_jax.selfplay.opponent import BEFORE, Opponent
-from spin_jax.selfplay.prepared import Prepared
+from spin_jax.selfplay.engine import Engine
+from spin_jax.selfplay.opponent import Opponent
+from spin_jax.selfplay.prepare import START, Prepared
 from spin_jax.storage import files
 from spin_jax.training.custom_loss import logps_type
 from spin_jax.training.packing import Group, pair_group
@@ -25,14 +25,15 @@ Row = dict[str, Any]
 
 
 class Evaluation:
-    """Numbers of summary.json, made by the programs that train and sample."""
+    """Measures models with the programs that train and sample."""
 
-    def __init__(self, run: Prepared, opponent: Opponent, objective: SPIN):
+    def __init__(self, run: Prepared, engine: Engine, opponent: Opponent, objective: SPIN):
         self._run = run
-        self._opponent = opponent  # who samples, whatever the weights
+        self._engine = engine
+        self._opponent = opponent
         self._objective = objective
 
-    def pairs(self, t: int, params: Params, beta: float) -> Row:
+    def measure_pairs(self, t: int, params: Params, beta: float) -> Row:
         """Loss, margin, accuracy … on held-out pairs, against the opponent of the iteration.
 
         Each pair's numbers go to held_out.parquet.
@@ -42,7 +43,7 @@ class Evaluation:
         if not scored:
             return {}
         groups = [pair_group(s.pair, roles) for s in scored]
-        policy = self._opponent.score_groups(params, groups)
+        policy = self._engine.score(params, groups)
         reference = np.array([s.opponent for s in scored], np.float32)
         score = np.array([s.pair.score or 0.0 for s in scored], np.float32)
         policy, opponent = (logps_type(roles)(*logps.T) for logps in (policy, reference))
@@ -50,36 +51,34 @@ class Evaluation:
         columns = {name: np.asarray(values) for name, values in {"loss": loss, **metrics}.items()}
         columns |= {f"{role}_reference": reference[:, n] for n, role in enumerate(roles)}
         pairs = [s.pair for s in scored]
-        path = run.folder(t) / "held_out.parquet"
-        if not files.exists(path):  # an evaluation that was interrupted begins anew, and comes to the same
-            files.write(path, parquet.held_out_to_parquet(pairs, columns))
+        # It is written even where it exists: an interrupted run may continue with another β.
+        files.write(run.folder(t) / "held_out.parquet", parquet.held_out_to_parquet(pairs, columns))
         columns["identical"] = np.array([pair.identical for pair in pairs])
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in columns.items()}
         return {name: mean for name, mean in means.items() if not name.endswith("_reference")}
 
-    def draw(self, params: Params) -> list[Ids]:
-        """A model's own answers to the held-out prompts, at temperature 1: all prompts, again and again."""
+    def sample(self, params: Params) -> list[Ids]:
+        """A model's own answers to the held-out prompts, at temperature 1; `eval.samples` for each prompt."""
         c = self._run.config
         return self._answer_held_out(params, Sampling(c.sampling.max_new_tokens), c.eval.samples)
 
     def _answer_held_out(self, params: Params, sampling: Sampling, samples: int) -> list[Ids]:
         if not self._run.held_out:
             return []
-        weights = self._opponent.weights(params)
         return [
             answer
             for sample_id in range(samples)
-            for answer in self._opponent.answer(
-                weights, self._run.held_out, sampling, iteration=BEFORE, sample_ids=sample_id
+            for answer in self._engine.answer(
+                params, self._run.held_out, sampling, iteration=START, sample_ids=sample_id
             )
         ]
 
-    def alone(self, folder: epath.Path, params: Params, drawn: Sequence[Ids]) -> Row:
-        """What a model is measured by without another: held-out answers, human and its own, and tasks."""
-        return {**self._answers(params, drawn), **self._tasks(folder, params)}
+    def measure_alone(self, folder: epath.Path, params: Params, sampled: Sequence[Ids]) -> Row:
+        """The numbers that need no other model: held-out answers, human and the model's own, and tasks."""
+        return {**self._measure_answers(params, sampled), **self._run_tasks(folder, params)}
 
-    def _answers(self, params: Params, drawn: Sequence[Ids]) -> Row:
-        """NLL of held-out human answers; length of the `drawn` ones and, with a verifier, the share right."""
+    def _measure_answers(self, params: Params, sampled: Sequence[Ids]) -> Row:
+        """NLL of human answers, length of sampled ones and, with a verifier, the share that is right."""
         run = self._run
         if not run.held_out:
             return {}
@@ -91,14 +90,14 @@ class Evaluation:
                 mesh=run.mesh,
                 shape=run.example_shape,
                 unattended=run.chat.unattended,
-                on_batch=lambda scored: self._opponent.stop_here(),
+                on_batch=lambda scored: self._engine.stop_if_asked(),
             )
         }
         if run.verifier:
             greedy = self._answer_held_out(params, run.sampling(temperature=0.0), 1)
             row["greedy_accuracy"] = self._share_right(greedy)
-            row["sampled_accuracy"] = self._share_right(drawn)
-        return row | measures.response_statistics(run.chat, run.held_out, drawn)
+            row["sampled_accuracy"] = self._share_right(sampled)
+        return row | measures.response_statistics(run.chat, run.held_out, sampled)
 
     def _share_right(self, answers: Sequence[Ids]) -> float:
         run = self._run
@@ -107,19 +106,19 @@ class Evaluation:
             run.verifier, run.held_out, [run.chat.decode(answer) for answer in answers]
         )
 
-    def _tasks(self, folder: epath.Path, params: Params) -> Row:
-        """Numbers of lm-eval's tasks. Each is on disk when it is done: an interruption costs one of them."""
+    def _run_tasks(self, folder: epath.Path, params: Params) -> Row:
+        """Numbers of the tasks; each is on disk as soon as it is done: an interruption costs one task."""
         c = self._run.config
         names = config_values.task_names(c)
         if not names:
             return {}
-        from spin_jax.evaluate import harness  # it needs lm_eval, which is optional
+        from spin_jax.evaluate import harness  # lm_eval is optional
 
         path, limit = folder / "tasks.json", c.eval.tasks_limit
         done = files.read_agreed(path)
         if done is None or done["limit"] != limit:
             done = {"limit": limit, "tasks": {}}
-        self._opponent.release()
+        self._engine.release()
         model = dataclasses.replace(self._run.model, params=params)
         for name in names:
             if name not in done["tasks"]:
@@ -129,49 +128,45 @@ class Evaluation:
                     include_path=c.eval.include_path,
                     limit=limit,
                     seed=c.seed,
-                    should_stop=self._opponent.stop_here,
+                    should_stop=self._engine.stop_if_asked,
                 )
                 files.write_json(path, done)
         return {metric: value for name in names for metric, value in done["tasks"][name].items()}
 
-    def divergence(
-        self, t: int, params: Params, drawn: Sequence[Ids], before: Callable[[int], Params]
-    ) -> Row:
-        """How far iteration t has moved from its opponent and from the start, by its own answers.
+    def divergence(self, t: int, params: Params, sampled: Sequence[Ids]) -> Row:
+        """How far iteration t has moved from its opponent and from the start: KL, estimated on its answers.
 
-        One model's weights are held at a time: `params` are gone after this. `before` loads those that an
-        iteration began with.
+        The memory of `params` is freed, because only one model's weights are held at a time.
         """
-        own = self._logps(params, drawn)
-        self._opponent.release()
-        free(params)
+        own = self._logps(params, sampled)
+        self._engine.free(params)
         first = self._run.config.selfplay.start
-        opponent = self._logps(before(t), drawn)
-        start = opponent if t == first else self._logps(before(first), drawn)
+        opponent = self._logps(self._opponent.weights(t), sampled)
+        start = opponent if t == first else self._logps(self._opponent.weights(first), sampled)
         return {"kl_opponent": measures.kl(own, opponent), "kl_start": measures.kl(own, start)}
 
-    def _logps(self, params: Params, drawn: Sequence[Ids]) -> np.ndarray:
-        """A model's log-probs of answers to the held-out prompts, float32 [drawn].
+    def _logps(self, params: Params, sampled: Sequence[Ids]) -> np.ndarray:
+        """A model's log-probs of answers to the held-out prompts, float32 [sampled].
 
-        Beside the human ones, in the rows of training: no other program is compiled.
+        They stand beside the human answers in the rows of training, so that no other program is compiled.
         """
         run, examples = self._run, self._run.held_out
         groups = []
-        for number, answer in enumerate(drawn):
+        for number, answer in enumerate(sampled):
             example = examples[number % len(examples)]
             answers = tuple(example.real if role == "real" else answer for role in run.roles)
             groups.append(Group(run.chat.sampling_prompt(example), answers))
-        return self._opponent.score_groups(params, groups)[:, run.roles.index("generated")]
+        return self._engine.score(params, groups)[:, run.roles.index("generated")]
 
     def write_samples(self, t: int, params: Params) -> None:
         """samples.jsonl: the human answer beside this iteration's greedy one, on fixed prompts."""
         run = self._run
-        chosen = (run.held_out or run.examples(BEFORE))[: run.config.eval.fixed_prompts]
+        chosen = (run.held_out or run.examples(START))[: run.config.eval.fixed_prompts]
         path = run.folder(t) / "samples.jsonl"
         if not chosen or files.exists(path):
             return
         greedy = self._run.sampling(temperature=0.0)
-        answers = self._opponent.answer(self._opponent.weights(params), chosen, greedy, iteration=t)
+        answers = self._engine.answer(params, chosen, greedy, iteration=t)
         rows = [
             {
                 "prompt_id": example.prompt_id,

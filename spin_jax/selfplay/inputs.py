@@ -23,13 +23,12 @@ from spin_jax.models.architecture import Model, Params
 from spin_jax.models.params import init_params
 from spin_jax.runtime import user_code
 from spin_jax.selfplay import from_config
-from spin_jax.selfplay import judge as judging
-from spin_jax.selfplay.judge import Judge
+from spin_jax.selfplay.variants import Judge, find_judge
 from spin_jax.training import custom_loss
 
 
 class Inputs(NamedTuple):
-    """What a process reads for itself, before processes share the work."""
+    """What each process reads for itself, before the processes share any work."""
 
     model: Model
     initial_params: Callable[[], Params]
@@ -37,41 +36,50 @@ class Inputs(NamedTuple):
     given: dict[int, list[Pair]]
     judge: Judge | None
     verifier: verifiers.Verifier | None
-    rows: dict[str, Any]  # datasets by path; none where the given pairs are the data
-    data_revision: str | dict[str, str | None] | None
-    start: str  # a digest of the weights that it starts from
+    rows: dict[str, Any]  # datasets by path; empty where the given pairs are the data
+    data_revision: str | dict[str, str | None] | None  # the commit of a hub dataset; of several, by path
+    weights_digest: str  # of the checkpoint that the run starts from; "" for new weights
     notes: list[str]
 
 
 def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
+    """Reads everything that the config names.
+
+    Args:
+        began: config.json of the run in the workdir, or {}.
+        today: the date that chat templates see, YYYY-MM-DD.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong, with the key, or the file and row.
+    """
     custom_loss.check(config.loss)
-    judge, name = judging.judge(config), config.eval.verifier
+    judge, name = find_judge(config), config.eval.verifier
     verifier = verifiers.find_verifier(name) if name else None
-    model, initial_params, start = open_model(config, _model_began_with(config, began))
+    model, initial_params, weights_digest = open_model(config, _recorded_revision(config, began))
     from_config.check_mesh(config, model)
     custom_loss.check(config.loss, model.mesh)
-    notes = _other_architecture(config, model)
+    notes = _architecture_notes(config, model)
     chat = make_chat(config, model, today)
-    given = _given(config, chat, model.config.vocab_size, notes)
+    given = _read_given_pairs(config, chat, model.config.vocab_size, notes)
     c = config.data
     rows, revisions = {}, {}
-    known = _data_began_with(config, began)
+    recorded = _recorded_data_revisions(config, began)
     for path in dict.fromkeys(config_values.data_paths(c.path)):
-        revisions[path] = sources.pinned(path, known.get(path) or c.revision)
+        revisions[path] = sources.pinned(path, recorded.get(path) or c.revision)
         rows[path] = sources.load_rows(path, c.split, name=c.name, revision=revisions[path])
     pinned = revisions if len(revisions) > 1 else next(iter(revisions.values()), None)
-    return Inputs(model, initial_params, chat, given, judge, verifier, rows, pinned, start, notes)
+    return Inputs(model, initial_params, chat, given, judge, verifier, rows, pinned, weights_digest, notes)
 
 
-def _model_began_with(config: Config, began: Mapping[str, Any]) -> str | None:
-    """The commit of the hub's model that the run began with, where it is still the same one's."""
-    asked_for = [began.get("config", {}).get("model", {}).get(key) for key in ("path", "revision")]
-    same = asked_for == [config.model.path, config.model.revision]
-    return began.get("model_revision") if same else None
+def _recorded_revision(config: Config, began: Mapping[str, Any]) -> str | None:
+    """The commit of the hub model that the run began with; None where the config names another model now."""
+    before = began.get("config", {}).get("model", {})
+    is_same = all(before.get(key) == config.model[key] for key in ("path", "revision"))
+    return began.get("model_revision") if is_same else None
 
 
-def _data_began_with(config: Config, began: Mapping[str, Any]) -> Mapping[str, str | None]:
-    """The same of each dataset, by path: others can have joined it."""
+def _recorded_data_revisions(config: Config, began: Mapping[str, Any]) -> Mapping[str, str | None]:
+    """The commits of the hub datasets that the run began with, by path; new datasets have none."""
     before, commits = began.get("config", {}).get("data", {}), began.get("data_revision")
     if before.get("revision") != config.data.revision:
         return {}
@@ -82,8 +90,8 @@ def _data_began_with(config: Config, began: Mapping[str, Any]) -> Mapping[str, s
     )
 
 
-def agreed_inputs(config: Config, read: Inputs) -> bytes:
-    """What processes must have alike: the config, the model's description, given pairs, some of the rows."""
+def shared_content(config: Config, read: Inputs) -> bytes:
+    """What all processes must have read alike: config, model description, given pairs, some rows."""
     pairs = [ids for pairs in read.given.values() for p in pairs for ids in (p.prompt, p.real, p.generated)]
     some = [
         (len(rows), [_row(rows, number) for number in range(0, len(rows), max(len(rows) // 64, 1))])
@@ -97,21 +105,23 @@ def agreed_inputs(config: Config, read: Inputs) -> bytes:
 def _row(rows: Any, number: int) -> Any:
     try:
         return rows[number]
-    except ValueError as error:  # whoever reads them all will say which is the first
+    except ValueError as error:  # reading all rows will find the first bad one, and name it
         return str(error)
 
 
-def open_model(config: Config, began_with: str | None = None) -> tuple[Model, Callable[[], Params], str]:
-    """The model without weights, what makes them, and a digest of what they are made from.
+def open_model(
+    config: Config, recorded_revision: str | None = None
+) -> tuple[Model, Callable[[], Params], str]:
+    """The model without weights, the function that loads or makes float32 weights, and their digest.
 
     Args:
-        began_with: the commit of the hub's that a run began with: it goes on with that one, whatever the
-            branch has come to since.
+        recorded_revision: the commit of the hub model that the run began with. The run continues with it,
+            even if the branch has moved on.
     """
     c = config.model
     template = config.data.chat_template
     if c.path:
-        revision = began_with or c.revision
+        revision = recorded_revision or c.revision
         model, directory = loading.describe(c.path, revision, dtype=c.dtype, chat_template=template)
         loading.check_architecture({"model_type": model.config.model_type, **c.architecture.to_dict()})
         loading.check_weights(directory, model.config)
@@ -129,8 +139,8 @@ def open_model(config: Config, began_with: str | None = None) -> tuple[Model, Ca
     return model, lambda: init_params(model.config, jax.random.key(config.seed), model.mesh), ""
 
 
-def _other_architecture(config: Config, model: Model) -> list[str]:
-    """A note where the checkpoint is not of the architecture that the config states: another was named."""
+def _architecture_notes(config: Config, model: Model) -> list[str]:
+    """A note where the checkpoint differs from the architecture that the config states."""
     stated, theirs = config.model.architecture, model.hf_config
     differing = [
         f"{key} {value!r} ({theirs[key]!r})"
@@ -139,11 +149,13 @@ def _other_architecture(config: Config, model: Model) -> list[str]:
     ]
     if not differing:
         return []
-    return [f"the checkpoint, which counts, differs from model.architecture in {', '.join(differing)}"]
+    return [
+        f"the checkpoint differs from model.architecture, and counts: it differs in {', '.join(differing)}"
+    ]
 
 
 def make_chat(config: Config, model: Model, today: str | None = None) -> Chat:
-    """What turns conversations into ids for this model, as the config wants it."""
+    """The chat template and tokenizer of the model, with the limits and the system message of the config."""
     kind = OfficialChat if config.official else Chat
     lengths = Lengths(config.lengths.max_prompt, config.lengths.max_length)
     return kind(
@@ -159,10 +171,10 @@ def _day(text: str | None) -> datetime.date | None:
     try:
         return datetime.date.fromisoformat(text) if text else None
     except ValueError as error:
-        raise ValueError(f"data.today={text!r}: a day is wanted, as in 2026-01-31") from error
+        raise ValueError(f"data.today={text!r}: expected a date such as 2026-01-31") from error
 
 
-def _given(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dict[int, list[Pair]]:
+def _read_given_pairs(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dict[int, list[Pair]]:
     given, c = {}, config.data
     for t, path in config_values.given_pairs(config).items():
         rows = sources.load_rows(path, config.selfplay.pairs_split, all_files=True)
@@ -175,7 +187,7 @@ def _given(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dic
             max_bad=c.max_bad,
             scored=bool(config.selfplay.scorer),
         )
-        notes += _counted(path, counts)
+        notes += _count_notes(path, counts)
     start = config.selfplay.start
     for t in range(max(0, start - config.selfplay.mix_previous), start):
         if t not in given:
@@ -185,16 +197,17 @@ def _given(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dic
     return given
 
 
-# Rows of datasets after the first are numbered from here, twice this, …: a prompt has one id in a run.
+# Datasets after the first number their rows from here, from twice this, and so on, so that each prompt_id is
+# unique in a run.
 _NEXT_DATASET = 2**40
 
 
 def datasets_of(config: Config, read: Inputs) -> list[list[Example]]:
-    """Prompts with their human answers: one dataset for all iterations, or one each."""
+    """Prompts with their human answers: one dataset for all iterations, or one for each."""
     c = config.data
-    if not read.rows:  # the given pairs are the data
-        wanted = range(config.selfplay.start, config.selfplay.iterations)
-        if absent := [t for t in wanted if t not in read.given]:
+    if not read.rows:  # then the given pairs are the data
+        iterations = range(config.selfplay.start, config.selfplay.iterations)
+        if absent := [t for t in iterations if t not in read.given]:
             raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")
         unique = {asked(p.real_messages): p for t in sorted(read.given, reverse=True) for p in read.given[t]}
         pairs = sorted(unique.values(), key=lambda pair: pair.prompt_id)
@@ -212,20 +225,21 @@ def datasets_of(config: Config, read: Inputs) -> list[list[Example]]:
             bad_rows=c.bad_rows,
             max_bad=c.max_bad,
         )
-        read.notes.extend(_counted(path, counts))
+        read.notes.extend(_count_notes(path, counts))
         if number and max(example.prompt_id for example in examples) >= _NEXT_DATASET:
-            raise ValueError(f"{path}: of several datasets, a prompt_id is below {_NEXT_DATASET}")
-        moved = number * _NEXT_DATASET
-        loaded[path] = [dataclasses.replace(e, prompt_id=e.prompt_id + moved) for e in examples]
+            raise ValueError(f"{path}: with several datasets, each prompt_id must be below {_NEXT_DATASET}")
+        offset = number * _NEXT_DATASET
+        loaded[path] = [dataclasses.replace(e, prompt_id=e.prompt_id + offset) for e in examples]
     return [loaded[path] for path in config_values.data_paths(config.data.path)]
 
 
-def distinct(datasets: Sequence[list[Example]]) -> list[Example]:
-    """All examples: those of a dataset that serves several iterations once."""
+def all_examples(datasets: Sequence[list[Example]]) -> list[Example]:
+    """The examples of all datasets. A dataset that serves several iterations counts once."""
     return [example for dataset in {id(d): d for d in datasets}.values() for example in dataset]
 
 
 def held_out_of(config: Config, examples: Sequence[Example]) -> list[Example]:
+    """The examples that are kept from training, chosen by the seed."""
     ids = split_held_out(
         [example.prompt_id for example in examples],
         fraction=config.eval.fraction,
@@ -235,16 +249,16 @@ def held_out_of(config: Config, examples: Sequence[Example]) -> list[Example]:
     return [example for example in examples if example.prompt_id in ids]
 
 
-def without(datasets: Sequence[list[Example]], held_out: Sequence[Example]) -> list[list[Example]]:
-    """The datasets without what is held out of the first; and of later ones without the same prompts."""
+def without_held_out(datasets: Sequence[list[Example]], held_out: Sequence[Example]) -> list[list[Example]]:
+    """The datasets without the held-out examples, and without the same prompts in later datasets."""
     ids = {example.prompt_id for example in held_out}
     prompts = {asked(example.messages) for example in held_out} if len(datasets) > 1 else set()
 
-    def stays(example: Example, later: bool) -> bool:
+    def is_kept(example: Example, later: bool) -> bool:
         return example.prompt_id not in ids and not (later and asked(example.messages) in prompts)
 
-    return [[e for e in examples if stays(e, examples is not datasets[0])] for examples in datasets]
+    return [[e for e in examples if is_kept(e, examples is not datasets[0])] for examples in datasets]
 
 
-def _counted(path: str, counts: Counter) -> list[str]:
+def _count_notes(path: str, counts: Counter) -> list[str]:
     return [f"{path}: {what}: {number}" for what, number in sorted(counts.items())]

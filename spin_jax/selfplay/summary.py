@@ -1,11 +1,11 @@
-"""summary.json: a row for the start and each iteration, which of them is best, and when to go no further."""
+"""summary.json: a row for the start and for each iteration, which one is best, and when a run stops early."""
 
 from typing import Any
 
 from spin_jax.report import charts, drawing, numbers
 from spin_jax.runtime import processes
 from spin_jax.selfplay.best import best_row
-from spin_jax.selfplay.prepared import Prepared
+from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics
 
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 class Summary:
-    """The rows of a run, the same in every process."""
+    """The rows of summary.json. They are the same in every process."""
 
     def __init__(self, run: Prepared, metrics: Metrics):
         self._run = run
@@ -21,19 +21,17 @@ class Summary:
         self.rows: list[Row] = files.read_agreed(run.workdir / "summary.json") or []
 
     def row(self, t: int) -> Row:
-        """Iteration t's; {} where it has none yet."""
+        """The row of iteration t; {} where it has none yet."""
         return next((row for row in self.rows if row["iteration"] == t), {})
 
     @property
-    def made(self) -> list[Row]:
-        """Those of iterations, without the start's."""
+    def iterations(self) -> list[Row]:
+        """The rows of iterations, without the start's."""
         return [row for row in self.rows if row["iteration"] >= 0]
 
     def add(self, row: Row, step: int) -> None:
-        row, t = (
-            processes.exchanged(row)[0],
-            row["iteration"],
-        )  # what follows from it follows in every process
+        """Adds or replaces a row and writes the file; `step` is the step of the row in metrics.jsonl."""
+        row, t = processes.exchanged(row)[0], row["iteration"]  # all processes decide by the same numbers
         self._forget_conclusion()
         values = {k: float(v) for k, v in row.items() if k != "iteration"}
         self._metrics.rewind("eval", t)
@@ -46,20 +44,20 @@ class Summary:
         self._metrics.flush()
 
     def best(self) -> Row | None:
-        """The row of the best iteration so far, where a config says what is best.
+        """The row of the best iteration so far, where checkpoint.best is set.
 
-        The start is none of them, better or not: what self-play hands on is a model that self-play made.
+        The start does not compete: self-play hands on a model that self-play made.
         """
-        return best_row(self.made, self._run.config.checkpoint.best, self._run.better)
+        return best_row(self.iterations, self._run.config.checkpoint.best, self._run.best_direction)
 
     def stops_early(self) -> str:
-        """Why no iteration is begun that is not done yet; "" where there is nothing against it.
+        """Why the run begins no further iteration; "" where it goes on.
 
-        The start sets the mark where it has the number: an iteration has to be better than what it came from.
-        It is told from summary.json alone, so that a run that is started again comes to the same.
+        An iteration has to be better than the start, too, where the start has the number. Only summary.json
+        is read, so that a run that is started again decides alike.
         """
         c, patience = self._run.config.checkpoint, self._run.config.selfplay.patience
-        best = best_row(self.rows, c.best, self._run.better) if patience else None
+        best = best_row(self.rows, c.best, self._run.best_direction) if patience else None
         if best is None or all(map(self.row, self._run.iterations)):
             return ""
         since = [row for row in self.rows if row["iteration"] > best["iteration"] and c.best in row]
@@ -71,22 +69,23 @@ class Summary:
         )
 
     def conclude(self, spent: str = "") -> None:
-        """Puts in summary.json which model is the final one, and why there are no more, and says so.
+        """Marks the final model in summary.json, and why there is no further one; prints both.
 
-        `spent` says why no more could be made, if that is so.
+        The final model is the best iteration's where checkpoint.best is set, else the last one's.
 
-        Final is the best iteration's, where checkpoint.best says what is best, and else the last one's.
+        Args:
+            spent: why no further iteration is possible, or "".
         """
         self._forget_conclusion()
-        made = self.made
-        if not made:
+        rows = self.iterations
+        if not rows:
             return
         if why := spent or self.stops_early():
-            made[-1]["stopped"] = why
-            more = "" if spent else "; more patience goes on"
-            processes.say(f"\nstopped after iteration {made[-1]['iteration']}: {why}{more}")
+            rows[-1]["stopped"] = why
+            more = "" if spent else "; more patience would go on"
+            processes.say(f"\nstopped after iteration {rows[-1]['iteration']}: {why}{more}")
         best = self.best()
-        final = best or made[-1]
+        final = best or rows[-1]
         final["final"] = True
         self.write()
         folder = self._run.workdir / "best" if best else self._run.folder(final["iteration"]) / "model"
@@ -98,7 +97,7 @@ class Summary:
                 row.pop(mark, None)
 
     def report(self) -> None:
-        """Prints the table; draws summary.png."""
+        """Prints the table and writes summary.png."""
         processes.say(f"\n{numbers.summary_table(self.rows)}\n")
         if self._run.config.logging.plot:
             picture = drawing.png_grid(charts.over_iterations(self.rows))

@@ -10,8 +10,8 @@ from runs import ROOT, assert_same_run, read_metrics, read_pairs, weights
 
 from spin_jax import config as config_lib
 from spin_jax import errors
-from spin_jax.selfplay import fitting
 from spin_jax.selfplay.algorithm import PHASES, run
+from spin_jax.selfplay.prepare import prepare
 
 ALGORITHMS = runpy.run_path(str(ROOT / "configs" / "algorithms.py"))
 
@@ -235,7 +235,7 @@ def test_a_fixed_reference_is_the_start(settings, tmp_path):
         ({"data.path": "a,b,c", "selfplay.iterations": 4}, "data.path has 3 datasets for 4 iterations"),
         (
             {"loss.name": "tspin", "data.path": "spin_jax.tiny:problems,test_algorithms:others"},
-            "loss.answers has start",
+            "loss.answers has the role start",
         ),
     ],
 )
@@ -310,7 +310,7 @@ def test_prompts_that_the_start_does_not_answer(settings, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "3*3*3", "chosen": "27", "rejected": "9"}) + "\n")
     with pytest.raises(
-        ValueError, match="the start answers no such prompt as that of prompt_id 0, iteration 1"
+        ValueError, match="the start does not answer the prompt with prompt_id 0 of iteration 1"
     ):
         run(settings("tspin", **{"selfplay.pairs": f"1={path}"}), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -336,7 +336,7 @@ def test_preferences_are_pairs(settings, tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.write_text((json.dumps(row) + "\n") * 12)
         c = settings("dpo", **{"selfplay.pairs": str(path), "data.path": None, "eval.limit": 0})
-        found[name] = fitting.prepare(config_lib.resolve(c), None).given[0]
+        found[name] = prepare(config_lib.resolve(c), None).given[0]
     for pairs in found.values():
         assert len(pairs) == 12
         for pair, other in zip(pairs, found["pairs"], strict=True):

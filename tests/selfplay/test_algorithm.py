@@ -153,7 +153,7 @@ def test_enough_files_are_sampled_together_to_keep_all_slots_busy(mesh):
     c = config.default()
     c.sampling.shard_size, c.sampling.batch_size, c.sampling.tensor = 8, 4, 1
     model = types.SimpleNamespace(mesh=mesh)
-    opponent = Opponent(types.SimpleNamespace(config=c, model=model), None, None)
+    opponent = Opponent(types.SimpleNamespace(config=c, model=model), None, None, None)
     shards = [(None, [])] * 5
     assert list(opponent._rounds(shards, [False] * 5)) == [(0, 1), (2, 3), (4,)]
     assert list(opponent._rounds(shards, [True, True, True, False, True])) == [(2, 3)]

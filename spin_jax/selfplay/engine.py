@@ -1,0 +1,146 @@
+"""The engine of a run: it answers prompts and scores answers, with whatever weights it is given.
+
+The opponent, the policy on held-out rows, the start and the control all go through it, so that one set of
+compiled programs serves them.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from spin_jax.data.records import Example, Ids
+from spin_jax.errors import Interrupted
+from spin_jax.models.architecture import Params
+from spin_jax.models.params import sampling_params
+from spin_jax.runtime import sharding
+from spin_jax.runtime.console import compact
+from spin_jax.sampling.continuous import answer_prompts
+from spin_jax.sampling.next_token import Sampling, prompt_keys
+from spin_jax.selfplay import from_config
+from spin_jax.selfplay.prepare import Prepared
+from spin_jax.training.log_probs import score_groups
+from spin_jax.training.packing import Group, group_sizes
+
+
+class Engine:
+    """Answers and scores. It keeps the sampler's copy of the last weights until `release`."""
+
+    def __init__(self, run: Prepared, should_stop: Callable[[], Any]):
+        """`should_stop` returns the number of the signal that asks the run to stop, or 0."""
+        self._run = run
+        self._should_stop = should_stop
+        self._params: Params | None = None  # the weights that `_sampling_params` were made of
+        self._sampling_params: Params | None = None
+
+    def stop_if_asked(self) -> None:
+        """Raises Interrupted where the run was asked to stop. It is called between two units of work."""
+        if number := self._should_stop():
+            raise Interrupted(int(number))
+
+    def release(self) -> None:
+        """Forgets the sampler's copy of the weights, because training needs its memory."""
+        self._params = self._sampling_params = None
+
+    def free(self, params: Params | None) -> None:
+        """Frees the device memory of these weights and of the sampler's copy."""
+        self.release()
+        sharding.free(params)
+
+    def answer(
+        self,
+        params: Params,
+        examples: Sequence[Example],
+        sampling: Sampling,
+        *,
+        iteration: int,
+        sample_ids: int | Sequence[int] = 0,
+        bar: Any = None,
+    ) -> list[Ids]:
+        """Answers the examples' prompts; each answer is cut to the room that `lengths` leaves.
+
+        Args:
+            params: float32 weights.
+            iteration: gives the random keys, together with the seed, the prompt_id and the sample_id.
+            sample_ids: of all answers, or one of each.
+            bar: a progress bar that counts answers.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        run, c = self._run, self._run.config
+        sampled, began = 0, time.perf_counter()
+
+        def on_chunk(prompts: int, tokens: int) -> None:
+            nonlocal sampled
+            sampled += tokens
+            if bar is not None:
+                rate = compact(sampled / (time.perf_counter() - began))
+                bar.set_postfix({"tok/s": rate}, refresh=False)
+                bar.update(prompts)
+            self.stop_if_asked()
+
+        prompts = [run.chat.sampling_prompt(example) for example in examples]
+        return answer_prompts(
+            run.decoder,
+            self._for_sampling(params),
+            prompts,
+            prompt_keys(c.seed, iteration + 1, [e.prompt_id for e in examples], sample_ids),
+            mesh=run.sampling_mesh,
+            sampling=sampling,
+            stop_tokens=run.model.stop_tokens,
+            slots=min(from_config.slots(c, run.model), self._most_answers),
+            limits=[max(c.lengths.max_length - len(prompt), 1) for prompt in prompts],
+            on_chunk=on_chunk,
+        )
+
+    def _for_sampling(self, params: Params) -> Params:
+        if self._params is not params or self._sampling_params is None:
+            self.release()  # first: there is no room for two copies
+            run = self._run
+            copy = sampling_params(params, run.model.config, run.model.dtype, run.sampling_mesh)
+            self._params, self._sampling_params = params, copy
+        return self._sampling_params
+
+    @functools.cached_property
+    def _most_answers(self) -> int:
+        """The most answers of any phase. It is the same for all, or each would compile the sampler anew."""
+        run = self._run
+        return max(map(len, run.datasets)) * run.config.selfplay.samples + len(run.held_out)
+
+    def score(
+        self, params: Params, groups: Sequence[Group], bar: Any = None
+    ) -> Float[np.ndarray, "groups A"]:
+        """Log-probs of the answers of each group, in nats, computed in rows of the shape that training has.
+
+        Args:
+            params: float32 weights.
+            bar: a progress bar that counts groups.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        run, shape = self._run, self._run.pair_shape
+        if not groups:
+            return np.zeros((0, len(run.roles)), np.float32)
+        longest = group_sizes(groups).max(axis=0)
+        if (longest > shape.capacity).any():  # `official` samples from whole prompts that it cuts in training
+            shape = shape._replace(length=sharding.bucket(int(max(longest[0], shape.length))))
+
+        def on_batch(scored: int) -> None:
+            if bar is not None:
+                bar.update(scored)
+            self.stop_if_asked()
+
+        return score_groups(
+            run.decoder,
+            params,
+            groups,
+            shape,
+            run.mesh,
+            unattended=run.chat.unattended,
+            on_batch=on_batch,
+        )
