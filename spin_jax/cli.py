@@ -3,6 +3,7 @@
 import ast
 import difflib
 import glob
+import importlib.util
 import inspect
 import os
 import re
@@ -10,6 +11,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any, TypeVar
 
 from absl import flags
@@ -258,19 +260,19 @@ def set_compiler_flags(config: Any) -> None:
 def skip_absent_tpu() -> None:
     """Keeps JAX from loading libtpu, which takes seconds and prints errors, on a machine without a TPU.
 
-    JAX tries libtpu wherever it is installed. A TPU is known by its PCI device, as by JAX itself, or by
-    a device file or variable that TPU machines have. JAX is left alone where it was told its platforms.
+    JAX loads libtpu wherever it is installed. Where there is neither a sign of a TPU nor a plugin for another
+    accelerator, only the CPU is left, and JAX is told so. It is left alone where the user or JAX has named the
+    platforms (JAX does where it finds the PCI device of a TPU).
     """
     import jax
-    from jax._src import hardware_utils, xla_bridge
 
     if jax.config.values["jax_platforms"] or "JAX_FORCE_TPU_INIT" in os.environ:
         return
-    known_by = [name for name in TPU_VARIABLES if name in os.environ]
-    known_by += [*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio/[0-9]*")]
-    if not known_by and not hardware_utils.num_available_tpu_chips_and_device_id()[0]:
-        # JAX has no public way to leave out one platform, and keep looking for all others.
-        getattr(xla_bridge, "_backend_factories", {}).pop("tpu", None)
+    has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    has_tpu = has_tpu or any(name in os.environ for name in TPU_VARIABLES)
+    has_plugin = metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins")
+    if not has_tpu and not has_plugin:
+        jax.config.update("jax_platforms", "cpu")
 
 
 def set_up_jax(config: Any) -> None:
