@@ -261,8 +261,8 @@ def skip_absent_tpu() -> None:
     """Keeps JAX from loading libtpu, which takes seconds and prints errors, on a machine without a TPU.
 
     JAX loads libtpu wherever it is installed. Where there is neither a sign of a TPU nor a plugin for another
-    accelerator, only the CPU is left, and JAX is told so. It is left alone where the user or JAX has named the
-    platforms (JAX does where it finds the PCI device of a TPU).
+    accelerator, only the CPU is left, and JAX is told so. Nothing is changed where the user or JAX has named
+    the platforms (JAX does where it finds the PCI device of a TPU).
     """
     import jax
 

@@ -130,7 +130,10 @@ def _saved(work: Work) -> dict[str, Any] | None:
         return None
     without = dataclasses.replace(work, config=work.config.changed({"train.lora_rank": None}))
     memory = [estimated_phases(w)["train"].memory for w in (without, work)]
-    trained, each = from_config.trained(work.config, work.model.config), 4 * (1 + MOMENTS[t.optimizer]) / _GIB
+    trained, each = (
+        from_config.trained_params(work.config, work.model.config),
+        4 * (1 + MOMENTS[t.optimizer]) / _GIB,
+    )
     return {
         "rank": t.lora_rank,
         "trained": trained,

@@ -57,7 +57,7 @@ def _layer(work: Work) -> _Layer:
 def _training(work: Work) -> Phase:
     c, m, layer, item = work.config, work.model.config, _layer(work), work.model.dtype.itemsize
     whole = _per_device(work)
-    share = from_config.trained(c, m) / cost.all_params(m)
+    share = from_config.trained_params(c, m) / cost.all_params(m)
     weights, mine = item * whole if c.train.lora_rank else 4 * whole, 4 * share * whole
     tensor, D = work.model.mesh.shape["tensor"], m.hidden_size
     kept = {  # numbers of a token and layer, beside the layer's input

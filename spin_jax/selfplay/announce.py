@@ -50,7 +50,7 @@ def run_overview(prepared: Prepared, finished: int) -> str:
     device = jax.devices()[0]
     count = count_params(sharding.unboxed(abstract_params(model.config)))
     rank = c.train.lora_rank
-    trained = from_config.trained(c, model.config)
+    trained = from_config.trained_params(c, model.config)
     frozen = count * model.dtype.itemsize if rank else 0
     # float32 weights and gradients, and the optimizer's moments
     copies = 2 + MOMENTS[c.train.optimizer]

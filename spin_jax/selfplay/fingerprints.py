@@ -1,7 +1,7 @@
-"""Which run a workdir holds: what it began with, in config.json, and what of that has changed since.
+"""The fingerprints of a run in config.json, by which a run that continues knows whether anything has changed.
 
-A run goes on to the same result, to the bit, only with the same config, data, model, code and libraries.
-They are compared before anything is computed; what goes on all the same is put on record.
+Only the same config, data, model, code and libraries give the same result to the bit. They are compared
+before anything is computed, and config.json records every difference that a run goes on with.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from spin_jax.storage import files
 
 Identity = Mapping[str, Mapping[str, str]]
 
-# What may differ when a run is continued; all else would make it another run.
+# These keys may change when a run continues; a change of any other key would make it another run.
 _FREE_SECTIONS = ("mesh", "checkpoint", "export", "logging")
 _FREE = (
     "resume_anyway",
     "compiler_flags",
-    "data.path",  # its contents are compared, wherever they are; so are those of the next two
+    "data.path",  # the contents of this and of the next two are compared instead
     "model.path",
     "selfplay.pairs",
     "selfplay.iterations",
@@ -45,7 +45,7 @@ _FREE = (
     "train.offload",
     "train.most_skipped",
     "sft.offload",
-    "sft.control",  # can be asked for later
+    "sft.control",  # may be turned on later
     "sft.control_learning_rate",
     "eval.verifier",
     "eval.samples",
@@ -75,15 +75,15 @@ def digests(
     given: Mapping[int, Sequence[Pair]],
     weights: str,
 ) -> Identity:
-    """What a run is made of: fingerprints of data, tokenizer, template, weights and code, and versions.
+    """The fingerprints of data, tokenizer, chat template, weights and code, and the versions of libraries.
 
     Args:
-        datasets: one for all iterations, or one each.
-        weights: of the checkpoint that it starts from, "" for none.
+        datasets: one for all iterations, or one for each.
+        weights: a digest of the checkpoint that the run starts from, or "".
     """
     tokenizer = model.tokenizer
     fingerprints = {
-        **{f"data {t}" if t else "data": _of_data(examples) for t, examples in enumerate(datasets)},
+        **{f"data {t}" if t else "data": _data_digest(examples) for t, examples in enumerate(datasets)},
         "tokenizer": _digest([tokenizer.backend_tokenizer.to_str().encode()]),
         "chat template": _digest([_json(tokenizer.chat_template)]),
         "model": _digest([_json(dataclasses.asdict(model.config)), _json(list(model.stop_tokens))]),
@@ -93,15 +93,15 @@ def digests(
     judged = config.selfplay.rows != "all"
     own = {"loss": config.loss.name, "scorer": config.selfplay.scorer}
     own |= {"verifier": config.eval.verifier} if judged else {}
-    fingerprints |= {kind: _source_of(name) for kind, name in own.items() if name and ":" in name}
+    fingerprints |= {kind: _source_digest(name) for kind, name in own.items() if name and ":" in name}
     for t, pairs in sorted(given.items()):
-        parts = (part for pair in pairs for part in _content(t, pair))
+        parts = (part for pair in pairs for part in _pair_content(t, pair))
         fingerprints[f"given pairs {t}"] = f"{len(pairs)} pairs, {_digest(parts)}"
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"fingerprints": fingerprints, "versions": versions}
 
 
-def _content(t: int, pair: Pair) -> Iterator[bytes]:
+def _pair_content(t: int, pair: Pair) -> Iterator[bytes]:
     yield _json([t, pair.prompt_id, pair.sample_id])
     if pair.score is not None:
         yield _json(pair.score)
@@ -120,13 +120,13 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _of_data(examples: Sequence[Example]) -> str:
+def _data_digest(examples: Sequence[Example]) -> str:
     texts = (_json([example.prompt_id, example.messages]) for example in examples)
     return f"{len(examples)} examples, {_digest(texts)}"
 
 
-def _source_of(path: str) -> str:
-    """The digest of the file of `module:function`; of a notebook's, which has none, of the function."""
+def _source_digest(path: str) -> str:
+    """The digest of the file of `module:function`; in a notebook, which has no file, of the function."""
     module, _, name = path.partition(":")
     loaded = importlib.import_module(module)
     file = getattr(loaded, "__file__", None)
@@ -146,7 +146,7 @@ def _source_of_package() -> str:
 
 
 def commit() -> str | None:
-    """The git commit of the package's sources, and whether they differ from it; None where nobody knows."""
+    """The git commit of the package's sources, and whether they differ from it; None where it is unknown."""
 
     def git(*arguments: str) -> str:
         run = ["git", *arguments, "--", "."]
@@ -157,41 +157,41 @@ def commit() -> str | None:
         if found := git("log", "-1", "--format=%H").strip():
             return f"{found}, changed" if git("status", "--porcelain").strip() else found
     except (OSError, subprocess.SubprocessError):
-        pass  # no git, or no clone
+        pass  # git is not installed, or the package is not in a clone
     installed = importlib.metadata.distribution("spin_jax").read_text("direct_url.json")
     return json.loads(installed or "{}").get("vcs_info", {}).get("commit_id")
 
 
 def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{name: (what a run began with, what is here now)}, but for what may differ."""
-    old, new = (config_values.flat(c) for c in (began["config"], recorded(config)))
-    both = range(min(old.get("selfplay.iterations", 0), new["selfplay.iterations"]))
+    """{name: (the value that the run began with, the value now)} of everything that may not change."""
+    before, now = (config_values.flat(c) for c in (began["config"], recorded(config)))
+    both = range(min(before.get("selfplay.iterations", 0), now["selfplay.iterations"]))
     result: dict[str, tuple[Any, Any]] = {}
     defaults = config_values.flat(recorded(config_lib.default()))
-    for name, value in new.items():
-        theirs, ours = old.get(name, defaults.get(name, value)), value
+    for name, value in now.items():
+        theirs, ours = before.get(name, defaults.get(name, value)), value
         if name in config_values.PER_ITERATION:
             theirs, ours = ([config_values.per_iteration(v, t) for t in both] for v in (theirs, ours))
-        free = name in _FREE or name.partition(".")[0] in _FREE_SECTIONS
-        free = free and not (name == "eval.verifier" and config.selfplay.rows != "all")
-        if not free and theirs != ours:
-            result[name] = old.get(name, defaults.get(name)), value
+        may_change = name in _FREE or name.partition(".")[0] in _FREE_SECTIONS
+        may_change = may_change and not (name == "eval.verifier" and config.selfplay.rows != "all")
+        if not may_change and theirs != ours:
+            result[name] = before.get(name, defaults.get(name)), value
     for kind, values in found.items():
         theirs = dict(began.get(kind, {}))
-        if "data" in theirs and "data 1" in values:  # one dataset has become several: it served all
+        if "data" in theirs and "data 1" in values:  # the one dataset served all iterations before
             theirs |= {f"data {t}": theirs.get(f"data {t}", theirs["data"]) for t in both if t}
-        # What is new here is none: pairs can be given for an iteration to come.
+        # A new name is no difference: pairs may be given for an iteration to come.
         result |= {f"{kind}.{k}": (v, values.get(k)) for k, v in theirs.items() if values.get(k) != v}
     return result
 
 
 def check(workdir: epath.Path, config: Any, found: Identity, began: Mapping[str, Any]) -> list[str]:
-    """Notes of what has changed since the run began; nothing where it begins.
+    """Notes on what has changed since the run began; none for a new run.
 
-    Other versions of libraries are only noted: a machine that was set up anew often has some.
+    Other versions of libraries only give notes, because a machine that was set up again often has some.
 
     Raises:
-        ValueError: something else has, and `resume_anyway` is not set; with each difference.
+        ValueError: something else has changed, and `resume_anyway` is not set; the message lists it all.
     """
     if not began:
         return []
@@ -200,29 +200,29 @@ def check(workdir: epath.Path, config: Any, found: Identity, began: Mapping[str,
     if serious and not config.resume_anyway:
         listed = "; ".join(f"there {name} is {a!r}, and now {b!r}" for name, (a, b) in serious.items())
         raise ValueError(
-            f"{workdir} holds another run: {listed}. Take a new --workdir, or what it was, or "
-            "--config.resume_anyway=True, which goes on all the same and is kept in config.json"
+            f"{workdir} holds another run: {listed}. Take a new --workdir, or the old values, or "
+            "--config.resume_anyway=True, which continues all the same and is recorded in config.json"
         )
-    return [f"goes on although {name} was {a!r}, and is {b!r} now" for name, (a, b) in changed.items()]
+    return [f"continues although {name} was {a!r} and is {b!r} now" for name, (a, b) in changed.items()]
 
 
 @contextlib.contextmanager
-def taken(
+def locked_workdir(
     workdir: epath.Path,
     config: Any,
     found: Identity,
     began: Mapping[str, Any],
     revisions: Mapping[str, Any],
 ) -> Iterator[None]:
-    """Holds the workdir, and writes config.json.
+    """Locks the workdir, and writes config.json.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another run holds the lock.
     """
     with files.held(workdir):
         path = workdir / "config.json"
         if files.read_agreed(path) not in (None, began):
-            raise ValueError(f"{workdir}: another run has begun there meanwhile; start this one again")
+            raise ValueError(f"{workdir}: another run has begun there in the meantime; start this one again")
         files.sweep(workdir)
         overrides = list(began.get("overrides", []))
         if began and (changed := differences(config, found, began)):
@@ -231,26 +231,26 @@ def taken(
         record = {"config": recorded(config), **revisions, **found, "overrides": overrides}
         if record != began:
             files.write_json(path, record)
-        processes.together(lambda: _see(path))
+        processes.together(lambda: _check_shared(path))
         yield
 
 
 def recorded(config: Any) -> dict[str, Any]:
-    """The config as config.json has it: without secrets, tuples as lists."""
+    """The config as config.json holds it: without secrets, and with lists for tuples."""
 
-    def kept(value: Any) -> Any:
+    def as_json(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: kept(inner) for key, inner in value.items()}
+            return {key: as_json(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
-            return [kept(inner) for inner in value]
+            return [as_json(inner) for inner in value]
         return secrets.redacted(value) if isinstance(value, str) else value
 
-    return kept(config.to_dict())
+    return as_json(config.to_dict())
 
 
-def _see(path: epath.Path) -> None:
+def _check_shared(path: epath.Path) -> None:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}, which process 0 has written, is not here: processes need one workdir, on a shared disk "
-            "or in an object store"
+            f"{path} was written by process 0 and is not visible here: processes need one workdir, on a "
+            "shared disk or in an object store"
         )

@@ -1,6 +1,6 @@
-"""What a config makes of the compiled programs: the decoder, meshes, shapes of batches, optimizer, sampling.
+"""From the config to the parts of the compiled programs: decoder, meshes, batch shapes, optimizer, sampling.
 
-A run, `benchmark` and whatever else compiles them ask here, so that all of them mean the same programs.
+A run, `benchmark` and `plan` all use these functions, so that they compile the same programs.
 """
 
 import dataclasses
@@ -28,26 +28,26 @@ from spin_jax.training.step import SPIN
 
 
 def decoder(config: Config, model: Model) -> Decoder:
-    """The model as a function, for policy and opponent alike."""
+    """The model as a function of its parameters; policy and opponent share it."""
     return Decoder(model.config, model.dtype, config.train.remat, kernel(config, model))
 
 
 def kernel(config: Config, model: Model) -> str:
-    """How attention is computed; only `plain` knows tokens that none attends to."""
+    """The kernel of attention. `official` needs `plain`, which alone can hide tokens from all others."""
     if config.official:
         return "plain"
     return config.model.attention or kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
 
 
 def spin(config: Config, model: Model) -> SPIN:
-    """The config's loss on that model."""
+    """The objective of self-play: the config's loss on the model."""
     c = config.loss
     loss, roles = custom_loss.make(c), custom_loss.roles(c)
     return SPIN(decoder(config, model), loss, roles, custom_loss.takes_score(c))
 
 
 def optimization(config: Config, t: int) -> Optimization:
-    """How iteration t is trained."""
+    """How iteration t is optimized."""
     values = _optimization_keys(config.train)
     for key in ("learning_rate", "epochs"):
         values[key] = config_values.per_iteration(values[key], t)
@@ -55,15 +55,15 @@ def optimization(config: Config, t: int) -> Optimization:
 
 
 def sft_optimization(config: Config, control: bool = False) -> Optimization:
-    """How the start is trained, or the control."""
+    """How the start or the SFT control is optimized."""
     values, rate = _optimization_keys(config.sft), config.sft.control_learning_rate
     if control and rate:
         values["learning_rate"] = rate
     return Optimization(**values)
 
 
-def trained(config: Config, model: ModelConfig) -> int:
-    """Numbers that self-play's training changes: all parameters, or those of the adapters."""
+def trained_params(config: Config, model: ModelConfig) -> int:
+    """How many numbers self-play trains: all parameters, or those of the adapters."""
     c = config.train
     return lora.count(model, c.lora_rank, c.lora_targets) if c.lora_rank else cost.all_params(model)
 
@@ -73,7 +73,7 @@ def _optimization_keys(section: Config) -> dict[str, Any]:
 
 
 def sampling(config: Config) -> Sampling:
-    """How answers are drawn."""
+    """How the next token of an answer is drawn."""
     c = config.sampling
     return Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p)
 
@@ -82,10 +82,10 @@ def sampling(config: Config) -> Sampling:
 
 
 def mesh_sizes(config: Config, model: ModelConfig, devices: int, slices: int = 1) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) of the config for a model on so many devices.
+    """The sizes of the mesh axes (data, fsdp, tensor) for a model on this many devices.
 
     Raises:
-        ValueError: the sizes that it states are not those of so many devices.
+        ValueError: the sizes in the config do not fit the number of devices.
     """
     data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     if tensor is None:
@@ -98,40 +98,40 @@ def mesh_sizes(config: Config, model: ModelConfig, devices: int, slices: int = 1
 
 
 def make_mesh(config: Config, model: ModelConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of training and scoring, of all devices or of those given."""
+    """The mesh of training and scoring, over all devices or over those given."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, model, len(devices), sharding.slices_of(devices))
     return sharding.make_mesh(*sizes, devices)
 
 
 def placed(config: Config, model: Model, devices: Sequence[Any] | None = None) -> Model:
-    """A model without weights, on the mesh that `make_mesh` makes for it."""
+    """A model without weights, with the mesh that `make_mesh` makes for it."""
     return dataclasses.replace(model, mesh=make_mesh(config, model.config, devices))
 
 
 def sampling_tensor(config: Config, model: Model) -> int:
-    """How many devices share one copy of the sampler's weights: the config's, or as few as have room."""
+    """How many devices share one copy of the sampler's weights: sampling.tensor, or as few as have room."""
     c = config.sampling
     return c.tensor or placement.devices_per_copy(model, c.batch_size, longest(config))
 
 
 def sampling_mesh(config: Config, model: Model) -> jax.sharding.Mesh:
-    """The same devices, each with a copy of the model, or `sampling_tensor` of them sharing one."""
+    """The sampler's mesh: the model's devices, of which `sampling_tensor` share a copy of the weights."""
     return placement.sampling_mesh(model, sampling_tensor(config, model))
 
 
 def slots(config: Config, model: Model) -> int:
-    """Answers in progress at a time, on all devices."""
+    """Answers in progress at a time on all devices together."""
     return config.sampling.batch_size * (model.mesh.size // sampling_tensor(config, model))
 
 
 def longest(config: Config) -> int:
-    """Tokens of the longest prompt and its answer."""
+    """Tokens of the longest prompt together with its answer."""
     return min(config.lengths.max_prompt + config.sampling.max_new_tokens, config.lengths.max_length)
 
 
 def check_mesh(config: Config, model: Model) -> None:
-    """Raises ValueError for a mesh that the model cannot be split over."""
+    """Raises ValueError where the model cannot be split over the mesh."""
     sampling = sampling_tensor(config, model)
     for name, tensor in (("mesh", model.mesh.shape["tensor"]), ("sampling", sampling)):
         if model.config.num_key_value_heads % tensor:
@@ -147,9 +147,9 @@ def check_mesh(config: Config, model: Model) -> None:
 
 
 def expected_pairs(config: Any, vocab_size: int, count: int) -> list[Pair]:
-    """Pairs of random ids, each length between half of `lengths.expected` and one and a half of it.
+    """Pairs of random ids; each length lies between half of `lengths.expected` and one and a half of it.
 
-    What `benchmark` and `plan` take where there are no data.
+    `benchmark` and `plan` use them where there are no data.
     """
     rng = np.random.default_rng(0)
     lengths = np.stack([rng.integers(n // 2, n + n // 2 + 1, count) for n in config.lengths.expected], axis=1)
@@ -165,10 +165,10 @@ def expected_pairs(config: Any, vocab_size: int, count: int) -> list[Pair]:
 def pair_shape(
     config: Config, model: Model, examples: Sequence[Example], given: Mapping[int, Sequence[Pair]]
 ) -> RowShape:
-    """A shape that every pair of the run fits, whatever will be sampled: one program for all.
+    """The shape of micro-batches that every pair of the run fits, so that one program serves all iterations.
 
-    It comes from the examples alone unless given pairs are longer than sampled ones can be, so that an
-    iteration on pairs of another run is that run's iteration to the bit.
+    It depends on the examples alone, unless given pairs are longer than sampled ones can be. An iteration on
+    the pairs of another run then equals that run's iteration to the bit.
     """
     prompts, real = np.array([(len(e.prompt), len(e.real)) for e in examples]).T
     new, limit = config.sampling.max_new_tokens, config.lengths.max_length
@@ -177,9 +177,9 @@ def pair_shape(
     def of(sampled: np.ndarray) -> np.ndarray:
         return sizes(prompts, *(real if role == "real" else sampled for role in roles))
 
-    # As far as one can know, answers are as long as the human ones; at most, as long as they may be.
+    # Answers are expected to be as long as the human ones; at most they are as long as they may be.
     expected, largest = of(np.minimum(real, new)), of(np.clip(limit - prompts, 1, new)).max(axis=0)
-    for pairs in given.values():  # the start's answers may be any iteration's
+    for pairs in given.values():  # the answers of the start may belong to any iteration
         longest = max(len(pair.generated) for pair in pairs)
         answers = [
             [len(p.real if r == "real" else p.generated) if r != "start" else longest for r in roles]
@@ -187,7 +187,7 @@ def pair_shape(
         ]
         measured = sizes([len(pair.prompt) for pair in pairs], *np.array(answers).T)
         largest = np.maximum(largest, measured.max(axis=0))
-    if config.official:  # answers are tokenized anew, and can grow
+    if config.official:  # it tokenizes answers a second time, and they can grow
         largest = np.maximum(largest, sizes([0], *[[limit]] * len(roles))[0])
     return row_shape(config.train, config, model, expected, largest)
 

@@ -280,4 +280,4 @@ def locked(prepared: Prepared) -> contextlib.AbstractContextManager[None]:
         "today": p.today,
         "commit": p.commit,
     }
-    return fingerprints.taken(p.workdir, p.config, p.identity, p.began, revisions)
+    return fingerprints.locked_workdir(p.workdir, p.config, p.identity, p.began, revisions)

@@ -364,7 +364,7 @@ def test_losses_that_are_not_finite_end_the_run_with_the_batch(copy, tmp_path, m
     unlucky.resume_anyway = True
     (_, row) = spin_jax.run(unlucky, str(workdir))
     assert row["skipped"] == 2  # of those that its last checkpoint had behind it
-    assert "goes on although loss.beta was [10.0], and is [0.5] now" in capfd.readouterr().out
+    assert "continues although loss.beta was [10.0] and is [0.5] now" in capfd.readouterr().out
     (override,) = json.loads((workdir / "config.json").read_text())["overrides"]
     assert override["differences"] == {"loss.beta": [[10.0], [0.5]]}
     spin_jax.run(unlucky, str(workdir))  # once is enough
@@ -416,7 +416,7 @@ def test_code_and_versions_count_and_places_do_not(copy, tmp_path, monkeypatch, 
     (copy / "config.json").write_text(json.dumps(changed))
     spin_jax.run(tiny(), str(copy))
     assert (
-        f"goes on although versions.jax was '0.1', and is {jax.__version__!r} now" in capfd.readouterr().out
+        f"continues although versions.jax was '0.1' and is {jax.__version__!r} now" in capfd.readouterr().out
     )
     (override,) = json.loads((copy / "config.json").read_text())["overrides"]
     assert override["differences"] == {"versions.jax": ["0.1", jax.__version__]}
