@@ -9,6 +9,7 @@ import shutil
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from runs import ROOT, weights
 
@@ -80,21 +81,35 @@ def one_device():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(workdir, summary, {iteration: own held-out answers}, held-out examples) of three iterations."""
-    workdir, drawn, examples = tmp_path_factory.mktemp("evaluation") / "run", [], []
-    draw = held_out.Evaluation.draw
+    workdir, answers, examples = tmp_path_factory.mktemp("evaluation") / "run", [], []
+    sample = held_out.Evaluation.sample
 
-    def recorded(play, params):
-        drawn.append(draw(play, params))
-        examples[:] = play._run.held_out
-        return drawn[-1]
+    def recorded(evaluation, params):
+        answers.append(sample(evaluation, params))
+        examples[:] = evaluation._run.held_out
+        return answers[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(held_out.Evaluation, "draw", recorded)
+        patch.setattr(held_out.Evaluation, "sample", recorded)
         summary = spin_jax.run(tiny(), str(workdir))
-    return workdir, summary, dict(zip((-1, 0, 1, 2), drawn, strict=True)), examples
+    return workdir, summary, dict(zip((-1, 0, 1, 2), answers, strict=True)), examples
 
 
 # --- numbers -------------------------------------------------------------------------------------
+
+
+def test_held_out_pairs_have_the_numbers_of_the_summary_after_a_change_of_beta(finished, tmp_path):
+    """A run that is interrupted between held_out.parquet and its row continues with another β."""
+    workdir, summary, _, _ = finished
+    copy = pathlib.Path(shutil.copytree(workdir, tmp_path / "run"))
+    (copy / "summary.json").write_text(json.dumps([unmarked(row) for row in summary if row["iteration"] < 2]))
+    c = tiny(loss={"beta": (3 * summary[-1]["beta"],)})
+    c.resume_anyway = True
+    row = spin_jax.run(c, str(copy))[-1]
+    pairs = pq.read_table(copy / "iteration_2" / "held_out.parquet").to_pandas()
+    for name in ("loss", "margin", "real_reward"):
+        assert pairs[name].mean() == pytest.approx(row[name], rel=1e-5)
+    assert row["margin"] == pytest.approx(3 * summary[-1]["margin"], rel=1e-4)  # by the weights of before
 
 
 def torch_logps(folder, examples, answers):
