@@ -5,6 +5,7 @@ A room is a package of spin_jax, or a file beside the packages. This file reads 
 
 import ast
 import dataclasses
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def circle(files: dict[str, str]) -> list[str]:
     def search(file: str, path: list[str]) -> list[str]:
         if file in path:
             members = [*path[path.index(file) :], file]
-            return [str(arrows[a][b]) for a, b in zip(members, members[1:], strict=False)]
+            return [str(arrows[a][b]) for a, b in itertools.pairwise(members)]
         if file not in done:
             for target in arrows.get(file, {}):
                 if found := search(target, [*path, file]):

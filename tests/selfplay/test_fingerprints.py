@@ -1,0 +1,53 @@
+"""What a run records of the code that computes it."""
+
+import shutil
+
+import pytest
+from runs import ROOT
+
+import spin_jax
+from spin_jax.selfplay import fingerprints
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package, which the fingerprint is then taken of."""
+    copy = tmp_path / "spin_jax"
+    shutil.copytree(ROOT / "spin_jax", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(spin_jax, "__file__", str(copy / "__init__.py"))
+    return copy
+
+
+def test_a_changed_line_in_any_file_is_noticed(package):
+    """In every file of every package, and the same code has the same fingerprint wherever it stands."""
+    code = fingerprints._source_of_package
+    original = code()
+    files = sorted(package.rglob("*.py"))
+    assert {path.parent.name for path in files} >= {"spin_jax", "models", "training", "selfplay", "report"}
+    for path in files:
+        text = path.read_bytes()
+        path.write_bytes(text + b"# changed\n")
+        assert code() != original, f"a changed {path.relative_to(package)} is not noticed"
+        path.write_bytes(text)
+    assert code() == original
+
+
+def test_a_file_that_comes_goes_or_moves_is_noticed(package):
+    code = fingerprints._source_of_package
+    seen = [code()]
+    (package / "models/another.py").write_text("")
+    seen.append(code())
+    (package / "models/another.py").rename(package / "training/another.py")
+    seen.append(code())
+    (package / "training/another.py").unlink()
+    assert len(set(seen)) == 3
+    assert code() == seen[0]
+
+
+def test_compiled_files_do_not_count(package):
+    """What Python leaves beside the sources, and differs from machine to machine."""
+    original = fingerprints._source_of_package()
+    cache = package / "models/__pycache__"
+    cache.mkdir()
+    (cache / "lora.cpython-311.pyc").write_bytes(b"1")
+    assert fingerprints._source_of_package() == original
