@@ -1,7 +1,8 @@
-"""Every config key, with its default and meaning. Files in configs/ start from `default()`.
+"""Every config key, with its meaning above it and its default. Files in configs/ start from `default()`.
 
-Any key can be set on the command line as --config.section.key=value. Keys marked "per iteration" are
-tuples: one value serves all iterations, a longer tuple gives one to each.
+Any key can be set on the command line as --config.section.key=value. A key marked "per iteration" is a tuple:
+one value holds for all iterations, a longer tuple has one value for each. A key with `placeholder(type)` is
+unset until someone gives it a value of that type.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,9 @@ from spin_jax.errors import ConfigError
 
 
 class Config(Mapping[str, Any]):
-    """A resolved config, or a section of one: its keys are attributes, and nothing changes them.
+    """A resolved config, or a section of one. Its keys are attributes, and their values never change.
 
-    `resolve` makes it of a ConfigDict, and no other part of a run sees one.
+    `resolve` makes it from a ConfigDict. The rest of a run sees only this class.
     """
 
     def __init__(self, values: Mapping[str, Any]):
@@ -58,172 +59,273 @@ class Config(Mapping[str, Any]):
 
 
 def default() -> Any:
-    """The recipe of the paper where it has one, with nothing to train on yet."""
+    """The recipe of the paper, where the paper states it, without a model and without data."""
     c = _section()
-    c.seed = 42  # of data order, sampling and initialization
-    c.compiler_flags = True  # XLA flags that are known to help (COMPILER_FLAGS in spin_jax/command.py)
-    c.deterministic = (
-        False  # on GPUs: XLA's deterministic operations, so that a run repeats to the bit, slower
-    )
-    c.resume_anyway = False  # go on though config, data, model or code differ from what the run began with
-    c.official = False  # reproduce the quirks of the authors' released code (spin_jax/official.py)
 
-    c.model = m = _section()
-    m.path = placeholder(str)  # Hugging Face directory or hub id: the SFT model
-    m.revision = placeholder(str)  # branch, tag or commit of a hub id
-    m.dtype = "bfloat16"  # of computation and exports; master weights are float32
-    m.architecture = _section()  # config.json keys: without a path, of a model to initialize; with one,
-    #                              where the checkpoint differs it counts, and a note says so
-    m.attention = placeholder(str)  # plain, splash (TPU), flash (CUDA); unset: by platform and dtype
-    m.tokenizer = placeholder(str)  # without a path: a directory, or module:function that makes one
+    # The seed decides the order of the data, the sampling, and the initialization of new weights.
+    c.seed = 42
+    # XLA gets the flags that are known to help: COMPILER_FLAGS in spin_jax/cli.py.
+    c.compiler_flags = True
+    # On GPUs, XLA takes deterministic operations: a run then repeats to the bit, and is slower.
+    c.deterministic = False
+    # A run continues although its config, data, model or code has changed since it began.
+    c.resume_anyway = False
+    # The run reproduces the quirks of the authors' released code, which spin_jax/data/official.py lists.
+    c.official = False
 
-    c.data = d = _section()
-    d.path = placeholder(str)  # hub id, .jsonl/.json/.parquet, directory, or module:function; several, with
-    #                            commas between: one an iteration (held-out rows are the first one's)
-    d.name = placeholder(str)  # which configuration of a hub dataset (gsm8k has main and socratic)
-    d.revision = placeholder(str)  # of a hub dataset
-    d.split = "train"  # in the syntax of datasets: train[:1000] …
-    d.limit = placeholder(int)  # use this many rows of a dataset, chosen by the seed
-    d.prompt_column = placeholder(str)  # where columns are not found by themselves
-    d.answer_column = placeholder(str)
-    d.chat_template = placeholder(str)  # Jinja text or a file of it; unset: the tokenizer's
-    d.system_message = placeholder(str)  # put before conversations that have none
-    d.today = placeholder(str)  # what templates that ask for the date are told, YYYY-MM-DD; unset: the day
-    #                             the run began
-    d.bad_rows = "error"  # of rows that make no conversation; or drop, which counts them
-    d.max_bad = 0.1  # of all rows: more that are dropped so, or for an empty answer, are an error
+    # --- the model that training starts from ---
+    c.model = _section()
+    # The SFT model: a Hugging Face directory or a hub id.
+    c.model.path = placeholder(str)
+    # The branch, tag or commit of a hub id.
+    c.model.revision = placeholder(str)
+    # The type of the computation and of exported models. The weights that are trained stay float32.
+    c.model.dtype = "bfloat16"
+    # The keys of a config.json. Without a path they describe a new model with random weights. With a path
+    # the checkpoint's own values win, and a note names those that differ.
+    c.model.architecture = _section()
+    # How attention is computed: plain, splash (TPU) or flash (CUDA). Unset: platform and dtype decide.
+    c.model.attention = placeholder(str)
+    # The tokenizer of a model without a path: a directory, or module:function, which returns one.
+    c.model.tokenizer = placeholder(str)
 
-    c.lengths = n = _section()
-    n.max_prompt = 512  # tokens; longer prompts are dropped and counted
-    n.max_length = 1024  # tokens of prompt and answer; longer answers are cut and counted
-    n.expected = (180, 300, 220)  # prompt, human answer, generated answer: what benchmark assumes
+    # --- the prompts and their human answers ---
+    c.data = _section()
+    # A hub id, a .jsonl, .json or .parquet file, a directory, or module:function. Several, separated by
+    # commas, give one dataset to each iteration; held-out rows then come from the first one.
+    c.data.path = placeholder(str)
+    # The configuration of a hub dataset (gsm8k has main and socratic).
+    c.data.name = placeholder(str)
+    # The branch, tag or commit of a hub dataset.
+    c.data.revision = placeholder(str)
+    # The split, in the syntax of the datasets library: train[:1000].
+    c.data.split = "train"
+    # At most this many rows of a dataset are used; the seed chooses them. Unset: all.
+    c.data.limit = placeholder(int)
+    # The columns of prompt and answer. Unset: they are found by their usual names.
+    c.data.prompt_column = placeholder(str)
+    c.data.answer_column = placeholder(str)
+    # Jinja text, or a file that has it. Unset: the tokenizer's own template.
+    c.data.chat_template = placeholder(str)
+    # A system message for conversations that have none.
+    c.data.system_message = placeholder(str)
+    # The date, YYYY-MM-DD, for templates that ask for it. Unset: the day on which the run began.
+    c.data.today = placeholder(str)
+    # What a row does that is no conversation: error ends the run, drop leaves the row out and counts it.
+    c.data.bad_rows = "error"
+    # The run ends if more than this share of the rows is dropped as bad or for an empty answer.
+    c.data.max_bad = 0.1
 
-    # An SFT stage before self-play, off unless epochs > 0. Its keys are those of train.
-    c.sft = s = _optimization(epochs=0, learning_rate=2e-5)
-    s.optimizer = "adamw"
-    s.decay = 0.999
-    s.control = False  # also train the start on by SFT, for as many steps, and report it beside
-    s.control_learning_rate = placeholder(float)  # its peak; unset: learning_rate
+    # --- lengths, in tokens ---
+    c.lengths = _section()
+    # Longer prompts are dropped and counted.
+    c.lengths.max_prompt = 512
+    # The most for a prompt with one answer. Longer answers are cut and counted.
+    c.lengths.max_length = 1024
+    # The lengths of prompt, human answer and generated answer that `benchmark` and `plan` assume.
+    c.lengths.expected = (180, 300, 220)
 
-    c.selfplay = p = _section()
-    p.iterations = 3  # T: self-play runs iterations start … T − 1
-    p.start = 0  # begin at this iteration: model.path is then the model of the one before
-    p.patience = placeholder(int)  # begin no further iteration once checkpoint.best has not improved for so
-    #                                many, over the start's too; unset: never stop early
-    p.mix_previous = 1  # how many earlier iterations' pairs are trained on as well
-    p.pairs_split = "train"  # of a hub dataset of pairs
-    p.pairs = placeholder(str)  # given pairs in place of sampling: path[,path…] for iterations
-    #                             start, start + 1, …; or k=path for iteration k
-    p.samples = 1  # answers a prompt (K), each a row to train on
-    p.rows = "all"  # which of them: all, or those whose answer eval.verifier takes (right) or not (wrong)
-    p.scorer = placeholder(str)  # module:function(messages, answers) -> a number for each answer, for losses
-    #                              that take a score; messages end with the human answer
-    p.restart = False  # an iteration trains the start's weights, not those of the last iteration (ReST-EM)
+    # --- an SFT stage before self-play, which is off unless epochs > 0 ---
+    # It has the keys of train, which `_optimization` explains, and two more.
+    c.sft = _optimization(epochs=0, learning_rate=2e-5)
+    c.sft.optimizer = "adamw"
+    c.sft.decay = 0.999
+    # A control also continues the SFT of the start, for as many steps as self-play, and is reported beside it.
+    c.sft.control = False
+    # The peak learning rate of the control. Unset: sft.learning_rate.
+    c.sft.control_learning_rate = placeholder(float)
 
-    c.sampling = a = _section()
-    a.max_new_tokens = 256
-    a.temperature = 1.0  # 0 is greedy
-    a.top_k = placeholder(int)
-    a.top_p = placeholder(float)
-    a.batch_size = 64  # slots: answers in progress at a time, for every copy of the weights
-    a.tensor = placeholder(int)  # devices that share one copy; unset: as few as have room for it
-    a.shard_size = 1024  # prompts a file; an interruption costs a file, or four times the slots
-    #                      where those are more
+    # --- self-play ---
+    c.selfplay = _section()
+    # T of the paper: self-play runs the iterations start, …, T − 1.
+    c.selfplay.iterations = 3
+    # The first iteration. If it is not 0, model.path is the model of the iteration before.
+    c.selfplay.start = 0
+    # No further iteration begins once checkpoint.best has not improved for this many iterations. The start's
+    # value counts as well. Unset: the run never stops early.
+    c.selfplay.patience = placeholder(int)
+    # The pairs of this many earlier iterations are trained on as well.
+    c.selfplay.mix_previous = 1
+    # The split of a hub dataset of pairs.
+    c.selfplay.pairs_split = "train"
+    # Pairs that are trained on in place of sampled ones: path[,path…] for the iterations start, start + 1, …;
+    # or k=path for iteration k.
+    c.selfplay.pairs = placeholder(str)
+    # K: how many answers to a prompt are sampled. Each becomes a row to train on.
+    c.selfplay.samples = 1
+    # Which of these rows are used: all, or those with an answer that eval.verifier accepts (right) or
+    # rejects (wrong).
+    c.selfplay.rows = "all"
+    # module:function(messages, answers), which returns a number for each answer, for losses that take a
+    # score. The last message is the human answer.
+    c.selfplay.scorer = placeholder(str)
+    # Each iteration trains the start's weights, and not those of the iteration before (ReST-EM).
+    c.selfplay.restart = False
 
-    c.loss = o = _section()
-    o.name = "logistic"  # logistic, hinge, exponential, correlation, ipo, tspin, likelihood, sppo (see
-    #                      spin_jax/losses.py), or module:function
-    o.beta = (0.1,)  # per iteration; β of the paper's λ: how much margin is enough
-    o.options = placeholder(str)  # other numbers that the loss takes: name=number[,name=number…]
-    o.answers = placeholder(str)  # what a row of one's own loss has: generated, and real or start (which
-    #                               start answered); unset: real,generated, or what spin_jax's losses want
-    o.reference_alpha = 1.0  # α of α-SPIN: log-probs of the opponent's side are α times the opponent's and
-    #                          1 − α times the start's; 0: the start's alone, as DPO would
-    o.nll_weight = 0.0  # adds this times −log p(human answer)
+    # --- sampling ---
+    c.sampling = _section()
+    # The most tokens of an answer.
+    c.sampling.max_new_tokens = 256
+    # 0 is greedy.
+    c.sampling.temperature = 1.0
+    # Tokens are drawn from the top_k most probable ones, or from the fewest that have the probability top_p
+    # together. Unset: from all.
+    c.sampling.top_k = placeholder(int)
+    c.sampling.top_p = placeholder(float)
+    # Slots: how many answers each copy of the weights has in progress at a time.
+    c.sampling.batch_size = 64
+    # How many devices share one copy of the weights. Unset: as few as have room for it.
+    c.sampling.tensor = placeholder(int)
+    # How many prompts a file of pairs has. An interruption loses the work on one file, or on four times as
+    # many prompts as there are slots where that is more.
+    c.sampling.shard_size = 1024
 
-    c.train = t = _optimization(epochs=(1,), learning_rate=(5e-7,))  # both per iteration
-    t.most_skipped = 5  # a step that is not finite is skipped; so many in a row stop the run
-    t.remat = "full"  # what the backward pass computes again: full (least memory), attention+mlp or
-    #                   attention (which keep what those compute), none (most memory, a quarter less work)
+    # --- the loss ---
+    c.loss = _section()
+    # logistic, hinge, exponential, correlation, ipo, tspin, likelihood or sppo, which spin_jax/losses.py
+    # explains; or module:function.
+    c.loss.name = "logistic"
+    # Per iteration. The λ of the paper: with a larger β a smaller margin is enough.
+    c.loss.beta = (0.1,)
+    # Values for further parameters of the loss: name=number[,name=number…].
+    c.loss.options = placeholder(str)
+    # The answers that a row has for a loss of your own: generated, and with it real or start, which is the
+    # start's answer. Unset: real,generated, or what a loss of spin_jax needs.
+    c.loss.answers = placeholder(str)
+    # α of α-SPIN: the reference log-probs are α times the opponent's and 1 − α times the start's. With 0 they
+    # are the start's alone, as in DPO.
+    c.loss.reference_alpha = 1.0
+    # This many times −log p(human answer) is added to the loss.
+    c.loss.nll_weight = 0.0
 
-    c.mesh = h = _section()  # devices: data × fsdp × tensor; −1 takes what is left
-    h.data = placeholder(int)  # replicas; unset: one a TPU slice or GPU node, 1 where there is but one
-    h.fsdp = -1  # splits parameters and batch
-    h.tensor = placeholder(int)  # splits heads, MLP and vocabulary; at most the key/value heads;
-    #                              unset: 1, or more where a step has not two pairs for each device
+    # --- training; `_optimization` explains the other keys ---
+    c.train = _optimization(epochs=(1,), learning_rate=(5e-7,))  # both per iteration
+    # A step that is not finite is skipped. This many in a row end the run.
+    c.train.most_skipped = 5
+    # What the backward pass computes again: full (least memory), attention+mlp or attention, which keep the
+    # results of the parts that they name, or none (most memory, a quarter less work).
+    c.train.remat = "full"
 
-    c.eval = e = _section()
-    e.fraction = 0.1  # of the rows kept from training …
-    e.limit = 500  # … and at most this many
-    e.verifier = placeholder(str)  # exact, gsm8k, or module:function(reference, answer) -> bool:
-    #                                adds the accuracy of held-out answers, greedy and at temperature 1
-    e.samples = 1  # answers a held-out prompt at temperature 1
-    e.kl = True  # estimate how far an iteration has moved from its opponent and from the start, in nats an
-    #              answer, on those answers: reads the weights of both once more, and then its own again
-    e.tasks = placeholder(str)  # task[,task…] of lm-evaluation-harness, run on the start and after each
-    #                             iteration; summary.json has their numbers as task/metric
-    e.include_path = placeholder(str)  # a directory of task files of one's own
-    e.tasks_limit = placeholder(int)  # this many documents a task; unset: all
-    e.fixed_prompts = 8  # held-out prompts whose answers go to samples.jsonl
+    # --- devices: data × fsdp × tensor, where −1 takes the devices that are left ---
+    c.mesh = _section()
+    # Replicas of the weights. Unset: one for each TPU slice or GPU node, and 1 where there is only one.
+    c.mesh.data = placeholder(int)
+    # Splits the weights and the batch.
+    c.mesh.fsdp = -1
+    # Splits heads, MLP and vocabulary, into at most as many parts as there are key/value heads. Unset: 1, or
+    # more where a step has fewer than two pairs for each device.
+    c.mesh.tensor = placeholder(int)
 
-    c.checkpoint = k = _section()
-    k.every_steps = 200  # training steps between checkpoints within an iteration
-    k.keep = 2  # how many of those to keep, until the iteration is done
-    k.best = placeholder(str)  # copy the model of the best iteration to best/, the final model then: by nll,
-    #                            loss, margin, greedy_accuracy … or a number of eval.tasks (task/metric)
+    # --- evaluation on held-out rows ---
+    c.eval = _section()
+    # This share of the rows is held out from training, and at most `limit` rows.
+    c.eval.fraction = 0.1
+    c.eval.limit = 500
+    # exact, gsm8k, or module:function(reference, answer) -> bool. It adds the accuracy of held-out answers,
+    # greedy and at temperature 1.
+    c.eval.verifier = placeholder(str)
+    # How many answers at temperature 1 a held-out prompt gets.
+    c.eval.samples = 1
+    # Estimates, from those answers, how far an iteration has moved from its opponent and from the start, in
+    # nats per answer. This loads the weights of both once more, and then the iteration's own again.
+    c.eval.kl = True
+    # task[,task…] of lm-evaluation-harness, for the start and after each iteration. summary.json has their
+    # numbers as task/metric.
+    c.eval.tasks = placeholder(str)
+    # A directory with task files of your own.
+    c.eval.include_path = placeholder(str)
+    # The most documents of a task. Unset: all.
+    c.eval.tasks_limit = placeholder(int)
+    # samples.jsonl has the answers to this many held-out prompts.
+    c.eval.fixed_prompts = 8
 
-    c.export = x = _section()
-    x.push_to = placeholder(str)  # owner/name on the Hugging Face hub: exported models go to branches there
-    #                               (start, iteration_0, …, control); main is the newest, or checkpoint.best
-    x.private = True  # whether the repository is private, where it is made for this
+    # --- checkpoints and the final model ---
+    c.checkpoint = _section()
+    # The training steps between two checkpoints of an iteration.
+    c.checkpoint.every_steps = 200
+    # How many of these checkpoints are kept. When the iteration is done, they are deleted.
+    c.checkpoint.keep = 2
+    # The number of summary.json that says which iteration is best: nll, loss, margin, greedy_accuracy, …, or
+    # task/metric. That iteration's model is copied to best/ and is the final model. Unset: the last one is.
+    c.checkpoint.best = placeholder(str)
 
-    c.logging = g = _section()
-    g.tensorboard = True
-    g.wandb_project = placeholder(str)  # log to this W&B project as well
-    g.plot = True  # draw summary.png at the end
+    # --- exported models ---
+    c.export = _section()
+    # owner/name on the Hugging Face hub. Each exported model goes to a branch there (start, iteration_0, …,
+    # control), and main is the newest one, or the best by checkpoint.best.
+    c.export.push_to = placeholder(str)
+    # Whether the repository is private, if the run creates it.
+    c.export.private = True
+
+    # --- logs ---
+    c.logging = _section()
+    # Metrics are also written for TensorBoard.
+    c.logging.tensorboard = True
+    # Metrics are also logged to this project of Weights & Biases.
+    c.logging.wandb_project = placeholder(str)
+    # The charts of summary.png are made at the end.
+    c.logging.plot = True
     return c
 
 
-def _section() -> Any:  # type checkers know nothing of its keys
+def _section() -> Any:  # a type checker does not know which keys it has
     return ConfigDict()
 
 
 def _optimization(epochs: Any, learning_rate: Any) -> Any:
-    """Keys that `train` and `sft` share."""
-    o = _section()
-    o.optimizer = "rmsprop"  # rmsprop (PyTorch's form), adamw, adafactor
-    o.learning_rate = learning_rate  # its peak
-    o.schedule = "linear"  # linear, cosine, constant; each after the warm-up
-    o.warmup_ratio = 0.1  # of the schedule's steps
-    o.weight_decay = 0.0
-    o.momentum = 0.9  # AdamW's β1
-    o.decay = 0.99  # of squared gradients: RMSProp's α, AdamW's β2
-    o.eps = 1e-8
-    o.clip_norm = placeholder(float)  # clip gradients to this norm; unset: not
-    o.offload = False  # keep the optimizer's state in the hosts' memory between steps
-    o.batch_size = 64  # pairs (SFT: conversations) an optimizer step
-    o.tokens_per_device = 8192  # at most so many at a time (or one row); gradients are accumulated
-    o.row_length = placeholder(int)  # of packed rows, in tokens; unset: what wastes least on this data
-    o.epochs = epochs  # passes over the data
-    o.schedule_epochs = placeholder(int)  # length of the schedule; unset: epochs
-    o.lora_rank = placeholder(int)  # train adapters of this rank, with the weights frozen; unset: the weights
-    o.lora_alpha = 16.0  # an adapter counts lora_alpha / lora_rank times
-    o.lora_targets = ("wq", "wk", "wv", "wo", "gate", "up", "down")  # weights that get one
-    return o
+    """The keys that `train` and `sft` share."""
+    train = _section()
+    # rmsprop (in PyTorch's form), adamw or adafactor.
+    train.optimizer = "rmsprop"
+    # The peak of the schedule.
+    train.learning_rate = learning_rate
+    # linear, cosine or constant, each after the warm-up.
+    train.schedule = "linear"
+    # The warm-up's share of the steps of the schedule.
+    train.warmup_ratio = 0.1
+    train.weight_decay = 0.0
+    # β1 of AdamW.
+    train.momentum = 0.9
+    # The decay of the mean squared gradient: α of RMSProp, β2 of AdamW.
+    train.decay = 0.99
+    # The ε of the optimizer.
+    train.eps = 1e-8
+    # Gradients are clipped to this norm. Unset: they are not clipped.
+    train.clip_norm = placeholder(float)
+    # The optimizer's state stays in the memory of the hosts between steps.
+    train.offload = False
+    # The pairs of an optimizer step; the conversations, in SFT.
+    train.batch_size = 64
+    # A device gets at most this many tokens at a time, or one row. Gradients are accumulated over a step.
+    train.tokens_per_device = 8192
+    # The tokens of a packed row. Unset: the length that wastes least on this data.
+    train.row_length = placeholder(int)
+    # Passes over the data.
+    train.epochs = epochs
+    # The length of the schedule in epochs. Unset: epochs.
+    train.schedule_epochs = placeholder(int)
+    # Adapters of this rank are trained, and the weights are frozen. Unset: the weights are trained.
+    train.lora_rank = placeholder(int)
+    # An adapter is multiplied by lora_alpha / lora_rank.
+    train.lora_alpha = 16.0
+    # The weights that get an adapter.
+    train.lora_targets = ("wq", "wk", "wv", "wo", "gate", "up", "down")
+    return train
 
 
 def resolve(config: Mapping[str, Any] | ConfigDict) -> Config:
-    """A whole, checked config: `config` laid over the defaults.
+    """A complete, checked config: `config` laid over the defaults.
 
     Args:
-        config: a ConfigDict or nested dict; what it leaves out keeps its default.
+        config: a ConfigDict or nested dict. A key that it does not have keeps its default.
 
     Raises:
-        ConfigError: an unknown key (naming the nearest), a wrong type, an impossible value.
+        ConfigError: a key is unknown (the error names the nearest one), has a wrong type, or has an
+            impossible value.
     """
     if not isinstance(config, Mapping | ConfigDict):
         raise ConfigError(
-            f"the config is {config!r}, and should be a ConfigDict: start from config.default()"
+            f"the config is {config!r}, and should be a ConfigDict, such as config.default() returns"
         )
     given = config.to_dict() if isinstance(config, ConfigDict | Config) else dict(config)
     resolved = default()

@@ -1,6 +1,6 @@
-"""What the values of config keys may be, and what those that are text mean.
+"""Which values a config key may have, and how values are read that have several parts in one text.
 
-`check` holds the rules on single values and on keys that belong together.
+`check` has the rules for single values and for keys that depend on each other.
 """
 
 import difflib
@@ -14,26 +14,25 @@ from spin_jax.errors import ConfigError
 
 PER_ITERATION = ("loss.beta", "train.learning_rate", "train.epochs")
 
-
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def is_of_kind(kind: type, value: Any) -> bool:
-    """Whether a value is of a key's type: whole numbers are numbers, and truth values are not."""
+    """Whether a value has a key's type. A whole number is a number too; True and False are not numbers."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float if kind is float else kind)
 
 
 def wanted(section: Any, key: str) -> str:
-    """What a key's values have to be, in words."""
+    """A sentence on the type that the values of a key must have."""
     if isinstance(section[key], tuple):
         return f"{_KINDS[type(section[key][0])]} is wanted, or several: (1, 2)"
     return f"{_KINDS[section.get_type(key)]} is wanted"
 
 
 def nearest(key: str, keys: list[str], prefix: str = "") -> str:
-    """Names the closest key to a mistyped one, or lists them all; begins with a semicolon."""
+    """The end of a message, from its semicolon on: the key nearest to a mistyped one, or all keys."""
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {prefix}{close[0]}?"
@@ -41,7 +40,7 @@ def nearest(key: str, keys: list[str], prefix: str = "") -> str:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{section.key: value} of a config."""
+    """A config as {"section.key": value}."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -49,12 +48,13 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def per_iteration(values: tuple, iteration: int) -> Any:
-    """The value of a per-iteration key at `iteration`."""
+    """The value that a per-iteration key has for an iteration."""
     return values[min(iteration, len(values) - 1)]
 
 
-# What numbers can be, by their key's whole name or its last part: [ and ] take the end in, ( and ) do not.
-# Of a tuple, each. Floats stay clear of what float32 rounds to 0 or infinity.
+# The interval of each key with a number, under the key's whole name or its last part. [ and ] include the
+# end, ( and ) exclude it. In a tuple each number is checked. The intervals of floats leave out what float32
+# would round to 0 or infinity.
 _RANGES = {
     "[0, 2147483647]": ("seed", "fixed_prompts"),
     "[1, 2147483647]": (
@@ -73,7 +73,7 @@ _RANGES = {
         "shard_size",
         "top_k",
     ),
-    "[2, 2147483647]": ("max_length",),  # a prompt and an answer
+    "[2, 2147483647]": ("max_length",),  # one token for the prompt and one for the answer
     "[1, 1048576]": ("batch_size", "tokens_per_device"),
     "[-1, 1048576]": ("mesh.data", "mesh.fsdp", "mesh.tensor"),
     "[0, 10000]": ("iterations", "start", "mix_previous", "sft.epochs"),
@@ -117,12 +117,14 @@ def _check_ranges(section: Any, prefix: str = "") -> None:
 def _in_words(interval: str, number: float) -> str:
     low, high = interval[1:-1].split(", ")
     words = f"at least {low}" if interval[0] == "[" else f"above {low}"
-    if float(high) < 1e6 or number >= float(high):  # an end far off goes without saying
+    if float(high) < 1e6 or number >= float(high):  # a very large end is named only if it was exceeded
         words += f" and at most {high}" if interval[-1] == "]" else f" and below {high}"
     return words
 
 
 def check(c: Any) -> None:
+    """Raises ConfigError for the first value, or pair of values, that is impossible."""
+
     def need(condition: bool, message: str) -> None:
         if not condition:
             raise ConfigError(message)
@@ -138,7 +140,7 @@ def check(c: Any) -> None:
         values = c[section][key]
         need(
             len(values) == 1 or len(values) >= max(iterations, 1),
-            f"{name} has {len(values)} values for {iterations} iterations: give one, or one each",
+            f"{name} has {len(values)} values for {iterations} iterations: give one, or one for each",
         )
     need(
         len(c.lengths.expected) == 3,
@@ -148,15 +150,16 @@ def check(c: Any) -> None:
     need(
         0 not in sizes and sizes.count(-1) < 2,
         f"mesh.data, mesh.fsdp, mesh.tensor = {', '.join(map(str, sizes))}: at least 1, and at most one of "
-        "them -1 (what is left)",
+        "them -1, which takes the devices that are left",
     )
     need(
         bool(c.model.path) or bool(c.model.architecture),
-        "model.path is not set, nor model.architecture: --config.model.path=DIRECTORY or a hub id",
+        "model.path is not set, and neither is model.architecture: give --config.model.path=DIRECTORY, or a "
+        "hub id",
     )
     need(
         bool(c.data.path) or bool(c.selfplay.pairs),
-        "data.path is not set: --config.data.path=FILE, a directory or a hub id",
+        "data.path is not set: give --config.data.path=FILE, a directory or a hub id",
     )
     need(
         bool(c.data.prompt_column) == bool(c.data.answer_column),
@@ -169,7 +172,7 @@ def check(c: Any) -> None:
     )
     need(
         c.selfplay.patience is None or bool(c.checkpoint.best),
-        f"selfplay.patience={c.selfplay.patience} needs checkpoint.best: the number that is to improve",
+        f"selfplay.patience={c.selfplay.patience} needs checkpoint.best, the number that must improve",
     )
     need(
         not c.eval.include_path or bool(c.eval.tasks),
@@ -177,7 +180,7 @@ def check(c: Any) -> None:
     )
     need(
         c.selfplay.rows == "all" or bool(c.eval.verifier),
-        f"selfplay.rows={c.selfplay.rows!r} needs eval.verifier, which says what is right",
+        f"selfplay.rows={c.selfplay.rows!r} needs eval.verifier, which says which answers are right",
     )
     need(
         c.selfplay.rows == "all" or not c.selfplay.scorer,
@@ -186,38 +189,38 @@ def check(c: Any) -> None:
     paths = data_paths(c.data.path)
     need(
         len(paths) < 2 or len(paths) >= iterations,
-        f"data.path has {len(paths)} datasets for {iterations} iterations: give one, or one each",
+        f"data.path has {len(paths)} datasets for {iterations} iterations: give one, or one for each",
     )
     given_pairs(c)
     task_names(c)
 
 
 def data_paths(path: str | None) -> list[str]:
-    """data.path as a list: nothing, one dataset for all iterations, or one each."""
-    if path and os.path.exists(path):  # whatever commas are in its name
+    """data.path as a list: empty, one dataset for all iterations, or one for each."""
+    if path and os.path.exists(path):  # also if there is a comma in its name
         return [path]
     return [part.strip() for part in (path or "").split(",") if part.strip()]
 
 
-def beside_loss(c: Mapping[str, Any]) -> list[str]:
-    """What makes the algorithm beside loss and β, where it is not SPIN's, in words."""
+def algorithm_notes(c: Mapping[str, Any]) -> list[str]:
+    """Phrases on how the algorithm differs from SPIN, apart from the loss and β."""
     loss, play = c["loss"], c["selfplay"]
     weight, options, alpha = (loss.get(key) for key in ("nll_weight", "options", "reference_alpha"))
     samples, rows, scorer, restart = (play.get(key) for key in ("samples", "rows", "scorer", "restart"))
-    said = [
+    phrases = [
         weight and f"{weight:g} × NLL of the human answer",
         options,
-        alpha not in (None, 1) and f"{alpha:g} of the reference the opponent's and {1 - alpha:g} the start's",
-        samples not in (None, 1) and f"{samples} answers a prompt",
-        rows not in (None, "all") and f"trained on those that {c['eval'].get('verifier')} takes for {rows}",
-        scorer and f"scored by {scorer}",
-        restart and "the start's weights trained anew each time",
+        alpha not in (None, 1) and f"reference {alpha:g} × the opponent's and {1 - alpha:g} × the start's",
+        samples not in (None, 1) and f"{samples} answers per prompt",
+        rows not in (None, "all") and f"only answers that {c['eval'].get('verifier')} finds {rows}",
+        scorer and f"scores of {scorer}",
+        restart and "each iteration trains the start's weights",
     ]
-    return [text for text in said if text]
+    return [phrase for phrase in phrases if phrase]
 
 
 def task_names(c: Any) -> list[str]:
-    """eval.tasks as a list; ConfigError where it names none."""
+    """eval.tasks as a list without duplicates; ConfigError for an empty name."""
     names = [name.strip() for name in (c.eval.tasks or "").split(",")]
     if c.eval.tasks is None:
         return []
@@ -239,7 +242,7 @@ def given_pairs(c: Any) -> dict[int, str]:
             position += 1
     if result and max(result) >= c.selfplay.iterations:
         raise ConfigError(
-            f"selfplay.pairs gives pairs for iteration {max(result)}, and "
+            f"selfplay.pairs gives pairs for iteration {max(result)}, which does not exist: "
             f"selfplay.iterations={c.selfplay.iterations}"
         )
     return result

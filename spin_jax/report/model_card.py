@@ -72,7 +72,7 @@ def model_card(facts: Facts) -> str:
         loss=[
             config["loss"]["name"],
             f"β {_value(config['loss']['beta'], facts):g}",
-            *config_values.beside_loss(config),
+            *config_values.algorithm_notes(config),
         ],
         earlier=range(max(t - play["mix_previous"], play["start"]), t),
         steps=sum(row.get("steps", 0) for row in facts.rows),

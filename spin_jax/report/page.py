@@ -157,7 +157,7 @@ def _algorithm(run: Run) -> str:
     sections: dict[str, dict[str, Any]] = {"loss": {}, "selfplay": {}, "eval": {}}
     for key, value in c.items():
         sections.setdefault(key.partition(".")[0], {})[key.partition(".")[2]] = value
-    beside = config_values.beside_loss(sections)
+    beside = config_values.algorithm_notes(sections)
     parts = [f"{c.get('loss.name', 'loss')} loss", f"β {_of_iterations(run, 'loss.beta')}", *beside]
     return ", ".join([*parts, f"seed {c.get('seed', '?')}"])
 

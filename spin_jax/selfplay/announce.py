@@ -60,7 +60,7 @@ def run_overview(prepared: Prepared, finished: int) -> str:
     revision = f" at {model.revision[:12]}" if model.revision else ""
     first, last, shape = c.selfplay.start, c.selfplay.iterations - 1, prepared.pair_shape
     betas = ", ".join(f"{beta:g}" for beta in c.loss.beta)
-    beside = "".join(f", {text}" for text in config_values.beside_loss(c))
+    beside = "".join(f", {text}" for text in config_values.algorithm_notes(c))
     lines = [
         ("devices", f"{jax.device_count()} × {device.device_kind}, mesh {mesh}"),
         (
