@@ -1,18 +1,18 @@
-"""Runs self-play fine-tuning (SPIN), or goes on with a run: the same command continues what has begun.
+"""Runs self-play fine-tuning (SPIN). The same command continues a run that was stopped.
 
     python -m spin_jax.main --config=FILE[:VARIANT] --workdir=DIR [--config.section.key=value …]
 
-  --config=FILE[:VARIANT]  a Python file with get_config(), as those in configs/, or a variant that it knows
-  --config.section.key=…   any key of it: --config.model.path=DIR, --config.train.epochs='(1,2)'
-  --workdir=DIR            where the run is kept, and continued: a folder, or gs://BUCKET/FOLDER
-  --check                  reads and checks config, data, tokenizer and model files, says what it found, ends
-  --only=PHASE             sample, score or train: just this phase of the next iteration
+  --config=FILE[:VARIANT]  a Python file with get_config(), such as those in configs/, and one of its variants
+  --config.section.key=…   any key of the config: --config.model.path=DIR, --config.train.epochs='(1,2)'
+  --workdir=DIR            the folder of the run, where it is also continued; gs://BUCKET/FOLDER works too
+  --check                  checks config, data, tokenizer and model files, reports what it found, and ends
+  --only=PHASE             runs one phase of the next iteration: sample, score or train
 
-Several processes, one a host (on SLURM one a GPU), find each other on TPU pods, SLURM and Open MPI, and
-share a workdir that all of them see; elsewhere:
+With several hosts, start one process on each of them (with SLURM, one for each GPU). All of them must see the
+workdir. On TPU pods, with SLURM and with Open MPI the processes find each other. Elsewhere, tell them:
 
   --coordinator=HOST:PORT --num_processes=N --process_id=I
-  --heartbeat_s=100        a process that is silent for so many seconds is dead, and the others end
+  --heartbeat_s=100        if a process is silent for this many seconds, the others end
 
 Examples:
 
@@ -21,8 +21,9 @@ Examples:
   python -m spin_jax.main --config=configs/small_gsm8k.py --workdir=DIR \\
       --config.model.path=MODEL --config.data.path=train.jsonl
 
-Exit codes: 0 done; 1 failed (a full disk, numbers that are not finite, a crash); 2 bad input; 130 and 143
-stopped by Ctrl-C and SIGTERM, everything saved. After all but 2 the same command continues.
+Exit codes: 0 the run is done; 1 it failed (a full disk, numbers that are not finite, a crash); 2 bad input;
+130 and 143 it was stopped by Ctrl-C or SIGTERM, and everything is saved. After 1, 130 and 143 the same command
+continues.
 """
 
 import os
@@ -37,14 +38,14 @@ from spin_jax.cli import fail, failed, parse, read_config, set_up_jax
 from spin_jax.runtime import secrets
 from spin_jax.runtime.interrupts import Interrupts, say
 
-flags.DEFINE_string("config", None, "Config file; --config.key=value changes a key of it.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; the same one continues it.")
+flags.DEFINE_string("config", None, "Config file; --config.key=value changes one of its keys.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, where it is also continued.")
 _ONLY = flags.DEFINE_enum("only", None, ["sample", "score", "train"], "Run one phase of the next iteration.")
-_CHECK = flags.DEFINE_bool("check", False, "Check config, data, tokenizer and model files, and end.")
+_CHECK = flags.DEFINE_bool("check", False, "Check config, data, tokenizer and model files, then end.")
 
 
 def read_flags() -> tuple[Any, str | None]:
-    """The config and the workdir that the flags ask for."""
+    """(config, workdir), from the flags."""
     config = read_config()
     if config is None or (_WORKDIR.value is None and not _CHECK.value):
         raise ValueError("--config and --workdir are needed; see --help")
@@ -52,16 +53,12 @@ def read_flags() -> tuple[Any, str | None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit code.
-
-    0 done, 1 failed (a full disk, numbers that are not finite), 2 bad input; 130 and 143 stopped by Ctrl-C or
-    SIGTERM. After all but 2 the same command continues.
-    """
+    """Runs the command line and returns its exit code, which the docstring of this file explains."""
     argv = sys.argv if argv is None else argv
-    again = f"to continue: {shlex.join(['python', '-m', 'spin_jax.main', *argv[1:]])}"
+    hint = f"to continue: {shlex.join(['python', '-m', 'spin_jax.main', *argv[1:]])}"
 
     def quit_now(number: int) -> None:
-        say(secrets.redacted(f"\nquit at once; {again}"))
+        say(secrets.redacted(f"\nquit at once; {hint}"))
         os._exit(128 + number)
 
     interrupts = Interrupts(quit_now)
@@ -75,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     from spin_jax.selfplay import algorithm
 
     interrupts.speaks = processes.first()
-    interrupts.listen()  # JAX takes SIGTERM for itself where there are several processes
+    interrupts.listen()  # only now: with several processes JAX has just taken SIGTERM for itself
     try:
         if _CHECK.value or workdir is None:
             algorithm.check(config, workdir)
@@ -83,10 +80,10 @@ def main(argv: list[str] | None = None) -> int:
             algorithm.run(config, workdir, only=_ONLY.value, should_stop=interrupts)
     except errors.Interrupted as stopped:
         if processes.first():
-            say(secrets.redacted(f"\ninterrupted; {again}"))
+            say(secrets.redacted(f"\ninterrupted; {hint}"))
         return stopped.exit_code
     except Exception as error:
-        return processes.leave(error, failed(error, interrupts.asked, f"\n{again}"))
+        return processes.leave(error, failed(error, interrupts.asked, f"\n{hint}"))
     return 0
 
 
