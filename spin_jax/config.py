@@ -130,7 +130,8 @@ def default() -> Any:
     c.sft = _optimization(epochs=0, learning_rate=2e-5)
     c.sft.optimizer = "adamw"
     c.sft.decay = 0.999
-    # A control also continues the SFT of the start, for as many steps as self-play, and is reported beside it.
+    # A control continues the SFT of the start for as many steps as self-play takes. Its numbers are reported
+    # beside those of self-play.
     c.sft.control = False
     # The peak learning rate of the control. Unset: sft.learning_rate.
     c.sft.control_learning_rate = placeholder(float)

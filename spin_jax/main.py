@@ -22,8 +22,8 @@ Examples:
       --config.model.path=MODEL --config.data.path=train.jsonl
 
 Exit codes: 0 the run is done; 1 it failed (a full disk, numbers that are not finite, a crash); 2 bad input;
-130 and 143 it was stopped by Ctrl-C or SIGTERM, and everything is saved. After 1, 130 and 143 the same command
-continues.
+130 and 143 it was stopped by Ctrl-C or SIGTERM, and everything is saved. The same command continues after all
+of these but 2.
 """
 
 import os

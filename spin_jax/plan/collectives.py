@@ -17,23 +17,23 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 class Collective(NamedTuple):
-    """One that a program runs."""
+    """A collective operation that a program runs."""
 
     kind: str  # one of KINDS, or BETWEEN_SLICES
-    bytes: int  # of the whole array on a device: what is gathered, or before it is reduced
-    times: int  # how often it runs, at most; loops without a known bound count once
+    bytes: int  # of the whole array on a device: after it is gathered, or before it is reduced
+    times: int  # how often it runs at most; a loop without a known bound counts once
 
 
-def collectives(hlo: str, node: int = 0) -> list[Collective]:
-    """All that a program runs, from `compiled.as_text()`. A conditional counts with all its branches.
+def find_collectives(hlo: str, node: int = 0) -> list[Collective]:
+    """All collectives of a program, from its `as_text()`. All branches of a conditional count.
+
+    The compiler for TPUs writes a reduce-scatter as a fusion called all-reduce-scatter around an all-reduce.
+    It starts an asynchronous collective in one fusion and ends it in another one with the same channel, and
+    the two count once.
 
     Args:
-        node: devices of a node of GPUs, where there are several. A TPU program says itself what goes between
-            slices; a GPU program only says which devices take part.
-
-    TPU's compiler writes a reduce-scatter as a fusion called all-reduce-scatter around an all-reduce, and
-    starts an asynchronous collective in one fusion and ends it in another, both with its channel: such a
-    one is counted once.
+        node: the number of devices in a node of GPUs, if there are several nodes. The program for TPUs says
+            what goes between slices, but the program for GPUs only says which devices take part.
     """
     computations, entry = _computations(hlo)
     found: dict[tuple[str, str], Collective] = {}
@@ -77,16 +77,16 @@ def collectives(hlo: str, node: int = 0) -> list[Collective]:
     return list(found.values())
 
 
-def totals(found: list[Collective]) -> dict[str, int]:
-    """Bytes of each kind."""
+def bytes_by_kind(found: list[Collective]) -> dict[str, int]:
+    """{kind: bytes} of all runs of all collectives."""
     sums: Counter[str] = Counter()
     for one in found:
         sums[one.kind] += one.bytes * one.times
     return dict(sums)
 
 
-def received(sums: Mapping[str, float]) -> float:
-    """Bytes that come to a device over its slice's links; an all-reduce scatters and gathers."""
+def received_bytes(sums: Mapping[str, float]) -> float:
+    """Bytes that reach a device over the links of its slice. An all-reduce counts twice, there and back."""
     return sum(size * (2 if kind == "all-reduce" else 1) for kind, size in sums.items() if kind in KINDS)
 
 
@@ -104,7 +104,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _operation(line: str) -> str:
-    """all-gather of `%x = bf16[8,4] all-gather-start(%y), …`."""
+    """The name of the operation: all-gather, for `%x = bf16[8,4] all-gather-start(%y), …`."""
     match = re.search(r"[\]})] ([a-z][a-z\-]*)\(", line.split(" = ", 1)[1])
     return match[1].removesuffix("-start") if match else ""
 
@@ -116,17 +116,17 @@ def _called(line: str) -> Iterator[str]:
 
 
 def _trips(condition: list[str]) -> int:
-    """The n of `i < n`, where a loop's condition has it: how often it runs at most."""
+    """How often a loop runs at most: the n of its condition `i < n`, and 1 for another condition."""
     constants = [int(n) for line in condition for n in re.findall(r"s32\[\][^=]* constant\((\d+)\)", line)]
     known = len(constants) == 1 and any("direction=LT" in line for line in condition)
     return constants[0] if known else 1
 
 
 def _size(line: str, operation: str) -> int:
-    """Bytes of an operation's result, of all arrays that a combined one has."""
+    """Bytes of the result of an operation. A combined operation has several arrays, and all of them count."""
     shapes = line.split(" = ", 1)[1].split(f" {operation}", 1)[0]
-    nested = shapes.startswith("((")  # ((operands), (results)) of what starts and ends apart from that
-    shapes = _after_first(shapes) if nested else shapes
+    nested = shapes.startswith("((")  # ((operands), (results)) of an operation that ends in another line
+    shapes = _without_first(shapes) if nested else shapes
     arrays = [
         math.prod(map(int, filter(None, dims.split(",")))) * _BYTES.get(dtype, 4)
         for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
@@ -137,8 +137,8 @@ def _size(line: str, operation: str) -> int:
     return sum(arrays)
 
 
-def _after_first(shapes: str) -> str:
-    """What follows the first part of a tuple that is itself a tuple."""
+def _without_first(shapes: str) -> str:
+    """The rest of a tuple after its first part, which is a tuple itself."""
     depth = 0
     for place, letter in enumerate(shapes[1:], 1):
         depth += {"(": 1, ")": -1}.get(letter, 0)
@@ -148,9 +148,10 @@ def _after_first(shapes: str) -> str:
 
 
 def _group(line: str) -> list[int]:
-    """The devices of the first group, in any of the three ways in which HLO writes groups.
+    """The devices of the first group.
 
-    {{0,1},{2,3}}; [2,2]<=[4], a reshaped count; mesh['x'=2,'y'=2] {'y'}, along one axis of two.
+    HLO writes groups in three ways: as a list {{0,1},{2,3}}; as the reshaped count [2,2]<=[4]; and as axes of
+    a mesh, mesh['x'=2,'y'=2] {'y'}.
     """
     written = line.partition("replica_groups=")[2]
     if listed := re.match(r"\{\{([\d,]*)\}", written):

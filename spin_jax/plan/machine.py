@@ -1,10 +1,11 @@
-"""The machines that `plan` knows, and their devices, which need not be there.
+"""The machines that `plan` knows, and devices to compile for that need not be there.
 
 A topology is FAMILY:SIZE or FAMILY:SIZE*COUNT. `v5e:8x8` is a slice of TPUs and `v5e:8x8*2` are two; `h100:8`
 is a node of eight GPUs and `h100:8*2` are two.
 
-Compilers work without the device they compile for: libtpu's knows its TPUs by name, XLA's for GPUs (a plugin
-of JAX) wants a description of the chip. Where none is installed, arithmetic makes do with a `Described` mesh.
+A compiler works without the device that it compiles for. The compiler for TPUs, in libtpu, knows them by
+name. XLA's compiler for GPUs, in a plugin of JAX, needs a description of the chip. Without a compiler there
+is still arithmetic, for which a `PlanningMesh` is enough.
 """
 
 import dataclasses
@@ -27,17 +28,17 @@ _NODE = ("1", "2", "4", "8")
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA's compiler asks about a GPU: the numbers of CUDA's device properties."""
+    """What XLA's compiler needs to know about a GPU: the numbers of CUDA's device properties."""
 
     cores: int  # streaming multiprocessors
     units: int  # float32 units in each
     shared: int  # bytes of shared memory of a core
-    shared_block: int  # bytes of it that a block may ask for
-    l2: int  # bytes
+    shared_block: int  # bytes of shared memory that a block may ask for
+    l2: int  # bytes of the L2 cache
     clock: float  # GHz
-    bandwidth: int  # bytes of device memory, a second
+    bandwidth: int  # bytes per second, of device memory
     memory: int  # bytes
-    capability: tuple[int, str]  # CUDA's compute capability: major, and what is compiled for beside it
+    capability: tuple[int, str]  # CUDA's compute capability: the major number, and the feature extension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +47,11 @@ class Family:
 
     device_kind: str  # JAX's name of a device
     sizes: tuple[str, ...]  # of a slice or node, the smallest first
-    gpu: Gpu | None = None  # None: a TPU, whose compiler knows it by name
-    per_chip: int = 1  # devices
+    gpu: Gpu | None = None  # None for TPUs
+    per_chip: int = 1  # devices in a chip
 
 
-# A GPU's numbers are those of XLA's own descriptions, openxla/xla at 4336d12e (H100: 0774019d),
+# The numbers of the GPUs are those of XLA's own descriptions, openxla/xla at 4336d12e (H100: 0774019d),
 # xla/backends/gpu/target_config/specs/{a100_sxm_80,h100_sxm,h200}.txtpb. H200's memory is the 139.80 GiB that
 # PyTorch's messages name; XLA's file has a round 141.
 _A100 = Gpu(108, 64, 167936, 166912, 41943040, 1.41, 2039040000000, 85100068864, (8, "NONE"))
@@ -70,20 +71,22 @@ FAMILIES = {
 }
 
 _NO_DEVICE = {
-    # libtpu asks where it runs, complains where that is nowhere, and else lets one process in at a time.
+    # libtpu asks where it runs, complains if that is no TPU machine, and lets only one process in at a time.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # JAX's plugin for CUDA looks for a driver and for libraries that compiling does not need.
+    # JAX's plugin for CUDA looks for a driver and for libraries, which a compilation does not need.
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
 
 
 class Topology(NamedTuple):
+    """A machine: one or several slices of TPUs, or nodes of GPUs."""
+
     family: str
     size: str  # of a slice or node
-    slices: int  # of TPUs; of GPUs, nodes
+    slices: int  # how many slices or nodes
 
     @property
     def devices(self) -> int:
@@ -93,25 +96,25 @@ class Topology(NamedTuple):
         return f"{self.family}:{self.size}" + (f"*{self.slices}" if self.slices > 1 else "")
 
 
-def parsed(topology: str) -> Topology:
-    """What a topology's name says.
+def parse_topology(topology: str) -> Topology:
+    """The topology with a name such as v5e:8x8*2.
 
     Raises:
-        ValueError: it names no machine that is known.
+        ValueError: no machine of that name is known.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*([1-9]\d*))?", topology)
-    known = FAMILIES.get(found[1]) if found else None
-    if not found or not known or (known.gpu and "x" in found[2]) or int(found[2].split("x")[0]) == 0:
-        machines = ", ".join(f"{name}:{family.sizes[3]}" for name, family in FAMILIES.items())
+    family = FAMILIES.get(found[1]) if found else None
+    if not found or not family or (family.gpu and "x" in found[2]) or int(found[2].split("x")[0]) == 0:
+        machines = ", ".join(f"{name}:{known.sizes[3]}" for name, known in FAMILIES.items())
         raise ValueError(f"--topology={topology}: a machine such as {machines}; v5e:8x8*2 is two slices")
     return Topology(found[1], found[2], int(found[3] or 1))
 
 
-# --- devices that are not there ------------------------------------------------------------------
+# --- devices that need not be there --------------------------------------------------------------
 
 
-class Described(NamedTuple):
-    """What is asked of a mesh, where there is nothing to make one of."""
+class PlanningMesh(NamedTuple):
+    """The properties of a mesh that arithmetic asks for."""
 
     devices: np.ndarray
     shape: Mapping[str, int]
@@ -119,37 +122,38 @@ class Described(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What is asked of a device."""
+    """The properties of a device that arithmetic asks for."""
 
     device_kind: str
     platform: str
 
 
-def described(topology: Topology, shape: Mapping[str, int]) -> Described:
-    """A mesh for arithmetic."""
+def planning_mesh(topology: Topology, shape: Mapping[str, int]) -> PlanningMesh:
+    """A mesh of the topology for arithmetic, which needs no compiler."""
     family = FAMILIES[topology.family]
     device = Device(family.device_kind, "gpu" if family.gpu else "tpu")
     devices = np.empty(topology.devices, object)
-    devices[:] = [device] * topology.devices  # an array of the tuples, not of their fields
-    return Described(devices, shape, topology.devices)
+    devices[:] = [device] * topology.devices  # this way numpy keeps each tuple as one element
+    return PlanningMesh(devices, shape, topology.devices)
 
 
 def expect_no_device() -> None:
-    """Tells the compilers' libraries, which look when they are first asked for something."""
+    """Tells the libraries of the compilers that no device is here. Call it before JAX uses them."""
     for name, value in _NO_DEVICE.items():
         os.environ.setdefault(name, value)
-    # XLA warns of programs that take more memory than there is, which is the question here. JAX has set 1.
+    # XLA warns of programs that need more memory than there is, which is just what `plan` finds out. JAX has
+    # set the variable to 1, so a 1 is not the user's choice.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
 
 @functools.cache
-def devices(topology: Topology) -> list[Any]:
-    """The devices, for programs that are compiled and not run; a node's or slice's stand together.
+def topology_devices(topology: Topology) -> list[Any]:
+    """Devices to compile for. The devices of a node or slice stand together.
 
     Raises:
-        NoCompiler: none is installed.
-        ValueError: the compiler knows no machine of that size.
+        NoCompiler: no compiler for GPUs is installed.
+        ValueError: the compiler for TPUs is not installed, or knows no machine of that size.
     """
     from jax.experimental import topologies
 
@@ -157,30 +161,30 @@ def devices(topology: Topology) -> list[Any]:
     expect_no_device()
     try:
         if on_gpu:
-            # Slices × processes × devices of each. One process for a node, as the run has it.
+            # Slices × processes × devices of each process. A run has one process for each node.
             grid = f"1x{topology.slices}x{topology.size}"
-            made = topologies.get_topology_desc(
-                platform="cuda", topology_name="", target_config=target(family), topology=grid
+            description = topologies.get_topology_desc(
+                platform="cuda", topology_name="", target_config=gpu_target(family), topology=grid
             )
         else:
             options = {"num_slices": topology.slices}
-            # A v4's two cores are one device, as on Google's machines. (v5p's are without being asked.)
+            # The two cores of a v4 are one device, as on Google's machines. (v5p needs no option for that.)
             options |= {"chip_config_name": "megacore"} if topology.family == "v4" else {}
             name = f"{topology.family}:{topology.size}"
-            made = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as error:  # of whatever kind: the compiler is missing, or it knows no such size
+            description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as error:  # of any kind: the compiler is missing, or knows no such size
         if on_gpu:
             why = "" if isinstance(error, NotImplementedError) else f": {error}"
-            install = f"pip install jax-cuda13-plugin=={jax.__version__}"  # which is the compiler alone
+            install = f"pip install jax-cuda13-plugin=={jax.__version__}"  # this plugin is the compiler alone
             raise NoCompiler(f"to compile: {install}, no GPU is needed{why}") from error
         raise ValueError(
             f"--topology={topology} cannot be compiled for here (pip install 'jax[tpu]'): {error}"
         ) from error
-    return list(made.devices)
+    return list(description.devices)
 
 
-def target(family: Family) -> str:
-    """XLA's description of a GPU, a GpuTargetConfigProto in text."""
+def gpu_target(family: Family) -> str:
+    """XLA's description of a GPU: a GpuTargetConfigProto as text."""
     gpu, name = family.gpu, family.device_kind
     assert gpu
     (major, features) = gpu.capability

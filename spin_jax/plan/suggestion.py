@@ -1,45 +1,45 @@
-"""What would fit: the nearest settings, found by arithmetic."""
+"""The nearest settings that would fit, found by arithmetic."""
 
 import itertools
 from typing import Any
 
-from spin_jax.plan import machine as machines
-from spin_jax.plan.compiled import Work, fits, workload
 from spin_jax.plan.estimate import estimated_phases
+from spin_jax.plan.machine import FAMILIES, Topology
+from spin_jax.plan.planned_run import PlannedRun, fits, planned_run
 
-# --- what would fit ------------------------------------------------------------------------------
-
-
-# In the order in which they are tried, each key's values after the config's own.
+# The values that are tried for a key after the config's own value, in this order.
 _REMATS = ("none", "attention+mlp", "attention", "full")
 _TOKENS = (4096, 2048)
 _SPLITS = (2, 4, 8)
 _ANSWERS = (64, 32, 16)
 
 
-def suggestion(work: Work, margin: float = 1.0) -> tuple[Work, list[str]] | None:
-    """The nearest settings that fit by arithmetic: what is computed again, accumulation, mesh, machine.
+def suggestion(run: PlannedRun, margin: float = 1.0) -> tuple[PlannedRun, list[str]] | None:
+    """(the run with the nearest settings that fit, the flags that change them); None if none was found.
+
+    It tries what the backward pass computes again, the size of micro-batches, the mesh, and larger machines.
 
     Args:
-        margin: share of the memory that arithmetic may fill.
+        margin: the share of the memory that the settings may fill by arithmetic.
     """
-    c, own_machine, sizes = work.config, work.topology, machines.FAMILIES[work.topology.family].sizes
+    c, own_machine, sizes = run.config, run.topology, FAMILIES[run.topology.family].sizes
     larger = sizes[sizes.index(own_machine.size) :] if own_machine.size in sizes else (own_machine.size,)
     choices = {
         "sampling.batch_size": [n for n in _ANSWERS if n < c.sampling.batch_size],
         "train.offload": [True] * (not c.train.offload),
-        "mesh.tensor": [n for n in _SPLITS if n > work.model.mesh.shape["tensor"]],
+        "mesh.tensor": [n for n in _SPLITS if n > run.model.mesh.shape["tensor"]],
         "train.tokens_per_device": [n for n in _TOKENS if n < c.train.tokens_per_device],
         "train.remat": _REMATS[_REMATS.index(c.train.remat) + 1 :],
     }
     own = [_value(c, key) for key in choices]
     options = [[mine, *more] for mine, more in zip(own, choices.values(), strict=True)]
 
-    def tried(machine: machines.Topology, values: tuple) -> tuple[Work | None, dict[str, Any]]:
+    def candidate_with(machine: Topology, values: tuple) -> tuple[PlannedRun | None, dict[str, Any]]:
+        """(the run with these values, or None if it does not fit; the keys that change)."""
         keys = {k: v for k, v, mine in zip(choices, values, own, strict=True) if v != mine}
         try:
-            candidate = workload(c.changed(keys), str(machine), work.compiles)
-        except ValueError:  # heads that the mesh does not divide, say
+            candidate = planned_run(c.changed(keys), str(machine), run.compiles)
+        except ValueError:  # for example: the mesh does not divide the heads
             return None, keys
         return candidate if fits(candidate, estimated_phases(candidate), margin) else None, keys
 
@@ -48,10 +48,10 @@ def suggestion(work: Work, margin: float = 1.0) -> tuple[Work, list[str]] | None
             values if key == "mesh.tensor" else values[-1:]
             for key, values in zip(choices, options, strict=True)
         ]
-        if not any(tried(machine, values)[0] for values in itertools.product(*frugal)):
+        if not any(candidate_with(machine, values)[0] for values in itertools.product(*frugal)):
             continue
         for values in itertools.product(*options):
-            candidate, keys = tried(machine, values)
+            candidate, keys = candidate_with(machine, values)
             if candidate:
                 settings = [f"--config.{key}={str(value).lower()}" for key, value in keys.items()]
                 return candidate, [f"--topology={machine}"] * (machine != own_machine) + settings

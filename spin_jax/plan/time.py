@@ -6,17 +6,16 @@ from typing import NamedTuple
 
 from spin_jax import config_values
 from spin_jax.models import cost
-from spin_jax.plan import collectives as traffic
-from spin_jax.plan.compiled import Phase, Work, batches_of
+from spin_jax.plan.collectives import BETWEEN_SLICES, received_bytes
+from spin_jax.plan.compiled import batches_of
+from spin_jax.plan.planned_run import PhaseCost, PlannedRun
 from spin_jax.selfplay import from_config
 from spin_jax.training import batches
 from spin_jax.training.batches import filled_tokens
 
-# --- time ----------------------------------------------------------------------------------------
-
 
 class Assumed(NamedTuple):
-    """What times are computed from, beside the config."""
+    """What the times depend on, apart from config and machine. The defaults are those of the command."""
 
     pairs: int
     mfu: float = 0.45
@@ -25,45 +24,45 @@ class Assumed(NamedTuple):
     host_gb_s: float = 16.0  # between a device and its host's memory
 
 
-def fill_in_times(work: Work, phases: dict[str, Phase], assumed: Assumed) -> None:
-    """Fills in what each phase takes of an iteration."""
-    c, m, chip, mesh = work.config, work.model.config, work.chip, work.model.mesh
+def fill_in_times(run: PlannedRun, phases: dict[str, PhaseCost], assumed: Assumed) -> None:
+    """Fills in the times, rates and bottlenecks of the phases, for the first iteration."""
+    c, m, chip, mesh = run.config, run.model.config, run.chip, run.model.mesh
     epochs = config_values.per_iteration(c.train.epochs, 0)
     size = c.train.batch_size
-    steps = [batches_of(work, work.pairs[first : first + size]) for first in range(0, len(work.pairs), size)]
+    steps = [batches_of(run, run.pairs[first : first + size]) for first in range(0, len(run.pairs), size)]
     microbatches = sum(map(len, steps)) / len(steps)
     filled = sum(filled_tokens(part) for step in steps for part in step) / len(steps)
     forward = sum(batches.rows_flops(m, part.rows) for step in steps for part in step) / len(steps)
-    padding = microbatches * work.shape.rows * work.shape.length / filled
+    padding = microbatches * run.shape.rows * run.shape.length / filled
 
-    def bound(phase: Phase, passes: int, per_unit: float) -> None:
-        """What overlaps: the slowest is what it takes."""
+    def bound(phase: PhaseCost, passes: int, per_unit: float) -> None:
+        """Computation and transfers overlap, so the slowest of them is the time of a unit."""
         flops = passes * forward * per_unit / mesh.size
         phase.tflops = flops / 1e12
         times = {
             "compute": flops * padding / (chip.flops * assumed.mfu),
-            "collectives": traffic.received(phase.traffic) * microbatches * per_unit / chip.links,
+            "collectives": received_bytes(phase.traffic) * microbatches * per_unit / chip.links,
         }
-        between = phase.traffic.get(traffic.BETWEEN_SLICES, 0)
+        between = phase.traffic.get(BETWEEN_SLICES, 0)
         times["network between slices"] = between * microbatches * per_unit * 8 / (assumed.dcn_gbit_s * 1e9)
-        times["host memory"] = 2 * phase.offloaded / (assumed.host_gb_s * 1e9)  # there and back
+        times["host memory"] = 2 * phase.offloaded / (assumed.host_gb_s * 1e9)  # to the device and back
         phase.bottleneck = max(times, key=lambda name: times[name])
         phase.seconds = times[phase.bottleneck]
         phase.tokens_per_s = filled * per_unit / phase.seconds
 
     train, score, sample = phases["train"], phases["score"], phases["sample"]
-    bound(train, 2 if c.train.lora_rank else 3, 1.0)  # frozen weights have no gradient
+    bound(train, 2 if c.train.lora_rank else 3, 1.0)  # frozen weights have no gradients
     train.units = math.ceil(assumed.pairs / size) * epochs
     bound(score, 1, 1 / microbatches)
     score.units = math.ceil(assumed.pairs / size) * microbatches
 
     prompt, _, new = c.lengths.expected
-    share = from_config.sampling_tensor(c, work.model)
+    share = from_config.sampling_tensor(c, run.model)
     copies = mesh.size // share
     step = cost.decode_step_s(
-        m, chip, c.sampling.batch_size, prompt + new / 2, work.model.dtype.itemsize, share
+        m, chip, c.sampling.batch_size, prompt + new / 2, run.model.dtype.itemsize, share
     )
-    links = traffic.received(sample.traffic) / chip.links
+    links = received_bytes(sample.traffic) / chip.links
     reading = cost.forward_flops(m, prompt, 1, prompt * prompt / 2) / (share * chip.flops * assumed.mfu)
     each = max(step / assumed.decode_efficiency, links) / c.sampling.batch_size + reading / new
     sample.bottleneck = "collectives" if links > step / assumed.decode_efficiency else "memory bandwidth"
@@ -72,9 +71,9 @@ def fill_in_times(work: Work, phases: dict[str, Phase], assumed: Assumed) -> Non
     sample.tokens_per_s = copies / each
 
 
-def run_time(work: Work, phases: Mapping[str, Phase]) -> dict[str, float]:
-    """What all iterations take; a later one scores and trains on pairs of those before as well."""
-    c, hours = work.config, 0.0
+def run_time(run: PlannedRun, phases: Mapping[str, PhaseCost]) -> dict[str, float]:
+    """Hours of all iterations. A later iteration also scores the pairs of earlier ones and trains on them."""
+    c, hours = run.config, 0.0
     seconds = {name: phase.seconds * phase.units for name, phase in phases.items()}
     for t in range(c.selfplay.start, c.selfplay.iterations):
         sources = 1 + min(t - c.selfplay.start, c.selfplay.mix_previous)
@@ -85,10 +84,11 @@ def run_time(work: Work, phases: Mapping[str, Phase]) -> dict[str, float]:
         scoring = references * seconds["score"]
         hours += (seconds["sample"] + sources * (scoring + epochs * seconds["train"])) / 3600
     iterations = c.selfplay.iterations - c.selfplay.start
-    return {"iterations": iterations, "hours": hours, "device_hours": hours * work.model.mesh.size}
+    return {"iterations": iterations, "hours": hours, "device_hours": hours * run.model.mesh.size}
 
 
 def duration(seconds: float) -> str:
+    """3 significant digits in the unit that suits them: 1.5 h, 20 ms."""
     for size, unit in ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"

@@ -165,12 +165,24 @@ def expected_pairs(config: Any, vocab_size: int, count: int) -> list[Pair]:
 def pair_shape(
     config: Config, model: Model, examples: Sequence[Example], given: Mapping[int, Sequence[Pair]]
 ) -> RowShape:
+    """The shape of `pair_shape_of_lengths` for these examples."""
+    lengths = np.array([(len(example.prompt), len(example.real)) for example in examples])
+    return pair_shape_of_lengths(config, model, lengths, given)
+
+
+def pair_shape_of_lengths(
+    config: Config, model: Model, lengths: np.ndarray, given: Mapping[int, Sequence[Pair]]
+) -> RowShape:
     """The shape of micro-batches that every pair of the run fits, so that one program serves all iterations.
 
     It depends on the examples alone, unless given pairs are longer than sampled ones can be. An iteration on
     the pairs of another run then equals that run's iteration to the bit.
+
+    Args:
+        lengths: int [N, 2], the tokens of each example's prompt and human answer.
+        given: the pairs that are trained on in place of sampled ones, by iteration.
     """
-    prompts, real = np.array([(len(e.prompt), len(e.real)) for e in examples]).T
+    prompts, real = lengths.T
     new, limit = config.sampling.max_new_tokens, config.lengths.max_length
     roles = custom_loss.roles(config.loss)
 

@@ -15,7 +15,7 @@ from spin_jax.kernels.layout import Layout
 from spin_jax.models import loading, lora
 from spin_jax.models.decoder import Decoder, forward, output_head, project
 from spin_jax.models.params import params_on
-from spin_jax.plan import __main__, compiled, time
+from spin_jax.plan import __main__, answer, planned_run, time
 
 RANK, SCALE = 3, 0.7
 
@@ -220,11 +220,11 @@ def test_plan_says_what_adapters_save(capsys):
     c = config.default()
     c.data.path, c.model.architecture = "planned", architecture
     c.train.lora_rank = 16
-    work = compiled.workload(config.resolve(c), "h200:1", compiles=False)
-    answer = __main__.plan(work, time.Assumed(pairs=1000))
-    with_adapters = answer["phases"]["train"]["parts_gib"]
+    run = planned_run.planned_run(config.resolve(c), "h200:1", compiles=False)
+    found = answer.plan(run, time.Assumed(pairs=1000))
+    with_adapters = found["phases"]["train"]["parts_gib"]
     assert with_adapters["weights"] == pytest.approx(2 * 7.24e9 / 2**30, rel=0.01)  # bfloat16
     # Per layer and rank: q, k, v, o of 8192, 5120, 5120, 8192; gate, up, down of 18432 each.
-    assert answer["lora"]["trained"] == 32 * 16 * (8192 + 5120 + 5120 + 8192 + 3 * 18432)
-    assert answer["lora"]["saved_gib"] > 4 * 7.24e9 * 2 / 2**30  # gradients and RMSProp's state, at least
-    assert "LoRA       rank 16: 41.9M" in __main__.table(answer)
+    assert found["lora"]["trained"] == 32 * 16 * (8192 + 5120 + 5120 + 8192 + 3 * 18432)
+    assert found["lora"]["saved_gib"] > 4 * 7.24e9 * 2 / 2**30  # gradients and RMSProp's state, at least
+    assert "LoRA       rank 16: 41.9M" in __main__.table(found)
