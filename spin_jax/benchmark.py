@@ -1,19 +1,20 @@
-"""How fast this machine samples, scores and trains, by the functions of a run.
+"""Measures how fast this machine samples, scores and trains, with the functions of a run.
 
     python -m spin_jax.benchmark --config=FILE[:VARIANT] [--config.section.key=value …]
     python -m spin_jax.benchmark --model=DIR --pairs=FILE --prompts=FILE
 
-  --model=DIR         a Hugging Face directory; without it, random weights of the config's architecture
-  --pairs=FILE        pairs to score and train on; without, random ones of `lengths.expected`
-  --prompts=FILE      rows whose prompts are answered; without, random ones
-  --batch_size=N      pairs a step; unset, as the next three: the config's
-  --num_prompts=N     prompts to answer (unset: the slots), and --new_tokens=N of each answer
-  --dtype=NAME        of computation
-  --remat=NAME        train.remat; unset and without a config: none
-  --steps=5           training steps that are timed
-  --profile=DIR       leaves a trace there
+  --model=DIR         a Hugging Face directory; unset: random weights of the config's architecture
+  --pairs=FILE        pairs to score and train on; unset: random ones with the lengths of lengths.expected
+  --prompts=FILE      rows with prompts to answer; unset: random prompts
+  --batch_size=N      pairs in a step; unset: train.batch_size
+  --num_prompts=N     how many prompts to answer; unset: as many as there are slots
+  --new_tokens=N      tokens of each answer; unset: sampling.max_new_tokens
+  --dtype=NAME        type of the computation; unset: model.dtype
+  --remat=NAME        train.remat; unset: the config's, and none without a config
+  --steps=5           how many training steps are timed
+  --profile=DIR       writes a trace to this folder
 
-With a config alone nothing is downloaded. The last line printed is one JSON object.
+With a config alone nothing is downloaded. The last line of the output is one JSON object.
 
 Examples:
 
@@ -63,8 +64,8 @@ from spin_jax.training.step import init_state, make_step
 flags.DEFINE_string("config", None, "Config file; --config.key=value changes a key of it.")
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory; without it, random weights.")
 _PAIRS = flags.DEFINE_string("pairs", None, "Pairs to score and train on: JSONL or parquet.")
-_PROMPTS = flags.DEFINE_string("prompts", None, "Rows whose prompts are answered.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Pairs a step; unset: the config's.", lower_bound=1)
+_PROMPTS = flags.DEFINE_string("prompts", None, "Rows with prompts to answer.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Pairs in a step; unset: the config's.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 5, "Training steps that are timed.", lower_bound=1)
 _NUM_PROMPTS = flags.DEFINE_integer(
     "num_prompts", None, "Prompts to answer; unset: the slots.", lower_bound=1
@@ -72,15 +73,15 @@ _NUM_PROMPTS = flags.DEFINE_integer(
 _NEW_TOKENS = flags.DEFINE_integer(
     "new_tokens", None, "Tokens of each answer; unset: the config's.", lower_bound=1
 )
-_DTYPE = flags.DEFINE_string("dtype", None, "Of computation; unset: the config's.")
-_REMAT = flags.DEFINE_string("remat", None, "train.remat; unset: the config's, without one none.")
-_PROFILE = flags.DEFINE_string("profile", None, "Directory to leave a trace in.")
+_DTYPE = flags.DEFINE_string("dtype", None, "Type of the computation; unset: the config's.")
+_REMAT = flags.DEFINE_string("remat", None, "train.remat; unset: the config's, and none without a config.")
+_PROFILE = flags.DEFINE_string("profile", None, "Directory to write a trace to.")
 
 _PACKAGES = ("spin_jax", "jax", "jaxlib", "flax", "optax")
 
 
 class Workload(NamedTuple):
-    """What is measured, on what."""
+    """What is measured: a model with its config, and the data for it."""
 
     config: Any
     model: Model  # without weights
@@ -90,15 +91,15 @@ class Workload(NamedTuple):
 
 
 def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int, count: int) -> Workload:
-    """Reads the model and data that there are, and makes up the rest.
+    """Reads the model and the data that are given, and makes random ones in place of the others.
 
     Args:
-        pairs: a file, or None for random ones, enough for `steps`.
-        prompts: a file, or None for random ones.
-        count: prompts.
+        pairs: a file, or None for random pairs, enough for `steps`.
+        prompts: a file, or None for random prompts.
+        count: how many prompts.
 
     Raises:
-        ValueError, FileNotFoundError: naming the key, or the file and row.
+        ValueError, FileNotFoundError: the message names the key, or the file and the row.
     """
     if config.model.path:
         model, params, _ = inputs.open_model(config)
@@ -111,21 +112,23 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
     if pairs:
         rows, chat = sources.load_rows(pairs, "train"), inputs.make_chat(config, model)
         read, _ = load_pairs(rows, chat, path=pairs, vocab_size=vocab_size)
-        read = [dataclasses.replace(pair, start=pair.generated) for pair in read]  # as long as any
+        read = [
+            dataclasses.replace(pair, start=pair.generated) for pair in read
+        ]  # as long as the start's may be
     else:
         read = from_config.expected_pairs(config, vocab_size, steps * config.train.batch_size)
     if prompts:
         rows, chat = sources.load_rows(prompts, "train"), inputs.make_chat(config, model)
         examples, _ = load_examples(rows, chat, path=prompts)
-        asked = [chat.sampling_prompt(example) for example in examples[:count]]
+        to_answer = [chat.sampling_prompt(example) for example in examples[:count]]
     else:
-        asked = [pair.prompt for pair in from_config.expected_pairs(config, vocab_size, count)]
-    return Workload(config, model, params, read, asked)
+        to_answer = [pair.prompt for pair in from_config.expected_pairs(config, vocab_size, count)]
+    return Workload(config, model, params, read, to_answer)
 
 
 def measure(work: Workload, steps: int, profile: str | None = None) -> dict[str, Any]:
-    """Samples, scores and trains, in that order, so that no optimizer state exists before training."""
-    compiled = _count_compilation()
+    """Samples, scores and trains. Training comes last, so no optimizer state takes memory before."""
+    compilations = _compilation_seconds()
     devices = list(work.model.mesh.devices.flat)
     params = work.params()
     parameters = count_params(params)
@@ -138,9 +141,9 @@ def measure(work: Workload, steps: int, profile: str | None = None) -> dict[str,
         "train": train,
         "score": score,
         "sample": sample,
-        "compile_s": sum(compiled),
+        "compile_s": sum(compilations),
         "peak_host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
-        "peak_device_gb": max(peaks) / 2**30 or None,  # a CPU does not say
+        "peak_device_gb": max(peaks) / 2**30 or None,  # a CPU does not report any
         "device": f"{len(devices)} × {devices[0].device_kind}",
         "model": {"parameters": parameters, "dtype": str(work.model.dtype)},
         "versions": {name: metadata.version(name) for name in _PACKAGES}
@@ -163,7 +166,7 @@ def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[
             prompt_keys(0, 0, range(len(work.prompts))),
             mesh=mesh,
             sampling=from_config.sampling(c),
-            stop_tokens=(),  # every answer has all its tokens: what is measured does not hang on the weights
+            stop_tokens=(),  # so each answer has all its tokens, whatever the weights are
             slots=slots,
         )
 
@@ -273,27 +276,27 @@ def _groups(work: Workload) -> list[Group]:
 
 
 def _shape(work: Workload) -> RowShape:
-    """The micro-batches of a run that knew these pairs."""
+    """The shape of the micro-batches of a run with these pairs."""
     known = group_sizes(_groups(work))
     return from_config.row_shape(work.config.train, work.config, work.model, known, known.max(axis=0))
 
 
 def _timed(run: Callable[[], None]) -> float:
-    """Seconds."""
+    """The seconds that `run` takes."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
 def _traced(run: Callable[[], None], folder: str | None, name: str) -> None:
-    """Once more under the profiler, where a folder is given: tracing takes time of its own."""
+    """Runs it once more under the profiler, if there is a folder: tracing takes time of its own."""
     if folder:
         with jax.profiler.trace(os.path.join(folder, name)):
             run()
 
 
-def _count_compilation() -> list[float]:
-    """A list that grows with the seconds of every compilation from here on."""
+def _compilation_seconds() -> list[float]:
+    """A list to which every compilation from now on adds its seconds."""
     seconds: list[float] = []
 
     def listen(event: str, duration: float, **_: Any) -> None:
@@ -305,7 +308,7 @@ def _count_compilation() -> list[float]:
 
 
 def resolved_config() -> Any:
-    """The config that the flags ask for."""
+    """The config with the values of the other flags."""
     c = read_config()
     if c is None and not _MODEL.value:
         raise ValueError("--config or --model is needed; see --help")
@@ -316,9 +319,9 @@ def resolved_config() -> Any:
     if _MODEL.value:
         c.model.path, c.model.architecture = _MODEL.value, ConfigDict()
     elif _PAIRS.value or _PROMPTS.value:
-        raise ValueError("--pairs and --prompts need --model=DIR: without a tokenizer they are only text")
+        raise ValueError("--pairs and --prompts need --model=DIR: without its tokenizer they are only text")
     elif not c.model.architecture:
-        raise ValueError("the config states no model.architecture: give --model=DIR")
+        raise ValueError("the config has no model.architecture: give --model=DIR")
     else:
         with c.unlocked():
             del c.model.path  # nothing is downloaded
@@ -335,7 +338,7 @@ def resolved_config() -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit code: 2 bad input."""
+    """Runs the command line and returns its exit code: 0 done, 2 bad input."""
     argv = sys.argv if argv is None else argv
     try:
         config = parse(argv, resolved_config)
@@ -349,8 +352,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
-    if said := chips.unknown_peak(work.model.mesh.devices.flat[0]):
-        processes.say(said)
+    if warning := chips.unknown_peak(work.model.mesh.devices.flat[0]):
+        processes.say(warning)
     processes.say(json.dumps(measure(work, _STEPS.value, _PROFILE.value), ensure_ascii=False))
     return 0
 

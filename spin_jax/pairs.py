@@ -1,18 +1,19 @@
-"""The pairs of a run, taken out; and its prompts, for a sampler of your own.
+"""Exports the pairs of a run, or its prompts for a sampler of your own.
 
     python -m spin_jax.pairs --workdir=DIR --iteration=T --output=DIR_OR_FILE
     python -m spin_jax.pairs --workdir=DIR --prompts=FILE
 
-  --workdir=DIR       a run's
-  --iteration=T       whose pairs; with --prompts, who is to be answered (unset: the next iteration)
-  --output=DIR        writes the pairs in the published SPIN format, columns real and generated, as parquet:
-                      train-00000-of-00001.parquet, and the held-out ones as test-00000-of-00001.parquet;
-                      what ends in .parquet or .jsonl is one file, of the training pairs alone
+  --workdir=DIR       the workdir of a run
+  --iteration=T       the iteration of the pairs or of the prompts; unset, with --prompts: the next one
+  --output=DIR        writes the pairs in the published SPIN format, parquet with the columns real and
+                      generated: the training pairs to train-00000-of-00001.parquet, the held-out pairs to
+                      test-00000-of-00001.parquet. A name that ends in .parquet or .jsonl is one file, which
+                      gets the training pairs alone.
   --prompts=FILE      writes what launch/vllm_answers.py reads: how to sample, and the prompts as token ids
 
-A folder of pairs opens with datasets.load_dataset; folder and file are what --config.selfplay.pairs takes.
+datasets.load_dataset opens a folder of pairs. --config.selfplay.pairs takes a folder or a file.
 
-Examples, the last three to answer the prompts of iteration 0 with vLLM, in an environment of its own:
+Examples. The last three answer the prompts of iteration 0 with vLLM, which has an environment of its own:
 
   python -m spin_jax.pairs --workdir=DIR --iteration=0 --output=PAIRS
   python -m spin_jax.pairs --workdir=DIR --prompts=prompts.jsonl
@@ -39,40 +40,46 @@ from spin_jax.cli import fail, parse
 
 
 def export(workdir: str, iteration: int, output: str) -> list[str]:
-    """Writes an iteration's pairs in the published SPIN format; returns a line on each file.
+    """Writes the pairs of an iteration in the published SPIN format.
 
     Args:
-        output: a folder, for a file of each split; or a .parquet or .jsonl file, for the training pairs.
+        output: a folder, which gets a file for each split; or a .parquet or .jsonl file, which gets the
+            training pairs.
+
+    Returns:
+        A line of text about each file.
 
     Raises:
-        ValueError, FileNotFoundError: there are none, or not all of them.
+        ValueError, FileNotFoundError: the iteration has no pairs, or not all of them yet.
     """
     from etils import epath
 
     from spin_jax.data import parquet
     from spin_jax.storage import files
 
-    whole = re.search(r"\.(parquet|jsonl)$", output)
-    said = []
+    one_file = re.search(r"\.(parquet|jsonl)$", output)
+    lines = []
     for split, paths in _shards(epath.Path(workdir), iteration).items():
-        if whole and split != "train":
+        if one_file and split != "train":
             continue
         pairs = [pair for path in paths for pair in parquet.pairs_from_parquet(path.read_bytes(), path)]
         rows = [{"real": pair.real_messages, "generated": pair.generated_messages} for pair in pairs]
-        if any(pair.sample_id or pair.score is not None for pair in pairs):  # several answers, or judged ones
+        if any(
+            pair.sample_id or pair.score is not None for pair in pairs
+        ):  # several answers to a prompt, or scores
             for row, pair in zip(rows, pairs, strict=True):
                 row |= {"prompt_id": pair.prompt_id, "sample_id": pair.sample_id, "score": pair.score}
-        target = epath.Path(output) if whole else epath.Path(output) / f"{split}-00000-of-00001.parquet"
+        target = epath.Path(output) if one_file else epath.Path(output) / f"{split}-00000-of-00001.parquet"
         if target.suffix == ".jsonl":
             files.write_jsonl(target, rows)
         else:
             files.write(target, _parquet(rows))
-        said.append(f"{target}: {len(rows)} pairs")
-    return said
+        lines.append(f"{target}: {len(rows)} pairs")
+    return lines
 
 
 def _shards(workdir: Any, iteration: int) -> dict[str, list[Any]]:
-    """{split: files} of an iteration's pairs, in order."""
+    """{split: the files of its pairs, in order}, for an iteration: train, then test."""
     folder = workdir / f"iteration_{iteration}" / "pairs"
     found = sorted(folder.glob("*.parquet")) if folder.exists() else []
     if not found:
@@ -83,8 +90,8 @@ def _shards(workdir: Any, iteration: int) -> dict[str, list[Any]]:
     for paths in splits.values():
         count = int(paths[0].stem.rpartition("-")[2])
         if len(paths) != count:
-            raise ValueError(f"{folder}: {len(paths)} of {count} files are there: sampling has not ended")
-    return dict(sorted(splits.items(), reverse=True))  # train, test
+            raise ValueError(f"{folder} has {len(paths)} of {count} files: sampling has not ended")
+    return dict(sorted(splits.items(), reverse=True))
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -100,32 +107,32 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
 
 
 def write_prompts(workdir: str, output: str, iteration: int | None = None) -> str:
-    """Writes the prompts of the next iteration, or of the one named; returns a line on them.
+    """Writes the prompts of an iteration, by default of the next one; returns a line of text about them.
 
     Raises:
-        ValueError, FileNotFoundError: the model that is to answer is not there yet, or answers are.
+        ValueError, FileNotFoundError: the model that will answer is not there yet, or the answers are.
     """
     from spin_jax.selfplay.prepare import prepare
     from spin_jax.storage import files
 
-    prepared = prepare(_config_of(workdir), workdir)
+    prepared = prepare(_read_config(workdir), workdir)
     done = [row["iteration"] for row in files.read_agreed(prepared.workdir / "summary.json") or []]
     if prepared.config.selfplay.samples > 1:
         raise ValueError(
-            f"selfplay.samples={prepared.config.selfplay.samples}: prompts are written for one answer each"
+            f"selfplay.samples={prepared.config.selfplay.samples}: prompts are written for one answer to each"
         )
     t = max([prepared.config.selfplay.start, *(n + 1 for n in done)]) if iteration is None else iteration
     answers = prepared.folder(t) / "pairs"
     if files.exists(answers):
         raise ValueError(f"iteration {t} has answers already, in {answers}")
-    model = _opponent(prepared, t)
+    model = _opponent_folder(prepared, t)
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(prepared, t, model)]
     files.write(output, "".join(lines).encode())
     return f"{output}: {len(lines) - 1} prompts of iteration {t}, to be answered by {model}"
 
 
-def _config_of(workdir: str) -> Any:
-    """The config that a run has, for any machine."""
+def _read_config(workdir: str) -> Any:
+    """The config of a run, without its mesh: this machine may have other devices."""
     from etils import epath
 
     from spin_jax.storage import files
@@ -133,14 +140,14 @@ def _config_of(workdir: str) -> Any:
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: is {workdir} a run's?")
-    known = files.read_object(path).get("config")
-    if not isinstance(known, dict):
-        raise ValueError(f"{path} is no run's of spin_jax")
-    return config_lib.resolve({**known, "mesh": {}, "export": {}})
+    recorded = files.read_object(path).get("config")
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{path} was not written by a run of spin_jax")
+    return config_lib.resolve({**recorded, "mesh": {}, "export": {}})
 
 
-def _opponent(prepared: Any, t: int) -> str:
-    """Where the model is that answers in iteration t."""
+def _opponent_folder(prepared: Any, t: int) -> str:
+    """The folder or hub id of the model that answers in iteration t."""
     from spin_jax.storage import seals
 
     c = prepared.config
@@ -149,14 +156,14 @@ def _opponent(prepared: Any, t: int) -> str:
     folder = prepared.folder(t - 1 if t > c.selfplay.start else -1) / "model"
     if not seals.sealed(folder):
         raise FileNotFoundError(
-            f"{folder}, which is to answer in iteration {t}, is not there yet: the run ends with it by "
-            f"--config.selfplay.iterations={t}"
+            f"{folder}, which will answer in iteration {t}, is not there yet: a run with "
+            f"--config.selfplay.iterations={t} ends with it"
         )
     return str(folder)
 
 
 def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
-    """How to sample; then each prompt, the held-out ones last."""
+    """The lines of the file: how to sample, then each prompt, the held-out ones last."""
     c, chat = prepared.config, prepared.chat
     yield {
         "prompts_of_iteration": t,
@@ -183,26 +190,27 @@ def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
 
 
 def read_flags() -> tuple[str, int | None, str | None, str | None]:
-    """(workdir, iteration, output, prompts)."""
-    given = flags.FLAGS
-    if not given.workdir or bool(given.output) == bool(given.prompts):
+    """(workdir, iteration, output, prompts), from the flags."""
+    values = flags.FLAGS
+    if not values.workdir or bool(values.output) == bool(values.prompts):
         raise ValueError("--workdir is needed, and --output or --prompts; see --help")
-    if given.output and given.iteration is None:
+    if values.output and values.iteration is None:
         raise ValueError("--output needs --iteration: whose pairs?")
-    return given.workdir, given.iteration, given.output, given.prompts
+    return values.workdir, values.iteration, values.output, values.prompts
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit code: 0 done, 2 bad input."""
-    flags.DEFINE_string("workdir", None, "A run's.")  # here: who imports the module has other flags
-    flags.DEFINE_integer("iteration", None, "Whose pairs, or whose prompts.", lower_bound=0)
+    """Runs the command line and returns its exit code, which the docstring of this file explains."""
+    # The flags are defined here, because another command that imports this file has its own.
+    flags.DEFINE_string("workdir", None, "The workdir of a run.")
+    flags.DEFINE_integer("iteration", None, "The iteration of the pairs or prompts.", lower_bound=0)
     flags.DEFINE_string("output", None, "Folder or file to write the pairs to.")
     flags.DEFINE_string("prompts", None, "File to write the prompts to.")
     try:
         workdir, iteration, output, prompts = parse(sys.argv if argv is None else argv, read_flags)
         import jax
 
-        jax.config.update("jax_platforms", "cpu")  # an accelerator here is left alone: a run may have it
+        jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerator
         if output and iteration is not None:
             print(*export(workdir, iteration, output), sep="\n")
         elif prompts:

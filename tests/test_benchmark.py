@@ -97,7 +97,7 @@ def test_on_a_model_and_data(tiny_dir, tmp_path):
     ("flags", "message"),
     [
         ([], "--config or --model is needed"),
-        (["--config=configs/small_gsm8k.py"], "states no model.architecture"),
+        (["--config=configs/small_gsm8k.py"], "has no model.architecture"),
         (["--config=configs/tiny.py", "--pairs=x.jsonl"], "need --model"),
         (["--config=configs/tiny.py", "--config.train.remt=full"], "did you mean config.train.remat?"),
         (["--model=/nowhere"], "/nowhere"),

@@ -99,12 +99,12 @@ def test_the_command(workdir, tmp_path):
 
 def test_pairs_that_are_not_there(workdir, tmp_path):
     (workdir / "iteration_1" / "pairs" / "train-00000-of-00002.parquet").unlink()
-    with pytest.raises(ValueError, match="1 of 2 files are there: sampling has not ended"):
+    with pytest.raises(ValueError, match="has 1 of 2 files: sampling has not ended"):
         pairs.export(str(workdir), 1, str(tmp_path / "x"))
     with pytest.raises(FileNotFoundError, match=r"config.json is missing: is .*run a run's\?"):
         pairs.write_prompts(str(workdir), str(tmp_path / "x"))
     (workdir / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config.json is no run's of spin_jax"):
+    with pytest.raises(ValueError, match=r"config.json was not written by a run of spin_jax"):
         pairs.write_prompts(str(workdir), str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 

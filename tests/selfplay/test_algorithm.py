@@ -258,7 +258,7 @@ def test_answers_by_vllm_come_back_as_our_own(command, finished, tmp_path):
     with pytest.raises(ValueError, match="iteration 0 has answers already"):
         pairs.write_prompts(str(run), str(prompts), 0)
     with pytest.raises(
-        FileNotFoundError, match=r"iteration_1/model, which is to answer in iteration 2, is not"
+        FileNotFoundError, match=r"iteration_1/model, which will answer in iteration 2, is not"
     ):
         pairs.write_prompts(str(run), str(prompts), 2)
     said = pairs.write_prompts(str(run), str(prompts))
