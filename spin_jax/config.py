@@ -349,6 +349,8 @@ def _lay_over(config: Any, given: Mapping[str, Any], prefix: str) -> None:
             if not isinstance(value, Mapping):
                 raise ConfigError(f"config.{name} is a section, and got {value!r}")
             _lay_over(config[key], value, f"{name}.")
+        elif isinstance(value, Mapping):
+            raise ConfigError(f"config.{name} is a value, not a section, and got {value!r}")
         elif value is not None or config[key] is not None:
             if isinstance(config[key], tuple):
                 value = tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -31,9 +31,9 @@ def command(*arguments, timeout=120):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--config.loss.betta=1", "did you mean config.loss.beta?"),
-        ("--config.los.beta=1", "did you mean config.loss?"),
-        ("--config.train.batchsize=1", "did you mean config.train.batch_size?"),
+        ("--config.loss.betta=1", "did you mean loss.beta?"),
+        ("--config.los.beta=1", "did you mean loss?"),
+        ("--config.train.batchsize=1", "did you mean train.batch_size?"),
         ("--config.seed.x=1", "config.seed is a value, not a section"),
         ("--config.data.limit=abc", "config.data.limit=abc: a whole number is wanted"),
         ("--config.loss.beta=0", "loss.beta=(0,): above 0"),
