@@ -78,7 +78,7 @@ COMMANDS = [
     ([TINY, "--config.train.batch_size", "x"], "config.train.batch_size=x: a whole number is wanted"),
     (["--config"], "no config file --workdir="),
     ([TINY, "--config.loss.betta=1"], "config has no key loss.betta; did you mean loss.beta?"),
-    ([TINY, "--config.seed.x=1"], "seed={'x': 1}: a whole number is wanted"),
+    ([TINY, "--config.seed.x=1"], "config.seed is a value, not a section, and got {'x': 1}"),
     (["--config.seed=abc", TINY], "config.seed=abc: a whole number is wanted"),
 ]
 # Runs each list of arguments in a process of its own, forked where nothing but the imports has happened.
