@@ -191,7 +191,7 @@ def _section() -> Any:  # type checkers know nothing of its keys
 def _optimization(epochs: Any, learning_rate: Any) -> Any:
     """Keys that `train` and `sft` share."""
     o = _section()
-    o.optimizer = "rmsprop"  # rmsprop (PyTorch's form), adamw, adafactor
+    o.optimizer = "rmsprop"  # a name in OPTIMIZERS of training/optimizer.py: rmsprop, adamw, …
     o.learning_rate = learning_rate  # its peak
     o.schedule = "linear"  # linear, cosine, constant; each after the warm-up
     o.warmup_ratio = 0.1  # of the schedule's steps

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spin_jax.data.chat_template import Template
-from spin_jax.data.records import UNLIMITED, Example, Ids, Lengths, Message, Pair, asked, checked
+from spin_jax.data.records import UNLIMITED, Example, Ids, Lengths, Message, Pair, prompt_turns, check_messages
 from spin_jax.errors import BadRow, EmptyAnswer
 
 
@@ -112,7 +112,7 @@ class Chat:
     def encode_checked(self, messages: list[Message], number: int) -> tuple[Ids, Ids]:
         """(prompt, response) of a user's conversation; ValueError says what is wrong with it."""
         try:
-            valid = checked(messages, "messages")
+            valid = check_messages(messages, "messages")
             if len(valid) < len(messages):
                 raise BadRow("messages: the last turn is not the assistant's")
             prompt, response, _ = self.encode(valid)
@@ -264,7 +264,7 @@ class Chat:
         Raises:
             EmptyAnswer, BadRow: what is wrong with the two conversations.
         """
-        if asked(real) != asked(generated):
+        if prompt_turns(real) != prompt_turns(generated):
             raise BadRow("real and generated do not answer the same prompt")
         first = self.example(prompt_id, real, counts)
         if first is None:

@@ -15,7 +15,7 @@ Message = dict[str, str]
 Ids = np.ndarray  # int32 [n]
 
 
-def asked(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+def prompt_turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     """What the last turn of a conversation answers, as something to compare."""
     return tuple((message["role"], message["content"]) for message in messages[:-1])
 
@@ -61,7 +61,7 @@ class Lengths:
 UNLIMITED = Lengths(max_prompt=2**31 - 1, max_length=2**31 - 1)
 
 
-def checked(messages: Any, field: str) -> list[Message]:
+def check_messages(messages: Any, field: str) -> list[Message]:
     """A conversation that ends with the assistant's last turn, whose content may be empty.
 
     Raises:
@@ -80,7 +80,7 @@ def checked(messages: Any, field: str) -> list[Message]:
         if role not in ("system", "user", "assistant"):
             raise BadRow(f"{name}.role is {reprlib.repr(role)}: expected system, user or assistant")
         nothing = role == "assistant" and message.get("content") is None
-        content = "" if nothing else checked_text(message.get("content"), f"{name}.content")
+        content = "" if nothing else check_text(message.get("content"), f"{name}.content")
         result.append({"role": role, "content": content})
     while result and result[-1]["role"] != "assistant":
         result.pop()
@@ -91,7 +91,7 @@ def checked(messages: Any, field: str) -> list[Message]:
     return result
 
 
-def checked_text(value: Any, field: str) -> str:
+def check_text(value: Any, field: str) -> str:
     """`value`, which a tokenizer will take; else BadRow."""
     if not isinstance(value, str):
         raise BadRow(f"{field} is {type(value).__name__}: expected text")
@@ -103,18 +103,18 @@ def checked_text(value: Any, field: str) -> str:
     return value
 
 
-def listed(names: Iterable[str]) -> str:
+def list_names(names: Iterable[str]) -> str:
     """Names for an error or a note, whatever they are made of."""
     shown = [name if name.isprintable() and len(name) <= 40 else ascii(name[:40]) for name in map(str, names)]
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
 
 
-def prompt_id_of(row: dict[str, Any], number: int) -> int:
+def read_prompt_id(row: dict[str, Any], number: int) -> int:
     """The row's own where it is an integer (some datasets have texts there), else its number."""
-    return integer_of(row, "prompt_id", number, 2**63)
+    return read_integer(row, "prompt_id", number, 2**63)
 
 
-def integer_of(row: dict[str, Any], name: str, default: int, end: int) -> int:
+def read_integer(row: dict[str, Any], name: str, default: int, end: int) -> int:
     value = row.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         return default

@@ -49,7 +49,7 @@ from spin_jax.plan.suggestion import suggestion
 from spin_jax.plan.time import Assumed, duration, fill_in_times, run_time
 from spin_jax.runtime.console import compact
 from spin_jax.selfplay import from_config
-from spin_jax.training.optimizer import MOMENTS
+from spin_jax.training.optimizer import OPTIMIZERS
 
 flags.DEFINE_string("config", None, "Config file; --config.key=value changes a key of it.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:8x8, v5p:2x2x2 …; GPUs: h200:1, h100:8 …")
@@ -132,7 +132,7 @@ def _saved(work: Work) -> dict[str, Any] | None:
     memory = [estimated_phases(w)["train"].memory for w in (without, work)]
     trained, each = (
         from_config.trained_params(work.config, work.model.config),
-        4 * (1 + MOMENTS[t.optimizer]) / _GIB,
+        4 * (1 + OPTIMIZERS[t.optimizer].moments) / _GIB,
     )
     return {
         "rank": t.lora_rank,

@@ -13,7 +13,7 @@ from spin_jax.plan.compiled import Phase, Work
 from spin_jax.runtime import sharding
 from spin_jax.sampling.continuous import cache_columns, prefill_rows
 from spin_jax.selfplay import from_config
-from spin_jax.training.optimizer import MOMENTS
+from spin_jax.training.optimizer import OPTIMIZERS
 
 
 def _per_device(work: Work) -> float:
@@ -67,7 +67,7 @@ def _training(work: Work) -> Phase:
         # JAX then keeps float32 copies of norms, rotations and gates as well: of a 7B, twice the obvious.
         "none": 3 * layer.heads + 14 * D + 7 * layer.wide,
     }[c.train.remat]
-    moments = MOMENTS[c.train.optimizer] * mine
+    moments = OPTIMIZERS[c.train.optimizer].moments * mine
     # The sums, which micro-batches are added to in place, and a step's copies of the weights in the compute
     # dtype. Adapters' gradients stand beside their sums; frozen weights have that dtype.
     gradients = 2 * mine if c.train.lora_rank else mine + (item * whole if item < 4 else 0.0)
