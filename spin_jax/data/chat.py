@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spin_jax.data.chat_template import Template
-from spin_jax.data.records import UNLIMITED, Example, Ids, Lengths, Message, Pair, prompt_turns, check_messages
+from spin_jax.data.records import (
+    UNLIMITED,
+    Example,
+    Ids,
+    Lengths,
+    Message,
+    Pair,
+    check_messages,
+    prompt_turns,
+)
 from spin_jax.errors import BadRow, EmptyAnswer
 
 

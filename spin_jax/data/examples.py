@@ -11,8 +11,8 @@ import numpy as np
 
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
-from spin_jax.data.records import Example, Message, check_messages, check_text, list_names, read_prompt_id
 from spin_jax.data.findings import Findings, merge_findings
+from spin_jax.data.records import Example, Message, check_messages, check_text, list_names, read_prompt_id
 from spin_jax.errors import BadRow
 from spin_jax.runtime import processes
 

@@ -9,8 +9,17 @@ import numpy as np
 
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
-from spin_jax.data.records import Example, Message, Pair, prompt_turns, check_messages, read_integer, list_names, read_prompt_id
 from spin_jax.data.findings import Findings
+from spin_jax.data.records import (
+    Example,
+    Message,
+    Pair,
+    check_messages,
+    list_names,
+    prompt_turns,
+    read_integer,
+    read_prompt_id,
+)
 from spin_jax.errors import BadRow
 
 
@@ -118,7 +127,7 @@ def _preference_as_pair(row: dict[str, Any]) -> dict[str, Any]:
 def _preference_conversation(row: dict[str, Any], field: str, prompt: list[Any]) -> list[Message]:
     """The whole conversation of `chosen` or `rejected`.
 
-    The field holds the conversation with its prompt, or only what follows `prompt`: text, or one turn or more.
+    The field holds the conversation with its prompt, or only what follows `prompt`: text, or some turns.
     A prompt that came as text may also repeat any user's turn of the whole conversation.
 
     Raises:
@@ -144,8 +153,8 @@ def _preference_conversation(row: dict[str, Any], field: str, prompt: list[Any])
     role, text = _role_and_text(turns[0])
     if role in ("system", "user") and role != next_role:
         raise BadRow(
-            f"{field} begins with another {role} turn than prompt ({text!r:.60}): give the whole conversation "
-            "in it, or only the turns that follow prompt"
+            f"{field} begins with another {role} turn than prompt ({text!r:.60}): give the whole "
+            "conversation in it, or only the turns that follow prompt"
         )
     return check_messages([*prompt, *turns], f"prompt + {field}")
 
