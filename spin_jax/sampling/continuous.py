@@ -105,7 +105,7 @@ class _Decode(NamedTuple):
 
 
 class _Queue:
-    """The prompts that wait, the answers in progress, and the finished answers, each by the prompt's number."""
+    """The prompts that wait, the answers in progress and the finished answers, by the prompts' numbers."""
 
     def __init__(
         self,
