@@ -115,7 +115,7 @@ def check(c: Config, mesh: jax.sharding.Mesh | None = None) -> None:
         mesh: if given, the user's own loss is only traced for this mesh, and not run.
 
     Raises:
-        ValueError: there is no such loss; or it raises an error, returns another shape than [B], is not finite
+        ValueError: no such loss exists; it raises an error, returns another shape than [B], is not finite
             where an iteration begins, or depends on more than the log-probs of a row.
     """
     loss, names, chosen = find(c.name), roles(c), options(c)
