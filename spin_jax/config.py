@@ -276,7 +276,7 @@ def _section() -> Any:  # a type checker does not know which keys it has
 def _optimization(epochs: Any, learning_rate: Any) -> Any:
     """The keys that `train` and `sft` share."""
     train = _section()
-    # rmsprop (in PyTorch's form), adamw or adafactor.
+    # A name in OPTIMIZERS of training/optimizer.py: rmsprop (in PyTorch's form), adamw or adafactor.
     train.optimizer = "rmsprop"
     # The peak of the schedule.
     train.learning_rate = learning_rate

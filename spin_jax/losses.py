@@ -1,23 +1,25 @@
-"""SPIN's losses and their relatives: the file to edit for a new one.
+"""SPIN's losses and related losses. To add a loss, edit this file.
 
-A loss takes what two models think of the answers to one prompt, and returns one number a row:
+A loss takes the log-probabilities that two models give to the answers, and returns one number for each row:
 
     loss(policy, opponent, *, beta, **options) -> [B]
 
-`policy` and `opponent` are NamedTuples of log p(answer | prompt), summed over the answer's tokens, under the
-model that learns (θ) and the one that it plays against (θ_t, a constant here). Their fields are roles:
+`policy` and `opponent` are NamedTuples of log p(answer | prompt), summed over the tokens of the answer.
+`policy` belongs to the model that learns (θ), and `opponent` to the model that it plays against (θ_t, which
+is constant here). Their fields are the roles of the answers:
 
     real         the human answer y
     generated    the opponent's answer y'
-    start        what the model that self-play began with (θ_0) answered, y0, for losses that ask for it
+    start        the answer y0 of the model that self-play began with (θ_0); only losses that need it have it
 
-Axes: B rows (pairs, mostly). A row's number depends on that row alone: rows are packed, and some are empty.
+Axes: B rows; a row is one prompt with its answers, mostly a pair. A row's loss must depend on that row
+alone, because other rows may be empty.
 
 The paper's objective (arXiv 2401.01335, eq. 4.7) is the mean of ℓ(t) with
 
     t = β · [ log p_θ(y|x)/p_θt(y|x) − log p_θ(y'|x)/p_θt(y'|x) ],    y human, y' generated,
 
-for a convex decreasing ℓ with ℓ'(0) < 0. `margin` is t; the first four losses are the paper's four ℓ.
+for a convex decreasing ℓ with ℓ'(0) < 0. `margin` is t, and the first four losses are the paper's four ℓ.
 """
 
 from collections.abc import Callable
@@ -38,21 +40,21 @@ class PairLogps(NamedTuple):
 
 
 def rewards(policy: Any, opponent: Any, beta: Beta) -> Any:
-    """β · log p_θ/p_θt of each answer: how much more likely it became, in units of the loss."""
+    """The reward of each answer: β · log p_θ/p_θt."""
     return type(policy)(*(beta * (p - q) for p, q in zip(policy, opponent, strict=True)))
 
 
 def margin(policy: PairLogps, opponent: PairLogps, beta: Beta) -> Float[Array, " B"]:
-    """t of the paper: the reward of the human answer less that of the generated one."""
+    """t of the paper: the reward of the human answer minus the reward of the generated one."""
     reward = rewards(policy, opponent, beta)
     return reward.real - reward.generated
 
 
-# --- the paper's ---------------------------------------------------------------------------------
+# --- the paper's losses --------------------------------------------------------------------------
 
 
 def logistic(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Array, " B"]:
-    """ℓ(t) = log(1 + e^−t): the loss of the paper's experiments, and DPO's (arXiv 2305.18290)."""
+    """ℓ(t) = log(1 + e^−t): the loss of the paper's experiments, which is also DPO's (arXiv 2305.18290)."""
     return jax.nn.softplus(-margin(policy, opponent, beta))
 
 
@@ -67,22 +69,23 @@ def exponential(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[
 
 
 def correlation(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Array, " B"]:
-    """ℓ(t) = 1 − t: the linear loss of an integral probability metric; unbounded, so train briefly."""
+    """ℓ(t) = 1 − t: the linear loss of an integral probability metric. It has no minimum: train briefly."""
     return 1 - margin(policy, opponent, beta)
 
 
-# --- their relatives -----------------------------------------------------------------------------
+# --- related losses ------------------------------------------------------------------------------
 
 
 def ipo(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Array, " B"]:
-    """(t/β − 1/2β)²: IPO's (arXiv 2310.12036, eq. 17; β is its τ), which wants a margin and no more."""
+    """IPO's (t/β − 1/2β)² (arXiv 2310.12036, eq. 17; β is its τ), which aims at a margin of a given size."""
     return (margin(policy, opponent, 1.0) - 1 / (2 * beta)) ** 2
 
 
 def tspin(policy: Any, opponent: Any, *, beta: Beta, alpha: float = 1.0) -> Float[Array, " B"]:
-    """ℓ(α [log p(y) − log p(y')]) + β ℓ(α [log p(y') − log p(y0)]), logistic ℓ: T-SPIN's (arXiv 2601.08198).
+    """T-SPIN's ℓ(α [log p(y) − log p(y')]) + β ℓ(α [log p(y') − log p(y0)]), ℓ logistic (arXiv 2601.08198).
 
-    It knows no reference: here β weighs the second term, and α scales the differences.
+    It does not use the opponent's log-probabilities. Here β is the weight of the second term, and α scales
+    the differences.
     """
     del opponent
     current = jax.nn.softplus(-alpha * (policy.real - policy.generated))
@@ -91,16 +94,16 @@ def tspin(policy: Any, opponent: Any, *, beta: Beta, alpha: float = 1.0) -> Floa
 
 
 def likelihood(policy: Any, opponent: Any, *, beta: Beta) -> Float[Array, " B"]:
-    """−log p(y'): of the answers that a verifier takes, ReST-EM's M-step (arXiv 2312.06585, eq. 3)."""
+    """ReST-EM's M-step, −log p(y') of answers that a verifier accepted (arXiv 2312.06585, eq. 3)."""
     del opponent, beta
     return -policy.generated
 
 
 def sppo(policy: Any, opponent: Any, *, beta: Beta, score: Array) -> Float[Array, " B"]:
-    """(log p_θ/p_θt(y') − (P − 1/2)/β)²: SPPO's (arXiv 2405.00675, eq. 3.6; β is its 1/η).
+    """SPPO's (log p_θ/p_θt(y') − (P − 1/2)/β)² (arXiv 2405.00675, eq. 3.6; β is its 1/η).
 
     Args:
-        score: P, how probably y' is better than another answer of the opponent's; what selfplay.scorer gives.
+        score: P [B], the probability that y' is better than another answer of the opponent (selfplay.scorer).
     """
     return (policy.generated - opponent.generated - (score - 0.5) / beta) ** 2
 
@@ -120,7 +123,7 @@ LOSSES: dict[str, Loss] = {
 
 PAIR = ("real", "generated")
 
-# The answers that a row has, where they are not the two of a pair.
+# The answers that the rows of a loss have, for losses that do not take the two answers of a pair.
 ROLES: dict[str, tuple[str, ...]] = {
     "tspin": ("real", "generated", "start"),
     "likelihood": ("generated",),
@@ -129,7 +132,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 
 
 def with_nll(loss: Loss, weight: float) -> Loss:
-    """`loss` + weight · (−log p_θ(y|x)): keeps the human answer itself likely."""
+    """`loss` + weight · (−log p_θ(y|x)); the second term keeps the human answer itself likely."""
     if not weight:
         return loss
 
@@ -140,9 +143,9 @@ def with_nll(loss: Loss, weight: float) -> Loss:
 
 
 def metrics(policy: Any, opponent: Any, *, beta: Beta) -> dict[str, Float[Array, " B"]]:
-    """What is logged of each row; the step averages them.
+    """The numbers that are logged for each row; the training step averages them.
 
-    `real_logp` may fall while `margin` grows: the loss asks only for the difference.
+    `real_logp` may fall while `margin` grows, because the loss only depends on the difference.
     """
     reward = rewards(policy, opponent, beta)
     values = {f"{role}_reward": value for role, value in reward._asdict().items()}

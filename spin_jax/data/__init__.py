@@ -1,1 +1,1 @@
-"""From the rows of a dataset to token ids: sources, conversations, examples, pairs."""
+"""Turns the rows of a dataset into token ids: sources, conversations, examples and pairs."""

@@ -1,7 +1,7 @@
-"""A chat template and a tokenizer: conversations to ids and back.
+"""Turns conversations into token ids and back, with a chat template and a tokenizer.
 
-Token ids are the truth. A conversation is rendered by the template and tokenized once; the response is
-cut out of those ids.
+A conversation is rendered by the template and tokenized once, as a whole; the response is cut out of these
+ids. Everything after this uses the ids, and does not tokenize the text again.
 """
 
 import datetime
@@ -15,27 +15,36 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spin_jax.data.chat_template import Template
-from spin_jax.data.records import UNLIMITED, Example, Ids, Lengths, Message, Pair, asked, checked
+from spin_jax.data.records import (
+    UNLIMITED,
+    Example,
+    Ids,
+    Lengths,
+    Message,
+    Pair,
+    check_messages,
+    prompt_turns,
+)
 from spin_jax.errors import BadRow, EmptyAnswer
 
 
 class Encoded(NamedTuple):
     prompt: Ids
     response: Ids
-    straddled: bool  # a token stood across the boundary; it went to the response
+    straddled: bool  # whether a token contains the boundary; it then belongs to the response
 
 
 class _Tokenized(NamedTuple):
     text: str
     ids: Ids
-    starts: np.ndarray  # each token's first character in text
-    ends: np.ndarray  # and the one after its last, never decreasing
+    starts: np.ndarray  # the index of each token's first character in text
+    ends: np.ndarray  # the index after its last character; these never decrease
 
 
 class Chat:
-    """A tokenizer and its chat template: conversations to ids and back, examples and pairs.
+    """A tokenizer and its chat template. It encodes and decodes conversations, and makes examples and pairs.
 
-    Control tokens that the template writes become ids; the same strings inside a message stay text.
+    Control tokens that the template writes become their ids. The same strings inside a message stay text.
     """
 
     def __init__(
@@ -67,33 +76,36 @@ class Chat:
 
     @property
     def unattended(self) -> int | None:
-        """A token id that attention shall not see (`official` only)."""
+        """A token id that no token attends to (only for `config.official`)."""
         return None
 
-    # conversations
+    # --- conversations ---
 
     def with_system(self, messages: list[Message]) -> list[Message]:
-        """The conversation with the configured system message in front, where it has none."""
+        """The conversation, with the configured system message in front if it has no system message."""
         if self.system_message is None or messages[0]["role"] == "system":
             return messages
         return [{"role": "system", "content": self.system_message}, *messages]
 
     def render(self, messages: list[Message], *, prompt: bool) -> str:
-        """The template's text; with `prompt`, it ends in the generation prompt.
+        """The text that the template makes of a conversation.
+
+        Args:
+            prompt: whether the text ends with the generation prompt.
 
         Raises:
             BadRow: the template refuses the conversation.
-            BadTemplate: it takes too long.
+            BadTemplate: the template takes too long.
         """
         return self._template.render(messages, prompt=prompt)
 
     def encode(self, messages: list[Message]) -> Encoded:
-        """Ids of a conversation that ends with an answer, cut at the answer.
+        """The token ids of a conversation that ends with an answer, split into prompt and response.
 
-        The response ends with its first stop token; what the template writes after is left out.
+        The response ends with its first stop token. What the template writes after that is left out.
 
         Raises:
-            BadRow: the template's text for the prompt does not begin the text for the whole.
+            BadRow: the rendered conversation does not begin with the rendered prompt.
         """
         messages = self.with_system(messages)
         guard = self._needs_guard(messages)
@@ -110,9 +122,13 @@ class Chat:
         return Encoded(whole.ids[:cut], self._until_stop(whole.ids[cut:]), bool(straddled))
 
     def encode_checked(self, messages: list[Message], number: int) -> tuple[Ids, Ids]:
-        """(prompt, response) of a user's conversation; ValueError says what is wrong with it."""
+        """The token ids (prompt, response) of conversation `number` of a user.
+
+        Raises:
+            ValueError: the conversation is malformed.
+        """
         try:
-            valid = checked(messages, "messages")
+            valid = check_messages(messages, "messages")
             if len(valid) < len(messages):
                 raise BadRow("messages: the last turn is not the assistant's")
             prompt, response, _ = self.encode(valid)
@@ -121,7 +137,7 @@ class Chat:
         return prompt, response
 
     def encode_prompt(self, messages: list[Message]) -> Ids:
-        """Ids of a conversation that waits for an answer."""
+        """The token ids of a conversation whose next turn is the answer."""
         messages = self.with_system(messages)
         return self._tokenize(messages, prompt=True, guard=self._needs_guard(messages)).ids
 
@@ -129,7 +145,7 @@ class Chat:
         return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
 
     def stopped(self, response: Ids) -> bool:
-        """Whether a response ends in a stop token: the model finished it."""
+        """Whether a response ends with a stop token, which means that the model finished it."""
         return len(response) > 0 and int(response[-1]) in self.stop_tokens
 
     def _until_stop(self, ids: Ids) -> Ids:
@@ -140,7 +156,7 @@ class Chat:
         """Whether a message contains the string of a control token.
 
         Raises:
-            BadRow: and characters too by which the guard tells control tokens from text.
+            BadRow: it contains such a string, and also private characters, which the guard needs for itself.
         """
         control = self._control
         if control is None or not any(control.search(m["content"]) for m in messages):
@@ -152,60 +168,61 @@ class Chat:
         return True
 
     def _text(self, messages: list[Message], *, prompt: bool, guard: bool) -> str:
-        """The rendering; guarded, the template's control tokens stand in it under private names.
+        """The rendered conversation. With `guard`, the template's control tokens have private names in it.
 
-        Such strings in messages are broken before rendering, so that all whole ones after it are the
-        template's. Those are renamed, and the broken ones mended: plain text to the twin tokenizer.
+        A mark is put into every control token's string in the messages, so that after rendering all whole
+        strings are the template's. These get private names, and the marks are removed. The twin tokenizer
+        takes the private names for control tokens, and the strings of the messages for plain text.
         """
         if not guard:
             return self.render(messages, prompt=prompt)
         assert self._control is not None
-        mend = chr(0xFFFFD)  # a private character, at the end of its plane
+        mark = chr(0xFFFFD)  # a private character, at the end of its plane
 
-        def broken(match: re.Match) -> str:
-            return match[0][0] + mend + match[0][1:]
+        def insert_mark(match: re.Match) -> str:
+            return match[0][0] + mark + match[0][1:]
 
-        safe = [{**m, "content": self._control.sub(broken, m["content"])} for m in messages]
-        text = self._control.sub(lambda match: _private(match[0]), self.render(safe, prompt=prompt))
-        return text.replace(mend, "")
+        safe = [{**m, "content": self._control.sub(insert_mark, m["content"])} for m in messages]
+        text = self._control.sub(lambda match: _private_name(match[0]), self.render(safe, prompt=prompt))
+        return text.replace(mark, "")
 
     def _tokenize(self, messages: list[Message], *, prompt: bool, guard: bool) -> _Tokenized:
         text = self._text(messages, prompt=prompt, guard=guard)
-        backend = self._twin if guard else self.tokenizer.backend_tokenizer
+        backend = self._twin_tokenizer if guard else self.tokenizer.backend_tokenizer
         encoding = backend.encode(text, add_special_tokens=False)
         starts, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
         return _Tokenized(text, np.asarray(encoding.ids, np.int32), starts, np.maximum.accumulate(ends))
 
     @functools.cached_property
-    def _twin(self) -> Any:
-        """The same tokenizer, its control tokens under names that nobody types."""
+    def _twin_tokenizer(self) -> Any:
+        """The same tokenizer, in which the control tokens have private names that nobody types."""
         from tokenizers import Tokenizer
 
-        described = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        control = {token["content"] for token in described["added_tokens"] if token["special"]}
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        control = {token["content"] for token in state["added_tokens"] if token["special"]}
 
-        def renamed(piece: str) -> str:
-            return _private(piece) if piece in control else piece
+        def rename(piece: str) -> str:
+            return _private_name(piece) if piece in control else piece
 
-        for token in described["added_tokens"]:
-            token["content"] = renamed(token["content"])
-        model = described["model"]
+        for token in state["added_tokens"]:
+            token["content"] = rename(token["content"])
+        model = state["model"]
         if isinstance(model["vocab"], dict):
-            model["vocab"] = {renamed(piece): id for piece, id in model["vocab"].items()}
+            model["vocab"] = {rename(piece): id for piece, id in model["vocab"].items()}
         else:  # unigram models list [piece, score]
-            model["vocab"] = [[renamed(piece), score] for piece, score in model["vocab"]]
+            model["vocab"] = [[rename(piece), score] for piece, score in model["vocab"]]
         if model.get("unk_token"):
-            model["unk_token"] = renamed(model["unk_token"])
-        described["post_processor"] = None
-        return Tokenizer.from_str(json.dumps(described))
+            model["unk_token"] = rename(model["unk_token"])
+        state["post_processor"] = None
+        return Tokenizer.from_str(json.dumps(state))
 
-    # examples and pairs
+    # --- examples and pairs ---
 
     def example(self, prompt_id: int, messages: list[Message], counts: Counter) -> Example | None:
-        """Encodes one conversation; None when it is dropped as too long, and `counts` says so.
+        """Encodes one conversation. It returns None for one that is too long, and notes this in `counts`.
 
         Raises:
-            EmptyAnswer, BadRow: what is wrong with the conversation.
+            EmptyAnswer, BadRow: the conversation has no answer, or is malformed.
         """
         if not messages[-1]["content"].strip():
             raise EmptyAnswer("the answer is empty")
@@ -226,9 +243,9 @@ class Chat:
         return Example(prompt_id, messages, encoded.prompt, encoded.response[:room])
 
     def _far_too_long(self, messages: list[Message]) -> bool:
-        """Whether a prompt's first part alone has twice the tokens that are allowed.
+        """Whether the first part of a prompt alone has twice as many tokens as are allowed.
 
-        A tokenizer takes seconds for megabytes, which would come to nothing.
+        Tokenizing the whole of a prompt of megabytes would take seconds, only to drop it.
         """
         limit = self.lengths.max_prompt
         if sum(len(m["content"]) for m in messages[:-1]) <= 100 * limit:
@@ -237,11 +254,11 @@ class Chat:
         return len(self.tokenizer.backend_tokenizer.encode(beginning, add_special_tokens=False)) > 2 * limit
 
     def sampling_prompt(self, example: Example) -> Ids:
-        """What the opponent is asked."""
+        """The token ids that the opponent answers."""
         return example.prompt
 
     def pair(self, example: Example, sample_id: int, generated: Ids) -> Pair:
-        """The pair of an example and the sampler's ids for it."""
+        """The pair of an example and the token ids that the sampler generated for it."""
         answer = {"role": "assistant", "content": self.decode(generated)}
         return Pair(
             prompt_id=example.prompt_id,
@@ -257,24 +274,24 @@ class Chat:
     def given_pair(
         self, prompt_id: int, sample_id: int, real: list[Message], generated: list[Message], counts: Counter
     ) -> Pair | None:
-        """A pair that came as text; None when it is dropped as too long.
+        """A pair that came as text. It returns None for one that is too long, and notes this in `counts`.
 
-        Where the two prompts tokenize differently at their end, the prompt is what they share.
+        Where the two prompts tokenize differently at their end, the pair's prompt is the tokens they share.
 
         Raises:
-            EmptyAnswer, BadRow: what is wrong with the two conversations.
+            EmptyAnswer, BadRow: a conversation has no answer, or is malformed.
         """
-        if asked(real) != asked(generated):
+        if prompt_turns(real) != prompt_turns(generated):
             raise BadRow("real and generated do not answer the same prompt")
         first = self.example(prompt_id, real, counts)
         if first is None:
             return None
-        of_generated: Counter = Counter()
+        generated_counts: Counter = Counter()
         try:
-            second = self.example(prompt_id, generated, of_generated)
+            second = self.example(prompt_id, generated, generated_counts)
         except EmptyAnswer as error:
             raise EmptyAnswer(f"generated: {error}") from error
-        counts.update({f"generated: {what}": number for what, number in of_generated.items()})
+        counts.update({f"generated: {what}": number for what, number in generated_counts.items()})
         if second is None:
             return None
         shared = _common_prefix(first.prompt, second.prompt)
@@ -292,11 +309,11 @@ class Chat:
         )
 
 
-_PRIVATE = chr(0xF0000)  # planes 15 and 16, for private use, begin here
+_PRIVATE = chr(0xF0000)  # the first character of planes 15 and 16, which are for private use
 
 
-def _private(token: str) -> str:
-    """A control token's string in the private plane 16, where no text is."""
+def _private_name(token: str) -> str:
+    """A control token's string moved to the private plane 16, which no text uses."""
     return "".join(chr(0x100000 + ord(character) % 0xFFFD) for character in token)
 
 

@@ -1,4 +1,7 @@
-"""Rows of a dataset to conversations, and those to examples: a prompt and its human answer."""
+"""Turns the rows of a dataset into conversations, and these into examples: a prompt and its human answer.
+
+To read another form of row, edit `conversation` and `_columns_to_read`.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,8 +11,8 @@ import numpy as np
 
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
-from spin_jax.data.records import Example, Message, checked, checked_text, listed, prompt_id_of
-from spin_jax.data.tally import Tally, merged
+from spin_jax.data.findings import Findings, merge_findings
+from spin_jax.data.records import Example, Message, check_messages, check_text, list_names, read_prompt_id
 from spin_jax.errors import BadRow
 from spin_jax.runtime import processes
 
@@ -26,29 +29,35 @@ PROMPT_ANSWER_COLUMNS = (
 def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> list[Message]:
     """One row as messages that end with the assistant's last turn, which may be empty.
 
-    Reads, in this order: the columns named; `real` (SPIN pairs); `messages`; the well-known pairs of
-    column names. Alpaca's `input` is appended to its instruction.
+    It reads the first of these that the row has: the two columns that the config names; `real` (SPIN pairs);
+    `messages`; one of PROMPT_ANSWER_COLUMNS. Alpaca's `input` is appended to its instruction.
 
     Raises:
-        BadRow: naming the field.
+        BadRow: the row is malformed; the message names the field.
     """
-    columns = _columns(row, prompt_column, answer_column)
+    columns = _columns_to_read(row, prompt_column, answer_column)
     if not columns or not row.keys() >= set(columns[:2]):
         wanted = f" {' and '.join(columns)}" if columns else " real, messages, or a prompt and an answer"
         raise BadRow(
-            f"no field{wanted} among {listed(row)}: set config.data.prompt_column and .answer_column"
+            f"no field{wanted} among {list_names(row)}: set config.data.prompt_column and .answer_column"
         )
     if len(columns) == 1:
-        return checked(row[columns[0]], columns[0])
-    prompt = checked_text(row[columns[0]], columns[0])
-    answer = "" if row[columns[1]] is None else checked_text(row[columns[1]], columns[1])
+        return check_messages(row[columns[0]], columns[0])
+    prompt = check_text(row[columns[0]], columns[0])
+    answer = "" if row[columns[1]] is None else check_text(row[columns[1]], columns[1])
     if columns[2:] and row.get(columns[2]):
-        prompt = f"{prompt}\n\n{checked_text(row[columns[2]], columns[2])}"
+        prompt = f"{prompt}\n\n{check_text(row[columns[2]], columns[2])}"
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _columns(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> tuple[str, ...]:
-    """What `conversation` reads: messages; or prompt, answer and maybe an addition to the prompt; or ()."""
+def _columns_to_read(
+    row: dict[str, Any], prompt_column: str | None, answer_column: str | None
+) -> tuple[str, ...]:
+    """The columns of a row that `conversation` reads.
+
+    Returns:
+        (messages); or (prompt, answer), with a third column where the prompt has an addition; or () for none.
+    """
     if prompt_column and answer_column:
         columns = (prompt_column, answer_column)
     elif whole := [name for name in ("real", "messages") if row.get(name) is not None]:
@@ -70,44 +79,53 @@ def load_examples(
     bad_rows: str = "error",
     max_bad: float = 0.1,
 ) -> tuple[list[Example], Counter]:
-    """Encodes a seeded choice of `limit` rows, in the rows' order; of several processes each its share.
+    """Encodes a random choice of `limit` rows, in the order of the rows. Several processes share the work.
 
-    Rows with an empty answer are dropped, and so are those that make no conversation where `bad_rows` is
-    "drop", up to the share `max_bad` of all.
+    Rows with an empty answer are dropped. Where `bad_rows` is "drop", malformed rows are dropped too. Both
+    together may be at most the share `max_bad` of the chosen rows.
+
+    Args:
+        path: the dataset's name in messages.
+        seed: decides which rows are chosen.
 
     Returns:
         the examples, and counts of what was dropped, cut or not used.
 
     Raises:
-        ValueError: naming path, row and field; or saying that nothing is left.
+        ValueError: a row is bad, and the message names path, row and field; or no example is left.
     """
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])
 
-    def share() -> list[Any]:
-        """This process's [[row number, fields of an example], …], up to a problem, and its tally."""
+    def encode_share() -> list[Any]:
+        """Encodes the rows of this process, up to the first problem.
+
+        Returns:
+            [[[row number, the fields of an example], …], the fields of the findings]
+        """
         encoded: list[list[Any]] = []
-        tally = Tally(bad_rows)
-        for number in (int(n) for place, n in enumerate(chosen) if processes.turn(place)):
-            with tally.row(number, sources.place(rows, number, path)):
+        findings = Findings(bad_rows)
+        for number in (int(n) for turn, n in enumerate(chosen) if processes.turn(turn)):
+            with findings.reading(number, sources.place(rows, number, path)):
                 row = rows[number]
                 messages = conversation(row, prompt_column, answer_column)
-                tally.see_unused(row, _columns(row, prompt_column, answer_column))
-                if example := chat.example(prompt_id_of(row, number), messages, tally.counts):
+                findings.note_unused_columns(row, _columns_to_read(row, prompt_column, answer_column))
+                if example := chat.example(read_prompt_id(row, number), messages, findings.counts):
                     encoded.append([number, *vars(example).values()])
-            if tally.problem:
+            if findings.problem:
                 break
-        return [encoded, {**vars(tally), "counts": dict(tally.counts), "unused": dict(tally.unused)}]
+        fields = vars(findings)
+        return [encoded, {name: dict(x) if isinstance(x, Counter) else x for name, x in fields.items()}]
 
-    shares = processes.exchanged(processes.together(share))
-    counts = merged([tally for _, tally in shares]).settled(path, len(chosen), max_bad)
+    shares = processes.exchanged(processes.together(encode_share))
+    counts = merge_findings([fields for _, fields in shares]).final_counts(path, len(chosen), max_bad)
     examples, by_id = [], {}
     for number, *fields in sorted((row for encoded, _ in shares for row in encoded), key=lambda row: row[0]):
         example = Example(*fields)
-        before = by_id.setdefault(example.prompt_id, number)
-        if before != number:
+        earlier = by_id.setdefault(example.prompt_id, number)
+        if earlier != number:
             raise ValueError(
                 f"{sources.place(rows, number, path)}: prompt_id {example.prompt_id} came before, in "
-                f"{sources.place(rows, before, path)}; give each row its own, or leave the column out"
+                f"{sources.place(rows, earlier, path)}; give each row its own, or leave the column out"
             )
         examples.append(example)
     if not examples:
@@ -116,7 +134,7 @@ def load_examples(
 
 
 def split_held_out(ids: Sequence[int], *, fraction: float, limit: int, seed: int) -> set[int]:
-    """The ids kept from training: a seeded choice of at most `fraction` of them and `limit`."""
+    """The ids of the examples kept from training: a random choice, at most `limit` and a share `fraction`."""
     count = min(int(len(ids) * fraction), limit)
     order = np.random.default_rng([seed, 1]).permutation(len(ids))[:count]
     return {int(ids[i]) for i in order}

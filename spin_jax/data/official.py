@@ -1,17 +1,17 @@
-"""The quirks of the authors' released code, for `config.official = True`; the default has none of them.
+"""The quirks of the authors' released code, for `config.official = True`. The default has none of them.
 
 | quirk | reproduced in |
 |---|---|
 | sampling asks "### Instruction: …", training renders the chat template | `sampling_prompt` |
-| prompt and response are tokenized apart | `_apart` |
-| a second EOS after the template's own | `_apart` |
+| prompt and response are tokenized separately | `_tokenize_separately` |
+| a second EOS follows the template's own | `_response` |
 | EOS inside the sequence is not attended to | `unattended` |
-| an answer cut at the token limit still gets EOS: it is trained on as text | `pair` |
+| an answer cut at the token limit still gets EOS, because its text is tokenized anew | `pair` |
 | an over-long pair loses the front of its prompt, then both responses are cut | `_fit` |
-| the first two messages are taken for user and assistant, whatever they are | `_first_turn` |
+| the first two messages are taken for user and assistant, whatever their roles are | `_first_turn` |
 
-Two more are accidents of operation and stay out: rows repeated when a part of the sampling is run
-again, and sampling from an unpinned revision of the model.
+Two more quirks come from how the code was run, and are not reproduced: rows are repeated when a part of the
+sampling is run again, and the model's revision was not pinned for sampling.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ class OfficialChat(Chat):
 
     @property
     def unattended(self) -> int:
-        """EOS, wherever it stands inside a sequence."""
+        """EOS, wherever it is in a sequence."""
         return self.tokenizer.eos_token_id
 
     def example(self, prompt_id: int, messages: list[Message], counts: Counter) -> Example:
-        """Nothing is dropped; what is cut depends on the pair, so it is not counted here."""
+        """Encodes one conversation. Nothing is dropped; cuts depend on the pair and are not counted."""
         del counts
         messages = _first_turn(messages)
         prompt, (real,) = self._fit(self._prompt(messages), [self._response(messages[-1])])
@@ -62,13 +62,13 @@ class OfficialChat(Chat):
 
     def _prompt(self, messages: list[Message]) -> Ids:
         system = {"role": "system", "content": self.system_message or ""}
-        return self._apart(self.render([system, messages[0]], prompt=True))
+        return self._tokenize_separately(self.render([system, messages[0]], prompt=True))
 
     def _response(self, answer: Message) -> Ids:
         text = self.render([answer], prompt=False).removeprefix(ASSISTANT_PREFIX)
-        return np.append(self._apart(text), np.int32(self.tokenizer.eos_token_id))
+        return np.append(self._tokenize_separately(text), np.int32(self.tokenizer.eos_token_id))
 
-    def _apart(self, text: str) -> Ids:
+    def _tokenize_separately(self, text: str) -> Ids:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
     def _fit(self, prompt: Ids, responses: list[Ids]) -> tuple[Ids, list[Ids]]:
@@ -83,7 +83,7 @@ class OfficialChat(Chat):
 
 
 def _first_turn(messages: list[Message]) -> list[Message]:
-    """A leading system message becomes the prompt, and the user's turn the answer: the quirk."""
+    """The first two messages as prompt and answer; the quirk is that the first may be a system message."""
     return [
         {"role": "user", "content": messages[0]["content"]},
         {"role": "assistant", "content": messages[1]["content"]},

@@ -1,4 +1,4 @@
-"""Given pairs: rows of a published SPIN dataset, of preferences, of another run or of another sampler."""
+"""Reads given pairs: rows of a published SPIN dataset, of preferences, of another run or another sampler."""
 
 import dataclasses
 import math
@@ -9,8 +9,17 @@ import numpy as np
 
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
-from spin_jax.data.records import Example, Message, Pair, asked, checked, integer_of, listed, prompt_id_of
-from spin_jax.data.tally import Tally
+from spin_jax.data.findings import Findings
+from spin_jax.data.records import (
+    Example,
+    Message,
+    Pair,
+    check_messages,
+    list_names,
+    prompt_turns,
+    read_integer,
+    read_prompt_id,
+)
 from spin_jax.errors import BadRow
 
 
@@ -24,36 +33,38 @@ def load_pairs(
     max_bad: float = 0.1,
     scored: bool = False,
 ) -> tuple[list[Pair], Counter]:
-    """Pairs of a published SPIN dataset, or those of another run or sampler, whose token columns count.
+    """Turns rows into pairs. Where a row has token columns, these count, and not the text.
 
-    The ids of a prompt and of its human answer must be those that this chat makes of the text; with ids, a
-    row needs no text of the generated answer.
-
-    What is dropped, and how much of it may be, is as in `load_examples`.
+    The token ids of a prompt and of its human answer must be the ids that this chat makes of the text. A row
+    with token columns needs no text of the generated answer. Bad rows are dropped as in `load_examples`.
 
     Args:
-        scored: reads the column `score`, where there is one.
+        path: the dataset's name in messages.
+        scored: whether to read the column `score`, where there is one.
+
+    Returns:
+        the pairs, and counts of what was dropped, cut or not used.
 
     Raises:
-        ValueError: naming path, row and field; or saying that nothing is left.
+        ValueError: a row is bad, and the message names path, row and field; or no pair is left.
     """
-    tally = Tally(bad_rows)
-    answers: Counter = Counter()  # by prompt_id
+    findings = Findings(bad_rows)
+    answers: Counter = Counter()  # how many each prompt_id has so far
     pairs: dict[tuple[int, int], Pair] = {}
     for number in range(len(rows)):
-        with tally.row(number, sources.place(rows, number, path)):
-            row = _preference(rows[number])
+        with findings.reading(number, sources.place(rows, number, path)):
+            row = _preference_as_pair(rows[number])
             score = _score(row) if scored else None
-            pair = _load_pair(row, number, chat, vocab_size, tally.counts, answers)
+            pair = _load_pair(row, number, chat, vocab_size, findings.counts, answers)
             pair = pair and dataclasses.replace(pair, score=score)
-            tally.see_unused(row, ("real", "score") if scored else ("real",))
+            findings.note_unused_columns(row, ("real", "score") if scored else ("real",))
             if pair is not None and (pair.prompt_id, pair.sample_id) in pairs:
                 raise BadRow(f"prompt_id {pair.prompt_id}, sample_id {pair.sample_id} came before")
             if pair is not None:
                 pairs[pair.prompt_id, pair.sample_id] = pair
-        if tally.problem:
+        if findings.problem:
             break
-    counts = tally.settled(path, len(rows), max_bad)
+    counts = findings.final_counts(path, len(rows), max_bad)
     if not pairs:
         raise ValueError(f"{path}: no pair is left ({dict(counts)})")
     return list(pairs.values()), counts
@@ -62,23 +73,24 @@ def load_pairs(
 def _load_pair(
     row: dict[str, Any], number: int, chat: Chat, vocab_size: int, counts: Counter, answers: Counter
 ) -> Pair | None:
-    by_ids = row.get("generated_tokens") is not None
-    if row.get("real") is None or (row.get("generated") is None and not by_ids):
-        raise BadRow(f"no fields real and generated among {listed(row)}")
-    prompt_id = prompt_id_of(row, number)
-    sample_id = integer_of(row, "sample_id", answers[prompt_id], 2**31)  # the answers of a prompt in turn
+    """The pair of one row, or None when it is dropped as too long, and `counts` says so."""
+    has_ids = row.get("generated_tokens") is not None
+    if row.get("real") is None or (row.get("generated") is None and not has_ids):
+        raise BadRow(f"no fields real and generated among {list_names(row)}")
+    prompt_id = read_prompt_id(row, number)
+    sample_id = read_integer(row, "sample_id", answers[prompt_id], 2**31)
     answers[prompt_id] += 1
-    real = checked(row["real"], "real")
-    generated = None if row.get("generated") is None else checked(row["generated"], "generated")
-    if generated is not None and not by_ids:
+    real = check_messages(row["real"], "real")
+    generated = None if row.get("generated") is None else check_messages(row["generated"], "generated")
+    if generated is not None and not has_ids:
         return chat.given_pair(prompt_id, sample_id, real, generated, counts)
-    if generated is not None and asked(generated) != asked(real):
+    if generated is not None and prompt_turns(generated) != prompt_turns(real):
         raise BadRow("real and generated do not answer the same prompt")
     ids = [_token_ids(row, name, vocab_size) for name in ("prompt_tokens", "real_tokens", "generated_tokens")]
     if not len(ids[0]):
         raise BadRow("prompt_tokens is empty: an answer needs a token before it")
     if not len(ids[2]):
-        raise BadRow("generated_tokens is empty: a stop token alone is an answer, and nothing is none")
+        raise BadRow("generated_tokens is empty: an answer has at least a stop token")
     example = chat.example(prompt_id, real, counts)
     room = chat.lengths.max_length - len(ids[0])
     if example is None or room < 1:
@@ -87,48 +99,94 @@ def _load_pair(
     if np.array_equal(ids[0], chat.sampling_prompt(example)):
         pair = chat.pair(example, sample_id, ids[2][:room])
     else:
-        pair = _as_given(chat, example, sample_id, generated, ids[0], ids[2][:room])
-    same = min(len(ids[1]), len(pair.real))  # either may be cut
-    if not np.array_equal(ids[1][:same], pair.real[:same]):
+        pair = _pair_tokenized_as_text(chat, example, sample_id, generated, ids[0], ids[2][:room])
+    common = min(len(ids[1]), len(pair.real))  # either answer may have been cut
+    if not np.array_equal(ids[1][:common], pair.real[:common]):
         raise BadRow("real_tokens: not the ids of the answer in real, by this tokenizer and chat template")
     return pair
 
 
-def _preference(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of preferences, as TRL and others have them, in the names of pairs: chosen is real.
+def _preference_as_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of preferences, as TRL and others write them, with the columns of a pair: chosen becomes real.
 
-    `chosen` and `rejected` are whole conversations, or the last turn (a message or text) after `prompt`.
+    Raises:
+        BadRow: prompt, chosen or rejected is malformed, or they contradict each other.
     """
     if row.get("real") is not None or row.get("chosen") is None or row.get("rejected") is None:
         return row
-    rest = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
     prompt = row.get("prompt")
-    head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    if not isinstance(head, list):
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list | None):
         raise BadRow(f"prompt is {type(prompt).__name__}: expected text or a list of messages")
+    rest = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
+    real, generated = (_preference_conversation(row, field, prompt or []) for field in ("chosen", "rejected"))
+    return {**rest, "real": real, "generated": generated}
 
-    def whole(field: str) -> Any:
-        turns = row[field]
-        if isinstance(turns, str):
-            if not head:
-                raise BadRow(f"{field} is text, and there is no field prompt that it answers")
-            turns = [{"role": "assistant", "content": turns}]
-        return [*head, *turns] if isinstance(turns, list) and len(turns) == 1 else turns
 
-    return {**rest, "real": whole("chosen"), "generated": whole("rejected")}
+def _preference_conversation(row: dict[str, Any], field: str, prompt: list[Any]) -> list[Message]:
+    """The whole conversation of `chosen` or `rejected`.
+
+    The field holds the conversation with its prompt, or only what follows `prompt`: text, or some turns.
+    A prompt that came as text may also repeat any user's turn of the whole conversation.
+
+    Raises:
+        BadRow: the turns neither contain the prompt nor can follow it.
+    """
+    turns = row[field]
+    if isinstance(turns, str):
+        if not prompt:
+            raise BadRow(f"{field} is text, and there is no field prompt that it answers")
+        turns = [{"role": "assistant", "content": turns}]
+    if not prompt or not isinstance(turns, list) or not turns:
+        return check_messages(turns, field)
+    system, rest = _split_system(turns)
+    prompt_system, question = _split_system(prompt)
+    same_system = not (system and prompt_system) or _same_turns(system, prompt_system)
+    if same_system and _same_turns(rest[: len(question)], question):
+        return check_messages([*(system or prompt_system), *rest], field)
+    blank = not any(_role_and_text(turn)[1] for turn in prompt)
+    repeated = isinstance(row["prompt"], str) and any(_same_turns([turn], prompt) for turn in rest)
+    if (blank or repeated) and _role_and_text(turns[0])[0] != "assistant":
+        return check_messages(turns, field)
+    next_role = "user" if _role_and_text(prompt[-1])[0] == "assistant" else "assistant"
+    role, text = _role_and_text(turns[0])
+    if role in ("system", "user") and role != next_role:
+        raise BadRow(
+            f"{field} begins with another {role} turn than prompt ({text!r:.60}): give the whole "
+            "conversation in it, or only the turns that follow prompt"
+        )
+    return check_messages([*prompt, *turns], f"prompt + {field}")
+
+
+def _split_system(turns: list[Any]) -> tuple[list[Any], list[Any]]:
+    """A leading system message, if there is one, and the other turns."""
+    count = int(bool(turns) and _role_and_text(turns[0])[0] == "system")
+    return turns[:count], turns[count:]
+
+
+def _same_turns(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists of turns have equal roles and texts; white space around a text does not count."""
+    return list(map(_role_and_text, a)) == list(map(_role_and_text, b))
+
+
+def _role_and_text(turn: Any) -> tuple[Any, Any]:
+    """A turn's role and content; `check_messages` has not yet seen whether they are text."""
+    role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, turn)
+    return role, content.strip() if isinstance(content, str) else content
 
 
 def _score(row: dict[str, Any]) -> float | None:
-    """What somebody made of the generated answer: a number, where the row has one."""
+    """The score that the row gives the generated answer, or None."""
     value = row.get("score")
     if value is None:
         return None
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRow(f"score is {value!r:.40}: a finite number is wanted")
+        raise BadRow(f"score is {value!r:.40}: expected a finite number")
     return float(value)
 
 
-def _as_given(
+def _pair_tokenized_as_text(
     chat: Chat,
     example: Example,
     sample_id: int,
@@ -136,10 +194,12 @@ def _as_given(
     prompt: np.ndarray,
     answer: np.ndarray,
 ) -> Pair:
-    """A pair whose prompt is not what would be sampled from, but what `Chat.given_pair` makes of both texts.
+    """A pair whose prompt ids are not those that are sampled from, but those of `Chat.given_pair`.
+
+    The two differ where the prompts of both answers tokenize differently at their end.
 
     Raises:
-        BadRow: nor is it that.
+        BadRow: the prompt ids are not those either.
     """
     pair = None
     if generated is not None:

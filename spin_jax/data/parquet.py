@@ -1,4 +1,4 @@
-"""Pairs, their scores and held-out numbers as parquet files, and back; damaged files are found out."""
+"""Writes and reads the parquet files of pairs, scores and held-out numbers. Damaged files raise an error."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ PAIR_SCHEMA = pa.schema(
 
 
 def pairs_to_parquet(pairs: Sequence[Pair]) -> bytes:
-    """A parquet file of pairs: the published SPIN columns, the ids and, where they have one, the score."""
+    """A parquet file of pairs: the published SPIN columns, the token ids and, where there are any, scores."""
     scored = any(pair.score is not None for pair in pairs)
     rows = [
         {
@@ -52,7 +52,11 @@ def pairs_to_parquet(pairs: Sequence[Pair]) -> bytes:
 
 
 def pairs_from_parquet(content: bytes, path: epath.PathLike | None = None) -> list[Pair]:
-    """What `pairs_to_parquet` wrote; ValueError, naming `path`, where it is no longer that."""
+    """The pairs that `pairs_to_parquet` wrote.
+
+    Raises:
+        Damaged: `content` is not what was written; the message names `path`.
+    """
     return [
         Pair(
             row["prompt_id"],
@@ -72,7 +76,7 @@ def pairs_from_parquet(content: bytes, path: epath.PathLike | None = None) -> li
 def scores_to_parquet(
     source_iteration: int, pairs: Sequence[Pair], logps: np.ndarray, roles: Sequence[str] = PAIR
 ) -> bytes:
-    """A parquet file of the opponent's log-probs, float32 [pairs, roles]."""
+    """A parquet file of the opponent's log-probabilities, float32 [pairs, roles]."""
     columns = {
         "source_iteration": np.full(len(pairs), source_iteration, np.int32),
         "prompt_id": np.array([pair.prompt_id for pair in pairs], np.int64),
@@ -85,10 +89,10 @@ def scores_to_parquet(
 def scores_from_parquet(
     content: bytes, path: epath.PathLike | None = None, roles: Sequence[str] = PAIR
 ) -> dict[tuple[int, int, int], tuple[float, ...]]:
-    """Log-probs of the roles' answers, by (source_iteration, prompt_id, sample_id).
+    """The log-probabilities that `scores_to_parquet` wrote, by (source_iteration, prompt_id, sample_id).
 
     Raises:
-        ValueError: naming `path`, where `content` is not what `scores_to_parquet` wrote.
+        Damaged: `content` is not what was written; the message names `path`.
     """
     return {
         (row["source_iteration"], row["prompt_id"], row["sample_id"]): tuple(row[f"{r}_logp"] for r in roles)
@@ -97,7 +101,7 @@ def scores_from_parquet(
 
 
 def held_out_to_parquet(pairs: Sequence[Pair], columns: Mapping[str, np.ndarray]) -> bytes:
-    """A parquet file of what a model makes of held-out pairs: a column a number, float32 [pairs]."""
+    """A parquet file of a model's numbers for held-out pairs: each column is float32 [pairs]."""
     ids = {
         "prompt_id": np.array([pair.prompt_id for pair in pairs], np.int64),
         "sample_id": np.array([pair.sample_id for pair in pairs], np.int32),
@@ -105,7 +109,7 @@ def held_out_to_parquet(pairs: Sequence[Pair], columns: Mapping[str, np.ndarray]
     return _parquet(pa.table({**ids, **{name: np.asarray(x, np.float32) for name, x in columns.items()}}))
 
 
-# Parquet's own checksums are of pages: a flipped bit in a header or in the schema shows in our digest only.
+# Parquet's own checksums cover pages only; a flipped bit in a header or in the schema changes our digest.
 _DIGEST = b"spin_jax.sha256"
 
 
@@ -121,8 +125,8 @@ def _rows_of(content: bytes, path: epath.PathLike) -> list[dict[str, Any]]:
         table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
         rows = table.to_pylist()
         if (table.schema.metadata or {}).get(_DIGEST) != _digest(rows):
-            raise ValueError("its digest is another's")
-    except Exception as error:  # whatever Arrow makes of damaged bytes
+            raise ValueError("its digest does not match its content")
+    except Exception as error:  # Arrow raises many kinds of errors for damaged bytes
         raise errors.Damaged(
             f"{path} is damaged: remove it, and the same command makes it again ({error})"
         ) from error

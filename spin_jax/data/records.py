@@ -1,4 +1,4 @@
-"""What the rows of a dataset become: messages, examples (a prompt and its human answer) and pairs."""
+"""The records that rows of a dataset become: messages, examples and pairs; and the checks of their fields."""
 
 import dataclasses
 import itertools
@@ -15,8 +15,8 @@ Message = dict[str, str]
 Ids = np.ndarray  # int32 [n]
 
 
-def asked(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    """What the last turn of a conversation answers, as something to compare."""
+def prompt_turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    """The turns before the last one, as tuples that can be compared."""
     return tuple((message["role"], message["content"]) for message in messages[:-1])
 
 
@@ -41,9 +41,9 @@ class Pair:
     prompt: Ids
     real: Ids
     generated: Ids
-    truncated: bool  # the generated answer met no stop token
-    score: float | None = None  # what a verifier (1 or 0) or scorer makes of the generated answer
-    start: Ids | None = None  # what the model that self-play began with answered, where a loss asks for it
+    truncated: bool  # whether the generated answer ends without a stop token
+    score: float | None = None  # the score of the generated answer by a verifier (1 or 0) or a scorer
+    start: Ids | None = None  # the answer of the model that self-play began with, if the loss needs it
 
     @property
     def identical(self) -> bool:
@@ -52,7 +52,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Limits in tokens. An answer is cut to what its prompt leaves of `max_length`."""
+    """Limits in tokens. An answer is cut where prompt and answer together reach `max_length`."""
 
     max_prompt: int
     max_length: int
@@ -61,15 +61,15 @@ class Lengths:
 UNLIMITED = Lengths(max_prompt=2**31 - 1, max_length=2**31 - 1)
 
 
-def checked(messages: Any, field: str) -> list[Message]:
-    """A conversation that ends with the assistant's last turn, whose content may be empty.
+def check_messages(messages: Any, field: str) -> list[Message]:
+    """Checks a conversation and cuts it after the assistant's last turn, whose content may be empty.
 
     Raises:
-        BadRow: naming the field.
+        BadRow: the conversation is malformed; the message names the field.
     """
     if not isinstance(messages, list | tuple) or not messages:
         found = "an empty list" if isinstance(messages, list | tuple) else type(messages).__name__
-        parse = ", and JSON in a string is to be parsed first" if isinstance(messages, str) else ""
+        parse = "; if the text is JSON, parse it first" if isinstance(messages, str) else ""
         raise BadRow(f"{field}: expected a list of messages, and found {found}{parse}")
     result = []
     for number, message in enumerate(messages):
@@ -79,8 +79,8 @@ def checked(messages: Any, field: str) -> list[Message]:
         role = message.get("role")
         if role not in ("system", "user", "assistant"):
             raise BadRow(f"{name}.role is {reprlib.repr(role)}: expected system, user or assistant")
-        nothing = role == "assistant" and message.get("content") is None
-        content = "" if nothing else checked_text(message.get("content"), f"{name}.content")
+        no_answer = role == "assistant" and message.get("content") is None
+        content = "" if no_answer else check_text(message.get("content"), f"{name}.content")
         result.append({"role": role, "content": content})
     while result and result[-1]["role"] != "assistant":
         result.pop()
@@ -91,8 +91,8 @@ def checked(messages: Any, field: str) -> list[Message]:
     return result
 
 
-def checked_text(value: Any, field: str) -> str:
-    """`value`, which a tokenizer will take; else BadRow."""
+def check_text(value: Any, field: str) -> str:
+    """Checks that `value` is text that can be tokenized, and returns it; otherwise it raises BadRow."""
     if not isinstance(value, str):
         raise BadRow(f"{field} is {type(value).__name__}: expected text")
     try:
@@ -103,18 +103,19 @@ def checked_text(value: Any, field: str) -> str:
     return value
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names for an error or a note, whatever they are made of."""
+def list_names(names: Iterable[str]) -> str:
+    """A list of names for a message. Long or unprintable names and long lists are shortened."""
     shown = [name if name.isprintable() and len(name) <= 40 else ascii(name[:40]) for name in map(str, names)]
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
 
 
-def prompt_id_of(row: dict[str, Any], number: int) -> int:
-    """The row's own where it is an integer (some datasets have texts there), else its number."""
-    return integer_of(row, "prompt_id", number, 2**63)
+def read_prompt_id(row: dict[str, Any], number: int) -> int:
+    """The row's `prompt_id` if it is an integer (in some datasets it is text), otherwise the row's number."""
+    return read_integer(row, "prompt_id", number, 2**63)
 
 
-def integer_of(row: dict[str, Any], name: str, default: int, end: int) -> int:
+def read_integer(row: dict[str, Any], name: str, default: int, end: int) -> int:
+    """The integer in a column, or `default` where the row has none; BadRow if it is not in [0, end)."""
     value = row.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         return default

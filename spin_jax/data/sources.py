@@ -1,7 +1,7 @@
-"""Datasets as they come: files, directories, hub ids and functions, opened as rows.
+"""Opens datasets as rows: files, directories, hub ids and functions.
 
-Whatever rows come from, they have a length and are dicts by number; `place` says where one stands, as errors
-name it.
+Rows of any source have a length, and each row is a dict that is found by its number. `place` names a row in
+error messages.
 """
 
 import hashlib
@@ -27,47 +27,49 @@ def load_rows(
     revision: str | None = None,
     all_files: bool = False,
 ) -> Any:
-    """Opens a dataset: something with a length and rows as dicts.
+    """Opens a dataset. The result has a length, and its rows are dicts.
 
     Args:
         path: a hub id; a .jsonl, .json or .parquet file; a directory of .jsonl or .parquet files or
             one that `save_to_disk` wrote; or `module:function`, which returns a list of dicts.
-        split: in the syntax of `datasets` (`train`, `train[:1000]`). Of a directory of files it is
-            those whose names begin with it, or for `train` all where none does; of one file, all.
-        name: of a hub dataset's configuration.
-        revision: of a hub dataset.
-        all_files: read every file of a directory, whatever the split.
+        split: in the syntax of `datasets` (`train`, `train[:1000]`). In a directory it selects the files
+            whose names begin with it; if no name begins with `train`, this split has all files. A single
+            file is one split.
+        name: the name of a hub dataset's configuration.
+        revision: the revision of a hub dataset.
+        all_files: whether to read every file of a directory, whatever the split.
 
     Raises:
-        ValueError, FileNotFoundError: naming the path, and the row where that can be told.
+        ValueError, FileNotFoundError: the dataset cannot be read; the message names the path, and the row
+            where it is known.
     """
     base = split.partition("[")[0]
     try:
         if re.fullmatch(r"[\w.]+:\w+", path):
-            rows = _made(path)
+            rows = _function_rows(path)
         elif any(os.path.exists(os.path.join(path, known)) for known in ("state.json", "dataset_dict.json")):
-            rows = _saved(path, base)
+            rows = _saved_rows(path, base)
         elif files := _data_files(path, "" if all_files else base):
             rows = _parquet_rows(files) if files[0].endswith(".parquet") else JsonLines.of(files)
         elif ".." in path or path.startswith(("/", ".")) or path.count("/") > 1:
             raise FileNotFoundError(f"{path}: no such file or directory")
         else:
-            rows, split = _hub(path, name, split, revision), base
+            rows, split = _hub_rows(path, name, split, revision), base
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    rows = _sliced(rows, split, path)
+    rows = _slice(rows, split, path)
     if len(rows) == 0:
         raise ValueError(f"{path}: 0 rows")
     return rows
 
 
 class JsonLines:
-    """Rows of JSON files, parsed when asked for: what is kept is where each one stands.
+    """The rows of JSON files. Only the position of each row is kept; a row is parsed when it is needed.
 
-    A file is a JSON object a line (blank lines are skipped), or, where it ends in .json, may be one list
-    of objects. A row's number is that of its line in its file, or of its place in the list.
+    A file has one JSON object on each line (blank lines are skipped). A .json file may also be one
+    list of objects. A row's number is the number of its line in its file, or its number in the list.
     """
 
     def __init__(self, files: Sequence[str], places: np.ndarray, contents: bytes):
@@ -139,7 +141,7 @@ class JsonLines:
         return hashlib.sha256(self._contents + self._places.tobytes()).hexdigest()
 
 
-_DEEPEST = 100  # levels of JSON: what walks a row by recursion has room for as many
+_DEEPEST = 100  # levels of JSON; code that walks a row by recursion can go so deep
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -197,8 +199,8 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _made(path: str) -> Any:
-    """What `module:function` returns."""
+def _function_rows(path: str) -> Any:
+    """The rows that `module:function` returns."""
     import datasets
 
     made = list(called(path))
@@ -211,13 +213,13 @@ def _made(path: str) -> Any:
         raise ValueError(f"{path}: its rows make no table: {error}") from error
 
 
-def _saved(path: str, split: str) -> Any:
-    """What `save_to_disk` wrote."""
+def _saved_rows(path: str, split: str) -> Any:
+    """The rows that `save_to_disk` wrote."""
     import datasets
 
     try:
         rows = datasets.load_from_disk(path)
-    except Exception as error:  # of whichever part of it is damaged
+    except Exception as error:  # it depends on the part that is damaged
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(rows, datasets.DatasetDict):
         return rows
@@ -254,7 +256,7 @@ def _check_parquet(file: str, *, whole: bool) -> None:
         raise ValueError(f"{file}: 0 rows")
 
 
-def _hub(path: str, name: str | None, split: str, revision: str | None) -> Any:
+def _hub_rows(path: str, name: str | None, split: str, revision: str | None) -> Any:
     import datasets
     from datasets import exceptions
 
@@ -266,8 +268,8 @@ def _hub(path: str, name: str | None, split: str, revision: str | None) -> Any:
         ) from error
 
 
-def _sliced(rows: Any, split: str, path: str) -> Any:
-    """`train[10:20]` of rows that are all of a split."""
+def _slice(rows: Any, split: str, path: str) -> Any:
+    """The slice of a split such as `train[10:20]`, where `rows` are the whole split."""
     base, bracket, _ = split.partition("[")
     if not bracket:
         return rows
@@ -282,7 +284,7 @@ def _sliced(rows: Any, split: str, path: str) -> Any:
 
 
 def _data_files(path: str, split: str) -> list[str]:
-    """The files of a path: one, or those of a directory that the split names; [] where there is none."""
+    """The files of a path: the file itself, or a directory's files of this split; [] where there is none."""
     suffixes = (".jsonl", ".json", ".parquet")
     if os.path.isfile(path):
         if not path.endswith(suffixes):
@@ -308,14 +310,15 @@ def _data_files(path: str, split: str) -> list[str]:
 
 
 def place(rows: Any, number: int, path: str) -> str:
-    """Where a row stands, as errors name it."""
+    """The name of a row in error messages."""
     return rows.place(number) if isinstance(rows, JsonLines) else f"{path}, row {number + 1}"
 
 
 def pinned(path: str, revision: str | None) -> str | None:
-    """The commit that a hub dataset's revision stands for now; None of a dataset that is not the hub's.
+    """The commit that a hub dataset's revision stands for now; None for a dataset that is not on the hub.
 
-    When the hub is out of reach, it is the revision itself: that a dataset has one says that it is the hub's.
+    When the hub cannot be reached, it returns the revision itself, which still shows that the dataset is from
+    the hub.
     """
     if ":" in path or os.path.exists(path) or path.startswith(("/", ".")) or ".." in path:
         return None
@@ -325,4 +328,4 @@ def pinned(path: str, revision: str | None) -> str | None:
     try:
         return HfApi().dataset_info(path, revision=revision).sha
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
-        return revision or "main"  # load_rows takes what the cache holds of it, or says why there is nothing
+        return revision or "main"  # load_rows reads it from the cache, or explains why it cannot

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
-from spin_jax.data.records import checked_text
+from spin_jax.data.records import check_text
 from spin_jax.models.architecture import Model
 from spin_jax.runtime import processes
 from spin_jax.runtime.console import progress
@@ -69,7 +69,7 @@ def _parse_question(row: dict[str, Any]) -> Question:
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"turns is {turns!r:.80}, and should be a list of the user's messages")
     for number, turn in enumerate(turns):
-        checked_text(turn, f"turns[{number}]")
+        check_text(turn, f"turns[{number}]")
     temperature = TEMPERATURES.get(str(row.get("category")), DEFAULT_TEMPERATURE)
     return Question(row["question_id"], tuple(turns), temperature)
 

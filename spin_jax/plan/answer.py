@@ -12,7 +12,7 @@ from spin_jax.plan.suggestion import suggestion
 from spin_jax.plan.time import Assumed, fill_in_times, run_time
 from spin_jax.runtime.console import compact
 from spin_jax.selfplay import from_config
-from spin_jax.training.optimizer import MOMENTS
+from spin_jax.training.optimizer import OPTIMIZERS
 
 
 def plan(run: PlannedRun, assumed: Assumed) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _lora_savings(run: PlannedRun) -> dict[str, Any] | None:
     memory = [estimated_phases(w)["train"].memory for w in (without, run)]
     trained, each = (
         from_config.trained_params(run.config, run.model.config),
-        4 * (1 + MOMENTS[t.optimizer]) / GIB,
+        4 * (1 + OPTIMIZERS[t.optimizer].moments) / GIB,
     )
     return {
         "rank": t.lora_rank,

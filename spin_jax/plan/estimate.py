@@ -13,7 +13,7 @@ from spin_jax.plan.planned_run import PhaseCost, PlannedRun
 from spin_jax.runtime import sharding
 from spin_jax.sampling.continuous import cache_columns, prefill_rows
 from spin_jax.selfplay import from_config
-from spin_jax.training.optimizer import MOMENTS
+from spin_jax.training.optimizer import OPTIMIZERS
 
 
 def _per_device(run: PlannedRun) -> float:
@@ -67,7 +67,7 @@ def _training(run: PlannedRun) -> PhaseCost:
         # JAX then also keeps float32 copies of norms, rotations and gates: twice as much, for a 7B.
         "none": 3 * layer.heads + 14 * D + 7 * layer.wide,
     }[c.train.remat]
-    moments = MOMENTS[c.train.optimizer] * mine
+    moments = OPTIMIZERS[c.train.optimizer].moments * mine
     # The sum of the gradients, to which micro-batches are added in place, and the step's copies of the
     # weights in the dtype of the computation. With adapters there are gradients beside their sums, and the
     # frozen weights have that dtype already.

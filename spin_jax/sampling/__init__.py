@@ -1,1 +1,1 @@
-"""Answers to prompts: the next token, slots in progress, continuous batching."""
+"""Sampling: the next token, the slots of answers in progress, continuous batching."""

@@ -1,8 +1,8 @@
-"""Sampling: the opponent answers prompts, by continuous batching.
+"""Continuous batching: many prompts are answered in a fixed number of slots.
 
-Prompts wait in a queue, the shorter ones first; whenever enough slots are free the next ones are read into
-them, and a few tokens are drawn for every slot at a time. A prompt's answer depends on its own key alone,
-not on its slot or its company.
+Prompts wait in a queue, the shorter ones first. Whenever enough slots are free, the next prompts are read
+into them; then a few tokens are drawn for every slot. An answer depends on its prompt and its key alone, not
+on its slot or on the other answers.
 """
 
 import dataclasses
@@ -21,10 +21,11 @@ from spin_jax.models.decoder import Decoder
 from spin_jax.runtime import sharding
 from spin_jax.runtime.sharding import bucket, round_up
 from spin_jax.sampling.next_token import KEYS, Sampling
-from spin_jax.sampling.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widened
+from spin_jax.sampling.slots import NO_TOKEN, Slots, decode, new_slots, prefill, widen
 
-DECODE_STEPS = 8  # tokens between two looks at which slots are done
-_PREFILL_TOKENS, _FLASH_PREFILL_TOKENS = 4096, 8192  # the latter of each device
+DECODE_STEPS = 8  # tokens that a call of `decode` draws for each slot
+_PREFILL_TOKENS = 4096  # prompt tokens that a call of `prefill` reads
+_FLASH_PREFILL_TOKENS = 8192  # the same with the flash kernel, for each device
 
 
 def answer_prompts(
@@ -45,26 +46,28 @@ def answer_prompts(
 
     Args:
         decoder: the model; `params` come from `sampling_params`.
-        keys: one a prompt, from `prompt_keys`.
-        slots: answers in progress at a time; rounded up to the mesh.
-        limits: tokens of each answer, where they are less than `sampling.max_new_tokens`.
-        stopped: asked now and then whether the answer to a prompt, by its number, can end with the tokens
-            that it has; it may have some more than it needs.
-        on_chunk: told the prompts answered and tokens sampled since it was called last; may raise to stop.
+        keys: a random key for each prompt, from `prompt_keys`.
+        slots: answers in progress at a time, rounded up to a multiple of the mesh's batch shards.
+        limits: the most tokens of each answer, where this is less than `sampling.max_new_tokens`.
+        stopped: called now and then with a prompt's number and the tokens of its answer so far; it returns
+            whether the answer may end. The answer may have a few more tokens than it needs.
+        on_chunk: called with the numbers of prompts answered and tokens sampled since the last call. It may
+            raise an exception to stop.
 
     Returns:
-        the answers in the order of the prompts, each with its stop token if it met one.
+        the answers in the order of the prompts. An answer that met a stop token ends with it.
     """
     if not len(prompts):
         return []
-    most = np.full(len(prompts), sampling.max_new_tokens)
-    most = most if limits is None else np.minimum(most, limits)
-    # How many tokens at most is data to the programs: other limits compile nothing.
-    how = {"sampling": dataclasses.replace(sampling, max_new_tokens=1), "stop_tokens": stop_tokens}
-    queue = _Queue(decoder, params, prompts, np.asarray(jax.random.key_data(keys)), most, mesh, slots, how)
+    max_tokens = np.full(len(prompts), sampling.max_new_tokens)
+    max_tokens = max_tokens if limits is None else np.minimum(max_tokens, limits)
+    # The programs get the limits as arrays, so that other limits compile nothing.
+    options = {"sampling": dataclasses.replace(sampling, max_new_tokens=1), "stop_tokens": stop_tokens}
+    key_data = np.asarray(jax.random.key_data(keys))
+    queue = _Queue(decoder, params, prompts, key_data, max_tokens, mesh, slots, options)
     with jax.set_mesh(mesh):
-        while queue.waiting or (queue.holds >= 0).any():
-            queue.begin()
+        while queue.waiting or (queue.prompt_in_slot >= 0).any():
+            queue.fill_slots()
             queue.decode()
             if len(queue.unread) > runs_ahead(mesh):
                 on_chunk(*queue.read(stopped))
@@ -72,32 +75,37 @@ def answer_prompts(
 
 
 def runs_ahead(mesh: jax.sharding.Mesh) -> bool:
-    """Whether a call of `decode` is enqueued before the last one's tokens are read.
+    """Whether the next call of `decode` is enqueued before the tokens of the last one are read.
 
-    An accelerator then never waits for its host, and a slot for one call more until another prompt takes it.
-    A CPU is its own host: the calls that are made for nothing would cost more than the waiting.
+    An accelerator then never waits for its host; in return, a finished slot stays empty for one call more.
+    A CPU is its own host, where the calls for finished slots would cost more than the waiting.
     """
     return mesh.devices.flat[0].platform != "cpu"
 
 
 def fixed_steps(mesh: jax.sharding.Mesh) -> bool:
-    """Whether a call of `decode` makes all its steps, so that a GPU runs them without asking its host."""
+    """Whether a call of `decode` always runs all its steps, so that a GPU need not wait for its host."""
     return mesh.devices.flat[0].platform in ("gpu", "cuda")
 
 
-_Begun = tuple[list[int], np.ndarray, Any]  # of a prefill: prompts, their rows, all rows' first tokens
+class _Prefill(NamedTuple):
+    """A call of `prefill` whose tokens have not been read."""
+
+    prompts: list[int]
+    rows: np.ndarray  # the row of each prompt
+    first_tokens: Any  # the first token of every row's answer
 
 
-class _Call(NamedTuple):
+class _Decode(NamedTuple):
     """A call of `decode` whose tokens have not been read."""
 
-    begun: list[_Begun]  # just before it
-    holds: np.ndarray  # the prompt in each slot, −1 in a free one
-    drawn: Any
+    prefills: list[_Prefill]  # the calls just before it
+    prompt_in_slot: np.ndarray  # the prompt in each slot, −1 in a free one
+    tokens: Any  # [slots, DECODE_STEPS]
 
 
 class _Queue:
-    """Prompts that wait, answers in progress, and answers."""
+    """The prompts that wait, the answers in progress and the finished answers, by the prompts' numbers."""
 
     def __init__(
         self,
@@ -105,111 +113,115 @@ class _Queue:
         params: Params,
         prompts: Sequence[Ids],
         key_data: np.ndarray,
-        most: np.ndarray,
+        max_tokens: np.ndarray,
         mesh: jax.sharding.Mesh,
         slots: int,
-        how: dict[str, Any],
+        options: dict[str, Any],
     ):
-        self.decoder, self.params, self.mesh, self.how = decoder, params, mesh, how
-        self.prompts, self.key_data, self.most = prompts, key_data, most
+        self.decoder, self.params, self.mesh, self.options = decoder, params, mesh, options
+        self.prompts, self.key_data, self.max_tokens = prompts, key_data, max_tokens
         self.shards = sharding.batch_shards(mesh)
         self.waiting = deque(np.argsort([len(prompt) for prompt in prompts], kind="stable").tolist())
         self.answers: list[list[int]] = [[] for _ in prompts]
-        self.holds = np.full(round_up(slots, self.shards), -1)  # the prompt in each slot
-        self.state: Any = None  # Slots, from the first prompts on
-        self.begun: list[_Begun] = []  # since the last call of `decode`
-        self.unread: deque[_Call] = deque()
+        self.prompt_in_slot = np.full(round_up(slots, self.shards), -1)  # −1: the slot is free
+        self.state: Any = None  # Slots, once the first prompts have been read
+        self.prefills: list[_Prefill] = []  # the calls since the last call of `decode`
+        self.unread: deque[_Decode] = deque()
 
-    def begin(self) -> None:
+    def fill_slots(self) -> None:
         """Reads prompts into free slots, as long as there are enough of both."""
-        slots, shards = len(self.holds), self.shards
+        slots, shards = len(self.prompt_in_slot), self.shards
         while self.waiting:
             P, size = self._next_shape()
-            rows, into = _places(self.holds < 0, size, shards)
+            rows, free_slots = _rows_and_free_slots(self.prompt_in_slot < 0, size, shards)
             group = list(itertools.islice(self.waiting, len(rows)))
             if len(group) < min(len(self.waiting), 0.75 * size):
                 break
             rows = rows[: len(group)]
-            columns = _columns(self.decoder, self.prompts, self.most, group)
+            columns = _columns(self.decoder, self.prompts, self.max_tokens, group)
             self.state = _with_columns(self.state, self.decoder, slots, columns)
-            places = np.full(size, slots, np.int32)
-            places[rows] = into[: len(group)]
-            filled = np.full(size, group[0])  # a filler row reads the first prompt
-            filled[rows] = group
-            arrays = (*_prompt_arrays(self.prompts, self.most, self.key_data, filled, P), places)
-            *arrays, data, placed = sharding.put_batch(self.mesh, arrays)
-            keys = jax.random.wrap_key_data(data, impl=KEYS)
-            self.state, first = prefill(
-                self.decoder, self.params, self.state, *arrays, keys, placed, **self.how
+            into = np.full(size, slots, np.int32)  # past the end: a row of padding fills no slot
+            into[rows] = free_slots[: len(group)]
+            prompt_in_row = np.full(size, group[0])  # a row of padding reads the first prompt
+            prompt_in_row[rows] = group
+            arrays = _prompt_arrays(self.prompts, self.max_tokens, self.key_data, prompt_in_row, P)
+            *arrays, key_data, into_sharded = sharding.put_batch(self.mesh, (*arrays, into))
+            keys = jax.random.wrap_key_data(key_data, impl=KEYS)
+            self.state, first_tokens = prefill(
+                self.decoder, self.params, self.state, *arrays, keys, into_sharded, **self.options
             )
-            self.begun.append((group, rows, sharding.everywhere(first)))
-            self.holds[rows // (size // shards) * (slots // shards) + places[rows]] = group
+            self.prefills.append(_Prefill(group, rows, sharding.everywhere(first_tokens)))
+            self.prompt_in_slot[rows // (size // shards) * (slots // shards) + into[rows]] = group
             for _ in group:
                 self.waiting.popleft()
 
     def _next_shape(self) -> tuple[int, int]:
-        """(tokens that the next prompts are padded to, rows of the program that reads them)."""
+        """The shape of the next prefill: (tokens that its prompts are padded to, rows)."""
 
         def rows(P: int) -> int:
-            return prefill_rows(len(self.holds), P, self.shards, self.decoder.kernel)
+            return prefill_rows(len(self.prompt_in_slot), P, self.shards, self.decoder.kernel)
 
-        def padded(number: int) -> int:
+        def padded_length(number: int) -> int:
             return bucket(len(self.prompts[self.waiting[number]]))
 
-        P = padded(min(rows(padded(0)), len(self.waiting)) - 1)
+        P = padded_length(min(rows(padded_length(0)), len(self.waiting)) - 1)
         return P, rows(P)
 
     def decode(self) -> None:
         """Enqueues the next tokens of all slots."""
-        how = {**self.how, "steps": DECODE_STEPS, "fixed": fixed_steps(self.mesh)}
-        self.state, drawn = decode(self.decoder, self.params, self.state, **how)
-        self.unread.append(_Call(self.begun, self.holds.copy(), sharding.everywhere(drawn)))
-        self.begun = []
+        options = {**self.options, "steps": DECODE_STEPS, "fixed": fixed_steps(self.mesh)}
+        self.state, tokens = decode(self.decoder, self.params, self.state, **options)
+        call = _Decode(self.prefills, self.prompt_in_slot.copy(), sharding.everywhere(tokens))
+        self.unread.append(call)
+        self.prefills = []
 
     def read(self, stopped: Callable[[int, list[int]], bool] | None) -> tuple[int, int]:
         """Waits for the oldest call's tokens and frees slots; returns (prompts answered, tokens sampled)."""
         call, answered, sampled = self.unread.popleft(), 0, 0
-        for group, rows, first in call.begun:
-            for i, token in zip(group, np.asarray(first)[rows], strict=True):
+        for group, rows, first_tokens in call.prefills:
+            for i, token in zip(group, np.asarray(first_tokens)[rows], strict=True):
                 self.answers[i].append(int(token))
             sampled += len(group)
-        for slot, row in enumerate(np.asarray(call.drawn)):
-            i = int(call.holds[slot])
-            if i < 0 or self.holds[slot] != i:  # freed since the call was made: its tokens are no one's
+        for slot, row in enumerate(np.asarray(call.tokens)):
+            i = int(call.prompt_in_slot[slot])
+            if i < 0 or self.prompt_in_slot[slot] != i:  # the slot was freed after this call was enqueued
                 continue
             answer, new = self.answers[i], row[row != NO_TOKEN].tolist()
             answer += new
             sampled += len(new)
-            done = answer[-1] in self.how["stop_tokens"] or len(answer) >= self.most[i]
-            # One that is only `stopped` goes on in its slot, unread, until another prompt takes it.
+            done = answer[-1] in self.options["stop_tokens"] or len(answer) >= self.max_tokens[i]
+            # An answer that `stopped` ends goes on in its slot, unread, until another prompt takes the slot.
             if done or (stopped is not None and stopped(i, answer)):
-                self.holds[slot] = -1
+                self.prompt_in_slot[slot] = -1
                 answered += 1
         return answered, sampled
 
 
 def prefill_rows(slots: int, longest: int, shards: int, kernel: str) -> int:
-    """Prompts read at a time: few, so that slots do not wait for company, but some thousand tokens' worth.
+    """How many prompts a call of `prefill` reads.
+
+    They are few, so that free slots wait only briefly, but have some thousand tokens together.
 
     Args:
-        longest: tokens of the longest one.
-        kernel: of attention. `flash` reads as many on each device; of plain attention's scores one device
-            has no room for so many.
+        longest: tokens of the longest prompt.
+        kernel: the attention kernel. With `flash` each device reads so many tokens; plain attention stores
+            its scores, for which a device has less room.
     """
     if kernel == "flash":
         return shards * max(1, min(slots // shards // 4, _FLASH_PREFILL_TOKENS // bucket(longest)))
     return round_up(max(1, min(slots // 4, _PREFILL_TOKENS // bucket(longest))), shards)
 
 
-def _places(free: np.ndarray, size: int, shards: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows of a prefill, the free slot that each goes to, counted within its shard), to be filled in order.
+def _rows_and_free_slots(free: np.ndarray, size: int, shards: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a prefill in the order to fill them, and the free slot of each, counted within its shard.
 
-    A row stays on its device: its cache need not travel. The shards with most free slots come first.
+    A row's slot is on the row's own device, so that its cache is not moved between devices. The shards with
+    the most free slots come first.
     """
     free = free.reshape(shards, -1)
     each = size // shards
     order = np.argsort(-free.sum(axis=1), kind="stable")
-    slots = [np.flatnonzero(own)[:each] for own in free]
+    slots = [np.flatnonzero(of_shard)[:each] for of_shard in free]
     chosen = [
         (s * each + turn, slots[s][turn]) for turn in range(each) for s in order if turn < len(slots[s])
     ]
@@ -217,27 +229,28 @@ def _places(free: np.ndarray, size: int, shards: int) -> tuple[np.ndarray, np.nd
     return rows, into
 
 
-def _prompt_arrays(prompts, most, key_data, filled: np.ndarray, P: int) -> tuple[np.ndarray, ...]:
-    """(tokens [rows, P] padded on the left, lengths, limits, key data) of the prompts of those numbers."""
-    tokens = np.zeros((len(filled), P), np.int32)
-    for row, i in enumerate(filled):
+def _prompt_arrays(prompts, max_tokens, key_data, prompt_in_row: np.ndarray, P: int) -> list[np.ndarray]:
+    """[tokens [rows, P] padded on the left, lengths, limits, key data] of the prompt of each row."""
+    tokens = np.zeros((len(prompt_in_row), P), np.int32)
+    for row, i in enumerate(prompt_in_row):
         tokens[row, P - len(prompts[i]) :] = prompts[i]
-    lengths = np.array([len(prompts[i]) for i in filled], np.int32)
-    return tokens, lengths, most[filled].astype(np.int32), key_data[filled]
+    lengths = np.array([len(prompts[i]) for i in prompt_in_row], np.int32)
+    return [tokens, lengths, max_tokens[prompt_in_row].astype(np.int32), key_data[prompt_in_row]]
 
 
-def _columns(decoder: Decoder, prompts, most, group: list[int]) -> int:
-    """Columns that the answers of a group need."""
-    longest = max(len(prompts[i]) + int(most[i]) for i in group)
+def _columns(decoder: Decoder, prompts, max_tokens, group: list[int]) -> int:
+    """The columns of the cache that the answers of a group need."""
+    longest = max(len(prompts[i]) + int(max_tokens[i]) for i in group)
     return cache_columns(decoder.config, longest)
 
 
 def cache_columns(config: ModelConfig, longest: int) -> int:
-    """Columns of a cache for so many tokens: never more than the model's window."""
+    """The columns of a cache for sequences of up to `longest` tokens; never more than the model's window."""
     return min(bucket(longest), config.longest_window or bucket(longest))
 
 
 def _with_columns(state: Slots | None, decoder: Decoder, slots: int, columns: int) -> Slots:
+    """The slots with at least so many columns; new slots where there are none yet."""
     if state is None:
         return new_slots(decoder, slots, columns)
-    return state if columns <= state.cache.columns else widened(state, columns)
+    return state if columns <= state.cache.columns else widen(state, columns)

@@ -1,4 +1,4 @@
-"""Answers by a model in memory: `spin_jax.generate`, and what evaluation asks of a model."""
+"""Answers of a model in memory: `spin_jax.generate` for users, and `answer` for evaluation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,20 +27,20 @@ def generate(
     top_p: float | None = None,
     batch_size: int = 32,
 ) -> list[str]:
-    """Answers conversations that wait for an assistant's turn.
+    """Answers conversations whose next turn is the assistant's.
 
     Args:
         model: from `spin_jax.load`.
         conversations: lists of {"role", "content"}.
-        max_new_tokens: where an answer without a stop token is cut.
+        max_new_tokens: the most tokens of an answer; an answer without a stop token is cut there.
         temperature: 0 is greedy.
-        seed: of the draws; the answer of conversation i depends on the seed and i.
-        top_k: draw from the k likeliest tokens only.
-        top_p: draw from the fewest tokens that hold this probability mass.
+        seed: the random seed; the answer to conversation i depends on the seed and on i.
+        top_k: draw only from the k likeliest tokens.
+        top_p: draw only from the fewest tokens that have this probability mass together.
         batch_size: prompts answered at a time.
 
     Returns:
-        the answers' text, without special tokens.
+        the texts of the answers, without special tokens.
 
     Raises:
         ValueError: a prompt and `max_new_tokens` take more positions than the model has.
@@ -84,11 +84,11 @@ def answer(
     batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> list[Ids]:
-    """`answer_prompts` with a copy of the weights made for it.
+    """Makes copies of the weights for sampling, and calls `answer_prompts` with them.
 
     Args:
-        limits: tokens of each answer, at most.
-        batch_size: answers in progress at a time for every copy of the weights.
+        limits: the most tokens of each answer.
+        batch_size: answers in progress at a time for each copy of the weights.
         options: `stopped` and `on_chunk` of `answer_prompts`.
     """
     longest = max(map(len, prompts)) + max(limits)
@@ -112,7 +112,7 @@ def answer(
 def counting(
     update: Callable[[int], object], should_stop: Callable[[], object]
 ) -> Callable[[int, int], None]:
-    """An `on_chunk` that tells a progress bar and asks whether to stop."""
+    """An `on_chunk` for `answer_prompts` that updates a progress bar and then calls `should_stop`."""
 
     def on_chunk(prompts: int, tokens: int) -> None:
         del tokens

@@ -1,4 +1,4 @@
-"""Drawing the next token: temperature, top-k and top-p, each row with a key of its own.
+"""Draws the next token with temperature, top-k and top-p. Each row has its own random key.
 
 Axes: B rows, V vocabulary.
 """
@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from spin_jax.runtime import sharding
 
-KEYS = "threefry2x32"  # whatever JAX's default is: an answer is a function of seed and prompt
+KEYS = "threefry2x32"  # fixed, because an answer must not depend on JAX's default
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: temperature 0 is greedy; top-k, then top-p, as in transformers."""
+    """How the next token is drawn. Temperature 0 is greedy; top-k comes before top-p, as in transformers."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -30,7 +30,7 @@ class Sampling:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1")
-        if self.temperature != 0 and not 1e-30 <= self.temperature <= 1e30:  # float32 holds no smaller ones
+        if self.temperature != 0 and not 1e-30 <= self.temperature <= 1e30:  # float32 holds these
             raise ValueError(f"temperature={self.temperature}: 0 (greedy), or from 1e-30 to 1e30")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: at least 1, or unset")
@@ -41,7 +41,7 @@ class Sampling:
 def prompt_keys(
     seed: int, iteration: int, prompt_ids: Sequence[int], sample_id: int | Sequence[int] = 0
 ) -> Array:
-    """One key an answer: fold_in(seed, iteration, prompt, sample), whatever the batch."""
+    """A key for each answer: fold_in(seed, iteration, prompt, sample). It does not depend on the batch."""
     base = jax.random.fold_in(jax.random.key(seed, impl=KEYS), iteration)
     ids = np.asarray(prompt_ids, np.int64).astype(np.uint64)
     low, high = (ids & 0xFFFFFFFF).astype(np.uint32), (ids >> 32).astype(np.uint32)
@@ -52,32 +52,33 @@ def prompt_keys(
 def _fold(base: Array, low: Array, high: Array, sample_ids: Array) -> Array:
     def fold(low, high, sample_id):
         key = jax.random.fold_in(base, low)
-        key = jnp.where(high > 0, jax.random.fold_in(key, high), key)  # ids beyond 32 bits
+        key = jnp.where(high > 0, jax.random.fold_in(key, high), key)  # for ids of more than 32 bits
         return jax.random.fold_in(key, sample_id)
 
     return jax.vmap(fold)(low, high, sample_ids)
 
 
 def truncate_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Sets to −inf what top-k and top-p leave out; tokens with equal logits stay or go together.
+    """Sets the logits of the tokens that top-k and top-p remove to −inf.
 
-    Top-k keeps a token if fewer than k have a larger logit: exactly. Top-p keeps a token if those with a
-    larger logit have less than top_p of the mass. Both sums are float32: where they are equal within their
-    rounding (1e-6 of the mass or so), the one token, or the equal ones, on the edge may stay or go.
+    Tokens with equal logits are kept or removed together. Top-k keeps a token if fewer than k tokens have a
+    larger logit, exactly. Top-p keeps a token if the tokens with a larger logit have less than top_p of the
+    probability mass. The mass is a float32 sum: at the edge, within its rounding (about 1e-6 of the mass), a
+    token may be kept or removed.
     """
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        counted = jnp.ones_like(logits)  # float32 counts exactly up to 2²⁴
-        logits = jnp.where(_ordered(logits) < _cutoff(logits, counted, sampling.top_k), -jnp.inf, logits)
+        ones = jnp.ones_like(logits)  # float32 counts exactly up to 2²⁴
+        logits = jnp.where(_sortable(logits) < _cutoff(logits, ones, sampling.top_k), -jnp.inf, logits)
     if sampling.top_p is not None and sampling.top_p < 1:
         mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         enough = sampling.top_p * jnp.sum(_blocks(mass).sum(axis=-1), axis=-1)
-        enough = jnp.maximum(enough, jnp.finfo(jnp.float32).tiny)  # the likeliest token always stays
-        logits = jnp.where(_ordered(logits) < _cutoff(logits, mass, enough), -jnp.inf, logits)
+        enough = jnp.maximum(enough, jnp.finfo(jnp.float32).tiny)  # the likeliest token is always kept
+        logits = jnp.where(_sortable(logits) < _cutoff(logits, mass, enough), -jnp.inf, logits)
     return logits
 
 
-def _ordered(logits: Float[Array, "B V"]) -> Int[Array, "B V"]:
-    """Whole numbers in the order of the logits: their bits, those of negative numbers turned round."""
+def _sortable(logits: Float[Array, "B V"]) -> Int[Array, "B V"]:
+    """Integers in the same order as the logits: their bits, which are flipped for negative numbers."""
     bits = lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)  # −0 is 0
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -85,36 +86,36 @@ def _ordered(logits: Float[Array, "B V"]) -> Int[Array, "B V"]:
 def _cutoff(
     logits: Float[Array, "B V"], amounts: Float[Array, "B V"], enough: Float[Array, " B"] | int
 ) -> Int[Array, "B 1"]:
-    """The smallest number, in `_ordered`'s order, such that the tokens above it have less than enough.
+    """The smallest integer, in the order of `_sortable`, above which the amounts sum to less than enough.
 
-    A search that reads the vocabulary a fixed number of times; a sort of it takes several times as long.
-    On a CPU each of 32 passes tries one number. Elsewhere, where starting a kernel takes longer than the
-    sums, each of 8 passes tries 15.
+    The search reads the vocabulary a fixed number of times; sorting it would take several times as long.
+    On a CPU each of 32 passes tries one integer. On other devices, where starting a kernel takes longer than
+    the sums, each of 8 passes tries 15.
     """
-    found = lax.platform_dependent(
-        _ordered(logits),
+    cutoff = lax.platform_dependent(
+        _sortable(logits),
         amounts,
         jnp.asarray(enough, jnp.float32),
         cpu=functools.partial(_search, bits=1),
         default=functools.partial(_search, bits=4),
     )
-    return found[:, None]
+    return cutoff[:, None]
 
 
-def _search(ordered: Array, amounts: Array, enough: Array, *, bits: int) -> Int[Array, " B"]:
-    """The number that `_cutoff` is after, found from its highest bits down, so many of them a pass."""
+def _search(sortable: Array, amounts: Array, enough: Array, *, bits: int) -> Int[Array, " B"]:
+    """Finds the cutoff from its highest bits down, `bits` of them in each pass."""
     lowest = jnp.iinfo(jnp.int32).min
-    ordered, amounts = _blocks(ordered, lowest), _blocks(amounts)
+    sortable, amounts = _blocks(sortable, lowest), _blocks(amounts)
 
-    def narrow(number, low):
+    def find_next_bits(number, low):
         shift = 32 - bits * (number + 1)
-        tried = [low + (jnp.int32(step) << shift) for step in range(1, 2**bits)]
-        above = [jnp.where(ordered > each[:, None, None], amounts, 0).sum(axis=-1) for each in tried]
+        candidates = [low + (jnp.int32(step) << shift) for step in range(1, 2**bits)]
+        above = [jnp.where(sortable > each[:, None, None], amounts, 0).sum(axis=-1) for each in candidates]
         too_low = jnp.stack(above, axis=1).sum(axis=-1) >= enough.reshape(-1, 1)
         return low + (jnp.sum(too_low, axis=-1, dtype=jnp.int32) << shift)
 
-    # The largest number that is still too low, and one more.
-    return lax.fori_loop(0, 32 // bits, narrow, jnp.full_like(ordered[:, 0, 0], lowest)) + 1
+    # The passes find the largest integer that is still too low; the cutoff is the next one.
+    return lax.fori_loop(0, 32 // bits, find_next_bits, jnp.full_like(sortable[:, 0, 0], lowest)) + 1
 
 
 def draw(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, " B"]:
@@ -122,33 +123,35 @@ def draw(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Ar
     logits = sharding.reshard(logits, "batch", None)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # The largest is 0, so that the smallest temperature overflows to −∞ only.
+    # The largest logit becomes 0, so that a very small temperature can only overflow to −∞.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     return _categorical(truncate_logits(logits, sampling), keys)
 
 
-_BLOCK = 256  # sums run over blocks first: that is fast, and rounds less
+_BLOCK = 256  # sums are taken over blocks first, which is fast and rounds less
 
 
 def _blocks(x: Array, fill: float = 0) -> Array:
-    """[B, V] → [B, blocks, 256], filled up at the end."""
+    """Reshapes [B, V] to [B, blocks, 256], padded with `fill` at the end."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _BLOCK)), constant_values=fill).reshape(len(x), -1, _BLOCK)
 
 
 def _categorical(logits: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
-    """Draws by inverting the distribution function, with one uniform number a row.
+    """Draws by inverting the distribution function, with one uniform number for each row.
 
-    Gumbel noise would take a random number for every entry of the vocabulary, which costs as much as
-    projecting to it. The sums run over blocks first, then within the one that was hit. The largest logit
-    is 0.
+    Gumbel noise would need a random number for every entry of the vocabulary, which costs as much as the
+    projection to it. The sums run over blocks first, and then within the block that contains the point.
+
+    Args:
+        logits: the largest of each row is 0.
     """
     weights = _blocks(jnp.exp(logits))
     point = jax.vmap(jax.random.uniform)(keys)
 
     def invert(weights: Float[Array, "B n"], point: Float[Array, " B"]):
-        """The first entry at which the running sum exceeds the point, and what is left of the point."""
+        """The first entry at which the running sum exceeds the point, and the point minus the sum before."""
         sums = jnp.cumsum(weights, axis=-1)
-        # As rounded, they may first exceed the point where there is no weight, or nowhere at all.
+        # Because of rounding they may first exceed the point where the weight is 0, or may never exceed it.
         sums = jnp.minimum(sums, jnp.nextafter(point, jnp.inf)[:, None])
         index = jnp.argmax(jnp.where(weights > 0, sums, -jnp.inf), axis=-1)
         return index, point - jnp.sum(

@@ -1,4 +1,4 @@
-"""How the sampler's copies of the weights and its slots are spread over the devices."""
+"""Spreads the sampler's copies of the weights, and its slots, over the devices."""
 
 import jax
 
@@ -9,14 +9,14 @@ from spin_jax.sampling.continuous import cache_columns
 
 
 def devices_per_copy(model: Model, batch_size: int, longest: int) -> int:
-    """How many devices share one copy of the sampler's weights: as few as have room for it.
+    """How many devices share one copy of the sampler's weights: the fewest that have room for it.
 
-    A device holds its part of the copy and of its slots' cache, beside its part of the float32 weights;
-    a fifth of its memory is left for everything else.
+    A device holds its part of the copy and of the cache, beside its part of the float32 weights. A fifth of
+    its memory is left for everything else.
 
     Args:
-        batch_size: answers in progress at a time for every copy.
-        longest: tokens of the longest prompt together with its answer.
+        batch_size: answers in progress at a time for each copy.
+        longest: tokens of the longest prompt and its answer together.
     """
     chip = chips.chip(model.mesh.devices.flat[0].device_kind)
     if chip is None:
@@ -30,5 +30,5 @@ def devices_per_copy(model: Model, batch_size: int, longest: int) -> int:
 
 
 def sampling_mesh(model: Model, devices_each: int) -> jax.sharding.Mesh:
-    """The model's devices, `devices_each` of which share a copy of the weights."""
+    """A mesh of the model's devices, in which `devices_each` devices share a copy of the weights."""
     return sharding.make_mesh(-1, 1, devices_each, list(model.mesh.devices.flat))

@@ -1,8 +1,9 @@
-"""Answers in progress, on the device: a fixed number of slots that share a ring cache.
+"""The answers in progress, on the device: a fixed number of slots that share a ring cache.
 
-`prefill` puts prompts into free slots, `decode` draws some tokens for all of them. Every slot writes the
-same column of the cache at each step: no scatter, and no column is ever moved. Axes: B slots, b prompts of
-a prefill, P prompt tokens, S columns of the cache, V vocabulary.
+`prefill` puts prompts into free slots, and `decode` draws the next tokens of all slots. At each step every
+slot writes the same column of the cache, so that there is no scatter and no column is ever moved.
+
+Axes: B slots, b prompts of a prefill, P prompt tokens, S columns of the cache, V vocabulary.
 """
 
 import functools
@@ -20,23 +21,23 @@ from spin_jax.models.decoder import Decoder, forward, output_head, project
 from spin_jax.runtime import sharding
 from spin_jax.sampling.next_token import KEYS, Sampling, draw
 
-NO_TOKEN = -1
+NO_TOKEN = -1  # stands in place of a token where a slot draws none
 
 
 class Slots(NamedTuple):
     """The answers in progress."""
 
     cache: Cache
-    tokens: Int[Array, " B"]  # the last one of each, which the next step takes in
-    positions: Int[Array, " B"]  # of it
+    tokens: Int[Array, " B"]  # the last token of each answer, which the next step reads
+    positions: Int[Array, " B"]  # the position of that token
     counts: Int[Array, " B"]  # tokens drawn so far
-    limits: Int[Array, " B"]  # tokens to be drawn at most
+    limits: Int[Array, " B"]  # most tokens to draw
     keys: Array  # [B]; the n-th token is drawn with fold_in(key, n)
-    done: Bool[Array, " B"]  # ended, or never begun
+    done: Bool[Array, " B"]  # whether the slot is free: its answer has ended, or it never had one
 
 
 def _next_token(head, hidden, counts, limits, keys, sampling: Sampling, stop_tokens: tuple[int, ...]):
-    """(the next token of each row, whether it is the last)."""
+    """Draws the next token of each row; returns (token, whether it is the answer's last token)."""
     keys = jax.vmap(jax.random.fold_in)(keys, counts)
     token = draw(project(hidden, head)[:, 0], keys, sampling)
     stops = jnp.any(token[:, None] == jnp.array(stop_tokens, jnp.int32), axis=-1)
@@ -56,13 +57,13 @@ def decode(
     steps: int,
     fixed: bool = False,
 ) -> tuple[Slots, Int[Array, "B steps"]]:
-    """Draws up to `steps` tokens for every slot that is not done; fewer when all are.
+    """Draws up to `steps` tokens for every slot that is not done, and stops early when all slots are done.
 
     Args:
-        fixed: all steps are made, whoever is done: a GPU then need not ask its host before each one.
+        fixed: whether to run all steps in any case. A GPU then does not wait for its host before each step.
 
     Returns:
-        (the slots, the tokens drawn; −1 where a slot was done).
+        the slots, and the tokens drawn; NO_TOKEN where a slot was done.
     """
     head = output_head(decoder, params)
 
@@ -72,8 +73,8 @@ def decode(
 
     def advance(state):
         n, slots, drawn = state
-        here = Layout(slots.positions[:, None], (~slots.done).astype(jnp.int32)[:, None])
-        hidden, cache = forward(decoder, params, slots.tokens[:, None], here, slots.cache)
+        layout = Layout(slots.positions[:, None], (~slots.done).astype(jnp.int32)[:, None])
+        hidden, cache = forward(decoder, params, slots.tokens[:, None], layout, slots.cache)
         token, last = _next_token(head, hidden, slots.counts, slots.limits, slots.keys, sampling, stop_tokens)
         drawn = lax.dynamic_update_slice_in_dim(
             drawn, jnp.where(slots.done, NO_TOKEN, token)[:, None], n, axis=1
@@ -111,13 +112,13 @@ def prefill(
     sampling: Sampling,
     stop_tokens: tuple[int, ...],
 ) -> tuple[Slots, Int[Array, " b"]]:
-    """Reads prompts, padded on the left, draws their first tokens, and puts them into slots.
+    """Reads prompts that are padded on the left, draws the first tokens of their answers, and fills slots.
 
     Args:
-        into: the slot of each prompt, counted among those of its own device; B for a row that is only filler.
+        into: the slot of each prompt, counted among the slots of its own device; B for a row of padding.
 
     Returns:
-        (the slots, the first token of each prompt's answer).
+        the slots, and the first token of each prompt's answer.
     """
     b, P = tokens.shape
     positions = jnp.arange(P) - (P - lengths[:, None])
@@ -132,7 +133,7 @@ def prefill(
     S = ring.columns
 
     def columns(new: Array) -> Array:
-        """The prompt's last S columns, the ring's next column after them; all others empty."""
+        """The prompt's last S columns, so that the ring's next column follows them; the rest is empty."""
         new = lax.slice_in_dim(new, max(P - S, 0), P, axis=2)
         return jnp.roll(jnp.pad(new, [(0, 0), (0, 0), (max(S - P, 0), 0), (0, 0)]), ring.column, axis=2)
 
@@ -150,7 +151,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("decoder", "slots", "columns"))
 def new_slots(decoder: Decoder, slots: int, columns: int) -> Slots:
-    """Empty ones, with a cache of so many columns."""
+    """Empty slots, with a cache of so many columns."""
 
     def zeros(dtype: Any) -> Array:
         return jnp.zeros(slots, dtype, out_sharding=sharding.spec("batch"))
@@ -163,22 +164,22 @@ def new_slots(decoder: Decoder, slots: int, columns: int) -> Slots:
     return Slots(cache, zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32), keys, done)
 
 
-def widened(slots: Slots, columns: int) -> Slots:
-    """The same slots with more columns: the old ones come last, in the order they were written.
+def widen(slots: Slots, columns: int) -> Slots:
+    """The same slots with more columns: the old columns come last, in the order in which they were written.
 
-    `slots` are used up, a layer at a time: there is no room for two caches.
+    The old cache is deleted layer by layer, because there may be no room for two caches.
     """
     cache = slots.cache
 
-    def widen(x: Array) -> Array:
-        wider = _widened(x, cache.column, columns=columns)
+    def widen_layer(x: Array) -> Array:
+        wider = _add_columns(x, cache.column, columns=columns)
         x.delete()
         return wider
 
-    keys, values = tuple(map(widen, cache.keys)), tuple(map(widen, cache.values))
+    keys, values = tuple(map(widen_layer, cache.keys)), tuple(map(widen_layer, cache.values))
     return slots._replace(cache=Cache(keys, values, column=jnp.zeros_like(cache.column)))
 
 
 @functools.partial(jax.jit, static_argnames="columns")
-def _widened(x: Array, column: Array, *, columns: int) -> Array:
+def _add_columns(x: Array, column: Array, *, columns: int) -> Array:
     return jnp.pad(jnp.roll(x, -column, axis=2), [(0, 0), (0, 0), (columns - x.shape[2], 0), (0, 0)])

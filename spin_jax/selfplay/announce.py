@@ -15,7 +15,7 @@ from spin_jax.selfplay import from_config
 from spin_jax.selfplay.inputs import all_examples, datasets_of, read_inputs
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
-from spin_jax.training.optimizer import MOMENTS
+from spin_jax.training.optimizer import OPTIMIZERS
 
 
 def length_table(prepared: Prepared) -> str:
@@ -53,7 +53,7 @@ def run_overview(prepared: Prepared, finished: int) -> str:
     trained = from_config.trained_params(c, model.config)
     frozen = count * model.dtype.itemsize if rank else 0
     # float32 weights and gradients, and the optimizer's moments
-    copies = 2 + MOMENTS[c.train.optimizer]
+    copies = 2 + OPTIMIZERS[c.train.optimizer].moments
     gib = (trained * 4 * copies + frozen) / (model.mesh.shape["fsdp"] * model.mesh.shape["tensor"]) / 2**30
     mesh = " × ".join(f"{name} {size}" for name, size in model.mesh.shape.items())
     source = c.model.path or "initialized here"
@@ -89,7 +89,7 @@ def _disk(prepared: Prepared, finished: int, parameters: int, trained: int) -> s
     """What the iterations to come will write, and how much room there is."""
     c, left = prepared.config, len(prepared.iterations) - finished
     iteration = parameters * (4 + prepared.model.dtype.itemsize)  # float32 parameters, and the export
-    steps = (c.checkpoint.keep + 1) * trained * 4 * (1 + MOMENTS[c.train.optimizer])
+    steps = (c.checkpoint.keep + 1) * trained * 4 * (1 + OPTIMIZERS[c.train.optimizer].moments)
     need = left * iteration + (steps if left else 0)
     room = files.free(prepared.workdir)
     text = f"{need / 2**30:.2f} GiB for {left} iterations to come, step checkpoints included"

@@ -47,7 +47,7 @@ class Evaluation:
         reference = np.array([s.opponent for s in scored], np.float32)
         score = np.array([s.pair.score or 0.0 for s in scored], np.float32)
         policy, opponent = (logps_type(roles)(*logps.T) for logps in (policy, reference))
-        loss, metrics = self._objective.of(policy, opponent, np.float32(beta), score)
+        loss, metrics = self._objective.loss_and_metrics(policy, opponent, np.float32(beta), score)
         columns = {name: np.asarray(values) for name, values in {"loss": loss, **metrics}.items()}
         columns |= {f"{role}_reference": reference[:, n] for n, role in enumerate(roles)}
         pairs = [s.pair for s in scored]

@@ -16,7 +16,7 @@ from spin_jax.data.chat import Chat
 from spin_jax.data.examples import load_examples, split_held_out
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.pairs import load_pairs
-from spin_jax.data.records import Example, Lengths, Pair, asked
+from spin_jax.data.records import Example, Lengths, Pair, prompt_turns
 from spin_jax.evaluate import verifiers
 from spin_jax.models import loading, tokenizers, weight_files
 from spin_jax.models.architecture import Model, Params
@@ -209,7 +209,9 @@ def datasets_of(config: Config, read: Inputs) -> list[list[Example]]:
         iterations = range(config.selfplay.start, config.selfplay.iterations)
         if absent := [t for t in iterations if t not in read.given]:
             raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")
-        unique = {asked(p.real_messages): p for t in sorted(read.given, reverse=True) for p in read.given[t]}
+        unique = {
+            prompt_turns(p.real_messages): p for t in sorted(read.given, reverse=True) for p in read.given[t]
+        }
         pairs = sorted(unique.values(), key=lambda pair: pair.prompt_id)
         return [[Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs]]
     loaded: dict[str, list[Example]] = {}
@@ -252,10 +254,10 @@ def held_out_of(config: Config, examples: Sequence[Example]) -> list[Example]:
 def without_held_out(datasets: Sequence[list[Example]], held_out: Sequence[Example]) -> list[list[Example]]:
     """The datasets without the held-out examples, and without the same prompts in later datasets."""
     ids = {example.prompt_id for example in held_out}
-    prompts = {asked(example.messages) for example in held_out} if len(datasets) > 1 else set()
+    prompts = {prompt_turns(example.messages) for example in held_out} if len(datasets) > 1 else set()
 
     def is_kept(example: Example, later: bool) -> bool:
-        return example.prompt_id not in ids and not (later and asked(example.messages) in prompts)
+        return example.prompt_id not in ids and not (later and prompt_turns(example.messages) in prompts)
 
     return [[e for e in examples if is_kept(e, examples is not datasets[0])] for examples in datasets]
 

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from spin_jax.data import parquet
-from spin_jax.data.records import Example, Ids, Pair, asked
+from spin_jax.data.records import Example, Ids, Pair, prompt_turns
 from spin_jax.errors import MissingInput
 from spin_jax.models.architecture import Params
 from spin_jax.runtime.console import compact, progress
@@ -88,9 +88,9 @@ class Opponent:
         run = self._run
         train, test = run.examples(t), run.held_out
         if t in run.given:  # their ids may belong to another dataset, so a prompt is known by its text
-            held_out = {asked(example.messages) for example in run.held_out}
-            train = [pair for pair in run.given[t] if asked(pair.real_messages) not in held_out]
-            test = [pair for pair in run.given[t] if asked(pair.real_messages) in held_out]
+            held_out = {prompt_turns(example.messages) for example in run.held_out}
+            train = [pair for pair in run.given[t] if prompt_turns(pair.real_messages) not in held_out]
+            test = [pair for pair in run.given[t] if prompt_turns(pair.real_messages) in held_out]
         size = run.config.sampling.shard_size
         result = []
         for split, items in (("train", train), ("test", test)):

@@ -15,7 +15,7 @@ from etils import epath
 from spin_jax import config_values
 from spin_jax.config import Config
 from spin_jax.data.chat import Chat
-from spin_jax.data.records import Example, Pair, asked
+from spin_jax.data.records import Example, Pair, prompt_turns
 from spin_jax.evaluate import verifiers
 from spin_jax.models import lora
 from spin_jax.models.architecture import Model, Params
@@ -248,10 +248,10 @@ def _check_start_answers(prepared: Prepared) -> None:
             "loss.answers has the role start, which after selfplay.start selfplay.pairs=0=PATH gives"
         )
     origin = min([c.selfplay.start, *given])
-    prompts = {asked(e.messages) for e in (*prepared.datasets[0], *prepared.held_out)}
-    prompts = {asked(p.real_messages) for p in given[origin]} if origin in given else prompts
+    prompts = {prompt_turns(e.messages) for e in (*prepared.datasets[0], *prepared.held_out)}
+    prompts = {prompt_turns(p.real_messages) for p in given[origin]} if origin in given else prompts
     for t, pairs in given.items():
-        if absent := [pair for pair in pairs if asked(pair.real_messages) not in prompts]:
+        if absent := [pair for pair in pairs if prompt_turns(pair.real_messages) not in prompts]:
             raise ValueError(
                 f"selfplay.pairs: the start does not answer the prompt with prompt_id "
                 f"{absent[0].prompt_id} of iteration {t}, and loss.answers asks for its answer"

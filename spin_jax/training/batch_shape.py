@@ -1,4 +1,4 @@
-"""Which shape of micro-batch wastes least on the data at hand."""
+"""Chooses the shape of the micro-batches that wastes least on the data at hand."""
 
 import numpy as np
 
@@ -8,11 +8,8 @@ from spin_jax.runtime import sharding
 from spin_jax.runtime.sharding import round_up
 from spin_jax.training.packing import RowShape, pack
 
-_MOST_GROUPS = 64  # of a row: it sizes arrays of single numbers
-_TRIALS = 16, 512  # steps packed for every length tried, and groups: whichever is more
-
-
-# --- shapes --------------------------------------------------------------------------------------
+_MOST_GROUPS = 64  # groups of a row at most; some arrays have this size
+_TRIAL_STEPS, _TRIAL_GROUPS = 16, 512  # for every length so many steps are packed, or so many groups if more
 
 
 def row_shape(
@@ -25,10 +22,10 @@ def row_shape(
     tokens_per_device: int,
     row_length: int | None = None,
 ) -> RowShape:
-    """`choose_shape` with what attention and a micro-batch cost on the model's devices.
+    """`choose_shape` with the costs of attention and of a micro-batch on the model's devices.
 
     Args:
-        kernel: how attention is computed: plain, splash or flash.
+        kernel: the attention kernel: plain, splash or flash.
     """
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
     return choose_shape(
@@ -37,11 +34,11 @@ def row_shape(
         batch_size=batch_size,
         shards=sharding.batch_shards(model.mesh),
         tokens_per_device=tokens_per_device,
-        # Plain scores cost their softmax beside the matmuls, splash skips what causality hides, and flash all
-        # that is not of a token's own group, however long the row.
+        # The plain kernel also computes the softmax of all scores. Splash skips the scores after a token, and
+        # flash skips all scores outside of a token's own group, so that long rows cost it nothing.
         attention=cost.score_share(model.config) * {"plain": 1.5, "splash": 0.5, "flash": 0}[kernel],
-        # Accelerators: reading weights and adding up gradients takes as long as some hundred tokens. A CPU
-        # needs milliseconds to get going (2 at 100 GFLOP/s): all or nothing, by the size of the model.
+        # On an accelerator, reading the weights and adding up the gradients takes as long as some hundred
+        # tokens. A CPU needs about 2 ms to start (at 100 GFLOP/s), which is many tokens of a small model.
         overhead=2e8 / (3 * cost.forward_flops(model.config, 1, 1, 0)) if on_cpu else 256,
         granule=16 if kernel == "plain" else 128,
         row_length=row_length,
@@ -62,22 +59,22 @@ def choose_shape(
     row_length: int | None = None,
     unshared: bool = False,
 ) -> RowShape:
-    """The micro-batch that wastes least, found by packing a few steps of groups as they are expected.
+    """The shape that wastes least, found by packing the expected groups of a few steps.
 
-    Longer rows leave less at their ends and pay more for attention; larger micro-batches leave more of the
-    last one empty, and read and add up the weights less often.
+    Longer rows waste less at their ends, but cost more attention. Larger micro-batches leave more of the last
+    one empty, but read the weights and add up gradients less often.
 
     Args:
-        expected: `sizes` of the groups as far as they are known, int [groups, 3].
-        largest: the most that any group can take, int [3].
+        expected: `sizes` of the groups that are known, int [groups, 3].
+        largest: the largest size that a group can have, int [3].
         batch_size: groups of a step.
-        shards: rows are a multiple of it.
-        tokens_per_device: of one micro-batch, at most (unless one row is longer).
-        attention: what a token's look at another costs, in units of the rest of a token.
-        overhead: what a micro-batch costs whatever is in it, in tokens a device.
+        shards: the number of rows is a multiple of it.
+        tokens_per_device: the most tokens of a micro-batch on a device (unless a single row is longer).
+        attention: the cost of one attention score, in units of the other costs of a token.
+        overhead: the fixed cost of a micro-batch, in tokens per device.
         granule: lengths are multiples of it.
-        row_length: takes the place of the search over lengths.
-        unshared: the shape has `unshared`, for splash attention.
+        row_length: the length of the rows; None searches for the best one.
+        unshared: whether the shape needs `unshared`, as for splash attention.
 
     Raises:
         ValueError: row_length is shorter than a group can be.
@@ -89,9 +86,9 @@ def choose_shape(
     lengths = {round_up(int(shortest * factor), granule) for factor in factors}
     if row_length is not None:
         lengths = {round_up(row_length, granule)}
-    rng, some = np.random.default_rng(0), min(batch_size, len(expected))
-    trials = max(_TRIALS[0], _TRIALS[1] // some)
-    steps = [expected[rng.choice(len(expected), some, replace=False)] for _ in range(trials)]
+    rng, groups = np.random.default_rng(0), min(batch_size, len(expected))
+    trials = max(_TRIAL_STEPS, _TRIAL_GROUPS // groups)
+    steps = [expected[rng.choice(len(expected), groups, replace=False)] for _ in range(trials)]
     fewest = max(int(expected[:, 0].min()), 1)
     best: tuple[float, RowShape] | None = None
     for T in sorted(lengths):

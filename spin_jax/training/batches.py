@@ -1,4 +1,4 @@
-"""The batches of a training step: as many micro-batches of one fixed shape as its groups need."""
+"""Makes the batches of the training steps. A batch is a number of micro-batches of one fixed shape."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +16,17 @@ from spin_jax.training.packing import Rows, RowShape, packed, pair_group
 
 
 class PairBatch(NamedTuple):
-    """Rows of pairs; answer 0 is the human one, answer 1 the generated one, unless a loss has other roles."""
+    """Packed rows of pairs. Answer 0 is human and answer 1 generated, unless the loss has other roles."""
 
     rows: Rows
-    opponent: Any  # float32 [N, G, A]: the opponent's log-probs of each role's answer
-    identical: Any  # float32 [N, G]: 1 where the human and the generated answer are the same ids
-    score: Any  # float32 [N, G]: what a scorer gave the generated one, 0 without
+    opponent: Any  # float32 [N, G, A]: the opponent's log-probability of each answer
+    identical: Any  # float32 [N, G]: 1 where the human and the generated answer have the same token ids
+    score: Any  # float32 [N, G]: the scorer's score of the generated answer, or 0
 
 
 class ScoredPair(NamedTuple):
     pair: Pair
-    opponent: tuple[float, ...]  # log-probs of each role's answer
+    opponent: tuple[float, ...]  # the opponent's log-probability of each role's answer
 
 
 def pair_batches(
@@ -35,7 +35,7 @@ def pair_batches(
     unattended: int | None = None,
     roles: Sequence[str] = PAIR,
 ) -> list[PairBatch]:
-    """As many micro-batches as the pairs need."""
+    """Packs pairs into as many micro-batches as they need."""
     opponent = np.array([[0.0] * len(roles), *(s.opponent for s in scored)], np.float32)
     identical = np.array([0.0, *(s.pair.identical for s in scored)], np.float32)
     score = np.array([0.0, *(s.pair.score or 0.0 for s in scored)], np.float32)
@@ -44,13 +44,13 @@ def pair_batches(
 
 
 def filled_tokens(batch: Rows | PairBatch) -> int:
-    """Tokens that are no padding, a shared prompt's counted once."""
+    """The number of tokens without padding; a prompt counts once for all its answers."""
     rows = batch.rows if isinstance(batch, PairBatch) else batch
     return int(np.count_nonzero(rows.layout.segments))
 
 
 def stacked(parts: Sequence[Any], count: int) -> Any:
-    """Micro-batches [N, …] → one step's batch [count, N, …]; those that are missing are empty: zeros."""
+    """Stacks micro-batches [N, …] into one step's batch [count, N, …], filled up with empty ones (zeros)."""
 
     def stack(*arrays: np.ndarray) -> np.ndarray:
         return np.stack([*arrays, *[np.zeros_like(arrays[0])] * (count - len(arrays))])
@@ -59,7 +59,7 @@ def stacked(parts: Sequence[Any], count: int) -> Any:
 
 
 def as_npz(batch: Any, decode: Callable[[list[list[int]]], list[str]]) -> bytes:
-    """A step's batch for people and numpy.load: its arrays [M, N, …], and each row's `text`."""
+    """A step's batch as a file for numpy.load: its arrays [M, N, …], and the `text` of each row to read."""
     flat, _ = jax.tree_util.tree_flatten_with_path(batch)
     arrays = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
     tokens = next(array for name, array in arrays.items() if name.endswith("tokens"))
@@ -69,7 +69,7 @@ def as_npz(batch: Any, decode: Callable[[list[list[int]]], list[str]]) -> bytes:
     return buffer.getvalue()
 
 
-# --- steps ---------------------------------------------------------------------------------------
+# --- the order of the batches --------------------------------------------------------------------
 
 
 def training_steps(examples: int, batch_size: int, epochs: int) -> int:
@@ -87,10 +87,13 @@ def batches(
     epochs: int,
     start: int,
 ) -> Iterator[Any]:
-    """The batches [M, N, …] of steps `start`, `start` + 1, …: a pure function of seed and step.
+    """The batches [M, N, …] of the steps `start`, `start` + 1, …; each depends only on the seed and its step.
 
-    Every epoch is a new permutation of all items; grain's threads collate ahead of the steps. M is the most
-    micro-batches that `batch_size` groups can need; the step runs those that hold some.
+    Every epoch is a new permutation of all items. grain's threads prepare batches in advance. M is the most
+    most micro-batches that `batch_size` groups can need; the step runs only those that are not empty.
+
+    Args:
+        collate: turns the items of a batch into its micro-batches.
     """
     most = -(-batch_size // shape.rows)
     dataset = (
@@ -105,9 +108,9 @@ def batches(
 
 
 def rows_flops(c: ModelConfig, rows: Rows) -> float:
-    """`forward_flops` of packed rows: every token once, logits of responses, causal attention."""
-    # A token sees its own sequence up to itself, or the window: its position, and one more.
-    positions, tokens = rows.layout.positions + 1, rows.layout.segments != 0
-    windows = [window or positions.size for window in c.windows]
-    seen = np.mean([np.sum(np.minimum(positions, window), where=tokens) for window in windows])
+    """`forward_flops` of packed rows: every token counts once, and only responses have logits."""
+    # A token attends to its own sequence up to itself, or to the window: at position p, to p + 1 tokens.
+    attended, tokens = rows.layout.positions + 1, rows.layout.segments != 0
+    windows = [window or attended.size for window in c.windows]
+    seen = np.mean([np.sum(np.minimum(attended, window), where=tokens) for window in windows])
     return forward_flops(c, filled_tokens(rows), int(rows.lengths.sum()), float(seen))

@@ -1,4 +1,4 @@
-"""The loss that a config names, and what can be wrong with one of one's own: told before training starts."""
+"""Finds the loss that a config names, and checks a user's own loss before training starts."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ from spin_jax.config import Config
 from spin_jax.runtime import sharding
 from spin_jax.runtime.user_code import import_function
 
-# Roles that a row can have; each is a field of chat.Pair, too.
+# The roles that the answers of a row can have; each is also a field of `data.records.Pair`.
 KNOWN_ROLES = ("real", "generated", "start")
 
 
@@ -37,10 +37,10 @@ def find(name: str) -> losses.Loss:
 
 
 def roles(c: Config) -> tuple[str, ...]:
-    """The answers that a row has: those that loss.answers names, or those that the loss is known to want.
+    """The roles of the answers that a row has: those in loss.answers, or the ones that the loss needs.
 
     Raises:
-        ValueError: loss.answers names others, or leaves out `generated`.
+        ValueError: loss.answers names an unknown role, or leaves out `generated`.
     """
     if not c.answers:
         return losses.ROLES.get(c.name, losses.PAIR)
@@ -54,7 +54,7 @@ def roles(c: Config) -> tuple[str, ...]:
 
 @functools.cache
 def logps_type(names: tuple[str, ...]) -> Any:
-    """The NamedTuple that losses get of these roles: one class for each, as compiled programs want it."""
+    """The NamedTuple of these roles that a loss gets. Equal roles give the same class, which jit requires."""
     return losses.PairLogps if names == losses.PAIR else namedtuple("Logps", names)
 
 
@@ -81,7 +81,7 @@ def options(c: Config) -> dict[str, float]:
 def make(c: Config) -> losses.Loss:
     """The config's loss, with its options and NLL term.
 
-    Of equal configs it is the same object, so that they share the programs compiled with it.
+    Equal configs give the same object, so that they share the programs compiled with it.
     """
     return _bound(find(c.name), c.nll_weight, tuple(options(c).items()))
 
@@ -94,12 +94,12 @@ def _bound(loss: losses.Loss, nll_weight: float, chosen: tuple[tuple[str, float]
 def _parameters(loss: losses.Loss) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(loss).parameters)
-    except (TypeError, ValueError):  # some callables have none
+    except (TypeError, ValueError):  # some callables have no signature
         return {}
 
 
 def takes_score(c: Config) -> bool:
-    """Whether the loss asks for what selfplay.scorer gives."""
+    """Whether the loss has the parameter `score`, which selfplay.scorer provides."""
     return "score" in _parameters(find(c.name))
 
 
@@ -109,28 +109,32 @@ _ROWS = 8
 
 
 def check(c: Config, mesh: jax.sharding.Mesh | None = None) -> None:
-    """Checks what the config says of its loss, and calls one's own as training will, on made-up log-probs.
+    """Checks the config of the loss, and calls a user's own loss as training will, on random log-probs.
 
     Args:
-        mesh: traces one's own for that, instead.
+        mesh: if given, the user's own loss is only traced for this mesh, and not run.
 
     Raises:
-        ValueError: there is no such loss; it fails, has another shape than [B], or is not finite where an
-            iteration begins; or what it returns for a row is no function of that row's log-probs.
+        ValueError: no such loss exists; it raises an error, returns another shape than [B], is not finite
+            where an iteration begins, or depends on more than the log-probs of a row.
     """
     loss, names, chosen = find(c.name), roles(c), options(c)
-    problem = _of_signature(loss, chosen) or _of_roles(c, names)
+    problem = _signature_problem(loss, chosen) or _roles_problem(c, names)
     try:
         if ":" in c.name and not problem:
-            tried = [_of_values(c, names, beta) for beta in dict.fromkeys(c.beta)] if mesh is None else []
-            problem = next(filter(None, tried), "") if mesh is None else _trace_on_mesh(c, names, mesh)
-    except Exception as error:  # it can raise anything
-        problem = _told(error, names)
+            if mesh is None:
+                problems = [_values_problem(c, names, beta) for beta in dict.fromkeys(c.beta)]
+                problem = next(filter(None, problems), "")
+            else:
+                _trace_on_mesh(c, names, mesh)
+    except Exception as error:  # a user's own loss can raise anything
+        problem = _error_problem(error, names)
     if problem:
         raise ValueError(f"loss.name={c.name!r}: {problem}")
 
 
-def _of_signature(loss: losses.Loss, chosen: Mapping[str, float]) -> str:
+def _signature_problem(loss: losses.Loss, chosen: Mapping[str, float]) -> str:
+    """What is wrong with the loss's parameters; "" for nothing."""
     parameters = _parameters(loss)
     if not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return ""
@@ -144,7 +148,8 @@ def _of_signature(loss: losses.Loss, chosen: Mapping[str, float]) -> str:
     )
 
 
-def _of_roles(c: Config, names: Sequence[str]) -> str:
+def _roles_problem(c: Config, names: Sequence[str]) -> str:
+    """What is wrong with the answers that the rows have; "" for nothing."""
     wanted = losses.ROLES.get(c.name, losses.PAIR) if c.name in losses.LOSSES else ()
     if lacking := [role for role in wanted if role not in names]:
         return f"it wants {', '.join(wanted)}, and loss.answers={c.answers!r} leaves out {lacking[0]}"
@@ -153,12 +158,12 @@ def _of_roles(c: Config, names: Sequence[str]) -> str:
     return ""
 
 
-def _of_values(c: Config, names: tuple[str, ...], beta: float) -> str:
+def _values_problem(c: Config, names: tuple[str, ...], beta: float) -> str:
     """What is wrong with the values and gradients of a few rows; "" for nothing."""
     loss, kind = make(c), logps_type(names)
     rng = np.random.default_rng(0)
     opponent = rng.uniform(-60, -5, (len(names), _ROWS)).astype(np.float32)
-    moved = rng.normal(size=opponent.shape) * min(1 / beta, 5.0)  # margins of a size that is met
+    moved = rng.normal(size=opponent.shape) * min(1 / beta, 5.0)  # margins of a realistic size
     score = {"score": np.linspace(0, 1, _ROWS, dtype=np.float32)} if takes_score(c) else {}
 
     def value(policy: Any, beta: Any, rows: int = _ROWS) -> Any:
@@ -167,13 +172,13 @@ def _of_values(c: Config, names: tuple[str, ...], beta: float) -> str:
 
     @jax.jit
     def evaluated(policy: Any, beta: Any) -> tuple[Array, Array]:
-        """The values and their gradient; β is an argument, as it is in training."""
+        """The values and their gradient; β is an argument, as in training."""
         return value(policy, beta), jax.grad(lambda policy: value(policy, beta).sum())(policy)
 
     away = (opponent + moved).astype(np.float32)
     first = jax.jit(value)(away, np.float32(beta))
-    if wrong := _of_shape(first):
-        return wrong
+    if problem := _shape_problem(first):
+        return problem
     values, gradient = map(np.asarray, evaluated(away, np.float32(beta)))
     at_start = tuple(map(np.asarray, evaluated(opponent, np.float32(beta))))
     start = ", where policy equals opponent, as it does when an iteration begins"
@@ -181,8 +186,10 @@ def _of_values(c: Config, names: tuple[str, ...], beta: float) -> str:
         for what, array in zip(("value", "gradient"), numbers, strict=True):
             if not np.isfinite(array).all():
                 return f"its {what} is {array[~np.isfinite(array)][0]}{where}"
-    same = functools.partial(np.allclose, rtol=1e-4, atol=1e-3 * max(1.0, beta))  # sums of β × 60 nats
-    if not same(values, first):  # traced twice
+    same = functools.partial(
+        np.allclose, rtol=1e-4, atol=1e-3 * max(1.0, beta)
+    )  # values are about β × 60 nats
+    if not same(values, first):  # the loss was traced twice
         return (
             "the same log-probs give another loss each time: it has to be a function of its arguments "
             "alone, without random numbers or state"
@@ -198,7 +205,8 @@ def _of_values(c: Config, names: tuple[str, ...], beta: float) -> str:
     return ""
 
 
-def _of_shape(values: Any) -> str:
+def _shape_problem(values: Any) -> str:
+    """What is wrong with the shape and dtype of the loss; "" for nothing."""
     shape = getattr(values, "shape", None)
     if shape is None:
         return f"it returns {type(values).__name__}: an array [B] is wanted, a number a row"
@@ -210,8 +218,8 @@ def _of_shape(values: Any) -> str:
     return ""
 
 
-def _trace_on_mesh(c: Config, names: tuple[str, ...], mesh: jax.sharding.Mesh) -> str:
-    """As the training step does: its arguments are spread over the mesh. It raises what is wrong."""
+def _trace_on_mesh(c: Config, names: tuple[str, ...], mesh: jax.sharding.Mesh) -> None:
+    """Traces the loss as the training step does, with arguments sharded over the mesh."""
     row = jax.ShapeDtypeStruct((2 * mesh.size,), jnp.float32, sharding=sharding.batch_layout(mesh))
     logps = logps_type(names)(*[row] * len(names))
     score = {"score": row} if takes_score(c) else {}
@@ -221,18 +229,19 @@ def _trace_on_mesh(c: Config, names: tuple[str, ...], mesh: jax.sharding.Mesh) -
 
     with jax.set_mesh(mesh):
         jax.eval_shape(jax.grad(total), logps, logps, jax.ShapeDtypeStruct((), jnp.float32), **score)
-    return ""
 
 
-def _told(error: Exception, names: Sequence[str]) -> str:
-    """What it raised, where, and what may help."""
+def _error_problem(error: Exception, names: Sequence[str]) -> str:
+    """The error that the loss raised, where it was raised, and a hint."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "site-packages" not in f.filename and f.filename != __file__]
     place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
-    said, hint = str(error).strip().split("\n")[0], ""
+    message, hint = str(error).strip().split("\n")[0], ""
     if isinstance(error, jax.errors.JAXTypeError):
         hint = ". JAX traces it: jnp.where in place of if, jnp in place of np and float()"
-    elif isinstance(error, AttributeError) and "Logps" in said:
+    elif isinstance(error, AttributeError) and "Logps" in message:
         more = ",".join(dict.fromkeys((*names, *KNOWN_ROLES)))
         hint = f". Rows have the answers {', '.join(names)}; --config.loss.answers={more} adds others"
-    return f"called as loss(policy, opponent, beta=β) it fails: {type(error).__name__}: {said}{place}{hint}"
+    return (
+        f"called as loss(policy, opponent, beta=β) it fails: {type(error).__name__}: {message}{place}{hint}"
+    )

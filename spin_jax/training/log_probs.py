@@ -1,4 +1,4 @@
-"""Log-probabilities of responses: what the loss is made of, for policy and opponent alike.
+"""Log-probabilities of the answers, which the loss is computed from. Policy and opponent share this code.
 
 Axes: N rows, T tokens, R response tokens, G groups of a row, A answers of a group, V vocabulary.
 """
@@ -21,58 +21,62 @@ from spin_jax.runtime import sharding
 from spin_jax.runtime.sharding import bucket, round_up
 from spin_jax.training.packing import Group, Rows, RowShape, packed
 
-_CHUNK_LOGITS = 2**25  # float32: 128 MiB, or 1,024 tokens of a vocabulary of 32,768
-_FEW_LOGITS = 2**21  # 8 MiB: not worth a loop
-_CHUNKS = 4  # at least, where there are more: those without a response's token cost nothing
+_CHUNK_LOGITS = 2**25  # logits of one chunk; float32: 128 MiB, or 1,024 tokens of a vocabulary of 32,768
+_FEW_LOGITS = 2**21  # 8 MiB: fewer logits than these are computed in one chunk
+_FEWEST_CHUNKS = 4  # of more logits than that: a chunk in which no response has a token costs nothing
 
 
 def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "N G A"]:
-    """Σ log p(token | tokens before it) over the tokens of each answer; float32, in nats, 0 for none.
+    """Σ log p(token | tokens before it) over the tokens of each answer, in nats and float32; 0 for no answer.
 
-    Differentiable in `params`. The same function scores the opponent and trains the policy.
+    It is differentiable in `params`. The same function scores the opponent and trains the policy.
     """
     hidden, _ = forward(decoder, params, rows.tokens, rows.layout)
-    # float32 outside of the loop over chunks: there the head's gradients are added up.
+    # The head is float32 outside of the loop, so that the gradients of the chunks are added up in float32.
     head = output_head(decoder, params).astype(jnp.float32)
     N, G, A = rows.lengths.shape
 
-    def logps(predictors, targets, owners):
-        logits, of_targets = _predicted(hidden, head.astype(decoder.dtype), predictors, targets)
-        tokens = of_targets - jax.nn.logsumexp(logits, axis=-1)
-        own = owners[..., None] == jnp.arange(1, G * A + 1)
-        return jnp.sum(jnp.where(own, tokens[..., None], 0.0), axis=1)
+    def chunk_logps(predictors, targets, owners):
+        logits, target_logits = _chunk_logits(hidden, head.astype(decoder.dtype), predictors, targets)
+        token_logps = target_logits - jax.nn.logsumexp(logits, axis=-1)
+        is_owner = owners[..., None] == jnp.arange(1, G * A + 1)
+        return jnp.sum(jnp.where(is_owner, token_logps[..., None], 0.0), axis=1)
 
-    def nothing(predictors, targets, owners):
+    def zeros(predictors, targets, owners):
         del predictors, targets, owners
         return jnp.zeros((N, G * A), out_sharding=sharding.spec("batch", None))
 
-    @jax.checkpoint  # the backward pass projects again: logits are never kept
+    @jax.checkpoint  # the backward pass computes the logits again, so that they are never stored
     def add_chunk(total, chunk):
-        some = jnp.any(chunk[-1] > 0)
-        return total + jax.lax.cond(some, logps, nothing, *chunk), None
+        has_tokens = jnp.any(chunk[-1] > 0)
+        return total + jax.lax.cond(has_tokens, chunk_logps, zeros, *chunk), None
 
-    chunks = _chunks(rows, decoder.config.vocab_size)
-    total, _ = jax.lax.scan(add_chunk, nothing(*chunks), chunks)
+    chunks = _split_into_chunks(rows, decoder.config.vocab_size)
+    total, _ = jax.lax.scan(add_chunk, zeros(*chunks), chunks)
     return total.reshape(N, G, A)
 
 
-def _predicted(
+def _chunk_logits(
     hidden: Float[Array, "N T D"], head: Head, predictors: Int[Array, "N C"], targets: Int[Array, "N C"]
 ) -> tuple[Float[Array, "N C V"], Float[Array, "N C"]]:
-    """The logits of a chunk's predictors, and among them those of its targets."""
+    """The logits at the C predictors of a chunk, and the logit of each one's target."""
     logits = project(jnp.take_along_axis(hidden, predictors[..., None], axis=1), head)
-    # A masked sum, not a gather: it needs no communication where the vocabulary is split.
+    # A masked sum needs no communication where the vocabulary is split over devices; a gather would.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     return logits, jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
 
 
-def _chunks(rows: Rows, vocab_size: int) -> tuple[Array, Array, Array]:
-    """(predictors, targets, owners), each [chunks, N, columns]."""
+def _split_into_chunks(rows: Rows, vocab_size: int) -> tuple[Array, Array, Array]:
+    """Splits the response tokens into chunks.
+
+    Returns:
+        predictors, targets and owners, each [chunks, N, columns].
+    """
     N, R = rows.owners.shape
-    local = N // sharding.batch_shards()
-    columns = max(1, min(_CHUNK_LOGITS // (local * vocab_size), R))
-    if local * R * vocab_size > _FEW_LOGITS:
-        columns = min(columns, -(-R // _CHUNKS))
+    rows_per_shard = N // sharding.batch_shards()
+    columns = max(1, min(_CHUNK_LOGITS // (rows_per_shard * vocab_size), R))
+    if rows_per_shard * R * vocab_size > _FEW_LOGITS:
+        columns = min(columns, -(-R // _FEWEST_CHUNKS))
     count = -(-R // columns)
 
     def split(x: Int[Array, "N R"]) -> Int[Array, "chunks N columns"]:
@@ -84,7 +88,7 @@ def _chunks(rows: Rows, vocab_size: int) -> tuple[Array, Array, Array]:
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
 def score_rows(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "N G A"]:
-    """`response_logps`, compiled."""
+    """`response_logps` as a compiled program."""
     return response_logps(decoder, params, rows)
 
 
@@ -92,35 +96,36 @@ def score_rows(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "N 
 def score_tokens(
     decoder: Decoder, params: Params, rows: Rows
 ) -> tuple[Float[Array, "N R"], Bool[Array, "N R"]]:
-    """log p of each response's token, and whether no other token was likelier; 0 and False where none is.
+    """log p of each response token, and whether no other token was likelier; 0 and False where there is none.
 
     Args:
-        rows: `lengths` and `items` are not looked at, and may be None.
+        rows: `lengths` and `items` are not read, and may be None.
     """
     hidden, _ = forward(decoder, params, rows.tokens, rows.layout)
     head = output_head(decoder, params)
 
-    def score(predictors, targets, owners):
-        logits, target = _predicted(hidden, head, predictors, targets)
-        greedy = target >= jnp.max(logits, axis=-1)
-        there = owners > 0
-        return jnp.where(there, target - jax.nn.logsumexp(logits, axis=-1), 0.0), greedy & there
+    def chunk_scores(predictors, targets, owners):
+        logits, target_logits = _chunk_logits(hidden, head, predictors, targets)
+        greedy = target_logits >= jnp.max(logits, axis=-1)
+        is_token = owners > 0
+        logps = target_logits - jax.nn.logsumexp(logits, axis=-1)
+        return jnp.where(is_token, logps, 0.0), greedy & is_token
 
-    def nothing(predictors, targets, owners):
+    def zeros_and_false(predictors, targets, owners):
         del targets, owners
         zeros = jnp.zeros(predictors.shape, out_sharding=sharding.spec("batch", None))
         return zeros, zeros > 0
 
     def score_chunk(chunk):
-        return jax.lax.cond(jnp.any(chunk[-1] > 0), score, nothing, *chunk)
+        return jax.lax.cond(jnp.any(chunk[-1] > 0), chunk_scores, zeros_and_false, *chunk)
 
     N, R = rows.owners.shape
-    logps, greedy = jax.lax.map(score_chunk, _chunks(rows, decoder.config.vocab_size))
+    logps, greedy = jax.lax.map(score_chunk, _split_into_chunks(rows, decoder.config.vocab_size))
 
-    def joined(x: Array) -> Array:
+    def join_chunks(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(N, -1)[:, :R]
 
-    return joined(logps), joined(greedy)
+    return join_chunks(logps), join_chunks(greedy)
 
 
 def score_groups(
@@ -133,10 +138,12 @@ def score_groups(
     unattended: int | None = None,
     on_batch: Callable[[int], None] = lambda groups: None,
 ) -> Float[np.ndarray, "groups A"]:
-    """Log-probs of the answers of any number of groups, in their order.
+    """Log-probabilities of the answers of any number of groups, in the order of the groups.
 
     Args:
-        on_batch: told how many groups a micro-batch has scored; may raise to stop.
+        unattended: a token id that no token attends to (only for `config.official`).
+        on_batch: called after each micro-batch with the number of groups in it. It may raise an exception to
+            stop the scoring.
 
     Raises:
         ValueError: a group is longer than a row.
@@ -145,9 +152,9 @@ def score_groups(
     with jax.set_mesh(mesh):
         for rows in packed(groups, shape, unattended):
             logps = sharding.to_host(score_rows(decoder, params, sharding.put_batch(mesh, rows)))
-            there = rows.items > 0
-            scores[rows.items[there] - 1] = logps[there]
-            on_batch(int(there.sum()))
+            filled = rows.items > 0
+            scores[rows.items[filled] - 1] = logps[filled]
+            on_batch(int(filled.sum()))
     return scores
 
 
@@ -168,7 +175,7 @@ def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
 
     Args:
         model: from `spin_jax.load`.
-        tokens: int [B, T]; what stands right of a row's end does not change the logits before it.
+        tokens: int [B, T]; the padding at the right of a row does not change the logits before it.
 
     Returns:
         float32 logits; entry [b, t] predicts token t + 1.
@@ -185,19 +192,19 @@ def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
     with jax.set_mesh(model.mesh):
         placed = sharding.put_batch(model.mesh, (filled, layout))
         host = sharding.to_host(_logits(_decoder(model), model.params, *placed))[:B]
-    # On one device, hence outside of the mesh: what a user does with it next is not the mesh's business.
+    # The result is on one device and outside of the mesh, so that users can compute with it as they like.
     return jnp.asarray(host)
 
 
 def score(
     model: Model, conversations: Sequence[list[Message]], *, batch_size: int = 8
 ) -> Float[np.ndarray, " B"]:
-    """Summed log p(last assistant turn | what stands before it), in nats.
+    """Summed log p(last assistant turn | the conversation before it), in nats.
 
     Args:
         model: from `spin_jax.load`.
         conversations: lists of {"role", "content"}, each ending with an assistant's turn.
-        batch_size: rows that a program runs at a time; a row has room for the longest conversation.
+        batch_size: rows that the model runs at a time; a row has room for the longest conversation.
 
     Raises:
         ValueError: a conversation is malformed.

@@ -1,4 +1,4 @@
-"""The loop over training steps: reports, checkpoints, interruptions."""
+"""The loop over training steps, with metrics, checkpoints and interruptions."""
 
 import dataclasses
 import time
@@ -18,14 +18,15 @@ from spin_jax.training.step import Metrics, Step, TrainState
 
 @dataclasses.dataclass
 class Loop:
-    """What surrounds the steps of one training phase."""
+    """How the loop of one training phase runs."""
 
     steps: int  # steps of this phase
-    save_every: int  # steps between checkpoints; an interruption makes one too
-    most_skipped: int  # steps in a row that may be not finite, less one
-    # Told each step's metrics, in order, and the share of its time that was spent waiting for the batch.
+    save_every: int  # steps between checkpoints; an interruption saves one too
+    most_skipped: int  # so many steps in a row that are not finite end the run
+    # Called after each step with its number, its metrics, and the share of time spent waiting for the batch.
     on_step: Callable[[int, dict[str, float], float], None]
-    should_stop: Callable[[], Any]  # asked while a step runs: a signal's number or 0, or what will be one
+    # Called while a step runs. Returns a signal's number or 0, or an object that becomes this number later.
+    should_stop: Callable[[], Any]
 
 
 def fit(
@@ -44,58 +45,61 @@ def fit(
     """Runs the steps `start` … `loop.steps` − 1.
 
     Args:
-        state: donated.
-        batches: those of step `start` and after; arrays are [M, N, …].
-        learning_rates: one a step of the schedule.
-        scalars: of the objective, the same for all steps.
-        frozen: the weights under the adapters, where the state is of those.
+        state: donated to the first step.
+        batches: the batches of step `start` and after, with arrays [M, N, …].
+        learning_rates: the learning rate of each step of the schedule.
+        scalars: the scalars of the objective, which are the same for all steps.
+        frozen: the weights under the adapters, where the state holds adapters.
 
     Raises:
-        Interrupted: `loop.should_stop()`; the state has been saved.
-        NotFinite: nothing of the skipped steps went into the state; the last checkpoint stays.
+        Interrupted: `loop.should_stop` returned a signal; the state has been saved.
+        NotFinite: too many steps in a row were not finite. They did not change the state, and the last
+            checkpoint is kept.
     """
     arguments = {name: np.float32(value) for name, value in scalars.items()}
     pending: tuple[int, Metrics, Any] | None = None
-    clock, waited = time.perf_counter(), 0.0  # when the last report was, and waiting since then
+    last_report, waited = time.perf_counter(), 0.0  # seconds waited for batches since the last report
 
-    def report(item: tuple[int, Metrics, Any]) -> None:
-        nonlocal clock, waited
-        number, metrics, batch = item
+    def report(finished: tuple[int, Metrics, Any]) -> None:
+        nonlocal last_report, waited
+        number, metrics, batch = finished
         values = {name: float(value) for name, value in metrics.items()}  # waits for the device
-        before, clock = clock, time.perf_counter()
+        now = time.perf_counter()
+        seconds, last_report = now - last_report, now
         values["learning_rate"] = float(learning_rates[number])
-        values["tokens_per_s"] = filled_tokens(batch) / (clock - before)
-        share, waited = waited / (clock - before), 0.0
+        values["tokens_per_s"] = filled_tokens(batch) / seconds
+        share, waited = waited / seconds, 0.0
         loop.on_step(number, values, share)
         if values["skipped"] >= loop.most_skipped:
             raise NotFinite(number, batch)
 
     if loop.save_every < loop.steps:
-        checkpoints.check_room(state)  # now, and not when the work is done
-    source, asked = iter(batches), 0
+        checkpoints.check_room(state)  # before any work could be lost
+    source, signal = iter(batches), 0
     with jax.set_mesh(mesh):
         for number in range(start, loop.steps):
-            began = time.perf_counter()
+            asked_at = time.perf_counter()
             batch = next(source)
-            waited += time.perf_counter() - began
+            waited += time.perf_counter() - asked_at
             placed = sharding.put_batch(mesh, batch, axis=1)
             state, metrics = step(state, placed, learning_rates[number], arguments, frozen)
-            # The device works on this step while the host reports the one before.
+            # The device works on this step while the host reports the previous one.
             if pending is not None:
                 report(pending)
             pending = (number, metrics, batch)
             done = number + 1
-            before, asked = asked, loop.should_stop()  # several processes come to an answer a step later
-            stop = done < loop.steps and (int(before) or (asked if isinstance(asked, int) else 0))
+            # Several processes agree on the signal one step later; a single process knows it now.
+            earlier, signal = signal, loop.should_stop()
+            stop = done < loop.steps and (int(earlier) or (signal if isinstance(signal, int) else 0))
             if stop or (done % loop.save_every == 0 and done < loop.steps):
                 report(pending)
                 pending = None
                 checkpoints.save(done, state)
-                clock = time.perf_counter()  # a step's speed is not the disk's
+                last_report = time.perf_counter()  # saving does not count as a step's time
             if stop:
                 raise Interrupted(stop)
             if pending is None:
-                checkpoints.check_room(state)  # for the next one, while nothing would be lost
+                checkpoints.check_room(state)  # room for the next checkpoint, while nothing would be lost
         if pending is not None:
             report(pending)
     return state

@@ -1,10 +1,12 @@
-"""How parameters follow gradients: optimizers, schedules, clipping.
+"""How parameters follow gradients: optimizers, learning-rate schedules and clipping.
 
-THE FILE TO EDIT FOR ANOTHER OPTIMIZER: a line in OPTIMIZERS, and one in MOMENTS.
+To add another optimizer, add an entry to OPTIMIZERS. No other file has to be edited: the check of
+`train.optimizer` and the memory plan read this table.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +16,22 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class Optimization:
-    """How parameters follow gradients; each field is a config key of `train` and `sft`."""
+    """The options of one training phase; each field is a config key of `train` and `sft`."""
 
-    optimizer: str
+    optimizer: str  # a name in OPTIMIZERS
     learning_rate: float
     schedule: str
     warmup_ratio: float
     weight_decay: float
     momentum: float  # AdamW's β1
-    decay: float  # of the squared gradient: RMSProp's α, AdamW's β2
+    decay: float  # decay rate of the mean squared gradient: RMSProp's α, AdamW's β2
     eps: float
     clip_norm: float | None
-    offload: bool  # the optimizer's state waits in the hosts' memory
+    offload: bool  # whether the optimizer's state stays in the hosts' memory between steps
     batch_size: int
     epochs: int
     schedule_epochs: int | None
-    lora_rank: int | None = None  # of adapters that are trained in place of the weights; None: the weights
+    lora_rank: int | None = None  # the adapters' rank; None trains the weights themselves
     lora_alpha: float = 16.0
     lora_targets: tuple[str, ...] = ()
 
@@ -46,13 +48,13 @@ class Optimization:
         return self.lora_alpha / (self.lora_rank or 1)
 
     def schedule_steps(self, steps: int) -> int:
-        """The length of the schedule that goes with `steps`, those of `epochs`."""
+        """The length of the schedule, where all `epochs` together have `steps` steps."""
         return steps * (self.schedule_epochs or self.epochs) // max(self.epochs, 1)
 
     def learning_rates(self, total: int) -> np.ndarray:
         """Each step's learning rate over a schedule of `total` steps, float32 [total].
 
-        The formulas of transformers' schedulers: with a warm-up, step 0 has 0.
+        The formulas are those of transformers' schedulers: with a warm-up, the rate of step 0 is 0.
         """
         warmup = int(np.ceil(total * self.warmup_ratio))
         peak = self.learning_rate
@@ -65,31 +67,44 @@ class Optimization:
         return np.asarray(jax.vmap(schedule)(jnp.arange(total)), np.float32).reshape(-1)
 
 
-# --- the step ------------------------------------------------------------------------------------
+# --- the optimizers ------------------------------------------------------------------------------
 
-OPTIMIZERS: dict[str, Callable[[Optimization], list[optax.GradientTransformation]]] = {
-    # PyTorch's form: eps outside of the root, no bias correction, L2 in the gradient.
-    "rmsprop": lambda o: [
-        optax.add_decayed_weights(o.weight_decay),
-        optax.scale_by_rms(o.decay, eps=o.eps, eps_in_sqrt=False, bias_correction=False),
-    ],
-    "adamw": lambda o: [
-        optax.scale_by_adam(o.momentum, o.decay, eps=o.eps),
-        optax.add_decayed_weights(o.weight_decay),
-    ],
-    "adafactor": lambda o: [
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.add_decayed_weights(o.weight_decay),
-    ],
+
+class Optimizer(NamedTuple):
+    """One choice of `train.optimizer`."""
+
+    transformations: Callable[[Optimization], list[optax.GradientTransformation]]  # applied in this order
+    moments: int  # numbers that it keeps for each parameter, rounded to a whole number
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    # RMSProp as in PyTorch: eps outside of the root, no bias correction, weight decay added to the gradient.
+    "rmsprop": Optimizer(
+        lambda o: [
+            optax.add_decayed_weights(o.weight_decay),
+            optax.scale_by_rms(o.decay, eps=o.eps, eps_in_sqrt=False, bias_correction=False),
+        ],
+        moments=1,
+    ),
+    "adamw": Optimizer(
+        lambda o: [
+            optax.scale_by_adam(o.momentum, o.decay, eps=o.eps),
+            optax.add_decayed_weights(o.weight_decay),
+        ],
+        moments=2,
+    ),
+    "adafactor": Optimizer(
+        lambda o: [
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(o.weight_decay),
+        ],
+        moments=0,  # it keeps one number for each row and each column of a matrix
+    ),
 }
 
 
-# Numbers that it keeps for each parameter, near enough.
-MOMENTS = {"rmsprop": 1, "adamw": 2, "adafactor": 0}
-
-
 def make_optimizer(options: Optimization) -> optax.GradientTransformation:
-    """Gradients → descent directions; the step multiplies them by −learning_rate."""
+    """Turns gradients into directions; the training step subtracts learning_rate · direction."""
     clip = [] if options.clip_norm is None else [optax.clip_by_global_norm(options.clip_norm)]
-    return optax.chain(*clip, *OPTIMIZERS[options.optimizer](options))
+    return optax.chain(*clip, *OPTIMIZERS[options.optimizer].transformations(options))

@@ -1,11 +1,13 @@
-"""Packed rows of fixed shapes, made in NumPy: nothing here touches a device.
+"""Packs prompts and answers into rows of a fixed shape. It uses NumPy only, and no device.
 
-A row holds several groups: a prompt, once, with each of its answers after it (one in SFT, two in
-self-play), so that nothing is padded but a row's end and no prompt is computed twice. `models/attention.py`
-keeps the answers apart, and `log_probs.py` adds up each one's log-probs. First-fit-decreasing fills the rows.
+A row holds several groups. A group is a prompt, which stands there once, followed by its answers: one in SFT,
+two in self-play. So only the end of a row is padding, and no prompt is computed twice. `models/attention.py`
+keeps the answers apart, and `log_probs.py` adds up the log-probabilities of each answer. First-fit-decreasing
+fills the rows.
 
-Axes: N rows of a micro-batch, T tokens, R response tokens (as many as tokens), G groups of a row, A answers
-of a group. The fields of a batch are NumPy arrays on the host and JAX arrays in a step.
+Axes: N rows of a micro-batch, T tokens, R response tokens (R = T), G groups of a row, A answers of a group,
+U tokens of a row in which every answer has its own prompt. The fields of `Rows` are NumPy arrays on the host
+and JAX arrays in a step.
 """
 
 from collections.abc import Sequence
@@ -18,20 +20,20 @@ from spin_jax.data.records import Example, Ids, Pair
 from spin_jax.kernels.layout import Layout
 from spin_jax.losses import PAIR
 
-_WINDOW = 1024  # groups packed together
+_WINDOW = 1024  # groups packed at a time; the time to pack them grows with the square of their number
 
 
 class RowShape(NamedTuple):
-    """A micro-batch: the same for a whole run, whatever is sampled, so that one program serves it."""
+    """The shape of a micro-batch. It stays the same for a whole run, so that one program is enough."""
 
     rows: int  # N
     length: int  # T
-    groups: int  # G: at most so many of a row
-    unshared: int = 0  # tokens when each answer has a prompt of its own; 0 where attention does not ask
+    groups: int  # G, the most groups of a row
+    unshared: int = 0  # U; 0 where attention does not need it
 
     @property
     def capacity(self) -> np.ndarray:
-        """What a row holds, in the measures of `sizes`."""
+        """How much a row holds, in the three measures of `sizes`."""
         return np.array([self.length, self.unshared or 2**31, self.groups])
 
 
@@ -43,18 +45,15 @@ class Group(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed rows: the model's arguments, and whose log-prob each token is. 0 is none everywhere."""
+    """Packed rows. The responses stand side by side in `predictors`, `targets` and `owners`; 0 means none."""
 
     tokens: Any  # int32 [N, T]
-    layout: Layout  # int32 [N, T], and [N, U] where rows are unshared
-    predictors: Any  # int32 [N, R]: the token whose state predicts a response's token, responses side by side
-    targets: Any  # int32 [N, R]: that response's token
-    owners: Any  # int32 [N, R]: the answer it belongs to, 1 … G · A
+    layout: Layout  # int32 [N, T]; its `unshared` is [N, U] or None
+    predictors: Any  # int32 [N, R]: the index of the token that predicts each response token
+    targets: Any  # int32 [N, R]: the response token
+    owners: Any  # int32 [N, R]: the answer that the token belongs to, 1 … G · A
     lengths: Any  # int32 [N, G, A]: tokens of each answer
-    items: Any  # int32 [N, G]: which of the groups packed this is, from 1
-
-
-# --- packing -------------------------------------------------------------------------------------
+    items: Any  # int32 [N, G]: the number of each group among the groups that were packed, from 1
 
 
 def example_group(example: Example) -> Group:
@@ -66,23 +65,31 @@ def pair_group(pair: Pair, roles: Sequence[str] = PAIR) -> Group:
 
 
 def sizes(prompts: Any, *answers: Any) -> np.ndarray:
-    """What groups take of a row: int [groups, (tokens, unshared tokens, 1)], from lengths [groups]."""
-    prompts, own = np.asarray(prompts), np.sum(answers, axis=0)
-    return np.stack([prompts + own, len(answers) * prompts + own, np.ones_like(prompts)], axis=1)
+    """How much of a row each group takes: int [groups, (tokens, unshared tokens, 1)].
+
+    Args:
+        prompts: the lengths of the prompts, [groups].
+        answers: for each role, the lengths of the answers, [groups].
+    """
+    prompts, total = np.asarray(prompts), np.sum(answers, axis=0)
+    return np.stack([prompts + total, len(answers) * prompts + total, np.ones_like(prompts)], axis=1)
 
 
 def group_sizes(groups: Sequence[Group]) -> np.ndarray:
-    """`sizes` of groups that are there."""
+    """`sizes` of the groups themselves."""
     answers = [[len(answer) for answer in group.answers] for group in groups]
     return sizes([len(group.prompt) for group in groups], *zip(*answers, strict=True))
 
 
 def pack(wanted: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
-    """First-fit-decreasing: the groups of each row, by number.
+    """Decides which groups stand in which row, by first-fit-decreasing.
 
     Args:
-        wanted: from `sizes`.
-        capacity: of a row, in the same measures.
+        wanted: the sizes of the groups, from `sizes`.
+        capacity: how much a row holds, in the same measures.
+
+    Returns:
+        for each row, the numbers of its groups.
 
     Raises:
         ValueError: a group does not fit an empty row.
@@ -93,7 +100,7 @@ def pack(wanted: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
             f"group {too_large[0]} takes {wanted[too_large[0]].tolist()} (tokens, unshared tokens, groups) "
             f"of a row that holds {capacity.tolist()}"
         )
-    left = np.empty((len(wanted), len(capacity)), np.int64)  # of every row opened so far
+    left = np.empty((len(wanted), len(capacity)), np.int64)  # what is left of each row opened so far
     rows: list[list[int]] = []
     for item in np.argsort(-wanted[:, 0], kind="stable"):
         fits = (left[: len(rows)] >= wanted[item]).all(axis=1)
@@ -107,17 +114,17 @@ def pack(wanted: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
 
 
 def packed(groups: Sequence[Group], shape: RowShape, unattended: int | None = None) -> list[Rows]:
-    """As many micro-batches as the groups need.
+    """Packs groups into as many micro-batches as they need.
 
     Args:
-        unattended: a token id that no token attends to (`official`).
+        unattended: a token id that no token attends to (only for `config.official`).
 
     Raises:
         ValueError: a group is longer than a row.
     """
     wanted = group_sizes(groups)
     rows: list[list[int]] = []
-    for first in range(0, len(groups), _WINDOW):  # looking through all rows for each group would be quadratic
+    for first in range(0, len(groups), _WINDOW):
         window = pack(wanted[first : first + _WINDOW], shape.capacity)
         rows += [[first + member for member in row] for row in window]
     chunks = [rows[first : first + shape.rows] for first in range(0, len(rows), shape.rows)]
@@ -148,7 +155,7 @@ def _microbatch(
 
 
 def _fill_row(row: Rows, groups: Sequence[Group], members: list[int], unattended: int | None) -> None:
-    """Lays groups out side by side: prompt, answer, answer."""
+    """Writes groups into a row one after the other: the prompt, then each answer."""
     end = responses = unshared = 0
     for number, item in enumerate(members):
         prompt, answers = groups[item]
@@ -164,7 +171,7 @@ def _fill_row(row: Rows, groups: Sequence[Group], members: list[int], unattended
             row.lengths[number, branch] = n
             span = slice(responses, responses + n)
             row.predictors[span] = np.arange(begin - 1, end - 1)
-            row.predictors[responses] = start + P - 1  # the prompt's end predicts every answer's beginning
+            row.predictors[responses] = start + P - 1  # the prompt's last token predicts every answer's first
             row.targets[span] = answer
             row.owners[span] = number * len(answers) + branch + 1
             responses += n

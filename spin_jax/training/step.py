@@ -1,7 +1,8 @@
-"""Training: one jitted step, and the loop over it.
+"""The training step, which `make_step` jits. The loop over the steps is in `loop.py`.
 
-An objective says what a batch costs; the step is the same for self-play and SFT. Axes: M micro-batches of
-a step, N rows of a micro-batch, G pairs of a row, B = N · G.
+An objective computes the loss of a batch; the step is the same for self-play and SFT.
+
+Axes: M micro-batches of a step, N rows of a micro-batch, G groups of a row, A answers of a group, B = N · G.
 """
 
 import dataclasses
@@ -33,15 +34,15 @@ Metrics = dict[str, Array]
 
 
 class Objective(Protocol):
-    """What a batch costs. Sums, so that micro-batches add up to the large batch."""
+    """Computes the loss of a batch as a sum, so that the micro-batches add up to the whole batch."""
 
     @property
     def decoder(self) -> Decoder:
-        """The model, whose compute dtype the step's copies of the weights have."""
+        """The model. The step casts its copies of the weights to this decoder's dtype."""
         ...
 
     def size(self, batch: Any) -> Array:
-        """What the sums are divided by, counted over the whole batch: []."""
+        """The number that the sums are divided by, counted over the whole batch: []."""
         ...
 
     def __call__(self, params: Params, batch: Any, **scalars: Array) -> tuple[Array, Metrics]:
@@ -51,12 +52,12 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SPIN:
-    """The paper's objective: mean over pairs of ℓ(policy, opponent); and those of other losses of rows."""
+    """The paper's objective: the mean over pairs of ℓ(policy, opponent). Other losses of pairs use it too."""
 
     decoder: Decoder
-    loss: losses.Loss  # from named_loss.make
-    roles: tuple[str, ...] = losses.PAIR  # of a row's answers
-    takes_score: bool = False  # whether the loss wants `score`, too
+    loss: losses.Loss  # from custom_loss.make
+    roles: tuple[str, ...] = losses.PAIR  # the role of each answer of a group
+    takes_score: bool = False  # whether the loss has the parameter `score`
 
     def size(self, batch: PairBatch) -> Array:
         return jnp.sum(batch.rows.items > 0)
@@ -64,27 +65,28 @@ class SPIN:
     def __call__(self, params: Params, batch: PairBatch, **scalars: Array) -> tuple[Array, Metrics]:
         logps = response_logps(self.decoder, params, batch.rows)
         policy, opponent = (self._by_role(x) for x in (logps, batch.opponent))
-        values, details = self.of(policy, opponent, scalars["beta"], sharding.merged_rows(batch.score))
+        score = sharding.merged_rows(batch.score)
+        values, details = self.loss_and_metrics(policy, opponent, scalars["beta"], score)
         details["identical"] = sharding.merged_rows(batch.identical)
-        # Rows weigh nothing, pairs do: a row's empty places are left out.
+        # Every pair has the same weight, and the empty places of a row have none.
         total = functools.partial(jnp.sum, where=sharding.merged_rows(batch.rows.items) > 0)
         return total(values), {name: total(value) for name, value in details.items()}
 
-    def of(self, policy: Any, opponent: Any, beta: Any, score: Any) -> tuple[Array, Metrics]:
-        """Loss [B] and metrics {name: [B]} of log-probs by role."""
+    def loss_and_metrics(self, policy: Any, opponent: Any, beta: Any, score: Any) -> tuple[Array, Metrics]:
+        """The loss [B] and the metrics {name: [B]} of log-probabilities by role."""
         scores = {"score": score} if self.takes_score else {}
         loss = self.loss(policy, opponent, beta=beta, **scores)
         return loss, losses.metrics(policy, opponent, beta=beta)
 
     def _by_role(self, logps: Array) -> Any:
-        """[N, G, A] → each role's [B]."""
+        """Splits log-probabilities [N, G, A] by role, into a NamedTuple of [B]."""
         columns = (sharding.merged_rows(logps[..., place]) for place in range(len(self.roles)))
         return logps_type(self.roles)(*columns)
 
 
 @dataclasses.dataclass(frozen=True)
 class SFT:
-    """Mean negative log-likelihood a response token."""
+    """The mean negative log-likelihood of the response tokens."""
 
     decoder: Decoder
 
@@ -97,26 +99,28 @@ class SFT:
 
 
 class TrainState(NamedTuple):
-    params: Params  # what is trained: float32 master weights, or with LoRA the adapters
+    params: Params  # the parameters that are trained: float32 master weights, or with LoRA the adapters
     opt_state: Any
-    skipped: Any  # int32 []: steps left out in a row up to now
+    skipped: Any  # int32 []: how many steps were skipped in a row up to now
 
 
 Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_step(objective: Objective, options: Optimization) -> Step:
-    """The jitted training step. Shardings need no pinning: they are part of the arguments' types.
+    """The jitted training step: step(state, batch, learning_rate, scalars, frozen) → (state, metrics).
 
-    step(state, batch, learning_rate, scalars, frozen) → (state, metrics): `batch` holds arrays [M, N, …]; the
-    micro-batches that are not empty run one after another, and their gradients are added up in float32.
-    `state` is donated; `scalars` go to the objective; `frozen` are the weights under adapters, or None.
-    Learning rate and scalars (β) are arguments, so that all iterations share one program. Metrics are those
-    of the parameters before the update.
-    A step whose loss or gradient is not finite leaves parameters and optimizer as they were; the metric
-    `skipped` says how many of those there were in a row.
+    `batch` holds arrays [M, N, …]. The micro-batches that are not empty run one after another, and their
+    gradients are added up in float32. `state` is donated. `scalars` are passed to the objective. `frozen` are
+    the weights under the adapters, or None. The metrics belong to the parameters before the update.
+
+    Learning rate and scalars (β) are arguments, so that all iterations share one program. The shardings are
+    part of the arguments' types.
+
+    A step whose loss or gradient is not finite changes neither the parameters nor the optimizer's state; the
+    metric `skipped` counts such steps in a row.
     """
-    # Only these decide the program: iterations that differ in learning rate or epochs share it.
+    # Learning rate and epochs do not change the program, so iterations that differ in them share it.
     options = dataclasses.replace(options, learning_rate=0.0, epochs=1, schedule_epochs=None)
     return _make_step(objective, options)
 
@@ -141,7 +145,7 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
             metrics = {"loss": loss, **metrics}
             return loss / size, jax.tree.map(lambda total: total / size, metrics)
 
-        # How many micro-batches hold something differs from step to step: the count is data, not shape.
+        # Steps fill different numbers of micro-batches; `count` is an array, so no step is compiled anew.
         filled = jax.vmap(objective.size)(batch) > 0
         count = jnp.max(jnp.where(filled, jnp.arange(1, len(filled) + 1), 0))
         gradients, metrics = summed_gradients(mean_loss, state.params, batch, count, in_place=frozen is None)
@@ -168,53 +172,53 @@ def summed_gradients(
     count: Array | int,
     in_place: bool = True,
 ) -> tuple[Params, Metrics]:
-    """Gradients and metrics of a batch's first `count` micro-batches, added up.
+    """Adds up the gradients and metrics of the first `count` micro-batches of a batch.
 
     Args:
-        loss: (parameters, a micro-batch) → (loss [], metrics {name: []}).
-        params: of the model, or its adapters; the sums have their dtypes.
+        loss: a function (parameters, a micro-batch) → (loss [], metrics {name: []}).
+        params: the weights of the model, or its adapters; the sums have their dtypes.
         batch: arrays [M, …].
-        in_place: the layers' gradients, which are nearly all, are added up where the sums stand, within the
-            backward pass over the layers: no second tree of them exists. `loss` hands "layers" to the
-            decoder as they are, for JAX 0.10 confuses destinations of gradients with gradients by value.
+        in_place: whether the backward pass adds the gradients of the layers, which are nearly all, directly
+            to the sums, so that no second tree of them exists. Then `loss` must pass "layers" to the decoder
+            unchanged, because JAX 0.10 confuses gradients written to a reference with returned gradients.
     """
     sums = jax.tree.map(jnp.zeros_like, params)
-    places = {"layers": jax.tree.map(jax.new_ref, sums.pop("layers"))} if in_place else {}
-    wanted = {**jax.tree.map(lambda _: jax.ad.GradValue(), sums), **places}
+    layer_refs = {"layers": jax.tree.map(jax.new_ref, sums.pop("layers"))} if in_place else {}
+    destinations = {**jax.tree.map(lambda _: jax.ad.GradValue(), sums), **layer_refs}
 
-    def part_of(number: Array | int) -> Any:
+    def microbatch(number: Array | int) -> Any:
         return jax.tree.map(lambda x: x[number], batch)
 
-    def add(number: Array | int, so_far: Any) -> Any:
-        vjp: Any = jax.vjp(lambda p: loss(p, part_of(number)), params, has_aux=True)
+    def add_microbatch(number: Array | int, total: Any) -> Any:
+        vjp: Any = jax.vjp(lambda p: loss(p, microbatch(number)), params, has_aux=True)
         value, backward, metrics = vjp
-        (gradients,) = backward.with_refs(wanted)(jnp.ones_like(value))
-        # The barrier keeps each micro-batch's sum over devices apart: moved out of the loop together with
-        # these additions, it makes the compiler for TPU7x fail (libtpu 0.0.48).
+        (gradients,) = backward.with_refs(destinations)(jnp.ones_like(value))
+        # The barrier keeps the sum over devices of each micro-batch inside the loop. Where the compiler for
+        # TPU7x moves it out of the loop together with these additions, it fails (libtpu 0.0.48).
         more = jax.lax.optimization_barrier(({name: gradients[name] for name in sums}, metrics))
-        return jax.tree.map(jnp.add, so_far, more)
+        return jax.tree.map(jnp.add, total, more)
 
-    metrics = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: loss(params, part_of(0)))[1])
-    sums, metrics = jax.lax.fori_loop(0, count, add, (sums, metrics))
-    return {**sums, **jax.tree.map(lambda place: place[...], places)}, metrics
+    metrics = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: loss(params, microbatch(0)))[1])
+    sums, metrics = jax.lax.fori_loop(0, count, add_microbatch, (sums, metrics))
+    return {**sums, **jax.tree.map(lambda ref: ref[...], layer_refs)}, metrics
 
 
 def init_state(params: Params, options: Optimization, mesh: jax.sharding.Mesh) -> TrainState:
-    """Parameters with a fresh optimizer state, laid out as they are."""
+    """The parameters with a new optimizer state, which is sharded as they are."""
     with jax.set_mesh(mesh):
-        opt_state, skipped = jax.jit(functools.partial(_fresh, options))(params)
+        opt_state, skipped = jax.jit(functools.partial(_new_optimizer_state, options))(params)
         opt_state = sharding.to_host_memory(opt_state) if options.offload else opt_state
         return TrainState(params, opt_state, skipped)
 
 
 def abstract_state(params: Params, options: Optimization, mesh: Any) -> TrainState:
-    """`init_state` of parameters that are shapes and shardings only."""
+    """`init_state` for parameters that are only shapes and shardings."""
     with jax.set_mesh(mesh):
-        fresh = jax.eval_shape(functools.partial(_fresh, options), params)
-    opt_state, skipped = sharding.laid_out(mesh, fresh)
+        shapes = jax.eval_shape(functools.partial(_new_optimizer_state, options), params)
+    opt_state, skipped = sharding.laid_out(mesh, shapes)
     opt_state = sharding.in_host_memory(opt_state) if options.offload else opt_state
     return TrainState(params, opt_state, skipped)
 
 
-def _fresh(options: Optimization, params: Params) -> tuple[Any, Array]:
+def _new_optimizer_state(options: Optimization, params: Params) -> tuple[Any, Array]:
     return make_optimizer(options).init(params), jnp.zeros((), jnp.int32)

@@ -76,7 +76,7 @@ MALFORMED = [
     ({"instruction": "x", "input": {"a": 1}, "output": "y"}, "input is dict: expected text"),
     ({"messages": []}, "messages: expected a list of messages, and found an empty list"),
     ({"messages": {}}, "messages: expected a list of messages, and found dict"),
-    ({"messages": '[{"role": "user"}]'}, "found str, and JSON in a string is to be parsed first"),
+    ({"messages": '[{"role": "user"}]'}, "found str; if the text is JSON, parse it first"),
     ({"messages": ["hello", "there"]}, "messages[0] is str: expected a role and content"),
     (said(QUESTION), "messages: no assistant turn with a prompt before it"),
     (said(("assistant", "3")), "messages: no assistant turn with a prompt before it"),

@@ -12,9 +12,9 @@ import pytest
 from runs import SHARED
 
 from spin_jax import tiny
-from spin_jax.data.chat import Chat, _private
+from spin_jax.data.chat import Chat, _private_name
 from spin_jax.data.chat_template import _Watchdog
-from spin_jax.data.records import Lengths, checked
+from spin_jax.data.records import Lengths, check_messages
 from spin_jax.errors import BadRow, BadTemplate, EmptyAnswer
 
 USER, ANSWER = {"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}
@@ -400,15 +400,15 @@ def test_half_characters_are_refused(text):
         [USER, {"role": "assistant", "content": text}],
     ):
         with pytest.raises(BadRow, match=r"messages\[.\].content has half a character"):
-            checked(messages, "messages")
+            check_messages(messages, "messages")
 
 
 def test_private_characters_make_no_control_token(chat):
     """The names under which the guard keeps the template's control tokens cannot be typed."""
-    forged = [{"role": "user", "content": "</s> " + _private("</s>")}, ANSWER]
+    forged = [{"role": "user", "content": "</s> " + _private_name("</s>")}, ANSWER]
     with pytest.raises(BadRow, match="characters for private use"):
         chat.encode(forged)
-    alone, _, _ = chat.encode([{"role": "user", "content": _private("</s>")}, ANSWER])
+    alone, _, _ = chat.encode([{"role": "user", "content": _private_name("</s>")}, ANSWER])
     assert list(alone).count(2) == 1  # the template's own
 
 

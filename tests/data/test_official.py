@@ -117,4 +117,4 @@ def test_what_is_not_reproduced():
     """Duplicate rows on a second run and an unpinned model are accidents; the docstring says so."""
     from spin_jax.data import official
 
-    assert "stay out" in official.__doc__
+    assert "are not reproduced" in official.__doc__

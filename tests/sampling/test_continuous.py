@@ -736,10 +736,10 @@ def test_filler_fills_no_slot(small):
 def test_prompts_go_to_the_emptiest_devices_and_stay_there():
     """Two rows a device: a device's rows take its own free slots, counted there; the emptiest comes first."""
     free = np.array([[0, 0, 0], [1, 1, 0], [0, 1, 1], [1, 1, 1]], bool)
-    rows, into = continuous._places(free.reshape(-1), 8, 4)
+    rows, into = continuous._rows_and_free_slots(free.reshape(-1), 8, 4)
     assert rows.tolist() == [6, 2, 4, 7, 3, 5]  # devices 3, 1, 2, and around again
     assert into.tolist() == [0, 0, 1, 1, 1, 2]
-    rows, into = continuous._places(np.zeros(12, bool), 8, 4)
+    rows, into = continuous._rows_and_free_slots(np.zeros(12, bool), 8, 4)
     assert rows.size == into.size == 0
 
 

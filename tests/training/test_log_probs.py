@@ -191,7 +191,7 @@ def test_chunks_without_answers_cost_and_change_nothing(tiny_model, monkeypatch)
     for limit in (2**40, 4 * 7 * 272):
         monkeypatch.setattr(log_probs, "_CHUNK_LOGITS", limit)
         programs.append(compiled_gradient(Decoder(config), params, rows))
-    assert log_probs._chunks(rows, 272)[0].shape == (9, 4, 7)
+    assert log_probs._split_into_chunks(rows, 272)[0].shape == (9, 4, 7)
     assert " conditional(" in programs[1].as_text()
     ((_, expected), wanted), ((_, found), gradients) = (program(params, rows) for program in programs)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -211,7 +211,7 @@ def test_a_large_vocabulary_and_few_tokens(real, mesh):
     groups = [Group(prompt, tuple(answers))]
     (rows,) = packed(groups, shape)
     with jax.set_mesh(mesh):
-        _, _, owners = log_probs._chunks(rows, 32000)
+        _, _, owners = log_probs._split_into_chunks(rows, 32000)
     np.testing.assert_array_equal((owners > 0).any(axis=(1, 2)), [True, True, False, False])
     scores = score_groups(Decoder(model.config), model.params, groups, shape, mesh)
     assert_scores_are_torchs(scores, groups, reference)

@@ -1,10 +1,9 @@
-"""The step: optimizers, accumulation, meshes, masters; and what reaches it."""
+"""The training step: the objective on packed rows, micro-batches, meshes and master weights."""
 
 import dataclasses
 import functools
 import math
 import re
-import time
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ import pytest
 
 from spin_jax import losses, tiny
 from spin_jax.data.records import Pair
-from spin_jax.errors import NotFinite
 from spin_jax.models import loading, lora, saving
 from spin_jax.models.decoder import Decoder
 from spin_jax.models.loading import new_model
@@ -23,7 +21,6 @@ from spin_jax.storage import checkpoints as checkpoint
 from spin_jax.training import log_probs
 from spin_jax.training.batches import ScoredPair, pair_batches, stacked
 from spin_jax.training.log_probs import score_groups, score_rows
-from spin_jax.training.loop import Loop, fit
 from spin_jax.training.optimizer import Optimization, make_optimizer
 from spin_jax.training.packing import Group, RowShape, packed, pair_group
 from spin_jax.training.step import (
@@ -51,12 +48,24 @@ RMSPROP = Optimization(
     epochs=1,
     schedule_epochs=None,
 )
+
+
 # Plain descent by learning_rate / 1e6: RMSProp's first step is ±lr/√0.01 whatever the gradient's size.
 DESCENT = dataclasses.replace(RMSPROP, eps=1e6)
+
+
 SHAPE = RowShape(rows=2, length=40, groups=3)
+
+
 MICROBATCHES = 4  # of a step of 8 pairs, which may need a row each
+
+
 ALONE = RowShape(rows=8, length=40, groups=1)  # a row a pair, one micro-batch a step
+
+
 SCORING = RowShape(rows=3, length=56, groups=4)  # the opponent's, so that its rows are others than training's
+
+
 ARCHITECTURE = {
     "model_type": "mistral",
     "vocab_size": 272,
@@ -74,7 +83,7 @@ ARCHITECTURE = {
 
 @pytest.fixture(scope="module", autouse=True)
 def several_chunks():
-    """Ten columns of a micro-batch are projected at a time: as it is with a large vocabulary."""
+    """Ten columns of a micro-batch are projected at a time, as it is with a large vocabulary."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log_probs, "_CHUNK_LOGITS", 2 * 10 * 272)
         yield
@@ -152,68 +161,6 @@ def run_step(objective, options, params, batch, mesh, steps=1, beta=0.1, learnin
 def assert_trees_close(a, b, **tolerance):
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_rmsprop_is_torchs(weight_decay):
-    """Three steps of torch.optim.RMSprop on the same gradients; float32 rounding apart."""
-    torch = pytest.importorskip("torch")
-    options = dataclasses.replace(RMSPROP, weight_decay=weight_decay)
-    rng = np.random.default_rng(0)
-    start = rng.normal(size=(5, 3)).astype(np.float32)
-    theirs = torch.nn.Parameter(torch.tensor(start))
-    reference = torch.optim.RMSprop([theirs], lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=weight_decay)
-    optimizer, ours = make_optimizer(options), jnp.asarray(start)
-    state = optimizer.init(ours)
-    for _ in range(3):
-        gradient = (rng.normal(size=(5, 3)) * 1e-3).astype(np.float32)
-        theirs.grad = torch.tensor(gradient)
-        reference.step()
-        direction, state = optimizer.update(jnp.asarray(gradient), state, ours)
-        ours = ours - 1e-2 * direction
-        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
-
-
-def test_adamw_is_torchs():
-    torch = pytest.importorskip("torch")
-    options = dataclasses.replace(RMSPROP, optimizer="adamw", decay=0.999, weight_decay=0.1)
-    rng = np.random.default_rng(0)
-    start = rng.normal(size=(5, 3)).astype(np.float32)
-    theirs = torch.nn.Parameter(torch.tensor(start))
-    reference = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
-    optimizer, ours = make_optimizer(options), jnp.asarray(start)
-    state = optimizer.init(ours)
-    for _ in range(3):
-        gradient = rng.normal(size=(5, 3)).astype(np.float32)
-        theirs.grad = torch.tensor(gradient)
-        reference.step()
-        direction, state = optimizer.update(jnp.asarray(gradient), state, ours)
-        ours = ours - 1e-2 * direction
-        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize("warmup", [0.0, 0.1])
-def test_schedules_are_transformers(schedule, warmup):
-    """Every step's learning rate equals transformers' scheduler's; float32 rounding apart."""
-    torch = pytest.importorskip("torch")
-    from transformers import get_scheduler
-
-    options = dataclasses.replace(RMSPROP, learning_rate=5e-7, schedule=schedule, warmup_ratio=warmup)
-    total = 57
-    ours = options.learning_rates(total)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-7)
-    name = "constant_with_warmup" if schedule == "constant" else schedule
-    scheduler = get_scheduler(name, optimizer, math.ceil(total * warmup), total)
-    theirs = []
-    for _ in range(total):
-        theirs.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-
-
-# --- the objective on packed rows ------------------------------------------------------------------
 
 
 def test_step_zero_is_ln_2(model, fresh, mesh):
@@ -306,9 +253,6 @@ def test_gradient_is_that_of_separate_sequences(kind, model, fresh, mesh, tmp_pa
         where = jax.tree_util.keystr(path)
         assert np.abs(want).max() > 1e-5, where
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max(), err_msg=where)
-
-
-# --- micro-batches ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["pairs", "sft"])
@@ -480,9 +424,6 @@ def test_no_copy_of_the_weights_is_kept(model, remat):
     assert step_memory(model, jnp.float32, remat) < 2.6
 
 
-# --- meshes ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)])
 def test_eight_devices_equal_one(model, fresh, mesh, sizes):
     """Three optimizer steps on 1 and 8 simulated devices; sums in another order, so 1e-4 relative."""
@@ -525,9 +466,6 @@ def test_optimizer_state_is_split_like_the_parameters(fresh, mesh8):
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     for moment, param in zip(moments, jax.tree.leaves(params), strict=True):
         assert moment.sharding.is_equivalent_to(param.sharding, param.ndim)
-
-
-# --- numbers and programs --------------------------------------------------------------------------
 
 
 def test_offloaded_state_changes_no_bit(model, fresh, mesh, mesh8, tmp_path):
@@ -611,68 +549,6 @@ def test_adafactor_learns(model, fresh, mesh):
     assert history[-1]["loss"] < history[0]["loss"] - 1e-3
 
 
-def test_fit_reports_tokens_and_waiting(mesh):
-    """Tokens a second count a shared prompt once and no padding; waiting for a batch is seen where it was."""
-    batch, reported = sft_step(random_pairs(8)), []
-
-    def source():
-        for seconds in (0.1, 0.3, 0.0, 0.0):
-            time.sleep(seconds)
-            yield batch
-
-    def step(state, batch, learning_rate, scalars, frozen):
-        time.sleep(0.1)  # what a device would take
-        return state, {"loss": learning_rate * scalars["beta"], "skipped": 0}
-
-    began = time.perf_counter()
-    fit(
-        TrainState({}, None, None),
-        source(),
-        step,
-        start=1,
-        learning_rates=np.array([9.0, 1.0, 2.0, 3.0, 4.0]),
-        scalars={"beta": 0.5},
-        mesh=mesh,
-        checkpoints=None,
-        loop=Loop(5, 10, 1, lambda *report: reported.append(report), lambda: 0),
-    )
-    took = time.perf_counter() - began
-    tokens = sum(len(pair.prompt) + len(pair.real) for pair in random_pairs(8))
-    assert [number for number, _, _ in reported] == [1, 2, 3, 4]
-    assert [values["loss"] for _, values, _ in reported] == [0.5, 1.0, 1.5, 2.0]
-    assert [values["learning_rate"] for _, values, _ in reported] == [1.0, 2.0, 3.0, 4.0]
-    seconds = np.array([tokens / values["tokens_per_s"] for _, values, _ in reported])
-    assert seconds.sum() == pytest.approx(took, rel=0.1)
-    shares = np.array([share for _, _, share in reported])
-    assert 0.4 <= (seconds * shares).sum() < took - 0.4  # a step's own time is no waiting
-    assert shares.max() <= 1
-    assert np.sort(shares)[-2] < shares.max() / 2  # both fell between two reports
-
-
-def test_saving_is_no_part_of_a_steps_speed(mesh):
-    class Slow:
-        def check_room(self, state):
-            pass
-
-        def save(self, done, state):
-            time.sleep(0.5)
-
-    reported = []
-    fit(
-        TrainState({}, None, None),
-        iter([sft_step(random_pairs(8))] * 2),
-        lambda state, batch, learning_rate, scalars, frozen: (state, {"loss": learning_rate, "skipped": 0}),
-        start=0,
-        learning_rates=np.ones(2),
-        scalars={},
-        mesh=mesh,
-        checkpoints=Slow(),
-        loop=Loop(2, 1, 1, lambda *report: reported.append(report), lambda: 0),
-    )
-    tokens = sum(len(pair.prompt) + len(pair.real) for pair in random_pairs(8))
-    assert [tokens / values["tokens_per_s"] < 0.4 for _, values, _ in reported] == [True, True]
-
-
 def test_a_step_that_is_not_finite_changes_nothing(model, fresh, mesh):
     """Weights, moments and counts stay to the bit; the number of such steps in a row is kept, and ends."""
     options = dataclasses.replace(RMSPROP, optimizer="adamw", weight_decay=0.1)
@@ -691,39 +567,3 @@ def test_a_step_that_is_not_finite_changes_nothing(model, fresh, mesh):
             assert all(jax.tree.leaves(same)) == (batch is not good)
     assert counts == [0, 1, 2, 0]
     assert step._cache_size() == 1
-
-
-def test_too_many_in_a_row_stop_the_run_with_the_batch(mesh):
-    """And nothing is saved after them: the last good checkpoint stays."""
-    saved, given = [], [sft_step(random_pairs(8))] * 9
-
-    class Checkpoints:
-        check_room = staticmethod(lambda state: None)
-        save = staticmethod(lambda done, state: saved.append(done))
-
-    def step(state, batch, learning_rate, scalars, frozen):  # step 5 is the first that is not finite
-        return state + 1, {"loss": 1.0, "skipped": max(state - 4, 0)}
-
-    with pytest.raises(NotFinite, match="the last was step 6") as caught:
-        fit(
-            0,
-            iter(given),
-            step,
-            start=0,
-            learning_rates=np.ones(9),
-            scalars={},
-            mesh=mesh,
-            checkpoints=Checkpoints,
-            loop=Loop(9, 2, 2, lambda *report: None, lambda: 0),
-        )
-    assert saved == [2, 4, 6]
-    assert caught.value.batch is given[0]
-
-
-def test_impossible_options():
-    with pytest.raises(ValueError, match="rmsprop, adamw, adafactor"):
-        dataclasses.replace(RMSPROP, optimizer="sgd")
-    with pytest.raises(ValueError, match="linear, cosine, constant"):
-        dataclasses.replace(RMSPROP, schedule="step")
-    with pytest.raises(ValueError, match="schedule_epochs=1 is shorter than epochs=2"):
-        dataclasses.replace(RMSPROP, epochs=2, schedule_epochs=1)
