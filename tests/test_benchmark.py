@@ -99,7 +99,7 @@ def test_on_a_model_and_data(tiny_dir, tmp_path):
         ([], "--config or --model is needed"),
         (["--config=configs/small_gsm8k.py"], "has no model.architecture"),
         (["--config=configs/tiny.py", "--pairs=x.jsonl"], "need --model"),
-        (["--config=configs/tiny.py", "--config.train.remt=full"], "did you mean config.train.remat?"),
+        (["--config=configs/tiny.py", "--config.train.remt=full"], "did you mean train.remat?"),
         (["--model=/nowhere"], "/nowhere"),
         (["--model=/nowhere", "--batchsize=3"], "batch_size"),
     ],
