@@ -64,7 +64,7 @@ def default() -> Any:
 
     # The seed decides the order of the data, the sampling, and the initialization of new weights.
     c.seed = 42
-    # XLA gets the flags that are known to help: COMPILER_FLAGS in spin_jax/cli.py.
+    # XLA gets the flags that are known to help: COMPILER_FLAGS in spin_jax/runtime/platforms.py.
     c.compiler_flags = True
     # On GPUs, XLA takes deterministic operations: a run then repeats to the bit, and is slower.
     c.deterministic = False

@@ -1,4 +1,4 @@
-"""Every exception that spin_jax raises by a name of its own, and the exit code of a command that it ends.
+"""The exceptions of spin_jax, and the exit code of a command that ends with one.
 
 A command prints such an error as one message, without a traceback. The exit code 2 says that its input was
 bad, 1 that it failed.
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class SpinJaxError(Exception):
-    """What spin_jax itself raises; the message is written for whoever runs the command."""
+    """An error of spin_jax; its message is written for the person who runs the command."""
 
     exit_code = 1
 
@@ -17,41 +17,41 @@ class SpinJaxError(Exception):
 
 
 class ConfigError(SpinJaxError, ValueError):
-    """A config that cannot run; the message names the key and says what to do."""
+    """A config cannot run; the message names the key and says what to do."""
 
     exit_code = 2
 
 
 class BadRow(SpinJaxError, ValueError):
-    """A row of the data that holds no conversation; the message says why, and the caller adds which row."""
+    """A row of the data holds no conversation; the message says why, and the caller adds the row's number."""
 
     exit_code = 2
 
 
 class EmptyAnswer(BadRow):
-    """A row whose answer is null, empty or white space."""
+    """The answer of a row is null, empty or white space."""
 
 
 class BadTemplate(SpinJaxError, ValueError):
-    """A chat template that renders no conversation, or takes too long; the message says why."""
+    """A chat template renders no conversation or takes too long; the message says why."""
 
     exit_code = 2
 
 
 class Damaged(SpinJaxError, ValueError):
-    """Files that differ from what was written; the message names each."""
+    """Files differ from what was written; the message names each."""
 
     exit_code = 2
 
 
 class MissingInput(SpinJaxError, FileNotFoundError):
-    """What a phase of a run reads is not there, as where an earlier phase has yet to make it."""
+    """An input of a phase is missing, for example because an earlier phase has not written it yet."""
 
     exit_code = 2
 
 
 class NothingToTrainOn(SpinJaxError, RuntimeError):
-    """selfplay.rows keeps none of an iteration's answers."""
+    """The setting selfplay.rows keeps none of the answers of an iteration."""
 
     exit_code = 2
 
@@ -72,7 +72,7 @@ class NoCompiler(SpinJaxError):
 
 
 class NoRoom(SpinJaxError, OSError):
-    """The disk has no room for what is to be written; the message has the numbers."""
+    """The disk has too little room for a file; the message has the numbers."""
 
     def __str__(self) -> str:
         return str(self.strerror)
@@ -107,7 +107,7 @@ class OtherFailed(SpinJaxError, RuntimeError):
     """Another process failed, and prints why; this process exits with the same code."""
 
     def __init__(self, code: int):
-        super().__init__("another process failed: it says why")
+        super().__init__("another process failed, and prints why")
         self.exit_code = code
 
 
@@ -117,10 +117,10 @@ class OtherFailed(SpinJaxError, RuntimeError):
 class Interrupted(KeyboardInterrupt):
     """A signal stopped the run between two units of work, and everything done so far is saved.
 
-    Like KeyboardInterrupt it is no Exception, so that no `except Exception` on its way holds it up.
+    It is no Exception, like KeyboardInterrupt, so that no `except Exception` catches it.
     """
 
     def __init__(self, number: int):
         super().__init__()
-        self.number = number  # of the signal
+        self.number = number  # the number of the signal
         self.exit_code = 128 + number

@@ -34,7 +34,7 @@ from typing import Any
 from absl import flags
 
 from spin_jax import config as config_lib
-from spin_jax.cli import fail, failed, parse, read_config, set_up_jax
+from spin_jax.cli import explain, fail, parse, read_config, set_up_jax
 from spin_jax.runtime import secrets
 from spin_jax.runtime.interrupts import Interrupts, say
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             say(secrets.redacted(f"\ninterrupted; {hint}"))
         return stopped.exit_code
     except Exception as error:
-        return processes.leave(error, failed(error, interrupts.asked, f"\n{hint}"))
+        return processes.leave(error, explain(error, interrupts.asked, f"\n{hint}"))
     return 0
 
 

@@ -1,23 +1,24 @@
-"""Runs several variants of a config with several seeds, one after the other, and compares what they come to.
+"""Runs several variants of a config with several seeds, one after the other, and compares their results.
 
     python -m spin_jax.sweep --config=FILE --variants=A,B --seeds=0,1,2 --workdir=DIR [--config.key=value …]
 
   --config=FILE            a config file; each run is --config=FILE:VARIANT of spin_jax.main
-  --variants=A,B           those of its get_config
-  --seeds=0,1,2            of each
-  --workdir=DIR            runs are kept in DIR/VARIANT/seed_SEED; the same command goes on with them
+  --variants=A,B           variants that its get_config takes
+  --seeds=0,1,2            each variant runs once with each seed
+  --workdir=DIR            runs are kept in DIR/VARIANT/seed_SEED; the same command continues them
   --numbers=A,B            numbers of summary.json that are compared (sampled_accuracy,greedy_accuracy,nll)
-  --config.section.key=…   for all of them
+  --config.section.key=…   changes a key in all runs
 
-It prints a table (DIR/table.md; of each run in DIR/table.json): the start, the SFT control where a run
-has one, and the final model of each variant; mean, least and most of the seeds.
+It prints a table, and keeps it in DIR/table.md, and the numbers of each run in DIR/table.json. The table has
+the start, the SFT control where a run has one, and the final model of each variant: the mean over the seeds,
+with the smallest and the largest value.
 
-Example, the README's table of algorithms:
+Example:
 
   python -m spin_jax.sweep --config=configs/algorithms.py --seeds=0,1,2 --workdir=/tmp/algorithms \\
       --variants=spin,hinge,exponential,correlation,spin_nll,alpha_spin,tspin,dpo,ipo,rest_em,sppo
 
-Exit codes are those of spin_jax.main: the first that is not 0.
+The exit code is the first exit code of a run that is not 0, or else 0; spin_jax.main explains them.
 """
 
 import json
@@ -31,16 +32,16 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from spin_jax.cli import config_overrides, fail, parse
+from spin_jax.cli import config_overrides, fail, parse, read_config
 from spin_jax.storage import files
 
 Numbers = dict[str, float]
 
 
 def run(config: str, variant: str, seed: int, workdir: epath.Path, overrides: Sequence[str]) -> int:
-    """One run, in a process of its own; returns its exit code.
+    """Runs spin_jax.main in another process, and returns its exit code.
 
-    Ctrl-C reaches that process by itself, and SIGTERM is handed on: it saves, and both end.
+    Ctrl-C reaches that process by itself, and SIGTERM is passed on to it: it saves, and both processes end.
     """
     command = ["-m", "spin_jax.main", f"--config={config}:{variant}", f"--workdir={workdir}"]
     process = subprocess.Popen([sys.executable, *command, f"--config.seed={seed}", *overrides])
@@ -54,7 +55,7 @@ def run(config: str, variant: str, seed: int, workdir: epath.Path, overrides: Se
 
 
 def outcome(rows: Sequence[Mapping[str, Any]], variant: str, numbers: Sequence[str]) -> dict[str, Numbers]:
-    """{start, SFT control, variant: its numbers}, from a run's summary.json."""
+    """Returns {name: numbers} of start, SFT control and final model, from the rows of summary.json."""
     final = next((row for row in rows if row.get("final")), rows[-1])
     parts = {"start": rows[0], "SFT control": rows[-1].get("control") or {}, variant: final}
     found = {name: {n: row[n] for n in numbers if row.get(n) is not None} for name, row in parts.items()}
@@ -62,15 +63,18 @@ def outcome(rows: Sequence[Mapping[str, Any]], variant: str, numbers: Sequence[s
 
 
 def table(runs: Sequence[tuple[str, int, Mapping[str, Numbers]]], numbers: Sequence[str]) -> str:
-    """Markdown: a line for what runs came to; mean and, of several seeds, (least, most).
+    """Returns a Markdown table: a line for each model, with the mean over seeds and (smallest, largest).
 
     Args:
-        runs: (variant, seed, what `outcome` says) of each.
+        runs: (variant, seed, `outcome`) of each run.
+        numbers: the columns.
     """
     lines: dict[str, dict[int, Numbers]] = {}
     for _, seed, found in runs:
         for name, values in found.items():
-            lines.setdefault(name, {}).setdefault(seed, dict(values))  # all runs of a seed have one start
+            lines.setdefault(name, {}).setdefault(
+                seed, dict(values)
+            )  # all runs of a seed have the same start
     text = [f"| | {' | '.join(numbers)} |", "|---" * (len(numbers) + 1) + "|"]
     for name, by_seed in lines.items():
         columns = [[values[n] for values in by_seed.values() if n in values] for n in numbers]
@@ -86,26 +90,32 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def read_flags() -> tuple[str, list[str], list[int], epath.Path, list[str]]:
-    """(config file, variants, seeds, workdir, numbers)."""
+    """Returns (config file, variants, seeds, workdir, numbers)."""
     given = flags.FLAGS
+    # The first variant is read here for its errors only: each run reads its own.
+    read_config(f"{given.config}:{given.variants[0]}" if given.config and given.variants else "")
     if not (given.config and given.variants and given.workdir):
         raise ValueError("--config, --variants and --workdir are needed; see --help")
     try:
         seeds = [int(seed) for seed in given.seeds]
     except ValueError:
-        raise ValueError(f"--seeds={','.join(given.seeds)}: whole numbers, as 0,1,2") from None
+        raise ValueError(f"--seeds={','.join(given.seeds)}: whole numbers are wanted, as in 0,1,2") from None
     return given.config, given.variants, seeds, epath.Path(given.workdir), given.numbers
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     argv = sys.argv if argv is None else argv
-    # Defined here, and not above: who imports this module has other flags.
+    # These are defined here because a program that imports this module may define flags of the same names.
     flags.DEFINE_string("config", None, "Config file; --config.key=value changes a key of it.")
     flags.DEFINE_string("workdir", None, "Where the runs are kept.")
-    flags.DEFINE_list("variants", [], "Of the config file.")
-    flags.DEFINE_list("seeds", ["0"], "Of each variant.")
-    flags.DEFINE_list("numbers", ["sampled_accuracy", "greedy_accuracy", "nll"], "Of summary.json.")
+    flags.DEFINE_list("variants", [], "Variants of the config file.")
+    flags.DEFINE_list("seeds", ["0"], "Seeds of each variant.")
+    flags.DEFINE_list(
+        "numbers",
+        ["sampled_accuracy", "greedy_accuracy", "nll"],
+        "Numbers of summary.json that are compared.",
+    )
     try:
         config, variants, seeds, workdir, numbers = parse(argv, read_flags)
     except ValueError as error:
@@ -115,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = workdir / variant / f"seed_{seed}"
         print(f"\n=== {number + 1} of {len(seeds) * len(variants)}: {variant}, seed {seed}\n", flush=True)
         if code := run(config, variant, seed, folder, config_overrides()):
-            return fail(f"{variant}, seed {seed}, ended with {code}; the same command goes on", code)
+            return fail(f"{variant}, seed {seed}, ended with {code}; the same command continues", code)
         runs.append(
             (variant, seed, outcome(json.loads((folder / "summary.json").read_text()), variant, numbers))
         )
@@ -123,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     records = [{"variant": variant, "seed": seed, "numbers": found} for variant, seed, found in runs]
     files.write_here(workdir / "table.json", json.dumps(records, indent=1).encode())
     files.write_here(workdir / "table.md", f"{text}\n".encode())
-    print(f"\n{text}\n\nin {workdir / 'table.md'}")
+    print(f"\n{text}\n\nThe table is in {workdir / 'table.md'}")
     return 0
 
 

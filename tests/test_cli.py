@@ -1,16 +1,12 @@
-"""What the commands say for themselves: help, the nearest flag, the config as a tree."""
+"""What the commands print without a run: help, the nearest flag, the config as a tree."""
 
-import glob
-import os
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 from runs import ROOT, run_module
 
-from spin_jax import cli, config
+from spin_jax import config
 from spin_jax.selfplay import announce
 
 
@@ -87,26 +83,3 @@ def test_the_config_as_a_tree():
     with_architecture = config.resolve({"model": {"architecture": {"x": "y" * 99}}, "data": {"path": "d"}})
     assert re.search(r"\n    architecture\n +x +y{59}…\n?", announce.config_tree(with_architecture))
     assert announce.config_tree(config.default()) == "config: the defaults"
-
-
-@pytest.mark.skipif(bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")), reason="may have a TPU")
-@pytest.mark.parametrize("told", [{}, {"TPU_WORKER_ID": "0"}, {"JAX_PLATFORMS": "tpu,cpu"}])
-def test_libtpu_is_left_alone_where_there_is_no_tpu(told):
-    """It is not asked, and so prints nothing; what says that there may be a TPU is believed."""
-    script = (
-        "import jax; from spin_jax import cli; cli.skip_absent_tpu(); print(jax.config.jax_platforms)\n"
-        "import spin_jax.selfplay.algorithm"
-    )
-    unset = {"JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", *cli.TPU_VARIABLES}
-    environment = {name: value for name, value in os.environ.items() if name not in unset}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=environment | told,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    left_alone = told.get("JAX_PLATFORMS", "None")
-    assert done.stdout.strip() == (left_alone if told else "cpu")

@@ -1,4 +1,4 @@
-"""Several variants and seeds by one command, and the table of what they come to."""
+"""One command runs several variants and seeds, and prints a table of their results."""
 
 import json
 import subprocess
@@ -78,7 +78,7 @@ def test_the_command(tmp_path):
     assert record["numbers"]["spin/tiny:smoke"]["nll"] == record["numbers"]["start"]["nll"] > 0
 
 
-def test_sigterm_is_handed_on(tmp_path):
+def test_sigterm_is_passed_on(tmp_path):
     """The run saves and ends, and the sweep with it, with its exit code."""
     command = [sys.executable, "-m", "spin_jax.sweep", "--config=configs/algorithms.py"]
     flags = ["--variants=spin/tiny:smoke", "--config.sft.epochs=500", f"--workdir={tmp_path}"]
@@ -93,7 +93,7 @@ def test_sigterm_is_handed_on(tmp_path):
     process.terminate()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 143, said
-    assert "spin/tiny:smoke, seed 0, ended with 143; the same command goes on" in said
+    assert "spin/tiny:smoke, seed 0, ended with 143; the same command continues" in said
     assert list((tmp_path / "spin" / "tiny:smoke" / "seed_0" / "start" / "train").iterdir())  # it has saved
 
 
@@ -101,12 +101,15 @@ def test_sigterm_is_handed_on(tmp_path):
     ("arguments", "message"),
     [
         (["--variants=a"], "--config, --variants and --workdir are needed"),
-        (["--config=configs/tiny.py", "--variants=a", "--seeds=x"], "--seeds=x: whole numbers"),
+        (
+            ["--config=configs/tiny.py", "--variants=smoke", "--seeds=x"],
+            "--seeds=x: whole numbers are wanted",
+        ),
         (
             ["--config=configs/tiny.py", "--variants=smoke", "--config.loss.betta=1"],
             "did you mean loss.beta",
         ),
-        (["--config=configs/tiny.py", "--varaints=a"], "did you mean --variants"),
+        (["--config=configs/algorithms.py", "--varaints=a"], "did you mean --variants"),
     ],
 )
 def test_flags(arguments, message, tmp_path):
@@ -117,8 +120,8 @@ def test_flags(arguments, message, tmp_path):
 PRINT_RUN = "from spin_jax import sweep; sweep.run = lambda *run: print(*run) or 7; sweep.main()"
 
 
-def test_config_flags_are_handed_on(tmp_path):
-    """With `=` or a space, and switches with neither."""
+def test_config_flags_are_passed_on(tmp_path):
+    """Each run gets them as they were typed: with `=` or a space, and switches with neither."""
     keys = [
         "--config.loss.beta",
         "0.5",
@@ -126,11 +129,12 @@ def test_config_flags_are_handed_on(tmp_path):
         "--config.official",
         "--noconfig.logging.plot",
     ]
-    others = ["--config", "FILE", "--variants=a", f"--workdir={tmp_path}"]
+    file = "configs/tiny.py"
+    others = ["--config", file, "--variants=smoke", f"--workdir={tmp_path}"]
     command = [sys.executable, "-c", PRINT_RUN, *keys, *others]
     done = subprocess.run(
         command, cwd=ROOT, env=Command().environment(), capture_output=True, text=True, timeout=60
     )
-    keys = ["loss.beta=0.5", "sft.epochs=2", "official=True", "logging.plot=False"]
-    handed_on = [f"--config.{key}" for key in keys]
-    assert done.stdout.splitlines()[-1] == f"FILE a 0 {tmp_path / 'a' / 'seed_0'} {handed_on}", done.stderr
+    assert done.stdout.splitlines()[-1] == f"{file} smoke 0 {tmp_path / 'smoke' / 'seed_0'} {keys}", (
+        done.stderr
+    )

@@ -8,14 +8,14 @@
                           means the six tasks of the SPIN paper with its few-shot examples, and prints the
                           paper's own numbers beside them
   --include_path=DIR      a directory with task files of your own (YAML)
-  --num_fewshot=N         examples before each question; unset: as many as the task states
+  --num_fewshot=N         examples before each question; unset: the number that the task states
   --apply_chat_template   asks in the model's chat format
   --limit=N               only the first N questions of each task, or of the question file
   --questions=FILE        JSONL of question_id, category and turns, as FastChat writes it
   --max_new_tokens=1024   the most tokens of an answer to --questions
   --output=FILE           tasks: the results as JSON; questions: the answers as FastChat's judges read them,
-                          in a file that is named after the model
-  --dtype=bfloat16        of the computation: float32, bfloat16 or float16; unset: the checkpoint's
+                          in a file that has the name of the model
+  --dtype=bfloat16        of the computation: float32, bfloat16 or float16; unset: that of the checkpoint
   --batch_size=32         answers in progress at a time for each copy of the weights
   --seed=0                of the random numbers where answers are sampled
 
@@ -31,26 +31,29 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from spin_jax import config as config_lib
-from spin_jax.cli import fail, failed, parse, set_up_jax
+from spin_jax.cli import explain, fail, parse, set_up_jax
 from spin_jax.evaluate.leaderboard import COLUMNS, LEADERBOARD, leaderboard_table
 from spin_jax.runtime.interrupts import Interrupts, say
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory or hub id.")
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "Of the computation; unset: the checkpoint's."
+    "dtype", None, ["float32", "bfloat16", "float16"], "Of the computation; unset: that of the checkpoint."
 )
 _TASKS = flags.DEFINE_list("tasks", None, f"Tasks, groups or tags of the harness, or {LEADERBOARD}.")
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Directory with task files of your own (YAML).")
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "Examples before each question; unset: as many as the task states.", lower_bound=0
+    "num_fewshot",
+    None,
+    "Examples before each question; unset: the number that the task states.",
+    lower_bound=0,
 )
 _CHAT = flags.DEFINE_bool("apply_chat_template", False, "Ask tasks in the model's chat format.")
 _QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file of question_id, category and turns.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 1024, "The most tokens of an answer to --questions.", lower_bound=1
 )
-_LIMIT = flags.DEFINE_integer("limit", None, "Only the first questions, so many of each task.", lower_bound=1)
+_LIMIT = flags.DEFINE_integer("limit", None, "Only the first N questions of each task.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 32, "Answers in progress at a time for each copy of the weights.", lower_bound=1
 )
@@ -60,11 +63,11 @@ _OUTPUT = flags.DEFINE_string("output", None, "File for the results (JSON) or th
 USAGE = (
     "usage: python -m spin_jax.evaluate --model=DIR --tasks=gsm8k,hellaswag [--output=FILE] [--flag=value …]"
 )
-_PACKAGES = ("spin_jax", "jax", "lm_eval", "transformers")  # whose versions --output states
+_PACKAGES = ("spin_jax", "jax", "lm_eval", "transformers")  # --output states their versions
 
 
 class Request(NamedTuple):
-    """What the flags ask for."""
+    """A request, as the flags state it."""
 
     model: str
     tasks: list[str]  # empty where there are questions; LEADERBOARD is replaced by its six tasks
@@ -98,12 +101,11 @@ class Inputs(NamedTuple):
 
 
 def load_inputs(request: Request) -> Inputs:
-    """Checks that the output can be written, and loads tasks or questions and, at last, the weights.
+    """Checks that the output can be written, loads tasks or questions, and loads the weights at the end.
 
     Raises:
-        ValueError, FileNotFoundError: naming the flag, or the file and row.
+        ValueError, FileNotFoundError: an input is wrong; the message names the flag, or the file and row.
     """
-    pass
     from spin_jax.evaluate import mt_bench
     from spin_jax.models import loading
     from spin_jax.runtime import processes
@@ -146,7 +148,6 @@ def check_output(path: str) -> None:
 
 def answer_questions(request: Request, inputs: Inputs) -> None:
     """Answers the questions and writes the answers."""
-    pass
     from spin_jax.evaluate import mt_bench
     from spin_jax.runtime import processes
     from spin_jax.storage import files
@@ -167,7 +168,6 @@ def answer_questions(request: Request, inputs: Inputs) -> None:
 
 def run_tasks(request: Request, inputs: Inputs) -> None:
     """Evaluates the model on the tasks, and prints and writes the results."""
-    pass
     from spin_jax.evaluate import harness
     from spin_jax.evaluate.tasks import flat_metrics, results_table
     from spin_jax.runtime import processes
@@ -223,13 +223,13 @@ def main(argv: list[str] | None = None) -> int:
     from spin_jax.runtime import processes
 
     interrupts.listen()  # where there are several processes, JAX has taken SIGTERM for itself
-    began = False
+    work_began = False
     try:
         inputs = load_inputs(request)
-        began = True
+        work_began = True
         answer_questions(request, inputs) if request.questions else run_tasks(request, inputs)
     except Exception as error:
-        return processes.leave(error, failed(error, began))
+        return processes.leave(error, explain(error, work_began))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model in memory: its requests, answered by our programs on the model's mesh.
+"""Runs lm-evaluation-harness on a model in memory; our own programs answer its requests on the model's mesh.
 
     tasks.check_tasks(["gsm8k"])
     harness.run_tasks(model, ["gsm8k"], limit=100)  # {"gsm8k/exact_match/strict-match": 0.37, …}
@@ -8,11 +8,11 @@ context and continuation, left truncation and stop strings agree. The computatio
 read once for all its continuations, several requests share a row, and as soon as a generated answer ends,
 the next one takes its place.
 
-Importing this module raises `tasks.Missing` where lm_eval is not installed.
+Importing this module raises `HarnessNotInstalled` where lm_eval is not installed.
 Axes: N rows, R response tokens, A answers.
 """
 
-# It comes first because it says how to install lm_eval where that is missing.
+# This import comes first because its error says how to install lm_eval.
 from spin_jax.evaluate.tasks import GenerationOptions, Tasks, check_model, flat_metrics, load_tasks
 
 # isort: split
@@ -45,9 +45,9 @@ from spin_jax.training.batch_shape import row_shape
 from spin_jax.training.log_probs import score_tokens
 from spin_jax.training.packing import Group, Rows, RowShape, group_sizes, packed
 
-_TOKENS = 256  # tokens that are scored at a time for each answer that would be in progress at a time
+_TOKENS = 256  # tokens scored at a time, per answer of the batch size
 _GROUPS_IN_MEMORY = 4096  # groups that are packed together
-_SHAPE_SAMPLE = 256  # groups that the shape of rows is chosen by
+_SHAPE_SAMPLE = 256  # groups from which the shape of rows is chosen
 
 
 def evaluate(
@@ -66,7 +66,7 @@ def evaluate(
     Args:
         model: with weights.
         tasks: from `load_tasks`.
-        limit: evaluates the first so many questions of each task only.
+        limit: the number of questions of each task; the first ones are taken, None takes all.
         apply_chat_template: asks in the model's chat format, with few-shot examples as turns.
         batch_size: answers in progress at a time for each copy of the weights; where requests are only
             scored, a device takes 256 tokens in place of each answer.
@@ -82,9 +82,9 @@ def evaluate(
     """
     check_model(tasks, model, apply_chat_template)
     if (penalty := model.generation_config.get("repetition_penalty") or 1.0) != 1.0:
-        processes.say(f"generation_config.json has repetition_penalty={penalty}: it is not applied")
+        processes.say(f"generation_config.json has repetition_penalty={penalty}, which is not applied")
     harness_model = HarnessModel(model, batch_size=batch_size, seed=seed, should_stop=should_stop)
-    # The harness shows a progress bar for each task while it builds requests: a moment each, 57 for MMLU.
+    # The harness shows a progress bar for each task while it builds requests: MMLU has 57, of a moment each.
     with mock.patch.object(lm_eval.api.task, "tqdm", lambda docs, **options: docs):
         results = evaluator.evaluate(
             harness_model,
@@ -346,16 +346,16 @@ class HarnessModel(TemplateLM):
         texts = [request.args[0] for request in requests]
         prompts = [
             # Cut on the left, so that there is room for the longest answer that is allowed.
-            np.array(ids[-(self.max_length - own.limit) :] or [self.prefix_token_id], np.int32)
-            for ids, own in zip(self._encode(texts, self.tokenizer.bos_token), options, strict=True)
+            np.array(ids[-(self.max_length - option.limit) :] or [self.prefix_token_id], np.int32)
+            for ids, option in zip(self._encode(texts, self.tokenizer.bos_token), options, strict=True)
         ]
         return self._generate_texts(prompts, options)
 
     def _generate_texts(self, prompts: Sequence[Ids], options: Sequence[GenerationOptions]) -> list[str]:
         """Answers to prompts; those that are sampled in the same way share a compiled program."""
         alike: dict[Any, list[int]] = defaultdict(list)
-        for number, own in enumerate(options):
-            alike[own.sampling(), self._stop_tokens(own)].append(number)
+        for number, option in enumerate(options):
+            alike[option.sampling(), self._stop_tokens(option)].append(number)
         texts = [""] * len(prompts)
         with progress("answers", len(prompts), unit="request") as bar:
             for (sampling, stop_tokens), numbers in alike.items():
@@ -364,8 +364,8 @@ class HarnessModel(TemplateLM):
                 answers = self._generate(
                     [prompts[number] for number in numbers], chosen, sampling, stop_tokens, keys, bar.update
                 )
-                for number, own, tokens in zip(numbers, chosen, answers, strict=True):
-                    texts[number] = self._answer_text(tokens, own.until, stop_tokens)
+                for number, option, tokens in zip(numbers, chosen, answers, strict=True):
+                    texts[number] = self._answer_text(tokens, option.until, stop_tokens)
         return texts
 
     def _generate(
@@ -377,7 +377,7 @@ class HarnessModel(TemplateLM):
         keys: Any,
         on_done: Callable[[int], object],
     ) -> list[Ids]:
-        """Answers that are all sampled in the same way; each ends at stop strings of its own."""
+        """Answers that are all sampled in the same way; each has its own stop strings."""
 
         def stopped(number: int, tokens: list[int]) -> bool:
             until = options[number].until
@@ -389,7 +389,7 @@ class HarnessModel(TemplateLM):
             keys,
             sampling,
             stop_tokens=stop_tokens,
-            limits=[own.limit for own in options],
+            limits=[option.limit for option in options],
             batch_size=self.batch_size,
             stopped=stopped,
             on_chunk=counting(on_done, self._should_stop),

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-LEADERBOARD = "leaderboard_v1"  # the name that --tasks takes for the six
+LEADERBOARD = "leaderboard_v1"  # a name for all six in --tasks
 
 
 class Column(NamedTuple):
-    """One task: how the leaderboard calls it, how it asks, and which metric it takes."""
+    """One task: its title on the leaderboard, its number of few-shot examples and its metric."""
 
     title: str
     num_fewshot: int

@@ -31,7 +31,7 @@ def nll(
         params: weights on `mesh`.
         examples: prompts with human answers.
         mesh: the devices.
-        shape: of the packed rows.
+        shape: the shape of the packed rows.
         unattended: id of a token that no other token attends to, if there is one.
         on_batch: as in `score_groups`.
     """

@@ -32,7 +32,7 @@ TEMPERATURES = {
     "arena-hard-200": 0.0,
 }
 DEFAULT_TEMPERATURE = 0.7  # of all other categories
-TOP_K = 50  # the default of transformers, which FastChat samples with
+TOP_K = 50  # FastChat samples with this default of transformers
 MAX_NEW_TOKENS = 1024
 
 
@@ -46,7 +46,7 @@ def read_questions(path: str, limit: int | None = None) -> list[Question]:
     """The first `limit` questions of a JSONL file, or all of them.
 
     Raises:
-        ValueError, FileNotFoundError: naming the file, and the row and field that are wrong.
+        ValueError, FileNotFoundError: the message names the file, the row and the field.
     """
     rows = sources.load_rows(path, "train")
     questions: list[Question] = []

@@ -1,4 +1,4 @@
-"""How scoring requests are grouped: by a shared context, which is then read once, and by size."""
+"""Groups scoring requests: by a shared context, which is then read once, and by size."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -52,18 +52,18 @@ def _split_to_fit(numbers: list[int], lengths: list[int], room: int) -> Iterator
     yield portion
 
 
-def classes_by_size(sizes: np.ndarray, least: int) -> list[list[int]]:
-    """Classes of groups of similar size, the largest first, for a compiled program with rows that fit each.
+def classes_by_size(sizes: np.ndarray, min_tokens: int) -> list[list[int]]:
+    """Classes of groups of similar size, the largest first, so that rows of one shape suit all of a class.
 
-    A class spans a factor of four, or more if it would have fewer than `least` tokens: attention costs the
-    square of a row's length, but short groups can fill long rows as well.
+    A class spans a factor of four, or more if it would have fewer than `min_tokens` tokens: attention
+    costs the square of a row's length, but short groups can fill long rows as well.
     """
     scales = np.ceil(np.log2(sizes) / 2)
     classes: list[list[int]] = []
     waiting: list[int] = []
     for scale in np.unique(scales):
         waiting += np.flatnonzero(scales == scale).tolist()
-        if sizes[waiting].sum() >= least or scale == scales.max():
+        if sizes[waiting].sum() >= min_tokens or scale == scales.max():
             classes.append(sorted(waiting, key=lambda i: -sizes[i]))
             waiting = []
     return classes[::-1]

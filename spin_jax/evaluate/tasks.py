@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness: finding, loading and checking them, and reading their results.
 
-Importing this module raises `Missing` where lm_eval is not installed.
+Importing this module raises `HarnessNotInstalled` where lm_eval is not installed.
 """
 
 import dataclasses
@@ -14,25 +14,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spin_jax import config_values
+from spin_jax.errors import HarnessNotInstalled
 from spin_jax.models.architecture import Model
 from spin_jax.runtime import processes
 from spin_jax.sampling.next_token import Sampling
-
-
-class Missing(ImportError, ValueError):
-    """lm_eval is not installed; the message says how to install it."""
-
 
 try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 except ImportError as error:
-    raise Missing(
+    raise HarnessNotInstalled(
         f"evaluation tasks need lm-evaluation-harness ({error}): pip install 'spin_jax[eval]'"
     ) from error
 
-os.environ.setdefault("DISABLE_MULTIPROC", "1")  # for standard errors it would fork, and JAX has threads
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about things that are intended here
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # otherwise it forks for standard errors, and JAX has threads
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings concern things that are intended here
 
 _SEEDS = {"random": 0, "numpy": 1234, "fewshot": 1234}  # the harness's own, so that results are comparable
 
@@ -167,11 +163,11 @@ class GenerationOptions:
         """Reads generation_kwargs.
 
         Args:
-            kwargs: what the task states.
-            defaults: what the model's generation_config.json states; used where tokens are sampled.
+            kwargs: the options that the task states.
+            defaults: the options of the model's generation_config.json, for tasks that sample.
 
         Raises:
-            ValueError: naming the option that is not supported, or whose value is impossible.
+            ValueError: an option is not supported or has an impossible value; the message names it.
         """
         rest, defaults = dict(kwargs), defaults or {}
         until = rest.pop("until", None) or []
@@ -232,7 +228,7 @@ def results_table(results: Mapping[str, Any], tasks: Tasks) -> str:
 
 
 def metric_directions(names: Sequence[str], include_path: str | None = None) -> dict[str, int]:
-    """{task/metric: 1 where higher is better, −1 where lower is}, of tasks, groups and the tasks in them."""
+    """{task/metric: 1 where higher is better, −1 where lower is better} of tasks, groups and their tasks."""
     loaded = load_tasks(names, include_path=include_path).loaded
     higher = {
         f"{name}/{metric}": is_better

@@ -1,7 +1,7 @@
 """Verifiers: functions that decide whether an answer is correct, given the reference answer.
 
-To add one, write a function of (reference, answer) and name it in VERIFIERS; one in a file of your own is
-named by `module:function`.
+To add one, write a function of (reference, answer) and enter it in VERIFIERS. A config can also name a
+function in a file of your own, as `module:function`.
 """
 
 import re

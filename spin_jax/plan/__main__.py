@@ -39,12 +39,13 @@ import jax
 from absl import flags
 
 from spin_jax import config as config_lib
-from spin_jax.cli import fail, parse, read_config, set_compiler_flags
+from spin_jax.cli import fail, parse, read_config
 from spin_jax.errors import CompilerFailed
 from spin_jax.plan.answer import plan
 from spin_jax.plan.machine import expect_no_device
 from spin_jax.plan.planned_run import planned_run
 from spin_jax.plan.time import Assumed, duration
+from spin_jax.runtime import platforms
 from spin_jax.runtime.console import compact
 
 flags.DEFINE_string("config", None, "Config file; --config.key=value changes a key of it.")
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv if argv is None else argv
     try:
         config, topology, pairs = parse(argv, read_flags)
-        set_compiler_flags(config)
+        platforms.set_compiler_flags(config)
         expect_no_device()
         jax.config.update("jax_platforms", "cpu")  # nothing runs; an accelerator here is left alone
         run = planned_run(config, topology, _COMPILE.value)

@@ -1,14 +1,14 @@
-"""Exported models on the Hugging Face hub: a branch for each, and main for the newest or the best.
+"""Pushes exported models to the Hugging Face hub: one branch for each, and main for the newest or the best.
 
-A push that fails ends nothing: it is told, and tried again when the run starts again, has done another
-iteration, or ends. `hub.json` in the workdir says what the hub has.
+A push that fails does not end the run: it prints a warning, and the next push, after an iteration, at the
+end or when the run starts again, repeats it. `hub.json` in the workdir records what the hub has.
 """
 
 import contextlib
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -18,24 +18,49 @@ from spin_jax.storage import files, seals
 RECORD = "hub.json"
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether `path` can be the name of a repository on the hub: owner/name, or a name alone."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
+
+
 def check(repo: str) -> None:
-    """Asks the hub, before anything is computed, whether its token may write there; process 0 does.
+    """Asks the hub, before anything is computed, whether the user's token may write to `repo`.
+
+    Process 0 asks. A hub that cannot be reached leads to a warning only.
 
     Raises:
-        ValueError: it may not, or `repo` is no name. A hub that is out of reach is only told.
+        ValueError: the token may not write there, or `repo` is not owner/name.
     """
     processes.by_first(lambda: _check(repo))
 
 
 def _check(repo: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     key = f"export.push_to={repo!r}"
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII) or ".." in repo:
+    if "/" not in repo or not is_hub_id(repo):
         raise ValueError(f"{key}: owner/name is wanted")
     try:
-        user = HfApi().whoami()
+        try:
+            HfApi().auth_check(repo, write=True)
+            return
+        except (
+            RepositoryNotFoundError
+        ):  # `push` will create it; this is also what the hub says without a token
+            user = HfApi().whoami()
     except LocalTokenNotFoundError as error:
         raise ValueError(f"{key}: there is no token: run `hf auth login`, or set HF_TOKEN") from error
     except OfflineModeIsEnabled as error:
@@ -43,20 +68,30 @@ def _check(repo: str) -> None:
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise ValueError(f"{key}: the hub refuses the token: {error}") from error
-        processes.say(f"WARNING: {key}: the hub does not say whose token it is; the run goes on: {error}")
+        processes.say(f"WARNING: {key}: the hub does not say who may write there; the run goes on: {error}")
         return
-    except Exception as error:  # of whichever library stands between
-        processes.say(f"WARNING: {key}: the hub is out of reach; the run goes on: {error}")
+    except Exception as error:  # from any library on the way to the hub
+        processes.say(f"WARNING: {key}: the hub cannot be reached; the run goes on: {error}")
         return
+    _check_owner(key, repo.partition("/")[0], user)
+
+
+def _check_owner(key: str, owner: str, user: Mapping[str, Any]) -> None:
+    """Raises ValueError where the user of the token may not create a repository of `owner`."""
     owners = [user["name"], *(group["name"] for group in user.get("orgs", []))]
-    if repo.partition("/")[0] not in owners:
-        raise ValueError(f"{key}: the token is {user['name']}'s, and may write to {', '.join(owners)} only")
+    if owner not in owners:
+        raise ValueError(
+            f"{key}: the token belongs to {user['name']}, and may write to {', '.join(owners)} only"
+        )
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise ValueError(f"{key}: the token may only read: one that may write is wanted")
+        raise ValueError(f"{key}: the token may only read, and a token that may write is wanted")
 
 
 def readme(path: str | None, revision: str | None) -> Path:
-    """Where the README.md of a model is, a directory's or one that was downloaded; if there is one."""
+    """Returns the path of a model's README.md, in its directory or among the downloaded files.
+
+    The path does not exist where the model has none.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     if path and not Path(path).is_dir():
@@ -66,35 +101,35 @@ def readme(path: str | None, revision: str | None) -> Path:
 
 
 def push(workdir: epath.Path, repo: str, exports: Mapping[str, epath.Path], *, private: bool) -> None:
-    """Pushes the exports that the hub has not got yet; process 0 does, and says what failed.
+    """Pushes the exports that the hub does not have yet. Process 0 pushes, and prints what failed.
 
     Args:
         workdir: where `hub.json` is kept.
-        repo: owner/name; made where it is absent.
+        repo: owner/name; created where it does not exist.
         exports: {branch: sealed folder}.
-        private: of a repository that is made.
+        private: whether a repository that is created is private.
     """
     processes.by_first(lambda: _push(workdir / RECORD, repo, exports, private))
 
 
 def _push(record: epath.Path, repo: str, exports: Mapping[str, epath.Path], private: bool) -> None:
     pushed = files.read_json(record) if record.exists() else {}
-    there = pushed.setdefault(repo, {})
+    seals_there = pushed.setdefault(repo, {})  # {branch: the seal of the folder that was pushed to it}
     for branch, folder in exports.items():
         seal = (folder / files.SUMS).read_text().partition("\n")[0]
-        if there.get(branch) == seal:
+        if seals_there.get(branch) == seal:
             continue
         try:
             seals.check_seal_here(folder)
             _upload(repo, branch, folder, private)
-        except Exception as error:  # the hub's, the network's, a disk's: the run is worth more than its copy
+        except Exception as error:  # from the hub, the network or a disk: the run matters more than its copy
             processes.say(
                 f"\nWARNING: {folder} was not pushed to {repo} ({branch}): {type(error).__name__}: {error}\n"
                 "The run goes on, and tries again after the next iteration, at its end, and when it is "
                 "started again.\n"
             )
             continue
-        there[branch] = seal
+        seals_there[branch] = seal
         files.write_here(record, files.as_json(pushed))
         processes.say(f"pushed {folder} to https://huggingface.co/{repo}/tree/{branch}")
 
@@ -112,13 +147,13 @@ def _upload(repo: str, branch: str, folder: epath.Path, private: bool) -> None:
             folder_path=local,
             revision=branch,
             commit_message=f"{branch}, by spin_jax",
-            delete_patterns="model*.safetensors*",  # of those, what this export has not
+            delete_patterns="model*.safetensors*",  # deletes those that this export does not have
         )
 
 
 @contextlib.contextmanager
 def _on_disk(folder: epath.Path) -> Iterator[Path]:
-    """The folder, or a copy of one in an object store."""
+    """Yields the folder, or a local copy of a folder in an object store."""
     if "://" not in str(folder):
         yield Path(folder)
         return

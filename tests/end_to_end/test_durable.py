@@ -220,6 +220,10 @@ def test_a_push_that_fails_loses_nothing(copy, monkeypatch, capfd):
 
     api = unittest.mock.MagicMock()
     api.whoami.return_value = {"name": "me"}
+    no_such_repository = huggingface_hub.errors.RepositoryNotFoundError(
+        "no", response=unittest.mock.MagicMock()
+    )
+    api.auth_check.side_effect = no_such_repository
     api.upload_folder.side_effect = ConnectionError("the network is down")
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
     c = tiny(export={"push_to": "me/mine"})

@@ -1,4 +1,4 @@
-"""Pushing to the hub, against a stand-in for its client: who may, what goes where, what a failure costs."""
+"""Pushes to a stand-in for the hub's client: who may push, what goes where, what follows from a failure."""
 
 import json
 from types import SimpleNamespace
@@ -13,11 +13,19 @@ USER = {"name": "me", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role"
 
 
 class Api:
-    """What `huggingface_hub.HfApi` is asked; `fails` are branches that it does not take."""
+    """Stands in for `huggingface_hub.HfApi`; it refuses the branches in `fails`."""
 
     def __init__(self):
         self.user, self.raises = USER, None
+        self.repos = set()  # that exist and may be written
         self.calls, self.fails, self.content = [], set(), {}
+
+    def auth_check(self, repo_id, *, write):
+        assert write
+        if self.raises and not isinstance(self.raises, errors.LocalTokenNotFoundError):
+            raise self.raises
+        if repo_id not in self.repos:
+            raise refusal(404, errors.RepositoryNotFoundError)
 
     def whoami(self):
         if self.raises:
@@ -47,9 +55,9 @@ def api(monkeypatch):
     return stub
 
 
-def refusal(status):
+def refusal(status, kind=errors.HfHubHTTPError):
     response = SimpleNamespace(status_code=status, headers={}, request=None)
-    return errors.HfHubHTTPError("no", response=response)
+    return kind("no", response=response)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +66,7 @@ def refusal(status):
         ("mine", None, {}, "owner/name is wanted"),
         ("a/b/c", None, {}, "owner/name is wanted"),
         ("../b", None, {}, "owner/name is wanted"),
+        ("a--b/c", None, {}, "owner/name is wanted"),
         (
             "me/m",
             errors.LocalTokenNotFoundError("x"),
@@ -65,12 +74,13 @@ def refusal(status):
             "there is no token: run `hf auth login`, or set HF_",
         ),
         ("me/m", refusal(401), {}, "the hub refuses the token"),
+        ("you/m", refusal(403), {}, "the hub refuses the token"),
         ("me/m", errors.OfflineModeIsEnabled("x"), {}, "HF_HUB_OFFLINE is set"),
-        ("you/m", None, {}, "the token is me's, and may write to me, lab only"),
+        ("you/m", None, {}, "the token belongs to me, and may write to me, lab only"),
         ("me/m", None, {"auth": {"accessToken": {"role": "read"}}}, "the token may only read"),
     ],
 )
-def test_who_may_not_push_is_told_at_once(repo, raised, user, message, api):
+def test_a_token_that_may_not_write_is_refused_at_once(repo, raised, user, message, api):
     api.raises, api.user = raised, {**USER, **user}
     with pytest.raises(ValueError, match=f"export.push_to='{repo}': .*{message}"):
         hub.check(repo)
@@ -83,9 +93,23 @@ def test_a_hub_out_of_reach_does_not_stop_a_run(raised, api, capfd):
     assert ("WARNING: export.push_to='lab/m'" in capfd.readouterr().out) == bool(raised)
 
 
+def test_a_repository_that_exists_decides_itself(api):
+    """It may belong to neither the user nor an organization of theirs, as with a fine-grained token."""
+    api.repos, api.user = {"you/m"}, None
+    hub.check("you/m")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("owner/name", True), ("gpt2", True), ("a/b/c", False), ("./x", False), ("a..b", False), ("x y", False)],
+)
+def test_hub_ids(path, expected):
+    assert hub.is_hub_id(path) == expected
+
+
 @pytest.fixture
 def exports(tmp_path):
-    """Two sealed folders and where they go; the second is the newest."""
+    """{branch: sealed folder}; main has the newer of two."""
     found = {}
     for branch in ("iteration_0", "iteration_1"):
         found[branch] = tmp_path / branch
@@ -113,12 +137,12 @@ def test_each_export_has_a_branch_and_is_pushed_once(api, exports, tmp_path):
     assert json.loads((tmp_path / hub.RECORD).read_text()).keys() == {"me/m", "lab/m"}
 
 
-def test_what_fails_is_told_and_tried_again(api, exports, tmp_path, capfd):
+def test_a_push_that_fails_is_repeated(api, exports, tmp_path, capfd):
     api.fails = {"iteration_0"}
     hub.push(tmp_path, "me/m", exports, private=True)
     said = capfd.readouterr().out
     assert "iteration_0 was not pushed to me/m (iteration_0): ConnectionError: the network is down" in said
-    assert {"iteration_1", "main"} == api.content.keys()  # the others are
+    assert {"iteration_1", "main"} == api.content.keys()  # the others were pushed
     api.fails = set()
     hub.push(tmp_path, "me/m", exports, private=True)
     assert api.calls[-1] == ("upload", "iteration_0")
@@ -131,7 +155,7 @@ def test_a_damaged_export_is_not_pushed(api, exports, tmp_path, capfd):
     assert "iteration_0" not in api.content
 
 
-def test_where_a_bases_card_is(tmp_path, monkeypatch):
+def test_the_path_of_a_models_readme(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("x")
     assert hub.readme(str(tmp_path), None) == tmp_path / "README.md"
     monkeypatch.setattr(

@@ -1,0 +1,71 @@
+"""What JAX and its compilers are told about the machine before they start."""
+
+import glob
+import importlib.util
+import os
+from importlib import metadata
+from typing import Any
+
+# Flags that help: what layers exchange travels while the layer before computes. config.compiler_flags=false
+# leaves them out. libtpu 0.0.42 and 0.0.48 compile the training step to the same program without them.
+COMPILER_FLAGS = {
+    "LIBTPU_INIT_ARGS": (
+        "--xla_tpu_enable_async_collective_fusion=true",
+        "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+        "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+        "--xla_tpu_overlap_compute_collective_tc=true",
+        "--xla_enable_async_all_gather=true",
+    ),
+    "XLA_FLAGS": ("--xla_gpu_enable_latency_hiding_scheduler=true",),
+}
+
+# A GPU needs these to give the same bits again: no atomics, and no kernels chosen by measured time.
+DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
+
+# The runtimes of TPU VMs, GKE and Slurm set these for their processes, also where a driver hides the chips.
+TPU_VARIABLES = (
+    "CLOUD_TPU_TASK_ID",
+    "TPU_ACCELERATOR_TYPE",
+    "TPU_NAME",
+    "TPU_VISIBLE_CHIPS",
+    "TPU_WORKER_HOSTNAMES",
+    "TPU_WORKER_ID",
+)
+
+
+def set_compiler_flags(config: Any) -> None:
+    """Sets the variables that the compilers of all platforms read when JAX is first asked for a device."""
+    wanted = dict(COMPILER_FLAGS) if config.compiler_flags else {}
+    if config.deterministic:
+        wanted["XLA_FLAGS"] = (*wanted.get("XLA_FLAGS", ()), *DETERMINISTIC)
+    for variable, known in wanted.items():  # the user's own flags come last, and win
+        os.environ[variable] = " ".join([*known, os.environ.get(variable, "")]).strip()
+
+
+def skip_absent_tpu() -> None:
+    """Keeps JAX from loading libtpu, which takes seconds and prints errors, on a machine without a TPU.
+
+    JAX loads libtpu wherever it is installed. Where there is neither a sign of a TPU nor a plugin for another
+    accelerator, this sets the platform to the CPU. It changes nothing where the user or JAX has named the
+    platforms (JAX does where it finds the PCI device of a TPU). A program that uses spin_jax as a library
+    may call it before it asks for a device.
+    """
+    import jax
+
+    if jax.config.values["jax_platforms"] or "JAX_FORCE_TPU_INIT" in os.environ:
+        return
+    has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    has_tpu = has_tpu or any(name in os.environ for name in TPU_VARIABLES)
+    has_plugin = metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins")
+    if not has_tpu and not has_plugin:
+        jax.config.update("jax_platforms", "cpu")
+
+
+def cache_compilations() -> None:
+    """Keeps compiled programs under the user's cache directory, unless JAX has a directory for them."""
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "spin_jax", "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
