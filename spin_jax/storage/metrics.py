@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl always, TensorBoard and W&B on request, and the progress bar."""
+"""Writes numbers to metrics.jsonl and, on request, to TensorBoard and W&B."""
 
 import json
 import os
@@ -21,8 +21,8 @@ class Metrics:
     """Process 0 writes one row a line to metrics.jsonl: `phase`, `iteration`, `step` and values.
 
     Curves in TensorBoard and W&B continue from one iteration to the next: their step counts the rows of a
-    phase. After an interruption they continue in the same run without duplicates: TensorBoard is asked to drop
-    the steps that are repeated, and W&B, where a step is a row of the file, gets no row a second time.
+    phase. After an interruption they continue in the same run without duplicates: TensorBoard is asked to
+    drop the steps that are repeated, and W&B, where a step is a row of the file, gets no row a second time.
 
     Raises:
         OSError: from any method, where a file cannot be written.
@@ -194,7 +194,7 @@ def _wandb_run(workdir: epath.Path, project: str, config: Mapping[str, Any]) -> 
     )
 
 
-def _finite(row: Row) -> Row:
+def _curve_values(row: Row) -> Row:
     """The finite numbers of a row, under the names of their curves."""
     names = [name for name in row if name not in ("phase", "iteration", "step") and row[name] is not None]
     return {f"{row['phase']}/{name}": row[name] for name in names}
