@@ -28,6 +28,6 @@ def matmul_precision(dtype: Any) -> lax.Precision | None:
 
 
 def on_cpu() -> bool:
-    """Whether the program is for a CPU, where kernels are interpreted. The mesh says which devices it is for."""
+    """Whether the program is for a CPU, where kernels are interpreted. The mesh says so."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (device.platform if device else jax.default_backend()) == "cpu"

@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """The number of the signal that asked the run to stop, or 0; asked between units of work.
 
-    A thread receives the signals, because the main thread may compile or wait for a device for minutes. A
+    A thread receives the signals: the main thread may compile or wait for a device for minutes. A
     second Ctrl-C quits at once, and so does any signal before the first call, when no work has begun. Quitting
     at once does no harm, because the files on disk are complete at any moment.
     """
