@@ -16,8 +16,8 @@ class Interrupts:
     """The number of the signal that asked the run to stop, or 0; asked between units of work.
 
     A thread receives the signals: the main thread may compile or wait for a device for minutes. A
-    second Ctrl-C quits at once, and so does any signal before the first call, when no work has begun. Quitting
-    at once does no harm, because the files on disk are complete at any moment.
+    second Ctrl-C quits at once, and so does any signal before the first call, when no work has begun.
+    Quitting at once does no harm, because the files on disk are complete at any moment.
     """
 
     def __init__(self, quit_now: Callable[[int], None] | None = None):
