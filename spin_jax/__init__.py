@@ -8,7 +8,7 @@
     spin_jax.run(config, workdir)                            # the whole of self-play
     spin_jax.losses.LOSSES["logistic"](policy, opponent, beta=0.1)
 
-Names are imported when first used: a mistyped flag must not cost seconds of imports.
+Names are imported at their first use, so that an error in a flag appears without seconds of imports.
 """
 
 import importlib
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from spin_jax.selfplay.algorithm import run
     from spin_jax.training.log_probs import logits, score
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch, each time
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # they only say that there is no PyTorch
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load", "logits", "losses", "run", "save", "score"]
 
-_HOMES = {
+_MODULES = {
     "generate": "sampling.generate",
     "load": "models.loading",
     "logits": "training.log_probs",
@@ -41,9 +41,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "losses":
         return importlib.import_module("spin_jax.losses")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'spin_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"spin_jax.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"spin_jax.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
-"""The embedded default's world: a tokenizer, a chat template and problems whose answers can be checked.
+"""The built-in example: a tokenizer, a chat template and problems with answers that can be checked.
 
-Nothing is downloaded. A problem is a sum, "27+4+58"; its answer the number. Characters are tokens.
+Nothing is downloaded. A problem is a sum such as "27+4+58", and its answer is a number. Bytes are tokens.
 """
 
 import itertools
@@ -44,6 +44,6 @@ def problems(count: int = 10_000, seed: int = 0, largest: int = 30) -> list[dict
 
 
 def wins(messages: list[dict[str, str]], answers: list[str]) -> list[float]:
-    """How probably each answer is better than one of all: a selfplay.scorer. The right one wins."""
+    """A selfplay.scorer: the probability that each answer beats a random one of all. Right answers win."""
     right = [answer.strip() == messages[-1]["content"] for answer in answers]
     return [(1 + own - sum(right) / len(right)) / 2 for own in right]

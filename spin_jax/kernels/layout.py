@@ -1,4 +1,4 @@
-"""What attention and its kernels share: where tokens stand, and which see each other."""
+"""The layout that attention and its kernels share: token positions, and which tokens see each other."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ KEPT = "attended"  # the name under which remat policies keep what attention com
 
 
 class Layout(NamedTuple):
-    """Where each token of a row stands, and whom it may see.
+    """The position of each token of a row, and which tokens it may see.
 
     A token sees those of its own segment that stand before it, are not of another branch, and lie within
     the window. Segment 0 is padding; −s sees what s sees and is itself seen by none (`official` only).
@@ -27,10 +27,7 @@ def matmul_precision(dtype: Any) -> lax.Precision | None:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-# --- kernels -------------------------------------------------------------------------------------
-
-
 def on_cpu() -> bool:
-    """Where kernels can only be interpreted. The mesh is asked, for a program may be compiled elsewhere."""
+    """Whether the program is for a CPU, where kernels are interpreted. The mesh says so."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (device.platform if device else jax.default_backend()) == "cpu"

@@ -24,9 +24,9 @@ TARGETS = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "gate": 1, "up": 1, "down": 1}  #
 
 
 def check(config: ModelConfig, targets: Sequence[str]) -> None:
-    """Raises ValueError for weights that the model has not, or that have no adapters."""
+    """Raises ValueError for weights that the model does not have, or that have no adapters."""
     there = [name for name in TARGETS if name != "gate" or config.gated]
-    if config.num_experts:  # theirs have an axis more
+    if config.num_experts:  # the weights of experts have one more axis
         there = [name for name in there if name.startswith("w")]
     unknown = [f"has {name!r}" for name in targets if name not in there]
     if unknown or not targets:
@@ -90,7 +90,7 @@ def init(shapes: Params, key: Array) -> Params:
 def freeze(params: Params, dtype: Any) -> Params:
     """The weights in the compute dtype, to which they would be cast anyway; norms keep theirs.
 
-    `params` are given up, leaf by leaf: both stand nowhere in memory together.
+    `params` are freed leaf by leaf, so that memory never holds both trees.
     """
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Parameter trees: made, counted, laid out on a mesh, and as sampling and training want them."""
+"""Makes, counts and lays out parameter trees, and converts them for sampling and training."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ def copies(params: Params, dtype: Any) -> Params:
 
 
 def sampling_params(params: Params, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Params:
-    """Parameters as decoding wants them: one tree a layer, in the compute dtype, laid out on `mesh`.
+    """Parameters for decoding: one tree for each layer, in the compute dtype, laid out on `mesh`.
 
     What reads the same numbers is one matrix, for a step of decoding is many small products; but on TPUs,
     whose memory holds such a matrix, with its few rows between the model's dimension and its last, in tiles
@@ -85,7 +85,7 @@ def params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any = jnp.flo
 
 
 def sampling_params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any) -> Params:
-    """The same of what `sampling_params` makes."""
+    """Shapes, dtypes and shardings of the result of `sampling_params`; nothing is allocated."""
     params = params_on(mesh, config)
     with jax.set_mesh(mesh):
         made = jax.eval_shape(lambda params: _for_sampling(params, config, dtype, _fuses(mesh)), params)

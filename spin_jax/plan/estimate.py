@@ -18,8 +18,7 @@ from spin_jax.training.optimizer import OPTIMIZERS
 
 def _per_device(run: PlannedRun) -> float:
     """The number of parameters that each device keeps in training."""
-    shape = run.model.mesh.shape
-    return cost.all_params(run.model.config) / (shape["fsdp"] * shape["tensor"])
+    return cost.all_params(run.model.config) / sharding.weight_shards(run.model.mesh)
 
 
 def estimated_phases(run: PlannedRun) -> dict[str, PhaseCost]:
@@ -40,7 +39,7 @@ class _Layer(NamedTuple):
 
 def _layer(run: PlannedRun) -> _Layer:
     m, shape, item = run.model.config, run.shape, run.model.dtype.itemsize
-    tensor = run.model.mesh.shape["tensor"]
+    tensor = sharding.tensor_shards(run.model.mesh)
     tokens = shape.rows // sharding.batch_shards(run.model.mesh) * shape.length
     heads = 2 * (m.num_attention_heads + m.num_key_value_heads) * m.head_dim / tensor
     wide = max(1, m.experts_per_token) * m.intermediate_size / tensor
@@ -59,7 +58,7 @@ def _training(run: PlannedRun) -> PhaseCost:
     whole = _per_device(run)
     share = from_config.trained_params(c, m) / cost.all_params(m)
     weights, mine = item * whole if c.train.lora_rank else 4 * whole, 4 * share * whole
-    tensor, D = run.model.mesh.shape["tensor"], m.hidden_size
+    tensor, D = sharding.tensor_shards(run.model.mesh), m.hidden_size
     kept = {  # how many numbers are kept of a token in a layer, beside the layer's input
         "full": 0,
         "attention": layer.heads,
@@ -75,7 +74,7 @@ def _training(run: PlannedRun) -> PhaseCost:
     # Tables: the head in both dtypes, the embedding, and their gradients. Layers: the weights of one layer,
     # of the next one while they arrive, and a gradient. Frozen weights have no gradients.
     tables, layers = (8, 2) if c.train.lora_rank else (14, 3)
-    if run.model.mesh.shape["fsdp"] * tensor == 1:  # no weights arrive from elsewhere
+    if sharding.weight_shards(run.model.mesh) == 1:  # no weights arrive from elsewhere
         tables, layers = (4, 1) if c.train.lora_rank else (6, 2)
     gathered = tables * m.vocab_size * D / tensor + layers * layer.weights
     activations = m.num_hidden_layers * layer.tokens * (item * kept + 4 * D)  # a layer's input is float32
@@ -96,7 +95,7 @@ def _training(run: PlannedRun) -> PhaseCost:
 
 def _scoring(run: PlannedRun) -> PhaseCost:
     m, layer, item = run.model.config, _layer(run), run.model.dtype.itemsize
-    table = item * m.vocab_size * m.hidden_size / run.model.mesh.shape["tensor"]
+    table = item * m.vocab_size * m.hidden_size / sharding.tensor_shards(run.model.mesh)
     temporary = layer.weights + layer.working + table + layer.logits
     return PhaseCost(
         {"weights": 4 * _per_device(run), "optimizer": 0.0, "temporary": temporary},
@@ -137,15 +136,16 @@ def _estimated_traffic(
         passes: 1 for a forward pass, 3 for a forward and a backward pass.
         gradients: the share of the weights that have gradients.
     """
-    m, shape, item = run.model.config, run.model.mesh.shape, run.model.dtype.itemsize
-    weights = item * cost.all_params(m) / shape["tensor"]
+    m, mesh, item = run.model.config, run.model.mesh, run.model.dtype.itemsize
+    fsdp, tensor = sharding.fsdp_shards(mesh), sharding.tensor_shards(mesh)
+    weights = item * cost.all_params(m) / tensor
     result = {}
-    if shape["fsdp"] > 1:
+    if fsdp > 1:
         result["all-gather"] = weights * min(passes, 2)
     if passes > 1 and sharding.batch_shards(run.model.mesh) > 1:
         result["reduce-scatter"] = gradients * weights
-    replicas = math.gcd(shape["data"], run.topology.slices)
-    between = 2 * (1 - 1 / replicas) * gradients * weights / shape["fsdp"] if passes > 1 else 0.0
+    replicas = math.gcd(sharding.replicas(mesh), run.topology.slices)
+    between = 2 * (1 - 1 / replicas) * gradients * weights / fsdp if passes > 1 else 0.0
     if (
         parts := run.topology.slices // replicas - 1
     ):  # fsdp spans slices: each slice gets the parts of the others
@@ -153,6 +153,6 @@ def _estimated_traffic(
         between += (min(passes, 2) + (passes > 2) * gradients) * weights * parts / (parts + 1) / mine
     if between:
         result[BETWEEN_SLICES] = between
-    if shape["tensor"] > 1:
+    if tensor > 1:
         result["all-reduce"] = 2 * passes * m.num_hidden_layers * tokens * m.hidden_size * item
     return result

@@ -6,6 +6,7 @@ from typing import Any
 from spin_jax.plan.estimate import estimated_phases
 from spin_jax.plan.machine import FAMILIES, Topology
 from spin_jax.plan.planned_run import PlannedRun, fits, planned_run
+from spin_jax.runtime import sharding
 
 # The values that are tried for a key after the config's own value, in this order.
 _REMATS = ("none", "attention+mlp", "attention", "full")
@@ -27,7 +28,7 @@ def suggestion(run: PlannedRun, margin: float = 1.0) -> tuple[PlannedRun, list[s
     choices = {
         "sampling.batch_size": [n for n in _ANSWERS if n < c.sampling.batch_size],
         "train.offload": [True] * (not c.train.offload),
-        "mesh.tensor": [n for n in _SPLITS if n > run.model.mesh.shape["tensor"]],
+        "mesh.tensor": [n for n in _SPLITS if n > sharding.tensor_shards(run.model.mesh)],
         "train.tokens_per_device": [n for n in _TOKENS if n < c.train.tokens_per_device],
         "train.remat": _REMATS[_REMATS.index(c.train.remat) + 1 :],
     }

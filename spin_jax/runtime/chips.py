@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-GPU_MEMORY = "0.92"  # of a GPU, for JAX, which takes three quarters when not told
+GPU_MEMORY = "0.92"  # the share of a GPU's memory that JAX takes; its default is three quarters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +46,15 @@ CHIPS = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The chip of `jax.Device.device_kind`, or None for one that is not listed, a CPU among them."""
+    """The chip of `jax.Device.device_kind`, or None for one that is not listed, such as a CPU."""
     return CHIPS.get(device_kind)
 
 
 def unknown_peak(device: Any) -> str:
-    """What there is to say of a device whose MFU cannot be told; nothing of a CPU, of which none asks."""
+    """A note that the MFU of this device is unknown; "" for a listed device and for a CPU."""
     if device.platform == "cpu" or chip(device.device_kind):
         return ""
     return (
-        f"roofline.CHIPS has no {device.device_kind!r}: MFU and the share of the roofline are unknown (null)"
+        f"spin_jax.runtime.chips.CHIPS has no {device.device_kind!r}: "
+        "MFU and the share of the roofline are unknown (null)"
     )

@@ -1,4 +1,4 @@
-"""What the terminal shows: progress bars and numbers in short."""
+"""Progress bars and short forms of numbers for the terminal."""
 
 import sys
 
@@ -8,7 +8,7 @@ from spin_jax.runtime import processes
 
 
 def progress(description: str, total: int, done: int = 0, unit: str = "step") -> tqdm:
-    """A progress bar with rate and ETA; where no terminal looks on, a line every half minute."""
+    """A progress bar with rate and ETA; without a terminal it prints a line every half minute."""
     live = sys.stderr.isatty()
     return tqdm(
         desc=f"{description:<22}",

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: noticed at once, obeyed between two units of work."""
+"""Ctrl-C and SIGTERM: they are noticed at once, and the run stops between two units of work."""
 
 import _thread
 import contextlib
@@ -15,15 +15,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """The number of the signal that asked the run to stop, or 0; asked between units of work.
 
-    A thread takes the signals: the main one may be compiling, or waiting for a device, for minutes. Ctrl-C
-    again quits at once, and so does any signal while nobody has asked yet: then nothing is under way. That
-    does no harm: whatever is on disk is whole at any moment.
+    A thread receives the signals: the main thread may compile or wait for a device for minutes. A
+    second Ctrl-C quits at once, and so does any signal before the first call, when no work has begun.
+    Quitting at once does no harm, because the files on disk are complete at any moment.
     """
 
     def __init__(self, quit_now: Callable[[int], None] | None = None):
         """`quit_now` gets the signal's number, in the thread; None: KeyboardInterrupt, in the main one."""
         self.number = 0
-        self.speaks = True  # several processes: one does
+        self.speaks = True  # of several processes, only one prints
         self._quit_now = quit_now
         self.asked = self._raises = False  # asked: the run is under way
         self._reader, self._writer = os.pipe()
@@ -35,19 +35,19 @@ class Interrupts:
         self.listen()
 
     def listen(self) -> None:
-        """Takes the signals; to be called again where a library may have taken them since."""
+        """Installs the handlers; call it again after a library may have replaced them."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def _let_go(self) -> None:
-        """In a forked child: its signals are its own, and no business of its parent's thread."""
+        """In a forked child, restores the default handlers: the parent's thread does not run there."""
         if signal.getsignal(signal.SIGTERM) == self._handle:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def close(self) -> None:
-        """Gives the signals back to who had them."""
+        """Restores the handlers that were there before."""
         signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -58,13 +58,13 @@ class Interrupts:
         return self.number
 
     def _handle(self, number: int, frame: Any) -> None:
-        del number, frame  # the thread has read of it
+        del number, frame  # the thread reads the number from the pipe
         if self._raises:
             self._raises = False
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        echo = False  # what the thread itself raises, it hears too
+        echo = False  # whether the next signal is the one that this thread raised itself
         while received := os.read(self._reader, 1):
             number = received[0]
             if number not in SIGNALS or echo:
@@ -84,7 +84,7 @@ class Interrupts:
 
 
 def say(text: str) -> None:
-    """To the screen, if it is still there: Ctrl-C ends `tee` as well. Waits for no print under way."""
+    """Prints without waiting for another print, and ignores a closed output: Ctrl-C ends `tee`, too."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stdout is sys.__stdout__:
             os.write(1, f"{text}\n".encode())
@@ -94,7 +94,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Callable[[], int]]:
-    """Interrupts for as long as a call takes."""
+    """Provides Interrupts during a `with` block."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0  # signals are the main thread's
         return

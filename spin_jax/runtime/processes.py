@@ -1,9 +1,8 @@
-"""Several processes that run one program: what they agree on, and what one does for all.
+"""Several processes that run one program: how they agree, and what process 0 does for all of them.
 
-Each process runs the same code with the same config, and arrays are spread over the devices of all. So
-whatever only one can know (whether a file is there, whether someone pressed Ctrl-C) is agreed on before
-anything follows from it, and what is written or printed once, process 0 writes and prints. With one process
-all of this costs nothing.
+Each process runs the same code with the same config, and arrays are spread over the devices of all. What only
+one process can know (whether a file exists, whether someone pressed Ctrl-C) must be agreed on before the code
+depends on it. Process 0 does all writing and printing. With one process all of this costs nothing.
 """
 
 import base64
@@ -32,7 +31,7 @@ def connect(
 ) -> None:
     """Finds the other processes: those named, or those that JAX sees around it (TPU pods, SLURM, Open MPI).
 
-    To be called before anything asks for a device. A process not heard of for `heartbeat_s` seconds ends all.
+    Call it before any code asks for a device. All processes end when one is silent for `heartbeat_s` seconds.
 
     Raises:
         ValueError: some of the arguments are given and some are not.
@@ -57,7 +56,7 @@ def connect(
 
 
 def first() -> bool:
-    """Whether this is the process that writes and prints. One that is alone asks no device for that."""
+    """Whether this is the process that writes and prints. A single process needs no device to know it."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -72,7 +71,7 @@ def say(text: str) -> None:
 
 
 def by_first(action: Callable[[], object]) -> None:
-    """`action()` by process 0; all come back when it is done, and where it fails all do."""
+    """Process 0 runs `action()`; all processes return when it is done, and all fail if it fails."""
     together(lambda: action() if first() else None)
 
 

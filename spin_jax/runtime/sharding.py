@@ -98,6 +98,26 @@ def batch_shards(mesh: Mesh | None = None) -> int:
     return shape.get("data", 1) * shape.get("fsdp", 1)
 
 
+def replicas(mesh: Mesh) -> int:
+    """How many copies of the model the mesh holds."""
+    return mesh.shape["data"]
+
+
+def fsdp_shards(mesh: Mesh) -> int:
+    """Into how many parts the fsdp axis splits the parameters and, beside the replicas, the batch."""
+    return mesh.shape["fsdp"]
+
+
+def tensor_shards(mesh: Mesh) -> int:
+    """Into how many parts the tensor axis splits heads, the MLP and the vocabulary."""
+    return mesh.shape["tensor"]
+
+
+def weight_shards(mesh: Mesh) -> int:
+    """Into how many parts the stored parameters of one replica are split."""
+    return fsdp_shards(mesh) * tensor_shards(mesh)
+
+
 def spec(*logical: str | None) -> PartitionSpec | None:
     """The PartitionSpec of logical axes, or None outside of a mesh (a plain one-device program)."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -22,7 +22,7 @@ def devices_per_copy(model: Model, batch_size: int, longest: int) -> int:
     if chip is None:
         return 1
     heads, devices = model.config.num_key_value_heads, model.mesh.size
-    stored = 4 * cost.all_params(model.config) / (devices // model.mesh.shape["data"])
+    stored = 4 * cost.all_params(model.config) / sharding.weight_shards(model.mesh)
     cached = cost.cached_numbers(model.config, cache_columns(model.config, longest)) * batch_size
     copy = model.dtype.itemsize * (cost.all_params(model.config) + cached)
     shares = [n for n in range(1, heads + 1) if heads % n == 0 and devices % n == 0]

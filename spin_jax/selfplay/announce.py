@@ -54,7 +54,7 @@ def run_overview(prepared: Prepared, finished: int) -> str:
     frozen = count * model.dtype.itemsize if rank else 0
     # float32 weights and gradients, and the optimizer's moments
     copies = 2 + OPTIMIZERS[c.train.optimizer].moments
-    gib = (trained * 4 * copies + frozen) / (model.mesh.shape["fsdp"] * model.mesh.shape["tensor"]) / 2**30
+    gib = (trained * 4 * copies + frozen) / sharding.weight_shards(model.mesh) / 2**30
     mesh = " × ".join(f"{name} {size}" for name, size in model.mesh.shape.items())
     source = c.model.path or "initialized here"
     revision = f" at {model.revision[:12]}" if model.revision else ""

@@ -133,7 +133,7 @@ def longest(config: Config) -> int:
 def check_mesh(config: Config, model: Model) -> None:
     """Raises ValueError where the model cannot be split over the mesh."""
     sampling = sampling_tensor(config, model)
-    for name, tensor in (("mesh", model.mesh.shape["tensor"]), ("sampling", sampling)):
+    for name, tensor in (("mesh", sharding.tensor_shards(model.mesh)), ("sampling", sampling)):
         if model.config.num_key_value_heads % tensor:
             raise ValueError(
                 f"{name}.tensor={tensor} does not divide the model's {model.config.num_key_value_heads} "

@@ -1,6 +1,7 @@
 """The numbers of summary.json: held-out pairs and answers, tasks of lm-evaluation-harness, and KL."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,7 +132,8 @@ class Evaluation:
                     should_stop=self._engine.stop_if_asked,
                 )
                 files.write_json(path, done)
-        return {metric: value for name in names for metric, value in done["tasks"][name].items()}
+        numbers = {metric: value for name in names for metric, value in done["tasks"][name].items()}
+        return {metric: math.nan if value is None else value for metric, value in numbers.items()}
 
     def divergence(self, t: int, params: Params, sampled: Sequence[Ids]) -> Row:
         """How far iteration t has moved from its opponent and from the start: KL, estimated on its answers.

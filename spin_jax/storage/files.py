@@ -1,22 +1,24 @@
-"""The one seam between this package and a file system: local disks and object stores alike.
+"""Reads and writes files, on local disks and in object stores; nothing else in the package does.
 
-Everything that the loop writes for itself goes through here, so that a reader never sees half a file: on a
-disk the bytes are written beside the target, synced and renamed; an object store shows an object only when
-it is whole. Of several processes one writes, and none goes on before the file is there.
+Everything that a run writes for itself goes through this file, so that a reader never sees half a file. On a
+disk the bytes are written to a temporary file, synced, and renamed. An object store shows an object only when
+it is complete. Of several processes only process 0 writes, and all wait until the file is there.
 
-A folder of several files is whole once it is sealed: SHA256SUMS, written last, holds the digest of each.
+A folder of several files is complete once it is sealed: SHA256SUMS is written last and holds each file's
+digest.
 """
 
 import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,18 +31,18 @@ SUMS = "SHA256SUMS"
 
 
 def exists(path: epath.PathLike) -> bool:
-    """Whether it is there, as process 0 sees it: all processes go on alike."""
+    """Whether the path exists for process 0; every process gets the same answer."""
     return existing([path])[0]
 
 
 def existing(paths: Sequence[epath.PathLike]) -> list[bool]:
-    """`exists` of many."""
+    """Calls `exists` for several paths at once."""
     here = processes.together(lambda: [processes.first() and epath.Path(path).exists() for path in paths])
     return processes.agreed(np.array(here, bool)).tolist()
 
 
 def read_agreed(path: epath.PathLike) -> Any:
-    """What process 0 reads of a JSON file, in every process; None where there is no file."""
+    """The content of a JSON file as process 0 reads it, in every process; None where there is no file."""
     read = processes.together(
         lambda: read_json(path) if processes.first() and epath.Path(path).exists() else None
     )
@@ -48,19 +50,20 @@ def read_agreed(path: epath.PathLike) -> Any:
 
 
 def write(path: epath.PathLike, data: bytes) -> None:
-    """`write_here` by process 0; every process calls this, and comes back when the file is there."""
+    """Process 0 calls `write_here`; every process calls this function and returns once the file is there."""
     processes.by_first(lambda: write_here(path, data))
 
 
 def remove(folder: epath.PathLike) -> None:
-    """Removes a folder with all that is in it, if it is there; as `write` does."""
-
+    """Process 0 removes a folder and its content, if the folder exists; every process calls this."""
     processes.by_first(lambda: remove_here(folder))
 
 
 def remove_here(folder: epath.PathLike) -> None:
-    """`remove`, by this process."""
-    (epath.Path(folder) / SUMS).unlink(missing_ok=True)  # first: what is left of it is not whole
+    """Removes a folder and its content in this process."""
+    (epath.Path(folder) / SUMS).unlink(
+        missing_ok=True
+    )  # first, so that an interrupted removal leaves no sealed folder
     if epath.Path(folder).exists():
         epath.Path(folder).rmtree()
 
@@ -85,22 +88,34 @@ def write_here(path: epath.PathLike, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)  # on a full disk it would stand in the way
+        temporary.unlink(missing_ok=True)  # on a full disk it would only take up room
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):  # network file systems may refuse
-        os.fsync(folder)  # the name, too, survives a power cut
+        os.fsync(folder)  # so that the new name survives a power cut, too
     os.close(folder)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON, atomically; a number that is not finite becomes null."""
     write(path, as_json(value))
 
 
 def as_json(value: Any) -> bytes:
-    """`value` as `write_json` writes it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """The bytes that `write_json` writes for `value`."""
+    text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with None in place of each NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return value
 
 
 def read_json(path: epath.PathLike) -> Any:
@@ -128,15 +143,16 @@ def read_object(path: epath.PathLike) -> dict[str, Any]:
 
 
 def write_jsonl(path: epath.PathLike, rows: Sequence[Any]) -> None:
-    """Writes one JSON value a line, atomically."""
-    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    """Writes one JSON value a line, atomically; a number that is not finite becomes null."""
+    lines = (json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    write(path, "".join(lines).encode())
 
 
 # --- a workdir -----------------------------------------------------------------------------------
 
 
 def check_room(folder: epath.PathLike, size: float, what: str) -> None:
-    """Raises NoRoom where a disk has less than `size` bytes free; of an object store nothing is known."""
+    """Raises NoRoom where a disk has less than `size` bytes free; an object store is not checked."""
     processes.by_first(lambda: check_room_here(folder, size, what))
 
 
@@ -150,7 +166,7 @@ def check_room_here(folder: epath.PathLike, size: float, what: str) -> None:
 
 
 def free(folder: epath.PathLike) -> int | None:
-    """Bytes free on the disk where a folder is, or will be; None of an object store."""
+    """Free bytes on the disk where a folder is or will be; None for an object store."""
     if "://" in str(folder):
         return None
     path = epath.Path(folder)
@@ -159,10 +175,10 @@ def free(folder: epath.PathLike) -> int | None:
 
 @contextlib.contextmanager
 def held(workdir: epath.PathLike) -> Iterator[None]:
-    """Keeps other runs out of a workdir on a disk; the system lets go of it whenever a process ends.
+    """Locks a workdir on a disk against other runs; the system releases the lock when the process ends.
 
     Raises:
-        ValueError: another run holds it.
+        ValueError: another run holds the lock.
     """
     taken: list[int] = []
     try:
@@ -186,14 +202,14 @@ def _lock(workdir: epath.Path) -> int:
         raise ValueError(f"{workdir} is in use by another run ({holder}): wait for it, or stop it") from None
     except OSError:
         pass  # a file system without locks
-    with contextlib.suppress(OSError):  # on a full disk it stays nameless
+    with contextlib.suppress(OSError):  # a full disk: the lock holds, but the file names no holder
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor
 
 
 def sweep(folder: epath.PathLike) -> None:
-    """Removes what processes left behind that were killed while they wrote; process 0 does."""
+    """Process 0 removes the temporary files of processes that were killed while they wrote."""
 
     def sweep() -> None:
         if "://" not in str(folder):

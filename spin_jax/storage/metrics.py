@@ -1,7 +1,6 @@
-"""Where numbers go: metrics.jsonl always, TensorBoard and W&B on request, and the progress bar."""
+"""Writes numbers to metrics.jsonl and, on request, to TensorBoard and W&B."""
 
 import json
-import math
 import os
 import time
 import uuid
@@ -15,15 +14,15 @@ from spin_jax.runtime import processes
 from spin_jax.storage import files
 
 Row = dict[str, Any]
-_REWRITE_S = 30  # an object store cannot append: it is sent the whole file, so often and at each summary
+_REWRITE_S = 30  # an object store cannot append, so the whole file is sent this often and at each flush
 
 
 class Metrics:
-    """Writes one row a line to metrics.jsonl: `phase`, `iteration`, `step` and values; process 0 does.
+    """Process 0 writes one row a line to metrics.jsonl: `phase`, `iteration`, `step` and values.
 
-    Curves in TensorBoard and W&B go on from one iteration to the next: their step counts a phase's rows.
-    After an interruption they go on in the same run, and nothing stands there twice: TensorBoard is told to
-    forget what comes again, and W&B, where a step is a row of the file, does not hear it again.
+    Curves in TensorBoard and W&B continue from one iteration to the next: their step counts the rows of a
+    phase. After an interruption they continue in the same run without duplicates: TensorBoard is asked to
+    drop the steps that are repeated, and W&B, where a step is a row of the file, gets no row a second time.
 
     Raises:
         OSError: from any method, where a file cannot be written.
@@ -40,8 +39,8 @@ class Metrics:
         self.path = epath.Path(workdir) / "metrics.jsonl"
         self._rows: list[Row] = []
         self._file = self._wandb = None
-        self._speaks = processes.first()
-        if not self._speaks:
+        self._writes = processes.first()
+        if not self._writes:
             return
         self._remote = "://" in str(workdir)
         self._written = time.monotonic()
@@ -53,43 +52,42 @@ class Metrics:
             self._rewrite()
         self._rows_of_phase = Counter(row["phase"] for row in self._rows)
         self._file = self._open()
-        self._curves: dict[str, _Curves] = {}  # of each phase
+        self._curves: dict[str, _Curves] = {}  # by phase
         self._tensorboard = epath.Path(workdir) / "tensorboard"
-        self._draws = tensorboard
+        self._uses_tensorboard = tensorboard
         if wandb_project:
             self._wandb = _wandb_run(epath.Path(workdir), wandb_project, config or {})
             counts: Counter = Counter()
-            for number, row in enumerate(self._rows):  # what it has not heard of
+            for number, row in enumerate(self._rows):  # sends the rows that W&B does not have yet
                 self._to_wandb(number, counts[row["phase"]], row)
                 counts[row["phase"]] += 1
 
     def write(self, phase: str, iteration: int, step: int, values: Mapping[str, float]) -> None:
         """Appends a row; a value that is not finite is written as null."""
-        if not self._speaks:
+        if not self._writes:
             return
-        numbers = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        row = {"phase": phase, "iteration": iteration, "step": step, **numbers}
+        row = files.without_nan({"phase": phase, "iteration": iteration, "step": step, **values})
         self._rows.append(row)
         if self._file:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
         elif time.monotonic() - self._written > _REWRITE_S:
             self._rewrite()
         count = self._rows_of_phase[phase]
         self._rows_of_phase[phase] += 1
-        if self._draws:
-            if phase not in self._curves:  # from here on it takes the place of what was there
+        if self._uses_tensorboard:
+            if phase not in self._curves:  # these steps replace older ones
                 self._curves[phase] = _Curves(self._tensorboard / phase, count)
-            self._curves[phase].write(count, _finite(row))
+            self._curves[phase].write(count, _curve_values(row))
         self._to_wandb(len(self._rows) - 1, count, row)
 
-    def rewind(self, phase: str, iteration: int, again: Callable[[int], bool] = lambda step: True) -> None:
-        """Drops the rows of steps that are to come again: an interrupted run wrote them."""
-        if not self._speaks:
+    def rewind(self, phase: str, iteration: int, repeated: Callable[[int], bool] = lambda step: True) -> None:
+        """Drops the rows of an interrupted run whose steps will be repeated."""
+        if not self._writes:
             return
 
         def stays(row: Row) -> bool:
-            return (row["phase"], row["iteration"]) != (phase, iteration) or not again(row["step"])
+            return (row["phase"], row["iteration"]) != (phase, iteration) or not repeated(row["step"])
 
         kept = list(filter(stays, self._rows))
         if len(kept) == len(self._rows):
@@ -104,8 +102,8 @@ class Metrics:
         self._file = self._open()
 
     def flush(self) -> None:
-        """To the disk: what comes after may rely on it."""
-        if not self._speaks:
+        """Puts all rows on the disk, so that later files may rely on them."""
+        if not self._writes:
             return
         if self._file:
             os.fsync(self._file.fileno())
@@ -115,7 +113,7 @@ class Metrics:
             curves.flush()
 
     def close(self) -> None:
-        if not self._speaks:
+        if not self._writes:
             return
         self.flush()
         if self._file:
@@ -126,7 +124,7 @@ class Metrics:
             self._wandb.finish()
 
     def count(self, phase: str, iteration: int, counted: Callable[[Row], object]) -> int:
-        """How many rows of a phase are `counted`; in every process."""
+        """How many rows of a phase `counted` accepts; the same number in every process."""
         of_phase = (row for row in self._rows if (row["phase"], row["iteration"]) == (phase, iteration))
         return int(processes.agreed(sum(1 for row in of_phase if counted(row))))
 
@@ -134,25 +132,27 @@ class Metrics:
         """Logs the number-th row of the file, the count-th of its phase, unless W&B has it."""
         if self._wandb and number >= self._wandb.step:
             own = {f"{row['phase']}/step": count, f"{row['phase']}/iteration": row["iteration"]}
-            self._wandb.log({**_finite(row), **own}, step=number)
+            self._wandb.log({**_curve_values(row), **own}, step=number)
 
     def _open(self) -> Any:
         return None if self._remote else self.path.open("a")
 
     def _rewrite(self) -> None:
-        files.write_here(self.path, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
+        files.write_here(
+            self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self._rows).encode()
+        )
         self._written = time.monotonic()
 
 
 class _Curves:
-    """TensorBoard's event file of a phase.
+    """TensorBoard's event file for one phase.
 
-    Written here and now: tensorboardX's SummaryWriter does it in a thread, and hangs where that has died of a
-    full disk.
+    It is written in the calling thread: tensorboardX's SummaryWriter writes in a thread of its own, and hangs
+    once that thread has died because the disk was full.
     """
 
     def __init__(self, folder: epath.Path, first: int):
-        """Steps from `first` on that other files of the folder have are forgotten."""
+        """TensorBoard drops the steps from `first` on in older files of the folder."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -183,7 +183,7 @@ class _Curves:
 
 
 def _wandb_run(workdir: epath.Path, project: str, config: Mapping[str, Any]) -> Any:
-    """The W&B run of a workdir: the same one when it goes on."""
+    """The W&B run of a workdir; a run that is continued keeps its W&B run."""
     import wandb
 
     stored = workdir / "wandb_id"
@@ -194,7 +194,7 @@ def _wandb_run(workdir: epath.Path, project: str, config: Mapping[str, Any]) -> 
     )
 
 
-def _finite(row: Row) -> Row:
-    """A row's numbers under the names that curves have."""
+def _curve_values(row: Row) -> Row:
+    """The finite numbers of a row, under the names of their curves."""
     names = [name for name in row if name not in ("phase", "iteration", "step") and row[name] is not None]
     return {f"{row['phase']}/{name}": row[name] for name in names}
