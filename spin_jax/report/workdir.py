@@ -99,7 +99,7 @@ def read(workdir: str) -> Run:
         raise FileNotFoundError(f"{path} is missing: is {workdir} a run's?")
     record = _json(path)
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise ValueError(f"{path} is no run's of spin_jax: it has no config")
+        raise ValueError(f"{path} was not written by spin_jax: it has no config")
     rows = _summary(root / "summary.json")
     metrics = _metrics(root / "metrics.jsonl")
     ordered = sorted(metrics, key=lambda row: (row["phase"], row["iteration"], row["step"]))

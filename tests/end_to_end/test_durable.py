@@ -265,7 +265,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path, finished):
     model = shutil.copytree(finished / "iteration_0" / "model", tmp_path / "model")
     (model / files.SUMS).write_text("0000  config.json\n")
     loading.load(str(model))
-    with pytest.raises(ValueError, match=r"config.json is no run's of spin_jax"):
+    with pytest.raises(ValueError, match=r"config.json was not written by spin_jax"):
         spin_jax.run(tiny(), str(model))
     (tmp_path / "unread").mkdir()
     (tmp_path / "unread" / "file").symlink_to("nowhere")
@@ -430,9 +430,9 @@ def test_a_loss_is_known_by_its_source(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     module = tmp_path / "changing.py"
     module.write_text("from spin_jax.losses import logistic as loss\n")
-    before = fingerprints._source_of("changing")
+    before = fingerprints._source_digest("changing")
     module.write_text("from spin_jax.losses import hinge as loss\n")
-    assert fingerprints._source_of("changing") != before
+    assert fingerprints._source_digest("changing") != before
 
 
 def test_the_commit_of_the_code(monkeypatch):
@@ -459,7 +459,7 @@ def test_one_run_at_a_time(finished):
     """A second one is refused while the first lives, and no longer."""
     program = f"""
 import sys, time
-from spin_jax import files
+from spin_jax.storage import files
 with files.held({str(finished)!r}):
     print("held", flush=True)
     time.sleep(60)
@@ -571,7 +571,7 @@ def test_the_best_iteration_is_copied(copy):
 
 SIGNALLED = """
 import os, signal, sys, time
-from spin_jax.interrupts import Interrupts
+from spin_jax.runtime.interrupts import Interrupts
 stop = Interrupts(lambda number: (print("quit", number, flush=True), os._exit(128 + number)))
 if "asks" in sys.argv:
     stop()
@@ -615,7 +615,7 @@ def test_a_forked_child_has_its_own_signals():
     """What ends a worker is no signal to the run, and ends the worker."""
     program = """
 import multiprocessing, time
-from spin_jax.interrupts import Interrupts
+from spin_jax.runtime.interrupts import Interrupts
 stop = Interrupts()
 stop()
 child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))

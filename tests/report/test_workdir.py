@@ -9,7 +9,7 @@ import pytest
     [
         ("config.json", None, "config.json is missing: is .* a run's?"),
         ("config.json", "{", "config.json is damaged: no valid JSON"),
-        ("config.json", "[]", "config.json is no run's of spin_jax"),
+        ("config.json", "[]", "config.json was not written by spin_jax"),
         ("summary.json", "[1]", "summary.json is damaged: no list of rows"),
         ("summary.json", '[{"nll": 1}]', "summary.json, row 0 is damaged: iteration is None"),
         ("summary.json", '[{"iteration": 0, "nll": "x"}]', "summary.json, row 0 is damaged: nll is 'x'"),

@@ -265,7 +265,7 @@ def test_answers_by_vllm_come_back_as_our_own(command, finished, tmp_path):
     assert said.endswith(f"200 prompts of iteration 1, to be answered by {run / 'iteration_0' / 'model'}")
     # Without them, or with others, it would be another run.
     c = config.resolve(json.loads((run / "config.json").read_text())["config"])
-    c.selfplay.pairs = ""
+    c = c.changed({"selfplay.pairs": ""})
     with pytest.raises(ValueError, match=r"there fingerprints.given pairs 0 is '200 pairs, .*, and now None"):
         prepare(c, str(run))
 
@@ -274,10 +274,10 @@ def test_pairs_come_too_late_for_an_iteration_that_was_answered(finished):
     """For one that is to come they may be added."""
     workdir, _ = finished
     c = config.resolve(json.loads((workdir / "config.json").read_text())["config"])
-    c.selfplay.iterations = 3
-    c.selfplay.pairs = f"2={workdir / 'iteration_1' / 'pairs'}"
+    late = f"2={workdir / 'iteration_1' / 'pairs'}"
+    c = c.changed({"selfplay.iterations": 3, "selfplay.pairs": late})
     assert len(prepare(c, str(workdir)).given[2]) == 200
-    c.selfplay.pairs = f"1={workdir / 'iteration_0' / 'pairs'}"
+    c = c.changed({"selfplay.pairs": f"1={workdir / 'iteration_0' / 'pairs'}"})
     with pytest.raises(
         ValueError, match=r"gives pairs for iteration 1, and .*/iteration_1/pairs holds answers"
     ):
@@ -300,13 +300,15 @@ def test_programs_are_compiled_once(command, tmp_path):
     program = f"""
 import spin_jax
 from configs.tiny import get_config
-from spin_jax import sample, scoring, selfplay, train
+from spin_jax.sampling import slots
+from spin_jax.selfplay import fitting
+from spin_jax.training import log_probs
 steps = []
-make = train.make_step
-selfplay.make_step = lambda *a: steps.append(make(*a)) or steps[-1]
+make = fitting.make_step
+fitting.make_step = lambda *a: steps.append(make(*a)) or steps[-1]
 spin_jax.run(get_config("smoke"), {str(tmp_path)!r})
 print("compiled", [step._cache_size() for step in dict.fromkeys(steps)],
-      scoring.score_rows._cache_size(), sample.prefill._cache_size(), sample.decode._cache_size())
+      log_probs.score_rows._cache_size(), slots.prefill._cache_size(), slots.decode._cache_size())
 """
     result = subprocess.run(
         [sys.executable, "-c", program],

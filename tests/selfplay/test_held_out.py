@@ -258,8 +258,7 @@ def test_more_patience_goes_on(stopped, finished, tmp_path):
     """To where a run that never stopped comes; the control keeps step."""
     c, workdir, _ = stopped
     copy = pathlib.Path(shutil.copytree(workdir, tmp_path / "run"))
-    c = config.resolve(c)
-    c.selfplay.patience = 2
+    c = config.resolve(c).changed({"selfplay.patience": 2})
     summary = spin_jax.run(c, str(copy))
     final = next(row for row in summary if row.get("final"))
     assert final["nll"] == min(row["nll"] for row in summary[1:])

@@ -185,10 +185,10 @@ def test_a_notebooks_function(monkeypatch):
     monkeypatch.setattr(main, "in_a_cell", losses.hinge, raising=False)
     monkeypatch.delattr(main, "__file__", raising=False)
     assert custom_loss.find("__main__:in_a_cell") is losses.hinge
-    digest = fingerprints._source_of("__main__:in_a_cell")
+    digest = fingerprints._source_digest("__main__:in_a_cell")
     monkeypatch.setattr(main, "in_a_cell", losses.logistic)
     assert len(digest) == 16
-    assert digest != fingerprints._source_of("__main__:in_a_cell")
+    assert digest != fingerprints._source_digest("__main__:in_a_cell")
 
 
 def test_pair_logps_are_pairs():
