@@ -54,5 +54,5 @@ def share_correct(verifier: Verifier, examples: Sequence[Example], answers: Sequ
         answers: the first answer to every example in order, then the second answer to every example, …
     """
     references = [example.messages[-1]["content"] for example in examples]
-    verdicts = [verifier(references[i % len(examples)], answer) for i, answer in enumerate(answers)]
+    verdicts = [bool(verifier(references[i % len(examples)], answer)) for i, answer in enumerate(answers)]
     return sum(verdicts) / len(verdicts)

@@ -7,7 +7,7 @@
 
 `run` is the whole of it. Each phase writes its results as it goes, and skips what exists already, so that
 running again with the same workdir continues. Only one set of weights is held at a time: the opponent's
-log-probs are computed before training starts from its weights.
+log-probs are computed before training starts from its weights. β is the paper's λ.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def check(config: Mapping[str, Any], workdir: str | None = None) -> None:
 
 
 class SelfPlay:
-    """The players of Algorithm 1, and the story that they play."""
+    """The parts of a run, and the loop over its iterations."""
 
     def __init__(self, run: Prepared, should_stop: Callable[[], Any]):
         """`should_stop` returns the number of the signal that asks the run to stop, or 0."""
@@ -113,7 +113,7 @@ class SelfPlay:
         return bool(self.summary.row(t))
 
     def iterate(self, only: str | None = None) -> None:
-        """Makes the start and all iterations that are missing; `only` runs one phase of the next one."""
+        """Runs the start and every iteration that is not finished; with `only`, one phase of the next one."""
         params, spent = self.start(), ""
         self.hand_out()  # an earlier attempt may have failed
         for t in self.run.iterations:
@@ -135,7 +135,8 @@ class SelfPlay:
                     spent = str(error)
             if only is not None or spent:
                 break
-        del params  # before the control needs the memory
+        del params  # the control needs their memory
+        self.engine.release()
 
         if spent or self.summary.stops_early() or all(map(self.finished, self.run.iterations)):
             self.control()
@@ -225,7 +226,7 @@ class SelfPlay:
         return self.fitting.fit(params, phase)
 
     def _trained_from(self, t: int) -> int:
-        """The iteration whose opponent's weights iteration t trains; the first, with selfplay.restart."""
+        """The iteration whose opponent's weights iteration t trains: t; with selfplay.restart the first."""
         return self.run.config.selfplay.start if self.run.config.selfplay.restart else t
 
     def hand_out(self) -> None:
@@ -244,7 +245,7 @@ class SelfPlay:
         for t in done:
             row = self.summary.row(t)
             if "control" not in row:
-                files.remove(folder / "model")  # an export after fewer iterations
+                files.remove(folder / "model")  # an older export, made when fewer iterations were done
                 params = self._control_weights(t, params)
                 sampled = self.evaluation.sample(params)
                 row["control"] = self.evaluation.measure_alone(folder / f"iteration_{t}", params, sampled)

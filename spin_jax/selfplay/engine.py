@@ -64,8 +64,8 @@ class Engine:
 
         Args:
             params: float32 weights.
-            iteration: gives the random keys, together with the seed, the prompt_id and the sample_id.
-            sample_ids: of all answers, or one of each.
+            iteration: a part of each random key, with the seed, the prompt_id and the sample_id.
+            sample_ids: one id for all answers, or one for each example.
             bar: a progress bar that counts answers.
 
         Raises:
@@ -107,7 +107,7 @@ class Engine:
 
     @functools.cached_property
     def _most_answers(self) -> int:
-        """The most answers of any phase. It is the same for all, or each would compile the sampler anew."""
+        """A limit for useful slots. It is the same in all phases, or each would compile the sampler anew."""
         run = self._run
         return max(map(len, run.datasets)) * run.config.selfplay.samples + len(run.held_out)
 

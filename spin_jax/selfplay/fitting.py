@@ -144,7 +144,10 @@ class Fitting:
     # --- training --------------------------------------------------------------------------------
 
     def checkpointed(self, folder: epath.Path, make: Callable[[], Params]) -> Params:
-        """The weights in the folder's final checkpoint; where there is no good one, `make` makes them."""
+        """The weights in the folder's final checkpoint; where there is no good one, `make` makes them.
+
+        The folder's step checkpoints are removed.
+        """
         path, params = folder / "checkpoint", None
         abstract = params_on(self._run.mesh, self._run.model.config)
         if checkpoints.exists(path):
@@ -243,7 +246,7 @@ class Fitting:
         )
 
     def _data_seed(self, phase: TrainingPhase) -> int:
-        """The seed of the data order; each phase of each iteration has its own."""
+        """The seed of the data order and of new adapters; each phase of each iteration has its own."""
         number = {"sft": 0, "train": 1, "control": 2}[phase.name]
         entropy = [self._run.config.seed, number, phase.iteration + 1]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])

@@ -68,7 +68,7 @@ class Opponent:
         Returns:
             θ_t where it is in memory now.
         """
-        for source in self._needed(t)[:-1]:
+        for source in self._needed(t)[:-1]:  # all but t itself
             if not self.has_answers(source):
                 is_given = source in self._run.given  # then nobody has to answer
                 self._write_answers(source, {} if is_given else self.weights(source))
@@ -173,7 +173,7 @@ class Opponent:
     # --- scores ----------------------------------------------------------------------------------
 
     def score(self, t: int, params: Params | None) -> Params | None:
-        """Writes the log-probs that iteration t needs and that are not there yet, as `sample` does answers.
+        """Writes the log-probs that iteration t needs and that are not there yet, as `sample` writes answers.
 
         Returns:
             θ_t where it is in memory now; not where the start's weights took its place.
@@ -216,7 +216,7 @@ class Opponent:
 
     @property
     def _answers_of_start(self) -> int:
-        """The iteration whose answers are the start's."""
+        """The iteration that holds the answers of the very first model, which is the role `start`."""
         return min([self._run.config.selfplay.start, *self._run.given])
 
     def _needed(self, t: int) -> list[int]:
@@ -246,7 +246,7 @@ class Opponent:
 
     def _write_scores(self, t: int, params: Params, by: str) -> None:
         run, metrics = self._run, self._metrics
-        for source in self._needed(t):
+        for source in self._needed(t):  # given pairs need no earlier --only=sample
             if source in run.given:
                 self._write_answers(source, params)
         shards = self._score_files(t)
@@ -278,7 +278,7 @@ class Opponent:
                 bar.set_postfix({"tok/s": compact(rate)}, refresh=False)
 
     def _pairs_of(self, shard: ScoreFile) -> list[Pair]:
-        """The pairs of a file that are trained on, with the start's answers where the loss reads them."""
+        """The pairs of a file that selfplay.rows keeps; with the start's answers where a loss reads them."""
         pairs = parquet.pairs_from_parquet(shard.pairs.read_bytes(), shard.pairs)
         pairs = pairs_to_train_on(pairs, self._run.config.selfplay.rows)
         if "start" not in self._run.roles:

@@ -30,7 +30,7 @@ class Summary:
         return [row for row in self.rows if row["iteration"] >= 0]
 
     def add(self, row: Row, step: int) -> None:
-        """Adds or replaces a row and writes the file; `step` is the step of the row in metrics.jsonl."""
+        """Adds a row and writes the file; `step` is the step of the row in metrics.jsonl."""
         row, t = processes.exchanged(row)[0], row["iteration"]  # all processes decide by the same numbers
         self._forget_conclusion()
         values = {k: float(v) for k, v in row.items() if k != "iteration"}

@@ -1,4 +1,4 @@
-"""What only some algorithms need, beside the story of SPIN that algorithm.py and opponent.py tell.
+"""What only some algorithms need, apart from plain SPIN.
 
 ReST-EM, RFT    a verifier says which answers are right, and `selfplay.rows` picks those
 SPPO            a scorer gives each answer a number, which the loss reads as `score`
@@ -17,7 +17,7 @@ from spin_jax.evaluate import verifiers
 from spin_jax.runtime import processes
 from spin_jax.runtime.user_code import import_function
 
-# --- verifiers and scorers: numbers for answers, which stand beside them on disk ---------------------
+# --- judges: a scorer, or a verifier as scores of 1 and 0; scores are stored with the pairs ----------
 
 # (messages that end with the human answer, the answers to one prompt) → a number for each answer
 Judge = Callable[[list[Message], list[str]], Sequence[float]]
@@ -98,7 +98,7 @@ BY_OPPONENT, BY_START = "opponent", "start"  # whose log-probs a file of scores 
 
 
 def reference_weights(config: Config, t: int) -> dict[str, float]:
-    """How much each model's log-probs count as the opponent's in iteration t's loss; zeros are left out."""
+    """The weight of each reference model's log-probs in iteration t's loss; zeros are left out."""
     alpha = config.loss.reference_alpha
     if t == config.selfplay.start:  # there the opponent is the start
         return {BY_OPPONENT: 1.0}

@@ -1,5 +1,6 @@
 """Verifiers: which answers they accept."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,11 @@ def test_answers_go_round_the_examples():
     examples = [SimpleNamespace(messages=[{"role": "assistant", "content": text}]) for text in ("x", "y")]
     assert verifiers.share_correct(verifiers.exact, examples, ["x", "y", "y", "y"]) == 0.75
     assert verifiers.share_correct(verifiers.exact, examples, ["y", "x"]) == 0
+
+
+def test_a_verifier_may_return_any_truth_value():
+    examples = [SimpleNamespace(messages=[{"role": "assistant", "content": "x"}])]
+    assert verifiers.share_correct(lambda _, answer: re.match("x", answer), examples, ["x", "y"]) == 0.5
 
 
 def test_a_verifier_that_does_not_exist():
