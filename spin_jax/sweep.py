@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     text = table(runs, numbers)
     records = [{"variant": variant, "seed": seed, "numbers": found} for variant, seed, found in runs]
-    files.write_here(workdir / "table.json", json.dumps(records, indent=1).encode())
+    files.write_here(workdir / "table.json", files.as_json(records))
     files.write_here(workdir / "table.md", f"{text}\n".encode())
     print(f"\n{text}\n\nThe table is in {workdir / 'table.md'}")
     return 0

@@ -83,12 +83,12 @@ class JsonLines:
         """All rows of the files.
 
         Raises:
-            ValueError: naming a file that has no row, or a list that does not parse.
+            ValueError: a file has no row, or a list that does not parse; the message names it.
         """
         places, digest = array("q"), hashlib.sha256()
         for index, file in enumerate(files):
             count = len(places)
-            for number, start, size in _stands(file, digest.update):
+            for number, start, size in _row_places(file, digest.update):
                 places.extend((index, number, start, size))
             if len(places) == count:
                 raise ValueError(f"{file} is empty: 0 rows")
@@ -101,7 +101,7 @@ class JsonLines:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The row; ValueError, which names its place, where there is no JSON object."""
+        """The row; ValueError, which names the place, if it is no JSON object."""
         file, _, start, size = map(int, self._places[index])
         try:
             line = self._read(file, start, size)
@@ -141,19 +141,19 @@ class JsonLines:
         return hashlib.sha256(self._contents + self._places.tobytes()).hexdigest()
 
 
-_DEEPEST = 100  # levels of JSON; code that walks a row by recursion can go so deep
+_DEEPEST = 100  # levels of JSON; recursive code can walk a row of this depth
 _BOM = b"\xef\xbb\xbf"
 
 
-def _stands(file: str, on_bytes: Callable[[bytes], object]) -> Iterator[tuple[int, int, int]]:
-    """(number, first byte, bytes) of a file's rows; all that is read goes to `on_bytes` too."""
+def _row_places(file: str, on_bytes: Callable[[bytes], object]) -> Iterator[tuple[int, int, int]]:
+    """(number, first byte, bytes) of each row of a file; `on_bytes` gets all bytes that are read."""
     with open(file, "rb") as lines:
         begin = lines.read(4096)
         first = begin.removeprefix(_BOM)
         if file.endswith(".json") and first.lstrip()[:1] == b"[":
             content = begin + lines.read()
             on_bytes(content)
-            yield from _items(file, content)
+            yield from _item_places(file, content)
             return
         start = len(begin) - len(first)
         lines.seek(start)
@@ -164,10 +164,12 @@ def _stands(file: str, on_bytes: Callable[[bytes], object]) -> Iterator[tuple[in
             start += len(line)
 
 
-def _items(file: str, content: bytes) -> Iterator[tuple[int, int, int]]:
-    """(number, first byte, bytes) of a list's items."""
-    text = content.decode("latin-1")  # a character a byte, so that places are the file's
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s\xef\xbb\xbf]*")  # which a BOM is too
+def _item_places(file: str, content: bytes) -> Iterator[tuple[int, int, int]]:
+    """(number, first byte, bytes) of each item of a JSON list."""
+    text = content.decode(
+        "latin-1"
+    )  # one character for each byte, so that positions are positions in the file
+    decoder, space = json.JSONDecoder(), re.compile(r"[\s\xef\xbb\xbf]*")  # a BOM counts as space
 
     def after_space(at: int) -> int:
         return space.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
@@ -219,7 +221,7 @@ def _saved_rows(path: str, split: str) -> Any:
 
     try:
         rows = datasets.load_from_disk(path)
-    except Exception as error:  # it depends on the part that is damaged
+    except Exception as error:  # the error depends on which part is damaged
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(rows, datasets.DatasetDict):
         return rows
@@ -284,7 +286,7 @@ def _slice(rows: Any, split: str, path: str) -> Any:
 
 
 def _data_files(path: str, split: str) -> list[str]:
-    """The files of a path: the file itself, or a directory's files of this split; [] where there is none."""
+    """The file itself, or a directory's files of this split; [] if nothing has this path."""
     suffixes = (".jsonl", ".json", ".parquet")
     if os.path.isfile(path):
         if not path.endswith(suffixes):
@@ -303,7 +305,7 @@ def _data_files(path: str, split: str) -> list[str]:
     else:
         return []
     if strange := [file for file in files if not os.path.isfile(file)]:
-        raise ValueError(f"{strange[0]} is no file, or one that is not there")
+        raise ValueError(f"{strange[0]} is not a regular file, or is a link to a missing one")
     if empty := [file for file in files if os.path.getsize(file) == 0]:
         raise ValueError(f"{empty[0]} is empty: 0 rows")
     return files

@@ -23,13 +23,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spin_jax.errors import OtherFailed
 from spin_jax.runtime.secrets import redacted
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def connect(
     coordinator: str | None, processes: int | None, process_id: int | None, heartbeat_s: int = 100
 ) -> None:
-    """Finds the other processes: those named, or those that JAX sees around it (TPU pods, SLURM, Open MPI).
+    """Connects to the other processes: the given ones, or those that JAX finds (TPU pods, SLURM, Open MPI).
 
     Call it before any code asks for a device. All processes end when one is silent for `heartbeat_s` seconds.
 
@@ -51,7 +51,9 @@ def connect(
             raise
         return  # there are no others
     except RuntimeError as error:
-        if "before any JAX" not in str(error):  # a notebook, say, has used JAX already: it is alone
+        if "before any JAX" not in str(
+            error
+        ):  # a notebook, for example, has used JAX before: it is the only process
             raise
 
 
@@ -61,7 +63,7 @@ def first() -> bool:
 
 
 def turn(number: int) -> bool:
-    """Whether the number-th piece of work is this process's."""
+    """Whether this process does the piece of work with this number."""
     return number % jax.process_count() == jax.process_index()
 
 
@@ -76,14 +78,14 @@ def by_first(action: Callable[[], object]) -> None:
 
 
 def agreed(value: Any) -> np.ndarray:
-    """Process 0's value: numbers of at most 32 bits, of one shape and dtype in all processes."""
+    """Returns process 0's value: numbers of at most 32 bits, with the same shape and dtype everywhere."""
     if jax.process_count() == 1:
         return np.asarray(value)
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def exchanged(value: Any) -> list[Any]:
-    """Each process's value, in every process: what JSON holds (lists, no tuples), and flat arrays in it."""
+    """Returns the values of all processes; a value is JSON (lists, no tuples) and may hold flat arrays."""
     if jax.process_count() == 1:
         return [value]
     mine = np.frombuffer(json.dumps(value, default=_from_array).encode(), np.uint8)
@@ -106,7 +108,7 @@ def _to_array(value: dict[str, Any]) -> Any:
 
 
 def most(number: int) -> Any:
-    """The largest of all processes' numbers: an int, or what becomes one once the devices have come to it."""
+    """The largest number of all processes: an int, or an array on the devices that `int` waits for."""
     if jax.process_count() == 1:
         return int(number)
     mesh, count = _all_devices(), jax.device_count()
@@ -129,19 +131,19 @@ def _most(numbers: jax.Array) -> jax.Array:
     return numbers.max()
 
 
-def together(make: Callable[[], Made]) -> Made:
-    """`make()` in every process; where it fails in one, it fails in all. In it, no process waits for others.
+def together(make: Callable[[], Result]) -> Result:
+    """Calls `make` in every process; if it fails in one, all fail. `make` must not wait for other processes.
 
     Raises:
-        Exception: this process's own.
-        OtherFailed: another's.
+        Exception: `make` failed in this process.
+        OtherFailed: it failed only in another process.
     """
     if jax.process_count() == 1:
         return make()
     error, made = None, None
     try:
         made = make()
-    except Exception as raised:  # whatever it is: the others must not wait for this process
+    except Exception as raised:  # any error counts: the others must not wait for this process
         error = raised
     code = 0
     if error is not None:
@@ -168,13 +170,13 @@ def leave(error: Exception, code: int) -> int:
 
 
 def check_same(what: str, content: Callable[[], bytes]) -> None:
-    """Raises ValueError where processes differ in `content`: they would not run one program."""
+    """Raises ValueError if `content` differs between processes: they would run different programs."""
     if jax.process_count() == 1:
         return
     digest = np.frombuffer(hashlib.sha256(together(content)).digest(), np.int32)
     differs = not np.array_equal(agreed(digest), digest)
     if bool(most(differs)):
-        mine = ": this one's is not that of process 0" if differs else ""
+        mine = ": this process differs from process 0" if differs else ""
         together(lambda: _refuse(f"{what} differ between processes{mine}"))
 
 

@@ -1,4 +1,4 @@
-"""Functions that a user names in a config as `module:function`: imported, and called."""
+"""Imports and calls the functions that a user names in a config as `module:function`."""
 
 import importlib
 import traceback
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_SOURCES: dict[str, bytes] = {}  # of users' modules, as they were imported
+_SOURCES: dict[str, bytes] = {}  # the source of each user's module when it was imported
 
 
 def import_function(path: str) -> Callable:
-    """The function behind `module:function`; ValueError when there is none, or its module fails.
+    """Returns the function that `module:function` names; ValueError if it cannot be imported.
 
-    A module whose file has been edited since, as in a notebook, is imported anew.
+    A module is imported again when its file has changed, as happens beside a notebook.
     """
     module, _, name = path.partition(":")
     try:
@@ -33,7 +33,7 @@ def import_function(path: str) -> Callable:
 
 
 def called(path: str) -> Any:
-    """What the function behind `module:function` returns; ValueError when it raises anything."""
+    """Calls the function that `module:function` names and returns its result; ValueError when it fails."""
     function = import_function(path)
     try:
         return function()

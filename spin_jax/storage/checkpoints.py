@@ -1,7 +1,7 @@
-"""Orbax checkpoints: the parameters a phase ends with, and the steps within one.
+"""Orbax checkpoints: the parameters at the end of a training phase, and the steps within a phase.
 
-Orbax writes the arrays; a checkpoint counts once its folder is sealed (files.py), and is compared with its
-seal before it is read: orbax itself would load a flipped bit, and cast a wrong dtype, without a word.
+Orbax writes the arrays. A checkpoint counts when its folder is sealed (seals.py), and it is compared with its
+seal before it is read, because orbax gives no error for a flipped bit or a wrong dtype.
 """
 
 import contextlib
@@ -18,30 +18,30 @@ from spin_jax import errors
 from spin_jax.runtime import processes
 from spin_jax.storage import files, seals
 
-_SLACK = 2**20  # bytes that a checkpoint takes beside its arrays
+_SLACK = 2**20  # bytes of a checkpoint beyond its arrays
 
 
 def _context() -> ocp.Context:
     context = ocp.Context()
-    context.atomicity.mode = ocp_options.AtomicityMode.COMMIT_FILE  # no renaming: object stores have none
+    context.atomicity.mode = ocp_options.AtomicityMode.COMMIT_FILE  # object stores cannot rename
     return context
 
 
 def size(tree: Any) -> int:
-    """Bytes that a checkpoint of a tree of arrays takes on disk, at most."""
+    """The most bytes that a checkpoint of a tree of arrays takes on disk."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) + _SLACK
 
 
 def exists(path: epath.PathLike) -> bool:
-    """Whether a whole checkpoint stands at `path`."""
+    """Whether `path` holds a complete checkpoint."""
     return seals.sealed(path)
 
 
 def save(path: epath.PathLike, tree: Any) -> None:
-    """Writes a tree of arrays, replacing what stands there.
+    """Writes a tree of arrays, in place of what `path` holds.
 
     Raises:
-        files.NoRoom: the disk is full, or would be.
+        NoRoom: the disk is full, or too small for the checkpoint.
     """
     path = epath.Path(path)
     files.remove(path)
@@ -51,7 +51,7 @@ def save(path: epath.PathLike, tree: Any) -> None:
         with _context():
             ocp.save(path, tree)
     except Exception as error:
-        # A part of it would keep a full disk full. What stands in the way of that is not the error to tell.
+        # Half a checkpoint only fills the disk. If its removal fails, too, the first error is the one to raise.
         with contextlib.suppress(OSError):
             if processes.first():
                 files.remove_here(path)
@@ -67,8 +67,8 @@ def restore(path: epath.PathLike, like: Any) -> Any:
     """Reads a tree of arrays into the shapes, dtypes and shardings of `like`.
 
     Raises:
-        files.Damaged: files differ from what was written.
-        ValueError: the checkpoint does not fit, with orbax's reason.
+        Damaged: files differ from what was written.
+        ValueError: the checkpoint does not fit `like`, or orbax cannot read it.
     """
     seals.check_seal(path)
     return _load(path, like)
@@ -85,19 +85,19 @@ def _load(path: epath.PathLike, like: Any) -> Any:
 
 
 def _reasons(error: BaseException | None) -> Iterator[str]:
-    """What orbax says, and in the causes of it what has happened."""
+    """The messages of an error and of its causes."""
     while error is not None:
         yield str(error)
         error = error.__cause__
 
 
 def _name(key: Any) -> str:
-    """A leaf's path, alike for named tuples and for the dicts that orbax makes of them."""
+    """A leaf's path, the same for a named tuple and for the dict that orbax stores in its place."""
     return jax.tree_util.keystr(key, simple=True, separator="/")
 
 
 def _check(stored: Any, like: Any) -> None:
-    """Orbax would cast a wrong dtype without a word."""
+    """Raises ValueError for another shape or dtype, which orbax would cast without an error."""
 
     def leaves(tree: Any) -> dict[str, Any]:
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -116,13 +116,13 @@ class StepCheckpoints:
     """Checkpoints within one training phase, pruned to the newest `keep`."""
 
     def __init__(self, path: epath.PathLike, keep: int, on_save: Callable[[], None] = lambda: None):
-        """`on_save` comes before each checkpoint: what a run must not have less of than of steps."""
+        """`on_save` runs before each checkpoint; it saves what must be at least as new (the metrics)."""
         self._path = epath.Path(path)
         self._keep = keep
         self._on_save = on_save
 
     def _steps(self) -> list[tuple[int, bool]]:
-        """Steps that have a checkpoint, and whether it is whole; as process 0 sees them."""
+        """(step, whether it is complete) of each checkpoint, as process 0 sees them."""
 
         def steps() -> list[list[int]]:
             there = self._path.iterdir() if processes.first() and self._path.exists() else []
@@ -131,9 +131,9 @@ class StepCheckpoints:
         return [(step, bool(whole)) for step, whole in processes.exchanged(processes.together(steps))[0]]
 
     def steps_done(self) -> int:
-        """Steps behind the newest checkpoint that is as it was written; 0 where there is none.
+        """The number of steps before the newest undamaged checkpoint; 0 if there is none.
 
-        Those after it are removed: what a kill left half written, and what is damaged.
+        Newer checkpoints, which are incomplete or damaged, are removed.
         """
         for step, whole in reversed(self._steps()):
             try:
@@ -149,15 +149,15 @@ class StepCheckpoints:
         return 0
 
     def restore(self, steps_done: int, like: Any) -> Any:
-        """The state behind so many steps: one that `steps_done` names."""
+        """Reads the state after so many steps, a number that the method `steps_done` returned."""
         return _load(self._path / str(steps_done), like)
 
     def check_room(self, state: Any) -> None:
-        """Raises files.NoRoom where the next checkpoint would not fit."""
+        """Raises NoRoom if the disk has no room for the next checkpoint."""
         files.check_room(self._path, size(state), f"the next checkpoint in {self._path}")
 
     def save(self, steps_done: int, state: Any) -> None:
-        """Writes one, and removes those that are not needed any more: not before."""
+        """Writes a checkpoint, and only then removes the oldest ones."""
         self._on_save()
         save(self._path / str(steps_done), state)
         for step, _ in self._steps()[: -self._keep]:

@@ -1,7 +1,7 @@
-"""Folders of several files that are whole or damaged, and say which.
+"""Seals folders, so that a reader knows whether a folder is complete and undamaged.
 
-A sealed folder holds SHA256SUMS, written last, with the digest of each of its files, as `sha256sum --check`
-reads it. Of several processes each reads its share.
+A sealed folder holds SHA256SUMS, which is written last and has the digest of each file, in the format of
+`sha256sum --check`. Several processes share the reading.
 """
 
 import errno
@@ -15,50 +15,47 @@ from spin_jax.errors import Damaged
 from spin_jax.runtime import processes
 from spin_jax.storage.files import SUMS, check_room_here, exists, remove_here, write, write_here
 
-# --- whole folders -------------------------------------------------------------------------------
-
 
 def seal(folder: epath.PathLike) -> None:
-    """Writes SHA256SUMS of all files in a folder, as `sha256sum --check` reads it; every process calls this.
+    """Writes SHA256SUMS for all files of a folder; its first line is the digest of the other lines.
 
-    Its first line holds the digest of the others. The processes share the reading.
+    Every process calls this.
     """
     folder = epath.Path(folder)
     names = processes.exchanged(processes.together(lambda: _names(folder) if processes.first() else None))[0]
     digests = _digests(folder, names)
     if unread := [name for name, digest in digests.items() if digest is None]:
-        raise OSError(errno.EIO, "written, and cannot be read", str(folder / unread[0]))
-    write(folder / SUMS, _sealing(digests))
+        raise OSError(errno.EIO, "the file was written but cannot be read", str(folder / unread[0]))
+    write(folder / SUMS, _seal_content(digests))
 
 
 def add(folder: epath.PathLike, name: str, content: bytes) -> None:
-    """Writes one more file into a sealed folder, or another content of it; every process calls this.
+    """Adds a file to a sealed folder, or replaces one; every process calls this.
 
-    The folder passes its seal at every moment: that names the file only while it is there as it says.
+    The folder agrees with its seal at every moment: the file is not in the seal while it is being written.
     """
     folder = epath.Path(folder)
 
-    def added() -> None:
+    def add_here() -> None:
         recorded = _recorded(folder, _sums(folder))
         digest = hashlib.sha256(content).hexdigest()
         if recorded.get(name) == digest:
             return
         if recorded.pop(name, None):
-            write_here(folder / SUMS, _sealing(recorded))
+            write_here(folder / SUMS, _seal_content(recorded))
         write_here(folder / name, content)
-        write_here(folder / SUMS, _sealing(dict(sorted({**recorded, name: digest}.items()))))
+        write_here(folder / SUMS, _seal_content(dict(sorted({**recorded, name: digest}.items()))))
 
-    processes.by_first(added)
+    processes.by_first(add_here)
 
 
-def _sealing(digests: Mapping[str, str | None]) -> bytes:
-    """What a SHA256SUMS of these files holds."""
+def _seal_content(digests: Mapping[str, str | None]) -> bytes:
     lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
     return f"# {hashlib.sha256(lines.encode()).hexdigest()}\n{lines}".encode()
 
 
 def sealed(folder: epath.PathLike) -> bool:
-    """Whether a folder has been written to its end."""
+    """Whether a folder is completely written."""
     return exists(epath.Path(folder) / SUMS)
 
 
@@ -66,7 +63,7 @@ def check_seal(folder: epath.PathLike) -> None:
     """Compares a sealed folder's files with its SHA256SUMS; every process calls this.
 
     Raises:
-        Damaged: naming each file that is missing or is not as it was written.
+        Damaged: a file is missing or differs from what was written; the message names each.
     """
     folder = epath.Path(folder)
     text = processes.exchanged(processes.together(lambda: _sums(folder) if processes.first() else ""))[0]
@@ -75,11 +72,11 @@ def check_seal(folder: epath.PathLike) -> None:
 
 
 def check_seal_here(folder: epath.PathLike) -> None:
-    """`check_seal` of a folder that may be this process's own; one that `seal` has not written passes."""
+    """Checks a folder in this process alone; a folder without a seal of `seal` passes."""
     folder = epath.Path(folder)
     if (folder / SUMS).exists() and _sums(folder).startswith("# "):
         recorded = _recorded(folder, _sums(folder))
-        _compare(folder, recorded, _digests_of(folder, sorted(recorded)))
+        _compare(folder, recorded, _digests_here(folder, sorted(recorded)))
 
 
 def _sums(folder: epath.Path) -> str:
@@ -87,7 +84,7 @@ def _sums(folder: epath.Path) -> str:
 
 
 def _recorded(folder: epath.Path, text: str) -> dict[str, str]:
-    """{file: digest} of a SHA256SUMS."""
+    """{file: digest}, as the text of a SHA256SUMS has it."""
     head, _, lines = text.partition("\n")
     if head != f"# {hashlib.sha256(lines.encode()).hexdigest()}":
         raise Damaged(f"{folder / SUMS} is damaged: its first line is not the digest of the others")
@@ -114,13 +111,13 @@ def _names(folder: epath.Path) -> list[str]:
 
 
 def _digests(folder: epath.Path, names: Sequence[str]) -> dict[str, str | None]:
-    """`_digests_of`, each process reading its share."""
-    share = _digests_of(folder, [name for number, name in enumerate(names) if processes.turn(number)])
+    """Calls `_digests_here`, with a share of the files in each process."""
+    share = _digests_here(folder, [name for number, name in enumerate(names) if processes.turn(number)])
     return {name: found for part in processes.exchanged(share) for name, found in part.items()}
 
 
-def _digests_of(folder: epath.Path, names: Sequence[str]) -> dict[str, str | None]:
-    """Each file's SHA-256, None where it cannot be read."""
+def _digests_here(folder: epath.Path, names: Sequence[str]) -> dict[str, str | None]:
+    """The SHA-256 of each file; None for a file that cannot be read."""
 
     def digest(name: str) -> str | None:
         try:
@@ -134,12 +131,12 @@ def _digests_of(folder: epath.Path, names: Sequence[str]) -> dict[str, str | Non
 
 
 def copy(source: epath.PathLike, target: epath.PathLike) -> None:
-    """Copies a sealed folder, seal last; one that is there already is left alone."""
+    """Copies a sealed folder, its seal last, unless the target has the same seal already."""
     processes.by_first(lambda: copy_here(source, target))
 
 
 def copy_here(source: epath.PathLike, target: epath.PathLike) -> None:
-    """`copy`, by this process."""
+    """Copies a sealed folder in this process."""
     source, target = epath.Path(source), epath.Path(target)
     if (target / SUMS).exists() and _sums(source) == _sums(target):
         return
@@ -153,5 +150,5 @@ def copy_here(source: epath.PathLike, target: epath.PathLike) -> None:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).copy(target / name)
     except OSError:
-        remove_here(target)  # half a copy is of no use, and takes room
+        remove_here(target)  # half a copy has no use and takes room
         raise

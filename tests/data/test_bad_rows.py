@@ -289,7 +289,7 @@ def test_files_that_are_none(tmp_path, monkeypatch):
     (tmp_path / "inside" / "b.jsonl").mkdir()
     (tmp_path / "dangling" / "b.jsonl").symlink_to(tmp_path / "nowhere")
     for name in ("inside", "dangling"):
-        with pytest.raises(ValueError, match=r"b\.jsonl is no file, or one that is not there"):
+        with pytest.raises(ValueError, match=r"b\.jsonl is not a regular file"):
             sources.load_rows(str(tmp_path / name))
     path = str(tmp_path / "inside" / "a.jsonl")
 

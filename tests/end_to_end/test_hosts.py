@@ -186,7 +186,7 @@ def test_an_object_store_serves_as_workdir(start, whole, bucket, tmp_path):
     ("flag", "first", "second"),
     [
         ("--config.data.path=absent.jsonl", "another process failed", "absent.jsonl"),
-        ("--config.data.limit=100", "config or data differ between processes", "not that of process 0"),
+        ("--config.data.limit=100", "config or data differ between processes", "differs from process 0"),
     ],
 )
 def test_processes_that_differ_stop_before_anything_is_made(flag, first, second, start, tmp_path):
