@@ -4,12 +4,11 @@ Rows of any source have a length, and each row is a dict that is found by its nu
 error messages.
 """
 
-import hashlib
 import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,11 +71,10 @@ class JsonLines:
     list of objects. A row's number is the number of its line in its file, or its number in the list.
     """
 
-    def __init__(self, files: Sequence[str], places: np.ndarray, contents: bytes):
+    def __init__(self, files: Sequence[str], places: np.ndarray):
         self._files = files
         self._opened: tuple[int, Any] = -1, None  # the file that was read last
         self._places = places  # int64 [rows, (file, number, first byte, bytes)]
-        self._contents = contents  # a digest of the files
 
     @classmethod
     def of(cls, files: Sequence[str]) -> "JsonLines":
@@ -85,14 +83,14 @@ class JsonLines:
         Raises:
             ValueError: a file has no row, or a list that does not parse; the message names it.
         """
-        places, digest = array("q"), hashlib.sha256()
+        places = array("q")
         for index, file in enumerate(files):
             count = len(places)
-            for number, start, size in _row_places(file, digest.update):
+            for number, start, size in _row_places(file):
                 places.extend((index, number, start, size))
             if len(places) == count:
                 raise ValueError(f"{file} is empty: 0 rows")
-        return cls(files, np.frombuffer(places, np.int64).reshape(-1, 4), digest.digest())
+        return cls(files, np.frombuffer(places, np.int64).reshape(-1, 4))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -134,31 +132,24 @@ class JsonLines:
         return os.pread(handle.fileno(), size, start)
 
     def select(self, indices: Iterable[int]) -> "JsonLines":
-        return JsonLines(self._files, self._places[np.fromiter(indices, np.int64)], self._contents)
-
-    @property
-    def _fingerprint(self) -> str:
-        return hashlib.sha256(self._contents + self._places.tobytes()).hexdigest()
+        return JsonLines(self._files, self._places[np.fromiter(indices, np.int64)])
 
 
 _DEEPEST = 100  # levels of JSON; recursive code can walk a row of this depth
 _BOM = b"\xef\xbb\xbf"
 
 
-def _row_places(file: str, on_bytes: Callable[[bytes], object]) -> Iterator[tuple[int, int, int]]:
-    """(number, first byte, bytes) of each row of a file; `on_bytes` gets all bytes that are read."""
+def _row_places(file: str) -> Iterator[tuple[int, int, int]]:
+    """(number, first byte, bytes) of each row of a file."""
     with open(file, "rb") as lines:
         begin = lines.read(4096)
         first = begin.removeprefix(_BOM)
         if file.endswith(".json") and first.lstrip()[:1] == b"[":
-            content = begin + lines.read()
-            on_bytes(content)
-            yield from _item_places(file, content)
+            yield from _item_places(file, begin + lines.read())
             return
         start = len(begin) - len(first)
         lines.seek(start)
         for number, line in enumerate(lines, 1):
-            on_bytes(line)
             if not line.isspace():
                 yield number, start, len(line)
             start += len(line)

@@ -34,7 +34,7 @@ def read_flags() -> tuple[list[str], str, str | None]:
     if repeated := next((path for n, path in enumerate(workdirs) if path in workdirs[:n]), None):
         raise ValueError(f"--workdir names {repeated} twice")
     if len(workdirs) > 1 and not given.output:
-        raise ValueError("several workdirs need --output=FILE.html: whose would the page be?")
+        raise ValueError("several workdirs need --output=FILE.html: their page has no folder of its own")
     return workdirs, given.output or f"{workdirs[0]}/report.html", given.png
 
 

@@ -23,7 +23,7 @@ class SeedGroup:
     runs: Sequence[Run]
 
     def values(self, iteration: int, key: str) -> np.ndarray:
-        """That number of each run's iteration, of the runs that have it."""
+        """The number `key` of this iteration, from each run that has it."""
         rows = [row for run in self.runs for row in run.rows if row["iteration"] == iteration]
         values = np.array([finite(row, key) for row in rows])
         return values[np.isfinite(values)]
@@ -40,7 +40,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def seed_groups(runs: Mapping[str, Run]) -> list[SeedGroup]:
-    """The runs, of which those that differ in nothing but their seed form one group."""
+    """Groups the runs; runs that differ only in their seed form one group."""
     groups: dict[str, dict[str, Run]] = {}
     for name, run in runs.items():
         groups.setdefault(json.dumps(settings(run), sort_keys=True), {})[name] = run
@@ -60,7 +60,7 @@ def _group_name(names: list[str]) -> str:
 
 
 def run_names(workdirs: Sequence[str]) -> list[str]:
-    """A short name for each: the last part of its path, and before it what tells it from the others."""
+    """A short name for each workdir: its path without the folders that all workdirs share."""
     paths = [os.path.abspath(path) if path.endswith(".") else path for path in workdirs]
     parts = [path.rstrip("/").split("/") for path in paths]
     shared = len(_common_start([part[:-1] for part in parts]))

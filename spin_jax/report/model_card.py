@@ -1,6 +1,6 @@
 """Model cards: the README.md of an exported model, as the Hugging Face hub reads it.
 
-A card says nothing of times and places, so that a run that was interrupted writes the same one. Its text is
+A card holds no times and no local paths, so that a run that was interrupted writes the same one. Its text is
 in templates/model_card.md; this file computes what the template shows.
 """
 
@@ -26,7 +26,7 @@ Revisions = str | Mapping[str, str | None] | None
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a card tells of an export."""
+    """What a card says about an export."""
 
     kind: str  # start, iteration or control
     iteration: int  # the last one; −1 of the start
@@ -107,9 +107,9 @@ def stated_license(readme: str | Path) -> dict[str, str]:
 def dataset_revisions(
     path: str | None, revisions: Revisions, fingerprints: Mapping[str, str]
 ) -> list[tuple[str, str | None]]:
-    """(path, commit) of the dataset for all iterations, or of each iteration's; no commit: it is no hub's.
+    """(path, commit) of each dataset of the run; the commit is None for a dataset that is not on the hub.
 
-    It is told from what the run recorded alone: which files are here now says nothing of the run.
+    Only the run's own record counts, because the files that exist now may be others.
     """
     several = isinstance(revisions, Mapping) or "data 1" in fingerprints
     paths = [part.strip() for part in (path or "").split(",")] if several else [path]
@@ -118,7 +118,7 @@ def dataset_revisions(
 
 
 def source_name(path: str, revision: str | None) -> str:
-    """The hub's name of a model or dataset, or the last part of a local path: where it lay is private.
+    """The hub's name of a model or dataset, or the last part of a local path: the rest is private.
 
     A run records the commit of what it takes from the hub, and of nothing else.
     """

@@ -46,12 +46,12 @@ def write(workdirs: Sequence[str], output: str, png: str | None = None) -> list[
     """Writes the page of one run, or of several beside one another; returns a line on what was written.
 
     Args:
-        workdirs: those of the runs; one is enough.
+        workdirs: the workdir of each run, one or more.
         output: the HTML file.
         png: a folder for every chart as PNG.
 
     Raises:
-        ValueError, FileNotFoundError: a workdir is none, or a file in it is damaged.
+        ValueError, FileNotFoundError: a workdir holds no run, or a file in it is damaged.
         OSError: nothing can be written there.
     """
     runs = dict(zip(comparison.run_names(workdirs), map(workdir.read, workdirs), strict=True))
@@ -144,7 +144,7 @@ def _data_size(run: Run) -> str:
 
 
 def _of_iterations(run: Run, key: str) -> str:
-    """A value, or one for each iteration."""
+    """The value of a key as text; a list has one value for each iteration."""
     values = run.config.get(key)
     values = values if isinstance(values, list) else [values]
     shown = values[: max(run.config.get("selfplay.iterations") or 1, 1)]
@@ -256,7 +256,7 @@ def _error(row: Row, key: str) -> str:
 
 
 def _prompts(run: Run) -> dict[str, Any]:
-    """The fixed prompts: by number the row of samples.jsonl of each model, in order."""
+    """The fixed prompts: for each its number, and each model's row of samples.jsonl."""
     by_number: dict[int, dict[str, Row]] = {}
     for t, rows in sorted(run.samples.items()):
         for row in rows:

@@ -1,7 +1,7 @@
 """Reads what a run has written to its workdir so far.
 
-A run that is still going on, or that was made by an earlier version, lacks some of the files: that is no
-error. A file that holds what no run writes is one, which names file, line and field. Nothing here needs JAX.
+A run that is still going on, or that an earlier version made, lacks some of the files, which is no error. A
+damaged file is an error, which names the file, the line and the field. Nothing here needs JAX.
 """
 
 import dataclasses
@@ -220,7 +220,7 @@ def _columns(paths: Sequence[epath.Path], names: Sequence[str]) -> Mapping[str, 
 
 
 def _lengths(folder: epath.Path) -> Lengths | None:
-    """Those of training and held-out pairs together; None where there are no pairs yet."""
+    """The lengths of training and held-out pairs together; None if there are no pairs yet."""
     import pyarrow.compute as pc
 
     paths = sorted(folder.glob("*.parquet")) if folder.exists() else []

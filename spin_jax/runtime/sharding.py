@@ -2,7 +2,7 @@
 
 Model code speaks of logical axes (batch, embed, heads, …); `RULES` says which mesh axes split them.
 Meshes are in JAX's explicit mode: an array's sharding is part of its type, so a mistake fails while
-tracing, and whatever is derived from a parameter (gradient, optimizer state) is split as it is.
+tracing, and whatever is derived from a parameter (gradient, optimizer state) is split in the same way.
 
     data     replicas of the model; splits the batch. Slices of TPUs and nodes of GPUs are replicas first
     fsdp     splits the batch and every parameter; parameters are gathered layer by layer when used
@@ -41,10 +41,10 @@ RULES: dict[str, str | tuple[str, ...]] = {
 def mesh_sizes(
     data: int | None, fsdp: int, tensor: int, devices: int, slices: int = 1
 ) -> tuple[int, int, int]:
-    """The sizes of the mesh's axes; one may be -1: whatever the devices leave.
+    """The sizes of the mesh's axes. One may be -1, and is then computed from the number of devices.
 
     Args:
-        data: None for one replica a slice.
+        data: None for one replica for each slice.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices, or do not suit the slices.
@@ -76,8 +76,8 @@ def make_mesh(
 ) -> Mesh:
     """Builds the (data, fsdp, tensor) mesh of all devices, or of those given, by `mesh_sizes`.
 
-    Neighbours on an axis are neighbours on the machine; of several slices, data spans them as far as it
-    goes, and fsdp the rest.
+    Neighbours on an axis are neighbours on the machine. If there are several slices, the data axis is split
+    over them as far as possible, and the fsdp axis over the rest.
     """
     devices = list(devices if devices is not None else jax.devices())
     slices = slices_of(devices)
@@ -93,7 +93,7 @@ def make_mesh(
 
 
 def batch_shards(mesh: Mesh | None = None) -> int:
-    """Into how many parts the batch axis is split, on a mesh or on the one in use."""
+    """Into how many parts a mesh splits the batch; by default the mesh in use."""
     shape = (mesh or jax.sharding.get_abstract_mesh()).shape
     return shape.get("data", 1) * shape.get("fsdp", 1)
 
@@ -141,7 +141,7 @@ def reshard(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def _heads_axis(kv_heads: int) -> str | None:
-    """What splits key/value heads, and the queries' with them; heads it does not divide stay whole."""
+    """The mesh axis that splits key/value heads and their queries; None if it does not divide them."""
     axis = RULES["kv_heads"]
     assert isinstance(axis, str)
     return axis if kv_heads % jax.sharding.get_abstract_mesh().shape[axis] == 0 else None
@@ -160,7 +160,7 @@ def grouped_heads(q: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def grouped_weight(w: jax.Array, kv_heads: int) -> jax.Array:
-    """[..., N, H] weights of queries → [..., K, N / K, H], split over tensor as those of keys are."""
+    """[..., N, H] weights of queries → [..., K, N / K, H], split over tensor as the weights of keys are."""
     shape = (*w.shape[:-2], kv_heads, w.shape[-2] // kv_heads, w.shape[-1])
     if jax.sharding.get_abstract_mesh().empty:
         return w.reshape(shape)
@@ -170,7 +170,7 @@ def grouped_weight(w: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def merged_heads(x: jax.Array) -> jax.Array:
-    """[B, T, K, G, H] → [B, T, K · G, H]: the way back."""
+    """[B, T, K, G, H] → [B, T, K · G, H]: the inverse of `grouped_heads`."""
     B, T, K, G, H = x.shape
     if jax.sharding.get_abstract_mesh().empty:
         return x.reshape(B, T, K * G, H)
@@ -187,7 +187,7 @@ def merged_rows(x: jax.Array) -> jax.Array:
 
 
 def put_rows(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
-    """`old` with `new` for some rows; an index counts its own device's rows, and past them drops its row."""
+    """`old` with some rows replaced; an index counts rows of its own device, and one past the end is ignored."""
 
     def put(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[index].set(new, mode="drop")
@@ -201,7 +201,7 @@ def put_rows(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def by_rows_and_heads(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """f(q, k, v, *rows) run on each device's own rows and heads: what a kernel wants."""
+    """f(q, k, v, *rows) run on each device's own rows and heads, as a kernel needs it."""
     if jax.sharding.get_abstract_mesh().empty:
         return attention
     rows = PartitionSpec(RULES["batch"])
@@ -234,7 +234,7 @@ def by_slots_and_heads(attention: Callable[..., jax.Array]) -> Callable[..., jax
 def by_rows(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """f(x, y, *weights) run on each device's own rows of x and y, and its part of gathered weights.
 
-    Where those are split over tensor, each device's result is a part of the sum.
+    If the weights are split over tensor, the results of the devices are summed.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return run
@@ -253,11 +253,11 @@ def by_rows(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def gathered(x: jax.Array) -> jax.Array:
-    """A stored parameter made ready for use: the fsdp axis gathered, the tensor axis left split.
+    """A stored parameter for use in the model: gathered over fsdp, and still split over tensor.
 
-    `reduced` says what becomes of its gradient: each device's own share of it is left unsummed until this
-    function's transpose, so that one reduce-scatter does what would be an all-reduce and a slice. One device
-    has nothing to gather, and `ragged_dot` no gradient there that is still to be summed.
+    `reduced` says how its gradient is summed: each device keeps its own share until the transpose of this
+    function, which then needs one reduce-scatter in place of an all-reduce and a slice. One device has
+    nothing to gather, and there `ragged_dot` gives no gradient that is still to be summed.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -334,12 +334,12 @@ def _replicated(mesh: Any) -> Callable[[jax.Array], jax.Array]:
 
 
 def to_host_memory(tree: Any) -> Any:
-    """Arrays, with their layout, into the memory of the hosts that their devices belong to."""
+    """Moves arrays, with their layout, to the memory of the hosts of their devices."""
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, tree)
 
 
 def to_device(tree: Any) -> Any:
-    """The way back."""
+    """Moves arrays back from host memory to their devices."""
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if x.ndim else x, tree)
 
 
@@ -354,7 +354,7 @@ def laid_out(mesh: Mesh, abstract: Any) -> Any:
 
 
 def in_host_memory(abstract: Any) -> Any:
-    """What `to_host_memory` makes of arrays, of their shapes and shardings."""
+    """The shapes and shardings that arrays have after `to_host_memory`."""
 
     def moved(x: Any) -> Any:
         layout = x.sharding.with_memory_kind("pinned_host") if x.ndim else x.sharding
@@ -364,7 +364,7 @@ def in_host_memory(abstract: Any) -> Any:
 
 
 def free(tree: Any) -> None:
-    """Gives device memory back at once, whoever still holds a reference."""
+    """Frees the device memory of arrays at once, even if references to them remain."""
     for leaf in jax.tree.leaves(tree):
         if not leaf.is_deleted():
             leaf.delete()

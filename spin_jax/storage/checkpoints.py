@@ -51,7 +51,7 @@ def save(path: epath.PathLike, tree: Any) -> None:
         with _context():
             ocp.save(path, tree)
     except Exception as error:
-        # Half a checkpoint only fills the disk. If its removal fails, too, the first error is the one to raise.
+        # Half a checkpoint only fills the disk. If its removal fails, the first error is still raised.
         with contextlib.suppress(OSError):
             if processes.first():
                 files.remove_here(path)
