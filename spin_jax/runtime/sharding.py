@@ -187,7 +187,7 @@ def merged_rows(x: jax.Array) -> jax.Array:
 
 
 def put_rows(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
-    """`old` with some rows replaced; an index counts its own device's rows, and one past the end is ignored."""
+    """`old` with some rows replaced. An index counts its own device's rows; one past the end is ignored."""
 
     def put(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[index].set(new, mode="drop")
