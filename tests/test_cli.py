@@ -53,7 +53,11 @@ def test_main_tells_of_other_processes_and_libraries_flags():
         ("pairs", ["--workdir=x", "--output=y"], "--output needs --iteration: whose pairs?"),
         ("pairs", ["--workdir=x", "--ouput=y"], "no flag --ouput; did you mean --output?"),
         ("report", [], "--workdir is needed; see --help"),
-        ("report", ["--workdir=a,b"], "several workdirs need --output=FILE.html"),
+        (
+            "report",
+            ["--workdir=a,b"],
+            "several workdirs need --output=FILE.html: their page has no folder of its own",
+        ),
         ("report", ["--workdir=a", "--workdir=b,a"], "--workdir names a twice"),
         ("report", ["--workdri=x"], "no flag --workdri; did you mean --workdir?"),
     ],
