@@ -182,7 +182,8 @@ pd.DataFrame(answers).style.hide().set_properties(**look)
 
 # %%
 mine = "Tom has 12 apples, buys 19 more and eats 7. How many are left?" if online else "12+19+7"
-print(spin_jax.generate(model, [[{"role": "user", "content": mine}]], max_new_tokens=128)[0])
+most = 128 if online else 48
+print(spin_jax.generate(model, [[{"role": "user", "content": mine}]], max_new_tokens=most)[0])
 
 # %% [markdown]
 # **What to try next.** Use a new `WORKDIR` for each: a workdir refuses a run with other settings.

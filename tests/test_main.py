@@ -34,7 +34,7 @@ def command(*arguments, timeout=120):
         ("--config.loss.betta=1", "did you mean loss.beta?"),
         ("--config.los.beta=1", "did you mean loss?"),
         ("--config.train.batchsize=1", "did you mean train.batch_size?"),
-        ("--config.seed.x=1", "config.seed is a value, not a section"),
+        ("--config.seed.x=1", "config has no key seed.x"),
         ("--config.data.limit=abc", "config.data.limit=abc: a whole number is wanted"),
         ("--config.loss.beta=0", "loss.beta=(0,): above 0"),
         ("--config.loss.beta=(1.0,2.0)", "loss.beta has 2 values for 3 iterations"),

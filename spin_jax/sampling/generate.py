@@ -1,5 +1,6 @@
 """Answers of a model in memory: `spin_jax.generate` for users, and `answer` for evaluation."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,18 +44,25 @@ def generate(
         the texts of the answers, without special tokens.
 
     Raises:
-        ValueError: a prompt and `max_new_tokens` take more positions than the model has.
+        ValueError: a prompt takes all of the model's positions (max_position_embeddings). Where a prompt and
+            `max_new_tokens` together take more, answers are cut there, and a warning says so.
     """
     chat = Chat(model.tokenizer, model.stop_tokens)
     prompts = [chat.encode_prompt(messages) for messages in conversations]
     if not prompts:
         return []
     longest, positions = max(map(len, prompts)), model.config.max_position_embeddings
-    if longest + max_new_tokens > positions:
-        fits = f"max_new_tokens={positions - longest} fits" if longest < positions else "it is too long"
+    if longest >= positions:
         raise ValueError(
-            f"the longest prompt has {longest} tokens, which with max_new_tokens={max_new_tokens} is more "
-            f"than the model's {positions} positions (max_position_embeddings): {fits}"
+            f"the longest prompt has {longest} tokens, and the model has {positions} positions "
+            "(max_position_embeddings): no answer fits"
+        )
+    if longest + max_new_tokens > positions:
+        warnings.warn(
+            f"the longest prompt has {longest} tokens and the model {positions} positions "
+            "(max_position_embeddings): "
+            f"answers are cut where they reach them, not at {max_new_tokens} tokens",
+            stacklevel=2,
         )
     kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
     answers = answer_prompts(
@@ -66,6 +74,7 @@ def generate(
         sampling=Sampling(max_new_tokens, temperature, top_k, top_p),
         stop_tokens=model.stop_tokens,
         slots=min(batch_size, len(prompts)),
+        limits=[min(max_new_tokens, positions - len(prompt)) for prompt in prompts],
     )
     return [chat.decode(answer) for answer in answers]
 

@@ -52,8 +52,9 @@ class Evaluation:
         columns = {name: np.asarray(values) for name, values in {"loss": loss, **metrics}.items()}
         columns |= {f"{role}_reference": reference[:, n] for n, role in enumerate(roles)}
         pairs = [s.pair for s in scored]
-        # It is written even where it exists: an interrupted run may continue with another β.
-        files.write(run.folder(t) / "held_out.parquet", parquet.held_out_to_parquet(pairs, columns))
+        # The file may exist with other numbers: an interrupted run may continue with another β.
+        table = parquet.held_out_to_parquet(pairs, columns)
+        files.write_if_changed(run.folder(t) / "held_out.parquet", table)
         columns["identical"] = np.array([pair.identical for pair in pairs])
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in columns.items()}
         return {name: mean for name, mean in means.items() if not name.endswith("_reference")}

@@ -54,6 +54,15 @@ def write(path: epath.PathLike, data: bytes) -> None:
     processes.by_first(lambda: write_here(path, data))
 
 
+def write_if_changed(path: epath.PathLike, data: bytes) -> None:
+    """`write`, unless the file has this content already."""
+
+    def is_current() -> bool:
+        return epath.Path(path).exists() and epath.Path(path).read_bytes() == data
+
+    processes.by_first(lambda: None if is_current() else write_here(path, data))
+
+
 def remove(folder: epath.PathLike) -> None:
     """Process 0 removes a folder and its content, if the folder exists; every process calls this."""
     processes.by_first(lambda: remove_here(folder))

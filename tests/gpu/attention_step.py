@@ -16,19 +16,21 @@ from measuring import attempt, tell, timed
 from tracing import traced
 from workload import prepared, recipe, set_up
 
-from spin_jax.kernels import flash
+from spin_jax.kernels import flash, visible_blocks
 from spin_jax.kernels.layout import Layout
 from spin_jax.training.packing import Group, RowShape, group_sizes, packed, pair_group
 
 # bfloat16 keeps 8 bits: what is rounded to it is off by 0.2%. Scores, weights and gradients are, on the way.
 _BF16 = 0.01
 _FLOAT32 = 1e-5
-ThreeBlocks = tuple[flash.Blocks, flash.Blocks, flash.Blocks]  # of the forward kernel, dq's, and dk and dv's
+ThreeBlocks = tuple[
+    visible_blocks.Blocks, visible_blocks.Blocks, visible_blocks.Blocks
+]  # of the forward kernel, dq's, and dk and dv's
 
 # Blocks (queries, keys, warps, stages) to try beside those that spin_jax/flash.py has for heads of 128. Each
 # line is one program: its forward kernel, that of dq, that of dk and dv; a trace has the time of each.
 _BLOCKS = [
-    tuple(flash.Blocks(*size) for size in line)
+    tuple(visible_blocks.Blocks(*size) for size in line)
     for line in (
         ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3)),
         ((128, 128, 8, 2), (128, 32, 4, 2), (32, 64, 4, 2)),
@@ -181,7 +183,7 @@ def _choose(right: dict[str, bool], times: dict[str, dict[str, float]]) -> None:
 def _tune(example: Example, times: int, others: Sequence[ThreeBlocks]) -> None:
     """How fast our kernels are with other blocks than their own, and for each the best that was tried."""
     own = flash.blocks_for(example.qkv[0].shape[-1], example.qkv[0].dtype)
-    found: dict[str, dict[flash.Blocks, float]] = {name: {} for name in _KERNELS}
+    found: dict[str, dict[visible_blocks.Blocks, float]] = {name: {} for name in _KERNELS}
     for blocks in (own, *others):
         described = {name: list(size) for name, size in zip(_KERNELS, blocks, strict=True)}
         row = attempt(functools.partial(_speed_with, example, times, blocks), what="blocks", **described)

@@ -11,9 +11,9 @@ from gpu_compiler import for_gpu, gpu_mesh
 from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spin_jax.kernels import flash
-from spin_jax.kernels.flash import Blocks
+from spin_jax.kernels import flash, visible_blocks
 from spin_jax.kernels.layout import Layout
+from spin_jax.kernels.visible_blocks import Blocks
 from spin_jax.models.architecture import ModelConfig
 from spin_jax.models.attention import attend, visible
 from spin_jax.models.layers import REMAT, Block
@@ -146,7 +146,9 @@ def looks(layout, window) -> np.ndarray:
 
 def visits_of_queries(layout, window, blocks):
     """(how often each block of queries visits each of its row's blocks of keys, whether it is to)."""
-    ends, stretches = flash.key_stretches(flash.seen_until(layout, window), layout.segments, blocks)
+    ends, stretches = visible_blocks.key_stretches(
+        visible_blocks.seen_until(layout, window), layout.segments, blocks
+    )
     ends, stretches, seen = np.asarray(ends), np.asarray(stretches), looks(layout, window)
     for b, own in enumerate(key_blocks(layout.segments, blocks.keys)):
         assert own == [(first, ends[b, first]) for first, _ in own]
@@ -162,7 +164,7 @@ def visits_of_queries(layout, window, blocks):
 
 def visits_of_keys(layout, window, blocks):
     """The same of the kernel of keys, whose blocks begin with the row."""
-    stretches = np.asarray(flash.query_stretches(flash.seen_until(layout, window), blocks))
+    stretches = np.asarray(visible_blocks.query_stretches(visible_blocks.seen_until(layout, window), blocks))
     seen = np.pad(looks(layout, window), [(0, 0), (0, -T % blocks.queries), (0, -T % blocks.keys)])
     B, queries, keys = seen.shape
     seen = seen.reshape(B, queries // blocks.queries, blocks.queries, keys // blocks.keys, blocks.keys)

@@ -825,11 +825,16 @@ def test_eight_devices_answer_as_one_by_the_kernels_of_gpus(small):
     assert sampled(small, SHORT, mesh=mesh, slots=8, kernel="flash") == expected_of(small, SHORT)
 
 
-def test_generate_refuses_more_positions_than_the_model_has(talker):
-    """Before anything is compiled, and says what fits."""
+def test_generate_keeps_to_the_positions_of_the_model(talker):
+    """Answers are cut there, with a warning; a prompt that leaves no room is an error before compilation."""
     positions = talker.config.max_position_embeddings
-    with pytest.raises(ValueError, match=r"max_new_tokens=\d+ fits"):
-        spin_jax.generate(talker, asked(QUESTIONS), max_new_tokens=positions)
+    (prompt,) = (Chat(talker.tokenizer, [0]).encode_prompt(messages) for messages in asked(QUESTIONS[:1]))
+    few = dataclasses.replace(
+        talker, config=dataclasses.replace(talker.config, max_position_embeddings=len(prompt) + 3)
+    )
+    with pytest.warns(UserWarning, match="answers are cut where they reach them, not at 8 tokens"):
+        (cut,) = spin_jax.generate(few, asked(QUESTIONS[:1]), max_new_tokens=8)
+    assert [cut] == spin_jax.generate(talker, asked(QUESTIONS[:1]), max_new_tokens=3)
     question = [[{"role": "user", "content": "1" * positions}]]
-    with pytest.raises(ValueError, match="it is too long"):
+    with pytest.raises(ValueError, match="no answer fits"):
         spin_jax.generate(talker, question, max_new_tokens=1)
