@@ -13,9 +13,9 @@ from spin_jax.runtime import sharding
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, one pair of arrays a layer.
 
-    A ring: all rows write the same column, and after the last one comes the first again. A row's tokens
-    stand one after the other, the newest of every row in the same column: the newest token's position says
-    where the others are.
+    It is a ring: all rows write the same column, and the first column follows the last. The newest tokens of
+    all rows stand in the same column, and each row's earlier tokens before it, so that the position of the
+    newest token says where all others stand.
     """
 
     keys: tuple[Float[Array, "B K S H"], ...]
@@ -28,9 +28,13 @@ class Cache(NamedTuple):
 
 
 def ring_layout(newest: Int[Array, " B"], column: Int[Array, ""], columns: int) -> Layout:
-    """Where the tokens in a ring's columns stand, the newest of each row at this position, in this column.
+    """The positions of the tokens in a ring's columns.
 
     Columns that hold none of the row's tokens are padding.
+
+    Args:
+        newest: the position of each row's newest token.
+        column: the column of that token.
     """
     back = (column - jnp.arange(columns)) % columns
     positions = newest[:, None] - back

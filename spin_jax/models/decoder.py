@@ -26,10 +26,10 @@ from spin_jax.runtime import sharding
 
 
 class Decoder(nn.Module):
-    """Tokens → final hidden states. Computes in `dtype`, whatever the parameters' own.
+    """Tokens → final hidden states. It computes in `dtype`, whatever dtype the parameters have.
 
-    What the layers add up is float32 in any case, and so is what lies between two matmuls: rounded to
-    bfloat16 as well, a token's log-prob would be a third to a half farther from its value in float32.
+    The residual stream, and everything between two matmuls, is float32 in any case. Rounded to bfloat16 as
+    well, a token's log-prob would be a third to a half farther from its float32 value.
     """
 
     config: ModelConfig
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         table = nn.with_partitioning(init, ("vocab_rows", "embed_columns"))
         self.embed: Any = self.param("embed", table, (c.vocab_size, c.hidden_size))
-        self.layers = nn.scan(  # this makes their parameters, stacked; `_scanned` runs them
+        self.layers = nn.scan(  # makes the stacked parameters of the layers; `_scanned` runs them
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
@@ -64,10 +64,10 @@ class Decoder(nn.Module):
         layout: Layout,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Final hidden states; with a cache, the tokens go into its next T columns, and it is returned.
+        """Final hidden states, and the cache with the tokens in its next T columns.
 
-        With a cache, params["layers"] is a tuple of layers (`sampling_params`): a scanned cache would be
-        copied at every step.
+        With a cache, params["layers"] is a tuple of layers (`sampling_params`), because a scanned cache would
+        be copied at every step.
         """
         out_sharding = sharding.spec("batch", None, None)
         x = sharding.gathered(self.embed).at[tokens].get(out_sharding=out_sharding).astype(self.dtype)
@@ -83,14 +83,14 @@ class Decoder(nn.Module):
         return self.final_norm(x), cache
 
     def _scanned(self, x, layout: Layout):
-        """One layer after the other; a step of the loop is one round of the pattern of windows."""
+        """Runs one layer after the other; a step of the scan is one round of the pattern of windows."""
         c = self.config
 
         def layer_with(window: int | None):
             block = Block(c, self.dtype, window, self.kernel, parent=None)
 
             def layer(number, variables, x):
-                # The slice is taken in here: what a checkpointed function is given, its backward pass keeps.
+                # The slice is taken inside, because a checkpointed function keeps its arguments.
                 if len(c.windows) > 1:
                     variables = jax.tree.map(lambda w: w[number], variables)
                 if copies := variables.pop("copies", None):
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
             return x, None
 
         layers = {kind: tree["layers"] for kind, tree in self.variables.items()}
-        if len(each) > 1:  # a reshaped array's gradient is not added up in place: train.py
+        if len(each) > 1:  # the gradient of a reshaped array is not summed in place, see training/step.py
             layers = jax.tree.map(lambda w: w.reshape(-1, len(each), *w.shape[1:]), layers)
         return lax.scan(round_of, x, layers)[0]
 
@@ -127,7 +127,10 @@ class Decoder(nn.Module):
         return x, Cache(tuple(keys), tuple(values), (cache.column + x.shape[1]) % cache.columns)
 
 
-_BESIDE = {"adapters": "lora", "copies": "copies"}  # what may stand beside the weights: Linen's collections
+_BESIDE = {
+    "adapters": "lora",
+    "copies": "copies",
+}  # trees that may stand beside the weights, and their Linen collections
 
 
 def forward(
@@ -148,7 +151,7 @@ def forward(
 
 @struct.dataclass
 class Head:
-    """What makes logits of hidden states."""
+    """The projection of hidden states to logits."""
 
     weight: Float[Array, "D V"]
     bias: Float[Array, " V"] | None
@@ -159,10 +162,10 @@ class Head:
 
 
 def output_head(decoder: Decoder, params: Params) -> Head:
-    """What hidden states are projected with, gathered and in the compute dtype."""
+    """The output projection, gathered and in the compute dtype."""
     c = decoder.config
     head = params["embed"].T if c.tie_word_embeddings else params["head"]
-    # A tied head is split the other way round: over the model's dimension by tensor.
+    # A tied head is split the other way round: tensor splits the model's dimension.
     head = sharding.gathered(sharding.reshard(head.astype(decoder.dtype), "embed", "vocab"))
     bias = params["head_bias"].astype(decoder.dtype) if c.head_bias else None
     return Head(head, bias, c.logit_softcap)

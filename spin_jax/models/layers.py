@@ -87,7 +87,7 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, appr
 
 
 class _Projections(nn.Module):
-    """What attention and MLP share: weights by logical axes, cast and gathered when used."""
+    """What attention and MLP share: weights with logical axes, which are cast and gathered when used."""
 
     config: ModelConfig
     dtype: Any
@@ -137,7 +137,7 @@ class Attention(_Projections):
     def __call__(self, x, layout: Layout, cache: tuple | None):
         c = self.config
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        if self.has_variable("params", "wqkv"):  # as `sampling_params` has them
+        if self.has_variable("params", "wqkv"):  # fused by `sampling_params`
             M, axes = N // K + 2, ("kv_heads", None, None)
             qkv = self.linear("BTD,DKMH->BTKMH", x, "wqkv", ("embed", *axes), (D, K, M, H))
             if c.qkv_bias:
@@ -159,8 +159,8 @@ class Attention(_Projections):
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is None:
             out = attend(q, k, v, layout, kernel=self.kernel, **how)
-        elif cache[0].shape[2] == x.shape[1]:  # a prompt that fills a new cache: nothing else is to be seen
-            # The other kernels want the layout `unshared`.
+        elif cache[0].shape[2] == x.shape[1]:  # a prompt fills a new cache: there is nothing else to see
+            # Splash needs a layout with `unshared`.
             out = attend(q, k, v, layout, kernel="flash" if self.kernel == "flash" else "plain", **how)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         else:
@@ -173,7 +173,7 @@ class Attention(_Projections):
         return out + self.bias("bo", (None,), (D,)) if c.output_bias else out, (k, v)
 
     def _over_ring(self, q, k, v, layout: Layout, column, *, window, scale, softcap) -> Array:
-        """New tokens' attention to a ring that holds them from this column on."""
+        """Attention of the new tokens to a ring, which holds them from this column on."""
         (T, S), newest = (q.shape[1], k.shape[2]), layout.positions[:, -1]
         if T > 1 or self.kernel != "flash":
             seen = ring_layout(newest, column + T - 1, S)
@@ -210,9 +210,9 @@ class MLP(_Projections):
 
 
 class Experts(_Projections):
-    """Each token goes through the few of E gated MLPs that a router likes best (Mixtral, arXiv 2401.04088).
+    """A router sends each token through the best few of E gated MLPs (Mixtral, arXiv 2401.04088).
 
-    None is dropped: tokens are sorted by expert, and `ragged_dot` multiplies each stretch with its own.
+    No token is dropped: tokens are sorted by expert, and `ragged_dot` multiplies each expert's stretch.
     """
 
     @nn.compact
@@ -228,7 +228,7 @@ class Experts(_Projections):
         )
 
     def _chosen(self, x, probabilities, gate, up, down):
-        """Of one device's tokens, with all experts or a slice of each one's width."""
+        """The output for one device's tokens, with all experts or a slice of the width of each."""
         act, chosen = _ACTIVATIONS[self.config.activation], self.config.experts_per_token
         tokens = x.reshape(-1, x.shape[-1])
         shares, experts = lax.top_k(probabilities.reshape(len(tokens), -1), chosen)
@@ -270,7 +270,7 @@ class Block(nn.Module):
 
 
 _ATTENTION = ("q", "k", "v", KEPT)
-# What each policy keeps of a layer for the backward pass, which computes the rest again.
+# What each policy keeps of a layer for the backward pass; the rest is computed again.
 REMAT: dict[str, tuple[str, ...]] = {
     "attention+mlp": (*_ATTENTION, "attention_residual", "gate", "up"),
     "attention": _ATTENTION,

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): W stays as it is, and W + (α / r) A B is trained.
 
     frozen, adapters = freeze(params, dtype), init(adapters_on(shapes, rank, targets), key)
-    joined(frozen, adapters, scale)        # what `model.forward` takes
+    joined(frozen, adapters, scale)        # the parameters that `decoder.forward` takes
     merged(params, adapters, scale)        # the same model as plain weights
 
 Adapters off is the model that an iteration began with: SPIN's opponent needs no second copy. B is zero at
@@ -104,7 +104,7 @@ def freeze(params: Params, dtype: Any) -> Params:
 
 
 def joined(frozen: Params, adapters: Params, scale: float) -> Params:
-    """What `model.forward` takes: the weights, and beside them the adapters, B times α / r."""
+    """The parameters that `decoder.forward` takes: the weights and the adapters, with B times α / r."""
 
     def scaled(path: Any, leaf: Array) -> Array:
         return scale * leaf if path[-1].key.endswith("_b") else leaf

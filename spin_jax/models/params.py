@@ -30,9 +30,9 @@ def copies(params: Params, dtype: Any) -> Params:
 def sampling_params(params: Params, config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Params:
     """Parameters for decoding: one tree for each layer, in the compute dtype, laid out on `mesh`.
 
-    What reads the same numbers is one matrix, for a step of decoding is many small products; but on TPUs,
-    whose memory holds such a matrix, with its few rows between the model's dimension and its last, in tiles
-    that are half empty.
+    Matrices that read the same input are fused, because a decode step consists of many small products. On
+    TPUs they stay apart: the fused matrix has few rows between its first and its last dimension, and TPU
+    memory would hold it in tiles that are half empty.
     """
     layouts = jax.tree.map(lambda leaf: leaf.sharding, sampling_params_on(mesh, config, dtype))
     with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
@@ -52,7 +52,7 @@ def _for_sampling(params: Params, config: ModelConfig, dtype: Any, fused: bool) 
 
 
 def _fused(layer: Params, config: ModelConfig) -> Params:
-    """One layer's weights with q, k and v as one matrix, split as kv heads are, and gate and up as one."""
+    """One layer's weights: q, k and v fused, split as kv heads are, and gate and up fused."""
     attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
     for one, names in (("wqkv", ("wq", "wk", "wv")), ("bqkv", ("bq", "bk", "bv"))):
         if names[0] in attention:
@@ -93,7 +93,7 @@ def sampling_params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any)
 
 
 def init_params(config: ModelConfig, key: Array, mesh: jax.sharding.Mesh) -> Params:
-    """Random float32 parameters (normal, the config's initializer_range), born sharded."""
+    """Random float32 parameters (normal, with the config's initializer_range), made in their shards."""
     shardings = sharding.parameter_shardings(mesh, abstract_params(config))
     tokens = jnp.zeros((1, 1), jnp.int32)
 
