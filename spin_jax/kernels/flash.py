@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """Who sees whom, token by token, and block by block for each kernel."""
+    """Which keys each query sees, as numbers of each token and of the blocks of each kernel."""
 
     until: Int[Array, "B T"]  # of `seen_until`
     positions: Int[Array, "B T"]
@@ -308,7 +308,7 @@ def _call(
 
 
 def _widened(*arrays: Array) -> list[Array]:
-    """Heads filled up to a power of two: Triton has no other sizes."""
+    """Heads padded to a power of two, because Triton has no other sizes."""
     H = arrays[0].shape[-1]
     fill = max(16, 1 << (H - 1).bit_length()) - H
     return [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, fill))) for x in arrays]

@@ -12,7 +12,7 @@ from spin_jax.kernels.layout import Layout
 
 
 class Blocks(NamedTuple):
-    """What a kernel's programs take of a row at a time, and how Triton compiles them."""
+    """The block sizes of a kernel's programs, and how Triton compiles them."""
 
     queries: int
     keys: int
@@ -91,7 +91,7 @@ def _group_blocks(
 
 
 def _end_of_run(*numbers: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The index after the last of the neighbours that have the same numbers."""
+    """The index after the last of the neighbouring tokens that have the same numbers."""
     T = numbers[0].shape[1]
     last = functools.reduce(jnp.logical_or, [x[:, 1:] != x[:, :-1] for x in numbers])
     last = jnp.pad(last, ((0, 0), (0, 1)), constant_values=True)

@@ -1,4 +1,4 @@
-"""What a checkpoint's architecture is, in numbers, and the model as users hold it."""
+"""The architecture of a checkpoint as numbers, and the model that users hold."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -93,7 +93,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A checkpoint's architecture. Constants have no default; the default of an option is what Llama does."""
+    """The architecture of a checkpoint. Constants have no default; options default to what Llama does."""
 
     model_type: str
     vocab_size: int
@@ -158,7 +158,7 @@ class ModelConfig:
 
     @property
     def longest_window(self) -> int | None:
-        """How far back any layer sees; None: to the beginning."""
+        """How many tokens back the farthest-seeing layer sees; None where a layer sees all of them."""
         return None if None in self.windows else max(w for w in self.windows if w)
 
 
@@ -177,7 +177,7 @@ class Model:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """Generation config's EOS ids and the tokenizer's EOS, together."""
+        """The EOS ids of the generation config together with the tokenizer's EOS."""
         ids = self.generation_config.get("eos_token_id")
         ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
         if self.tokenizer.eos_token_id is not None:

@@ -28,7 +28,7 @@ _MOST_BLOCKS = 8  # each is compiled by itself
 
 
 def kernel_for(platform: str, dtype: Any) -> str:
-    """What `attend` runs on a platform; float32 is plain: splash multiplies in less, flash slowly."""
+    """The kernel for a platform; float32 takes plain, for splash multiplies in less and flash is slow."""
     kernels = {"tpu": "splash", "gpu": "flash", "cuda": "flash"}
     return "plain" if dtype == jnp.float32 else kernels.get(platform, "plain")
 
@@ -92,7 +92,7 @@ def plain(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Every score, masked: the reference, and what reads a cache, hence keys and values head by head."""
+    """Computes every score under a mask: the reference, and what reads caches, laid out by head."""
     seen = visible(queries, keys, window)
     precision = matmul_precision(q.dtype)
     q = sharding.grouped_heads(q, k.shape[1])
@@ -107,7 +107,7 @@ def plain(
 
 
 def _in_blocks(q, k, v, layout: Layout, window, scale, softcap) -> Float[Array, "B T N H"]:
-    """`plain` a block of queries at a time, without the keys behind it: half the scores, cache by cache."""
+    """`plain` for a block of queries at a time, without later keys: half the scores, in small parts."""
     T = q.shape[1]
     block = max(_BLOCK, -(-T // _MOST_BLOCKS))
 

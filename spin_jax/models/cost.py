@@ -12,7 +12,7 @@ from spin_jax.runtime.chips import Chip
 
 
 def layer_params(c: ModelConfig, experts: int | None = None) -> int:
-    """Weights of one layer that multiply a token; or of a layer with so many of its experts."""
+    """How many weights of one layer multiply a token; or a layer's weights with this many of its experts."""
     experts = c.experts_per_token if experts is None else experts
     heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
     mlp = (3 if c.gated else 2) * c.intermediate_size
@@ -21,22 +21,22 @@ def layer_params(c: ModelConfig, experts: int | None = None) -> int:
 
 @functools.cache
 def all_params(c: ModelConfig) -> int:
-    """All numbers of the parameter tree."""
+    """How many numbers the parameter tree has."""
     return count_params(sharding.unboxed(abstract_params(c)))
 
 
 def cached_numbers(c: ModelConfig, columns: int) -> int:
-    """Keys and values of so many tokens."""
+    """How many numbers the keys and values of this many tokens have."""
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * columns
 
 
 def score_share(c: ModelConfig) -> float:
-    """What one token's look at another costs, in units of the rest of a layer's work on a token."""
+    """The cost of one attention score, relative to the rest of a layer's work on a token."""
     return 2 * c.num_attention_heads * c.head_dim / layer_params(c)
 
 
 def forward_flops(c: ModelConfig, tokens: float, projected: float, seen: float) -> float:
-    """Of a forward pass; training takes three times as much. Multiplying and adding count as two.
+    """FLOPs of a forward pass, a multiplication and an addition being two; training takes three times as many.
 
     Args:
         tokens: real tokens, a shared prompt's once.
@@ -52,7 +52,7 @@ def forward_flops(c: ModelConfig, tokens: float, projected: float, seen: float) 
 def decode_step_s(
     c: ModelConfig, chip: Chip, batch: int, context: float, itemsize: int, devices: int = 1
 ) -> float:
-    """The least seconds a decode step takes: weights read once or multiplied, and the cache read.
+    """The least time of a decode step, in seconds: reading or multiplying the weights, and reading the cache.
 
     Args:
         batch: answers in progress on the devices that share one copy of the model.

@@ -89,7 +89,7 @@ MIXTRAL = LLAMA | {
 
 
 def _only(hf: HF, **supported: Any) -> None:
-    """Raises ValueError for an option of the family that has no counterpart here."""
+    """Raises ValueError for an option of the family that this decoder does not have."""
     for key, value in supported.items():
         if hf.get(key, value) not in (value, None):
             raise ValueError(f"{key}={hf[key]!r} is not supported (only {value!r})")
@@ -98,7 +98,7 @@ def _only(hf: HF, **supported: Any) -> None:
 def _common(
     hf: HF, *, windows: tuple = (None,), eps: str = "rms_norm_eps", act: str = "hidden_act"
 ) -> dict[str, Any]:
-    """What all families have, with the keys of transformers 4 or 5."""
+    """The options that all families have, with the keys of transformers 4 or 5."""
     if hf.get("quantization_config"):
         raise ValueError("quantization_config: quantized weights are not supported; take the full ones")
     rope = hf.get("rope_parameters") or {"rope_theta": hf["rope_theta"], **(hf.get("rope_scaling") or {})}
@@ -167,7 +167,7 @@ def _first_length(rope: HF, hf: HF) -> Any:
 
 
 def _windows(hf: HF) -> tuple[int | None, ...]:
-    """The pattern of windows that the layers repeat; without `layer_types`, all have the one."""
+    """The pattern of windows that the layers repeat; without `layer_types` all layers have one window."""
     count, window = hf["num_hidden_layers"], hf.get("sliding_window")
     kinds = hf.get("layer_types") or ["sliding_attention"] * count
     if unknown := [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]:

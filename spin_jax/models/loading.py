@@ -35,7 +35,7 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 
 @contextlib.contextmanager
 def _at(place: object) -> Iterator[None]:
-    """Errors come out as a ValueError that begins with `place`: transformers raises all kinds of them."""
+    """Turns any error into a ValueError that begins with `place`: transformers raises errors of all kinds."""
     try:
         yield
     except Exception as error:
@@ -94,7 +94,7 @@ def _load_leaf(leaf: Any, views: np.ndarray, layout: Any, dtype: Any) -> jax.Arr
 
 
 def _views(flat: Mapping[str, Any], stored: Mapping[str, list[Part]], tensors: Mapping[str, np.ndarray]):
-    """{path: the checkpoint's arrays behind it, as we see them}."""
+    """The checkpoint's arrays of each parameter path, viewed in our shapes."""
     views: dict[str, np.ndarray] = {}
     for name, parts in stored.items():
         start = 0
@@ -244,7 +244,7 @@ def load(
 def new_model(
     options: Mapping[str, Any], tokenizer: Any, *, dtype: Any, mesh: jax.sharding.Mesh | None = None
 ) -> Model:
-    """A model that is still to be initialized (`params` is empty).
+    """A model without weights (`params` is empty), which are to be initialized.
 
     Args:
         options: config.json's keys, `model_type` among them.
@@ -282,7 +282,7 @@ def new_model(
 
 
 def check_architecture(options: Mapping[str, Any]) -> str:
-    """The model type of an architecture that a user wrote down, where transformers would take any key.
+    """Checks an architecture that a user wrote, where transformers accepts any key; returns the model type.
 
     Raises:
         ValueError: a key that the family's config class does not know, naming the nearest; a wrong value.

@@ -35,7 +35,7 @@ def check(config: ModelConfig, targets: Sequence[str]) -> None:
 
 
 def count(config: ModelConfig, rank: int, targets: Sequence[str]) -> int:
-    """Numbers of all adapters."""
+    """How many numbers all adapters have."""
     D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * H, config.num_key_value_heads * H
     axes = {"wq": D + queries, "wk": D + keys, "wv": D + keys, "wo": queries + D}
@@ -43,7 +43,7 @@ def count(config: ModelConfig, rank: int, targets: Sequence[str]) -> int:
 
 
 def adapters_on(params: Params, rank: int, targets: Sequence[str]) -> Params:
-    """Shapes and shardings of the adapters of such parameters (shapes with shardings); float32.
+    """Shapes and shardings of the float32 adapters for parameters that are given as shapes with shardings.
 
     {"layers": {module: {"wq_a": [L, *inputs, r], "wq_b": [L, r, *outputs], …}}}
     """
@@ -70,7 +70,7 @@ def adapters_on(params: Params, rank: int, targets: Sequence[str]) -> Params:
 
 
 def init(shapes: Params, key: Array) -> Params:
-    """Adapters of those shapes: A uniform within ± 1/√inputs, as PEFT has it, and B zero."""
+    """New adapters of these shapes: A is uniform within ± 1/√inputs, as in PEFT, and B is zero."""
     leaves, tree = jax.tree.flatten_with_path(shapes)
 
     def draw(key):

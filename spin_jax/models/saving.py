@@ -23,14 +23,14 @@ _SHARD_BYTES = 2 * 2**30
 
 
 def _gathered(part: Part, leaf: jax.Array, dtype: Any) -> Any:
-    """A part of a leaf, which all processes have then."""
+    """A part of a leaf, gathered on all processes."""
     for number in part.at:
         leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
     return sharding.everywhere(leaf.astype(dtype or leaf.dtype))
 
 
 def _plan_shards(stored: Mapping[str, list[Part]], sizes: Mapping[str, int]) -> dict[str, str]:
-    """Which file each tensor goes to; `sizes` are bytes of a number of each leaf."""
+    """The file of each tensor; `sizes` are the bytes of one number of each leaf."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, parts in stored.items():
@@ -50,7 +50,7 @@ def _plan_shards(stored: Mapping[str, list[Part]], sizes: Mapping[str, int]) -> 
 
 
 def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
-    """config.json with the keys of both transformers 5 and its elders (vLLM and others read those)."""
+    """config.json with the keys of transformers 5 and of older versions, which vLLM and others read."""
     # No `auto_map`: it names code that is not exported, nor needed.
     config = {k: v for k, v in model.hf_config.items() if not k.startswith("_") and k != "auto_map"}
     rope = dict(config.get("rope_parameters") or {})
@@ -68,7 +68,7 @@ def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
 
 
 def _export_generation(model: Model) -> dict[str, Any]:
-    """generation_config.json: the checkpoint's own; where it had none, its special tokens."""
+    """generation_config.json: the checkpoint's own, or else one with its special tokens."""
     special = {name: model.hf_config.get(name) for name in ("bos_token_id", "pad_token_id")}
     made = {name: token for name, token in special.items() if token is not None}
     return {"eos_token_id": list(model.stop_tokens), **(model.generation_config or made)}

@@ -46,7 +46,7 @@ class Stored(NamedTuple):
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """A safetensors file's entries, where their data begin, and the file's size; ValueError says why not."""
+    """The entries of a safetensors file, where their data begin, and the file's size; or a ValueError."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -115,7 +115,7 @@ def _stored(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Which file each tensor is in, by model.safetensors.index.json."""
+    """The file of each tensor, by model.safetensors.index.json."""
     places = files.read_object(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{path}: weight_map should say, for each tensor, the name of its file")
@@ -131,7 +131,7 @@ _CONVERT = "convert it to safetensors (transformers' save_pretrained writes them
 
 
 def _no_weights(directory: Path) -> str:
-    """Why there are no weights to be found, as far as it can be told."""
+    """Why the directory has no weights, as far as one can tell."""
     if hint := adapter(directory):
         return hint
     hint = ""
@@ -143,7 +143,7 @@ def _no_weights(directory: Path) -> str:
 
 
 def adapter(directory: Path) -> str:
-    """What to do with a directory of LoRA weights alone."""
+    """What to do with a directory that holds LoRA weights only; "" for others."""
     if not (directory / "adapter_config.json").exists():
         return ""
     return (
@@ -153,7 +153,7 @@ def adapter(directory: Path) -> str:
 
 
 def locate(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """Where the wanted tensors stand; reads headers only.
+    """The place of each wanted tensor in its file; only headers are read.
 
     Raises:
         ValueError: everything that is missing, damaged or misshapen, in one message.
@@ -215,7 +215,7 @@ def digest(directory: epath.PathLike) -> str:
 
 
 class Part(NamedTuple):
-    """What a checkpoint's tensor holds of one of our leaves: all of it, or some of its rows."""
+    """The part of one of our leaves that a checkpoint's tensor holds: all of it, or some rows."""
 
     path: str
     at: tuple[int, ...]  # of the layer, and of the expert; () where a leaf is one tensor
@@ -224,7 +224,7 @@ class Part(NamedTuple):
 
     @property
     def stored(self) -> tuple[int, ...]:
-        """The shape there."""
+        """The part's shape in the checkpoint."""
         inputs = self.tensor.inputs
         if inputs is None:
             return self.shape
@@ -245,7 +245,7 @@ def parts_of(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, list[Par
 
 
 def stacked_shape(parts: Sequence[Part]) -> tuple[int, ...]:
-    """Of the tensor that stacks them."""
+    """The shape of the tensor that stacks these parts."""
     rows, *rest = zip(*(part.stored for part in parts), strict=True)
     return (sum(rows), *(sizes[0] for sizes in rest))
 
