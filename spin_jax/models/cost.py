@@ -36,7 +36,7 @@ def score_share(c: ModelConfig) -> float:
 
 
 def forward_flops(c: ModelConfig, tokens: float, projected: float, seen: float) -> float:
-    """FLOPs of a forward pass, a multiplication and an addition being two; training takes three times as many.
+    """FLOPs of a forward pass; training takes three times as many. Multiplying and adding count as two.
 
     Args:
         tokens: real tokens, a shared prompt's once.
