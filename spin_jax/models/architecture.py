@@ -9,9 +9,9 @@ import jax
 Params = dict[str, Any]
 
 
-# Whole numbers from 1 to these. No model comes near: beyond them it is the file that is wrong, and shapes
-# and loops over layers would overflow before anything says so.
-_WHOLE = {
+# The largest value of each whole number; the smallest is 1. No model comes near: a larger value is an error
+# in the file, and would overflow shapes or loops over layers before any check reports it.
+_LARGEST = {
     "vocab_size": 2**24,
     "hidden_size": 2**24,
     "intermediate_size": 2**24,
@@ -47,13 +47,13 @@ def check_constants(constants: Mapping[str, Any]) -> None:
     """Raises ValueError for the first constant of an architecture that no model can have.
 
     Args:
-        constants: by Hugging Face's names; None and names unknown here are passed over.
+        constants: values by Hugging Face's names. None and unknown names are ignored.
     """
     for name, value in constants.items():
         if value is None:
             continue
-        if name in _WHOLE and not (type(value) is int and 1 <= value <= _WHOLE[name]):
-            raise ValueError(f"{name}={value!r}: a whole number from 1 to {_WHOLE[name]} is wanted")
+        if name in _LARGEST and not (type(value) is int and 1 <= value <= _LARGEST[name]):
+            raise ValueError(f"{name}={value!r}: a whole number from 1 to {_LARGEST[name]} is wanted")
         if name in _POSITIVE and not (_finite(value) and value > 0):
             raise ValueError(f"{name}={value!r}: a positive number is wanted")
         if name == "initializer_range" and not (_finite(value) and value >= 0):
@@ -75,8 +75,8 @@ class RopeScaling:
     low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
     original_max_position_embeddings: int = 0
-    short_factor: tuple[float, ...] = ()  # longrope: of each frequency, within the length first trained at
-    attention_factor: float = 1.0  # longrope: of sines and cosines
+    short_factor: tuple[float, ...] = ()  # longrope: divisors of the frequencies below that length
+    attention_factor: float = 1.0  # longrope: multiplies sines and cosines
 
     def __post_init__(self):
         llama3 = self.rope_type == "llama3"
@@ -106,27 +106,27 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
-    rotary_dim: int  # of a head's dimensions, the first so many are rotated
-    windows: tuple[int | None, ...]  # of the layers, a pattern they repeat: a token sees itself and the
-    #                                  window − 1 tokens before it; None: all
+    rotary_dim: int  # how many of a head's dimensions RoPE rotates: the first ones
+    windows: tuple[int | None, ...]  # the pattern that the layers repeat: a token sees itself and the
+    #                                  window − 1 tokens before it; None: all tokens before it
     activation: str  # "silu", or "gelu" by its tanh formula
     tie_word_embeddings: bool
     max_position_embeddings: int
     initializer_range: float
     norm: str = "rms"  # "rms+1" multiplies by 1 + scale; "layer" subtracts the mean, and has a bias
-    parallel: bool = False  # attention and MLP read the same norm and are added at once
-    post_norms: bool = False  # what attention and MLP give is normed before it is added
+    parallel: bool = False  # attention and MLP read the same norm, and both are added to the residual
+    post_norms: bool = False  # outputs of attention and MLP are normed before they are added
     qk_norm: bool = False  # queries and keys are normed, head by head
     qkv_bias: bool = False
-    output_bias: bool = False  # of attention
+    output_bias: bool = False  # of attention's output projection
     mlp_bias: bool = False
     head_bias: bool = False
-    gated: bool = True  # down(act(gate) · up), or else down(act(up))
-    num_experts: int = 0  # MLPs to choose from; 0: there is but one
+    gated: bool = True  # True: down(act(gate) · up); False: down(act(up))
+    num_experts: int = 0  # MLPs that the router chooses from; 0: one MLP, no router
     experts_per_token: int = 0
-    scale_embedding: bool = False  # by √D
-    query_scale: float | None = None  # of scores; None: H^−½
-    attention_softcap: float | None = None  # scores are kept within ± this by tanh
+    scale_embedding: bool = False  # embeddings are multiplied by √D
+    query_scale: float | None = None  # multiplies scores; None: H^−½
+    attention_softcap: float | None = None  # tanh keeps scores within ± this number
     logit_softcap: float | None = None
 
     def __post_init__(self):
@@ -169,11 +169,11 @@ class Model:
     config: ModelConfig
     params: Params
     tokenizer: Any  # a transformers fast tokenizer
-    dtype: Any  # what it computes in
+    dtype: Any  # the dtype of its computations
     mesh: jax.sharding.Mesh
     hf_config: dict[str, Any]  # config.json with transformers' defaults filled in
     generation_config: dict[str, Any]
-    revision: str | None = None  # the commit, where it came from the hub
+    revision: str | None = None  # the hub's commit; None for a local directory
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
