@@ -1,12 +1,11 @@
-"""Attention over packed rows, behind one function; which tokens see which is a `Layout`.
+"""Attention over packed rows, behind one function; a `Layout` says which tokens see each other.
 
     out = attend(q, k, v, layout, window=None, kernel="plain")
 
 A row holds several groups, each a prompt with the answers that share it: prompt, real, generated. All
-that works on single tokens runs on that layout. In attention an answer sees its prompt and itself, never
-the other answer: `plain` says so with a mask, `flash` with where the queries end that see a key; splash gets
-the row `unshared` first, as [prompt + real | prompt + generated | …], which any causal kernel with segment
-ids understands.
+operations on single tokens use that layout. In attention an answer sees its prompt and itself, never the
+other answer: `plain` computes a mask, `flash` the end of the queries that see each key, and `splash` gets the
+row `unshared`, as [prompt + real | prompt + generated | …], for any causal kernel with segment ids.
 
 Axes: B rows, T queries, S keys, U tokens of an unshared row, N query heads, K key/value heads, G = N / K,
 H head dim.
@@ -23,12 +22,12 @@ from jaxtyping import Array, Bool, Float
 from spin_jax.kernels.layout import KEPT, Layout, matmul_precision, on_cpu
 from spin_jax.runtime import sharding
 
-_BLOCK = 96  # queries at a time, or more of a long row:
-_MOST_BLOCKS = 8  # each is compiled by itself
+_BLOCK = 96  # queries in a block of `plain`; a long row has larger blocks,
+_MOST_BLOCKS = 8  # because each block is compiled separately
 
 
 def kernel_for(platform: str, dtype: Any) -> str:
-    """The kernel for a platform; float32 takes plain, for splash multiplies in less and flash is slow."""
+    """The kernel for a platform; float32 takes plain: splash is less precise, and flash is slow."""
     kernels = {"tpu": "splash", "gpu": "flash", "cuda": "flash"}
     return "plain" if dtype == jnp.float32 else kernels.get(platform, "plain")
 
@@ -47,22 +46,22 @@ def attend(
     """Grouped-query attention among the tokens of each row; softmax in float32.
 
     Args:
-        layout: of tokens that see none that stand behind them in the row.
-        window: a token sees itself and the window − 1 tokens before it; None: all.
-        scale: of the scores; None: H^−½.
-        softcap: scores are kept within ± this by tanh; None: they are not.
-        kernel: "plain", "splash" (TPU), which wants the layout `unshared` in multiples of 128, or "flash"
-            (CUDA). Kernels know no segments below zero, and are interpreted on CPU.
+        layout: no token sees one that stands after it in the row.
+        window: a token sees itself and the window − 1 tokens before it; None: all tokens before it.
+        scale: multiplies the scores; None: H^−½.
+        softcap: tanh keeps scores within ± this number; None: no limit.
+        kernel: "plain", "splash" (TPU; `layout.unshared` has a multiple of 128 tokens) or "flash" (CUDA). The
+            last two do not support segments below zero, and are interpreted on CPU.
     """
     narrow = window is not None and window < layout.positions.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if kernel == "plain":
-        out = _in_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), layout, window, scale, softcap)
+        out = _attend_in_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), layout, window, scale, softcap)
         return checkpoint_name(out, KEPT)
     window = window if narrow else None
     options: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap, "interpret": on_cpu()}
     if kernel == "splash":
-        run = functools.partial(_unshared, functools.partial(splash, **options))
+        run = functools.partial(_attend_unshared, functools.partial(splash, **options))
         return sharding.by_rows_and_heads(run)(q, k, v, layout.positions, layout.unshared)
     from spin_jax.kernels import flash
 
@@ -92,7 +91,7 @@ def plain(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Computes every score under a mask: the reference, and what reads caches, laid out by head."""
+    """Computes every score under a mask: the kernels' reference. It also reads caches: heads come first."""
     seen = visible(queries, keys, window)
     precision = matmul_precision(q.dtype)
     q = sharding.grouped_heads(q, k.shape[1])
@@ -106,31 +105,31 @@ def plain(
     return sharding.merged_heads(jnp.moveaxis(out, 3, 1))
 
 
-def _in_blocks(q, k, v, layout: Layout, window, scale, softcap) -> Float[Array, "B T N H"]:
-    """`plain` for a block of queries at a time, without later keys: half the scores, in small parts."""
+def _attend_in_blocks(q, k, v, layout: Layout, window, scale, softcap) -> Float[Array, "B T N H"]:
+    """Runs `plain` on one block of queries at a time, without later keys: half the scores, in small parts."""
     T = q.shape[1]
     block = max(_BLOCK, -(-T // _MOST_BLOCKS))
 
-    def upto(end: int, start: int = 0) -> Layout:
+    def layout_part(end: int, start: int = 0) -> Layout:
         return Layout(*(None if x is None else x[:, start:end] for x in layout[:3]))
 
     parts = []
     for start in range(0, T, block):
         end = start + block
-        seen = k[:, :, :end], v[:, :, :end]
-        parts.append(plain(q[:, start:end], *seen, upto(end, start), upto(end), window, scale, softcap))
+        earlier, layouts = (k[:, :, :end], v[:, :, :end]), (layout_part(end, start), layout_part(end))
+        parts.append(plain(q[:, start:end], *earlier, *layouts, window, scale, softcap))
     return jnp.concatenate(parts, axis=1)
 
 
-def _unshared(kernel, q, k, v, positions, unshared):
+def _attend_unshared(kernel, q, k, v, positions, unshared):
     """Runs a kernel on rows of plain sequences, and brings the result back to the shared layout."""
     T, U = positions.shape[1], unshared.shape[1]
-    there, slots = unshared > 0, jnp.maximum(unshared - 1, 0)
+    real, slots = unshared > 0, jnp.maximum(unshared - 1, 0)
     starts = jnp.take_along_axis(positions, slots, axis=1) == 0
-    segments = jnp.where(there, jnp.cumsum(starts, axis=1), 0)
+    segments = jnp.where(real, jnp.cumsum(starts, axis=1), 0)
     take = jax.vmap(lambda x, index: x[index])
     out = kernel(*(take(x, slots) for x in (q, k, v)), segments)
-    # A prompt's token is there once for every answer, with the same output: the first is taken.
+    # A prompt's token occurs once for every answer, each time with the same output: the first one is taken.
     first = jax.vmap(lambda t: jnp.full(T, U - 1).at[t].min(jnp.arange(U)))(slots)
     return take(out, first)
 
@@ -151,7 +150,7 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     U, N = q.shape[1:3]
-    # Small blocks cost nearly as much as large ones: a row that none of these divides is rather filled up.
+    # Small blocks cost nearly as much as large ones, so a row is padded to the best of these sizes.
     block = U if U <= 640 else min((512, 640, 384), key=lambda size: -U % size)
     fill = -U % block
     q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q * scale, k, v))
