@@ -11,16 +11,15 @@ from spin_jax.runtime import sharding
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, one pair of arrays a layer.
+    """Keys and values of the tokens so far: one pair of arrays for each layer.
 
-    It is a ring: all rows write the same column, and the first column follows the last. The newest tokens of
-    all rows stand in the same column, and each row's earlier tokens before it, so that the position of the
-    newest token says where all others stand.
+    It is a ring: the first column follows the last. All rows write the same column, so that each row's newest
+    token stands there, its earlier tokens before it, and its position says where all others stand.
     """
 
     keys: tuple[Float[Array, "B K S H"], ...]
     values: tuple[Float[Array, "B K S H"], ...]
-    column: Int[Array, ""]  # the next to be written
+    column: Int[Array, ""]  # the next one that is written
 
     @property
     def columns(self) -> int:
@@ -28,13 +27,11 @@ class Cache(NamedTuple):
 
 
 def ring_layout(newest: Int[Array, " B"], column: Int[Array, ""], columns: int) -> Layout:
-    """The positions of the tokens in a ring's columns.
-
-    Columns that hold none of the row's tokens are padding.
+    """The positions of the tokens in a ring's columns; columns without a token of the row are padding.
 
     Args:
         newest: the position of each row's newest token.
-        column: the column of that token.
+        column: that token's column.
     """
     back = (column - jnp.arange(columns)) % columns
     positions = newest[:, None] - back
