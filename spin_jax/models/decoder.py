@@ -1,10 +1,10 @@
-"""The decoder, in Flax Linen used as functions of a plain parameter tree; families are options of it.
+"""The decoder, in Flax Linen used as functions of a plain parameter tree; families differ in its options.
 
     hidden, _ = forward(Decoder(config), params, tokens, layout)
     logits = project(hidden, output_head(Decoder(config), params))
 
 Axes: B batch, T tokens (queries), S key slots, V vocabulary, D model, N query heads, K key/value heads,
-H head dim, R rotary dim, F mlp, L layers, E experts, M matrices that are one. Einsum letters follow it.
+H head dim, R rotary dim, F mlp, L layers, E experts, M fused matrices. The letters of einsums are these.
 A `Layout` (attention.py) says where in its sequence each token stands, and which tokens see each other.
 """
 
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         table = nn.with_partitioning(init, ("vocab_rows", "embed_columns"))
         self.embed: Any = self.param("embed", table, (c.vocab_size, c.hidden_size))
-        self.layers = nn.scan(  # makes the stacked parameters of the layers; `_scanned` runs them
+        self.layers = nn.scan(  # creates the layers' stacked parameters; `_scan_layers` runs them
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
@@ -77,13 +77,13 @@ class Decoder(nn.Module):
         if self.is_initializing():
             x, _ = self.layers(x, layout)
         elif cache is None:
-            x = self._scanned(x, layout)
+            x = self._scan_layers(x, layout)
         else:
             x, cache = self._decode(x, layout, cache)
         return self.final_norm(x), cache
 
-    def _scanned(self, x, layout: Layout):
-        """Runs one layer after the other; a step of the scan is one round of the pattern of windows."""
+    def _scan_layers(self, x, layout: Layout):
+        """Runs one layer after the other; one step of the scan runs the whole pattern of windows once."""
         c = self.config
 
         def layer_with(window: int | None):
@@ -102,17 +102,17 @@ class Decoder(nn.Module):
             keep = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
             return jax.checkpoint(layer, prevent_cse=False, policy=keep, static_argnums=0)
 
-        each = [layer_with(window) for window in c.windows]
+        pattern = [layer_with(window) for window in c.windows]
 
-        def round_of(x, layers):
-            for number, layer in enumerate(each):
+        def run_pattern(x, layers):
+            for number, layer in enumerate(pattern):
                 x = layer(number, layers, x)
             return x, None
 
         layers = {kind: tree["layers"] for kind, tree in self.variables.items()}
-        if len(each) > 1:  # the gradient of a reshaped array is not summed in place, see training/step.py
-            layers = jax.tree.map(lambda w: w.reshape(-1, len(each), *w.shape[1:]), layers)
-        return lax.scan(round_of, x, layers)[0]
+        if len(pattern) > 1:  # gradients of reshaped arrays are not summed in place (training/step.py)
+            layers = jax.tree.map(lambda w: w.reshape(-1, len(pattern), *w.shape[1:]), layers)
+        return lax.scan(run_pattern, x, layers)[0]
 
     def _decode(self, x, layout: Layout, cache: Cache):
         c = self.config
@@ -127,10 +127,8 @@ class Decoder(nn.Module):
         return x, Cache(tuple(keys), tuple(values), (cache.column + x.shape[1]) % cache.columns)
 
 
-_BESIDE = {
-    "adapters": "lora",
-    "copies": "copies",
-}  # trees that may stand beside the weights, and their Linen collections
+# The trees that may stand beside the weights, and their Linen collections.
+_COLLECTIONS = {"adapters": "lora", "copies": "copies"}
 
 
 def forward(
@@ -142,10 +140,10 @@ def forward(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """`Decoder.__call__` as a function of the parameters.
 
-    Beside the weights they may hold "adapters" (lora.py) and "copies" (`copies`).
+    `params` may also hold "adapters" (lora.py) and "copies" (params.py).
     """
-    variables = {"params": {name: tree for name, tree in params.items() if name not in _BESIDE}}
-    variables |= {_BESIDE[name]: tree for name, tree in params.items() if name in _BESIDE}
+    variables = {"params": {name: tree for name, tree in params.items() if name not in _COLLECTIONS}}
+    variables |= {_COLLECTIONS[name]: tree for name, tree in params.items() if name in _COLLECTIONS}
     return decoder.apply(variables, tokens, layout, cache)  # pyright: ignore[reportReturnType]
 
 
@@ -165,7 +163,7 @@ def output_head(decoder: Decoder, params: Params) -> Head:
     """The output projection, gathered and in the compute dtype."""
     c = decoder.config
     head = params["embed"].T if c.tie_word_embeddings else params["head"]
-    # A tied head is split the other way round: tensor splits the model's dimension.
+    # A tied head is split otherwise: the mesh axis `tensor` splits the model's dimension.
     head = sharding.gathered(sharding.reshard(head.astype(decoder.dtype), "embed", "vocab"))
     bias = params["head_bias"].astype(decoder.dtype) if c.head_bias else None
     return Head(head, bias, c.logit_softcap)
