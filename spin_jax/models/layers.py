@@ -21,9 +21,9 @@ from spin_jax.runtime import sharding
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, " R/2"]:
-    """Radians a position of each pair of rotated dimensions.
+    """The angle in radians by which each pair of rotated dimensions turns from one position to the next.
 
-    By arXiv 2104.09864; llama3: Llama 3.1's rule; longrope: arXiv 2402.13753, as far as its short factors go.
+    RoPE: arXiv 2104.09864; llama3: Llama 3.1's rule; longrope: arXiv 2402.13753, with the short factors only.
     """
     half = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / config.rotary_dim
     frequencies = 1.0 / config.rope_theta**half
@@ -34,7 +34,7 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " R/2"]:
         return frequencies / scaling.factor
     if scaling.rope_type == "longrope":
         return frequencies / jnp.array(scaling.short_factor, jnp.float32)
-    # Llama 3.1: long waves are stretched by the factor, short ones kept, those between interpolated.
+    # Llama 3.1 stretches long waves by the factor, keeps short ones, and interpolates between the two.
     waves_in_context = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     keep = (waves_in_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = jnp.clip(keep, 0.0, 1.0)
@@ -47,7 +47,7 @@ def rope(
     frequencies: Float[Array, " R/2"],
     factor: float = 1.0,
 ) -> Float[Array, "B T N H"]:
-    """Rotates pairs (i, i + R/2) of the first R dimensions, Hugging Face's layout; in float32."""
+    """Rotates the pairs (i, i + R/2) of the first R dimensions, in float32; the pairs are Hugging Face's."""
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     if factor != 1:
@@ -59,11 +59,11 @@ def rope(
 
 
 class Norm(nn.Module):
-    """Over the last dimension, in float32: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) of the last dimension, in float32."""
 
     kind: str
     eps: float
-    dtype: Any = None  # of what it returns; None: as it came
+    dtype: Any = None  # of the result; None: the input's
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -87,7 +87,7 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, appr
 
 
 class _Projections(nn.Module):
-    """What attention and MLP share: weights with logical axes, which are cast and gathered when used."""
+    """Weights with logical axes for attention and MLP; they are cast and gathered when they are used."""
 
     config: ModelConfig
     dtype: Any
@@ -110,23 +110,23 @@ class _Projections(nn.Module):
         shape: tuple[int, ...],
         out: tuple[str | None, ...] | None = None,
     ) -> Array:
-        """x W, and where the weight has an adapter (lora.py) x W + (x A) B."""
+        """Computes x W, or x W + (x A) B where the weight has an adapter (lora.py)."""
         y = self.einsum(equation, x, self.weight(name, axes, shape), out=out)
         if not self.has_variable("lora", f"{name}_a"):
             return y
         a, b = (self.get_variable("lora", f"{name}_{part}").astype(self.dtype) for part in "ab")
-        read, of_weight, made = re.split(",|->", equation)
-        inputs = "".join(axis for axis in of_weight if axis in read)
-        outputs = of_weight.removeprefix(inputs)
-        narrow = self.einsum(f"{read},{inputs}r->BTr", x, sharding.gathered(a), out=("batch", None, None))
-        return y + self.einsum(f"BTr,r{outputs}->{made}", narrow, sharding.gathered(b), out=out)
+        x_axes, w_axes, y_axes = re.split(",|->", equation)
+        inputs = "".join(axis for axis in w_axes if axis in x_axes)
+        outputs = w_axes.removeprefix(inputs)
+        narrow = self.einsum(f"{x_axes},{inputs}r->BTr", x, sharding.gathered(a), out=("batch", None, None))
+        return y + self.einsum(f"BTr,r{outputs}->{y_axes}", narrow, sharding.gathered(b), out=out)
 
     def einsum(self, equation: str, *operands: Array, out: tuple[str | None, ...] | None = None) -> Array:
         out_sharding = sharding.spec(*out) if out else None
-        made = jnp.einsum(
+        product = jnp.einsum(
             equation, *operands, precision=matmul_precision(self.dtype), out_sharding=out_sharding
         )
-        return sharding.summed(made) if out else made
+        return sharding.summed(product) if out else product
 
 
 class Attention(_Projections):
@@ -137,7 +137,7 @@ class Attention(_Projections):
     def __call__(self, x, layout: Layout, cache: tuple | None):
         c = self.config
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        if self.has_variable("params", "wqkv"):  # fused by `sampling_params`
+        if self.has_variable("params", "wqkv"):  # `sampling_params` fused them
             M, axes = N // K + 2, ("kv_heads", None, None)
             qkv = self.linear("BTD,DKMH->BTKMH", x, "wqkv", ("embed", *axes), (D, K, M, H))
             if c.qkv_bias:
@@ -153,27 +153,27 @@ class Attention(_Projections):
                 v += self.bias("bv", ("kv_heads", None), (K, H))
         if c.qk_norm:
             q, k = Norm(c.norm, c.norm_eps, name="q_norm")(q), Norm(c.norm, c.norm_eps, name="k_norm")(k)
-        turn = rope_frequencies(c), c.rope_scaling.attention_factor if c.rope_scaling else 1.0
-        q, k = rope(q, layout.positions, *turn), rope(k, layout.positions, *turn)
-        how = {"window": self.window, "scale": c.query_scale, "softcap": c.attention_softcap}
+        rotation = rope_frequencies(c), c.rope_scaling.attention_factor if c.rope_scaling else 1.0
+        q, k = rope(q, layout.positions, *rotation), rope(k, layout.positions, *rotation)
+        options = {"window": self.window, "scale": c.query_scale, "softcap": c.attention_softcap}
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is None:
-            out = attend(q, k, v, layout, kernel=self.kernel, **how)
-        elif cache[0].shape[2] == x.shape[1]:  # a prompt fills a new cache: there is nothing else to see
+            out = attend(q, k, v, layout, kernel=self.kernel, **options)
+        elif cache[0].shape[2] == x.shape[1]:  # a prompt fills a new cache, which holds nothing else
             # Splash needs a layout with `unshared`.
-            out = attend(q, k, v, layout, kernel="flash" if self.kernel == "flash" else "plain", **how)
+            out = attend(q, k, v, layout, kernel="flash" if self.kernel == "flash" else "plain", **options)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         else:
             cached_k, cached_v, column = cache
             k = lax.dynamic_update_slice_in_dim(cached_k, k.swapaxes(1, 2), column, axis=2)
             v = lax.dynamic_update_slice_in_dim(cached_v, v.swapaxes(1, 2), column, axis=2)
-            out = self._over_ring(q, k, v, layout, column, **how)
+            out = self._attend_ring(q, k, v, layout, column, **options)
         axes, rows = ("heads", None, "embed"), ("batch", None, None)
         out = self.linear("BTNH,NHD->BTD", out, "wo", axes, (N, H, D), out=rows)
         return out + self.bias("bo", (None,), (D,)) if c.output_bias else out, (k, v)
 
-    def _over_ring(self, q, k, v, layout: Layout, column, *, window, scale, softcap) -> Array:
-        """Attention of the new tokens to a ring, which holds them from this column on."""
+    def _attend_ring(self, q, k, v, layout: Layout, column, *, window, scale, softcap) -> Array:
+        """Attention of the new tokens to the ring cache, where they start at `column`."""
         (T, S), newest = (q.shape[1], k.shape[2]), layout.positions[:, -1]
         if T > 1 or self.kernel != "flash":
             seen = ring_layout(newest, column + T - 1, S)
@@ -196,7 +196,7 @@ class MLP(_Projections):
                 wide += self.bias(f"{name}_bias", ("mlp",), (F,))
             return checkpoint_name(wide, name).astype(jnp.float32)
 
-        if self.has_variable("params", "gate_up"):  # as `sampling_params` has them
+        if self.has_variable("params", "gate_up"):  # `sampling_params` fused them
             wide = self.linear("BTD,DMF->BTMF", x, "gate_up", ("embed", None, "mlp"), (D, 2, F))
             if c.mlp_bias:
                 wide += self.bias("gate_up_bias", (None, "mlp"), (2, F))
@@ -210,9 +210,9 @@ class MLP(_Projections):
 
 
 class Experts(_Projections):
-    """A router sends each token through the best few of E gated MLPs (Mixtral, arXiv 2401.04088).
+    """A router sends each token through a few of E gated MLPs (Mixtral, arXiv 2401.04088).
 
-    No token is dropped: tokens are sorted by expert, and `ragged_dot` multiplies each expert's stretch.
+    No token is dropped: tokens are sorted by expert, and `ragged_dot` multiplies each expert's tokens.
     """
 
     @nn.compact
@@ -223,11 +223,11 @@ class Experts(_Projections):
         probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
         wide, narrow = (None, "embed", "mlp"), (None, "mlp", "embed")
         weights = [self.weight(name, wide, (E, D, F)) for name in ("gate", "up")]
-        return sharding.by_rows(self._chosen)(
+        return sharding.by_rows(self._run_experts)(
             x, probabilities, *weights, self.weight("down", narrow, (E, F, D))
         )
 
-    def _chosen(self, x, probabilities, gate, up, down):
+    def _run_experts(self, x, probabilities, gate, up, down):
         """The output for one device's tokens, with all experts or a slice of the width of each."""
         act, chosen = _ACTIVATIONS[self.config.activation], self.config.experts_per_token
         tokens = x.reshape(-1, x.shape[-1])
@@ -263,14 +263,14 @@ class Block(nn.Module):
         if c.post_norms:
             attended = norm(name="attention_post_norm")(attended)
         x += checkpoint_name(attended, "attention_residual")
-        made = mlp(norm(name="mlp_norm")(x))
+        transformed = mlp(norm(name="mlp_norm")(x))
         if c.post_norms:
-            made = norm(name="mlp_post_norm")(made)
-        return x + made, kv
+            transformed = norm(name="mlp_post_norm")(transformed)
+        return x + transformed, kv
 
 
 _ATTENTION = ("q", "k", "v", KEPT)
-# What each policy keeps of a layer for the backward pass; the rest is computed again.
+# The activations of a layer that each policy keeps for the backward pass, which computes the rest again.
 REMAT: dict[str, tuple[str, ...]] = {
     "attention+mlp": (*_ATTENTION, "attention_residual", "gate", "up"),
     "attention": _ATTENTION,
@@ -280,12 +280,12 @@ REMAT: dict[str, tuple[str, ...]] = {
 
 @jax.custom_vjp
 def copy_for(weight: Array, copy: Array) -> Array:
-    """The copy, as a function of the weight."""
+    """Returns the copy; its gradient goes to the weight, in the weight's dtype."""
     del weight
     return copy
 
 
 copy_for.defvjp(
     lambda weight, copy: (copy, jnp.zeros(0, weight.dtype)),
-    lambda of_weight, gradient: (gradient.astype(of_weight.dtype), None),
+    lambda empty, gradient: (gradient.astype(empty.dtype), None),
 )
