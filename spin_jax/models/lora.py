@@ -4,8 +4,8 @@
     joined(frozen, adapters, scale)        # the parameters that `decoder.forward` takes
     merged(params, adapters, scale)        # the same model as plain weights
 
-Adapters off is the model that an iteration began with: SPIN's opponent needs no second copy. B is zero at
-first, hence so is their sum. Axes: L layers, r rank; the rest are a weight's own, first inputs, then outputs.
+Without the adapters this is the model that an iteration began with, so SPIN's opponent needs no second copy.
+B is zero at first, and so is A B. Axes: L layers, r rank; then the weight's inputs and its outputs.
 """
 
 import functools
@@ -24,14 +24,14 @@ TARGETS = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "gate": 1, "up": 1, "down": 1}  #
 
 
 def check(config: ModelConfig, targets: Sequence[str]) -> None:
-    """Raises ValueError for weights that the model does not have, or that have no adapters."""
-    there = [name for name in TARGETS if name != "gate" or config.gated]
+    """Raises ValueError for targets that the model does not have, or that take no adapters."""
+    known = [name for name in TARGETS if name != "gate" or config.gated]
     if config.num_experts:  # the weights of experts have one more axis
-        there = [name for name in there if name.startswith("w")]
-    unknown = [f"has {name!r}" for name in targets if name not in there]
+        known = [name for name in known if name.startswith("w")]
+    unknown = [f"has {name!r}" for name in targets if name not in known]
     if unknown or not targets:
         what = unknown[0] if unknown else "is empty"
-        raise ValueError(f"lora_targets {what}: this model has adapters for {', '.join(there)}")
+        raise ValueError(f"lora_targets {what}: this model has adapters for {', '.join(known)}")
 
 
 def count(config: ModelConfig, rank: int, targets: Sequence[str]) -> int:
@@ -52,13 +52,13 @@ def adapters_on(params: Params, rank: int, targets: Sequence[str]) -> Params:
         split = 1 + TARGETS[name]
         spec = (*leaf.sharding.spec, *[None] * (len(leaf.shape) - len(leaf.sharding.spec)))
 
-        def made(shape: tuple, spec: tuple) -> jax.ShapeDtypeStruct:
+        def on_mesh(shape: tuple, spec: tuple) -> jax.ShapeDtypeStruct:
             layout = NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec))
             return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
 
         return {
-            f"{name}_a": made((*leaf.shape[:split], rank), (*spec[:split], None)),
-            f"{name}_b": made((leaf.shape[0], rank, *leaf.shape[split:]), (spec[0], None, *spec[split:])),
+            f"{name}_a": on_mesh((*leaf.shape[:split], rank), (*spec[:split], None)),
+            f"{name}_b": on_mesh((leaf.shape[0], rank, *leaf.shape[split:]), (spec[0], None, *spec[split:])),
         }
 
     layers = {}
@@ -73,22 +73,22 @@ def init(shapes: Params, key: Array) -> Params:
     """New adapters of these shapes: A is uniform within ± 1/√inputs, as in PEFT, and B is zero."""
     leaves, tree = jax.tree.flatten_with_path(shapes)
 
-    def draw(key):
-        def one(number: int, path: Any, leaf: Any) -> Array:
+    def values(key):
+        def value(number: int, path: Any, leaf: Any) -> Array:
             if path[-1].key.endswith("_b"):
                 return jnp.zeros(leaf.shape, leaf.dtype)
             bound = math.prod(leaf.shape[1:-1]) ** -0.5
-            own = jax.random.fold_in(key, number)
-            return jax.random.uniform(own, leaf.shape, leaf.dtype, -bound, bound)
+            leaf_key = jax.random.fold_in(key, number)
+            return jax.random.uniform(leaf_key, leaf.shape, leaf.dtype, -bound, bound)
 
-        return tree.unflatten([one(number, *leaf) for number, leaf in enumerate(leaves)])
+        return tree.unflatten([value(number, *leaf) for number, leaf in enumerate(leaves)])
 
     layouts = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return jax.jit(draw, out_shardings=layouts)(key)
+    return jax.jit(values, out_shardings=layouts)(key)
 
 
 def freeze(params: Params, dtype: Any) -> Params:
-    """The weights in the compute dtype, to which they would be cast anyway; norms keep theirs.
+    """Casts the weights to the compute dtype, in which they are used anyway; norms keep their dtype.
 
     `params` are freed leaf by leaf, so that memory never holds both trees.
     """
