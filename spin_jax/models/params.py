@@ -18,8 +18,8 @@ from spin_jax.runtime import sharding
 def copies(params: Params, dtype: Any) -> Params:
     """{"copies": the layers' matrices in the compute dtype}, for `forward` beside the parameters themselves.
 
-    Made once, they spare every later pass the casts. Gradients go to the parameters, in their own dtype.
-    Matrices that have the compute dtype already need none: {}.
+    With them, later passes need no casts. Gradients go to the parameters, in the parameters' dtype. The
+    result is {} where the matrices have the compute dtype already.
     """
     layers = params["layers"]
     if all(w.dtype == dtype for w in jax.tree.leaves(layers) if w.ndim > 2):
@@ -31,13 +31,13 @@ def sampling_params(params: Params, config: ModelConfig, dtype: Any, mesh: jax.s
     """Parameters for decoding: one tree for each layer, in the compute dtype, laid out on `mesh`.
 
     Matrices that read the same input are fused, because a decode step consists of many small products. On
-    TPUs they stay apart: the fused matrix has few rows between its first and its last dimension, and TPU
+    TPUs they stay separate: the fused matrix has few rows between its first and its last dimension, and TPU
     memory would hold it in tiles that are half empty.
     """
     layouts = jax.tree.map(lambda leaf: leaf.sharding, sampling_params_on(mesh, config, dtype))
     with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
-        made = _for_sampling(params, config, dtype, _fuses(mesh))
-    return jax.device_put(made, layouts)
+        converted = _for_sampling(params, config, dtype, _fuses(mesh))
+    return jax.device_put(converted, layouts)
 
 
 def _fuses(mesh: jax.sharding.Mesh) -> bool:
@@ -48,20 +48,20 @@ def _fuses(mesh: jax.sharding.Mesh) -> bool:
 def _for_sampling(params: Params, config: ModelConfig, dtype: Any, fused: bool) -> Params:
     params = jax.tree.map(lambda w: w.astype(dtype), params)
     layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.num_hidden_layers)]
-    return {**params, "layers": tuple(_fused(layer, config) if fused else layer for layer in layers)}
+    return {**params, "layers": tuple(_fuse_layer(layer, config) if fused else layer for layer in layers)}
 
 
-def _fused(layer: Params, config: ModelConfig) -> Params:
-    """One layer's weights: q, k and v fused, split as kv heads are, and gate and up fused."""
+def _fuse_layer(layer: Params, config: ModelConfig) -> Params:
+    """Fuses one layer's q, k and v, which are split as kv heads are, and its gate and up."""
     attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
-    for one, names in (("wqkv", ("wq", "wk", "wv")), ("bqkv", ("bq", "bk", "bv"))):
+    for fused, names in (("wqkv", ("wq", "wk", "wv")), ("bqkv", ("bq", "bk", "bv"))):
         if names[0] in attention:
             q, k, v = (attention.pop(name) for name in names)
             q = sharding.grouped_weight(q, config.num_key_value_heads)
-            attention[one] = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
-    for one, names in (("gate_up", ("gate", "up")), ("gate_up_bias", ("gate_bias", "up_bias"))):
+            attention[fused] = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+    for fused, names in (("gate_up", ("gate", "up")), ("gate_up_bias", ("gate_bias", "up_bias"))):
         if names[0] in mlp and not config.num_experts:
-            mlp[one] = jnp.stack([mlp.pop(name) for name in names], axis=-2)
+            mlp[fused] = jnp.stack([mlp.pop(name) for name in names], axis=-2)
     return {**layer, "attention": attention, "mlp": mlp}
 
 
@@ -88,12 +88,12 @@ def sampling_params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any)
     """Shapes, dtypes and shardings of the result of `sampling_params`; nothing is allocated."""
     params = params_on(mesh, config)
     with jax.set_mesh(mesh):
-        made = jax.eval_shape(lambda params: _for_sampling(params, config, dtype, _fuses(mesh)), params)
-    return sharding.laid_out(mesh, made)
+        shapes = jax.eval_shape(lambda params: _for_sampling(params, config, dtype, _fuses(mesh)), params)
+    return sharding.laid_out(mesh, shapes)
 
 
 def init_params(config: ModelConfig, key: Array, mesh: jax.sharding.Mesh) -> Params:
-    """Random float32 parameters (normal, with the config's initializer_range), made in their shards."""
+    """Random float32 parameters (normal, with the config's initializer_range), created in their shards."""
     shardings = sharding.parameter_shardings(mesh, abstract_params(config))
     tokens = jnp.zeros((1, 1), jnp.int32)
 
