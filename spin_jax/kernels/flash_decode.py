@@ -1,9 +1,9 @@
-"""Attention of one new token of each slot over a ring cache, of which only what is filled is read.
+"""Attention of one new token of each slot over a ring cache; only filled columns are read.
 
     out = attend(q, k, v, column, lengths)
 
-A Pallas kernel (Triton) for GPUs. One program takes a slot, a key/value head with the query heads that share
-it, and a share of the slot's columns; where there are several shares, their log-sums join them.
+This is a Pallas kernel (Triton) for GPUs. One program takes a slot, a key/value head with its query heads,
+and a share of the slot's columns. Where there are several shares, their log-sums are the weights of a sum.
 
 Axes: B slots, N query heads, K key/value heads, G = N / K, S columns of the ring, H head dim.
 """
@@ -18,10 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-BLOCK = 64  # columns at a time: fewer of heads wider than 128, or shared memory would not do
+BLOCK = 64  # columns at a time; fewer for heads wider than 128, so that shared memory suffices
 WARPS, STAGES = 4, 2
-PROGRAMS = 512  # columns are shared out where slots and heads alone make fewer: four for each processor
-_NONE = -1e30  # the log-sum of no columns: finite, so that differences of two are numbers
+PROGRAMS = 512  # columns are split where slots × heads are fewer: about four for each processor
+_NONE = -1e30  # the log-sum of no columns; it is finite, so that differences are numbers
 
 
 def attend(
@@ -35,15 +35,15 @@ def attend(
     softcap: float | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N H"]:
-    """Grouped-query attention of one token a slot; softmax in float32.
+    """Grouped-query attention of one token for each slot; softmax in float32.
 
     Args:
-        column: of the newest tokens, the same for all slots.
-        lengths: columns that each slot sees, the newest first and on back round the ring: at most S. A slot
+        column: the column of the newest tokens, the same for all slots.
+        lengths: how many columns each slot sees, from the newest back around the ring: at most S. A slot
             that sees none gets zeros.
-        scale: of the scores; None: H^−½.
-        softcap: scores are kept within ± this by tanh; None: they are not.
-        interpret: run as plain operations: where there is no GPU.
+        scale: multiplies the scores; None: H^−½.
+        softcap: tanh keeps scores within ± this number; None: no limit.
+        interpret: runs plain operations, for machines without a GPU.
     """
     B, N, H = q.shape
     K, S = k.shape[1:3]
@@ -88,7 +88,7 @@ def _kernel(
     q_ref, k_ref, v_ref, column_ref, length_ref, out_ref, log_sum_ref, *, share, block, scale, softcap
 ):
     (G, H), S = q_ref.shape, k_ref.shape[0]
-    # Triton's arrays have powers of two for sizes, and its products at least 16 rows.
+    # Triton's arrays have powers of two as sizes, and its products need at least 16 rows.
     rows, dims = jnp.arange(max(16, pl.next_power_of_2(G))), jnp.arange(max(16, pl.next_power_of_2(H)))
     real = (dims < H)[None, :]
     heads, of_heads = (rows[:, None], dims[None, :]), (rows < G)[:, None] & real
@@ -97,12 +97,12 @@ def _kernel(
     first = pl.program_id(2) * share
     end = jnp.minimum(length_ref[0], first + share)
 
-    def of_block(n, carry):
+    def add_block(n, carry):
         out, largest, total = carry
-        back = first + n * block + jnp.arange(block)  # so many columns ago
-        filled = back < end
-        at = jnp.where(filled, lax.rem(column - back + S, S), 0)[:, None], dims[None, :]
-        k, v = (plgpu.load(ref.at[at], mask=filled[:, None] & real, other=0.0) for ref in (k_ref, v_ref))
+        age = first + n * block + jnp.arange(block)  # how many columns before the newest
+        filled = age < end
+        cells = jnp.where(filled, lax.rem(column - age + S, S), 0)[:, None], dims[None, :]
+        k, v = (plgpu.load(ref.at[cells], mask=filled[:, None] & real, other=0.0) for ref in (k_ref, v_ref))
         scores = plgpu.dot(q, k.T) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -112,9 +112,9 @@ def _kernel(
         out = out * kept[:, None] + plgpu.dot(weights.astype(v.dtype), v)
         return out, new, total * kept + jnp.sum(weights, axis=1)
 
-    nothing = jnp.zeros((rows.size, dims.size), jnp.float32), jnp.full(rows.size, _NONE), jnp.zeros(rows.size)
+    start = jnp.zeros((rows.size, dims.size), jnp.float32), jnp.full(rows.size, _NONE), jnp.zeros(rows.size)
     blocks = lax.div(jnp.maximum(end - first, 0) + block - 1, block)
-    out, largest, total = lax.fori_loop(0, blocks, of_block, nothing)
+    out, largest, total = lax.fori_loop(0, blocks, add_block, start)
     total = jnp.where(total > 0, total, 1.0)
     out = (out / total[:, None]).astype(out_ref.dtype)
     plgpu.store(out_ref.at[heads], out, mask=of_heads)
