@@ -150,7 +150,7 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     U, N = q.shape[1:3]
-    # Small blocks cost nearly as much as large ones, so a row is padded to the best of these sizes.
+    # Small blocks cost nearly as much as large ones, so a long row is padded to a multiple of a large one.
     block = U if U <= 640 else min((512, 640, 384), key=lambda size: -U % size)
     fill = -U % block
     q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q * scale, k, v))
