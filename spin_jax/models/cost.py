@@ -12,7 +12,7 @@ from spin_jax.runtime.chips import Chip
 
 
 def layer_params(c: ModelConfig, experts: int | None = None) -> int:
-    """How many weights of one layer multiply a token; or a layer's weights with this many of its experts."""
+    """How many weights of one layer multiply a token; `experts` sets the number of experts that count."""
     experts = c.experts_per_token if experts is None else experts
     heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
     mlp = (3 if c.gated else 2) * c.intermediate_size
@@ -39,9 +39,9 @@ def forward_flops(c: ModelConfig, tokens: float, projected: float, seen: float) 
     """FLOPs of a forward pass; training takes three times as many. Multiplying and adding count as two.
 
     Args:
-        tokens: real tokens, a shared prompt's once.
-        projected: those whose logits are needed.
-        seen: Σ over tokens of the tokens each one sees, itself among them: attention is causal.
+        tokens: real tokens; a shared prompt counts once.
+        projected: how many tokens need logits.
+        seen: the sum, over tokens, of the tokens that each one sees, including itself (attention is causal).
     """
     linear = 2 * c.num_hidden_layers * layer_params(c) * tokens
     head = 2 * c.hidden_size * c.vocab_size * projected
@@ -56,11 +56,11 @@ def decode_step_s(
 
     Args:
         batch: answers in progress on the devices that share one copy of the model.
-        context: tokens of each so far, on average.
+        context: tokens of each answer so far, on average.
         itemsize: bytes of a weight and of a cached number.
         devices: how many share that copy.
     """
-    read = min(c.num_experts, batch * c.experts_per_token)  # experts: all, but of small batches
+    read = min(c.num_experts, batch * c.experts_per_token)  # a small batch does not use all experts
     weights = c.num_hidden_layers * layer_params(c, read) + c.hidden_size * c.vocab_size
     cached = cached_numbers(c, 1) * context * batch
     compute = forward_flops(c, batch, batch, 0) / chip.flops
