@@ -1,7 +1,7 @@
-"""What a checkpoint of each supported family means: config.json as the decoder's options, tensors by name.
+"""The supported families: how config.json becomes the decoder's options, and the names of tensors.
 
-To add a family: an entry in `FAMILIES`, with a mapping of its config, a table of its names where they are not
-Llama's, and perhaps an option of `ModelConfig`. Nothing else knows of families.
+To add a family, add an entry to `FAMILIES` with a function for its config, a table of its names where they
+differ from Llama's, and perhaps an option to `ModelConfig`. No other file depends on the family.
 """
 
 import math
@@ -10,23 +10,22 @@ from typing import Any, NamedTuple
 
 from spin_jax.models.architecture import ModelConfig, RopeScaling, check_constants
 
-HF = Mapping[str, Any]  # config.json, transformers' defaults filled in
-
+HF = Mapping[str, Any]  # config.json with transformers' defaults
 
 # Keys of config.json as transformers 4 wrote them.
 TRANSFORMERS_4 = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype")
 
 
 class Tensor(NamedTuple):
-    """Where a parameter stands in a checkpoint.
+    """The name and the layout of a parameter in a checkpoint.
 
-    A linear layer is [out, in] there and [*in, *out] here; `inputs` counts our input dimensions. A vector, of
-    no input, is flat there. Parameters of one name are stacked there, in the table's order: the fused
-    projections of Phi-3.
+    A linear layer is [out, in] in the checkpoint and [*in, *out] here; `inputs` counts our input dimensions.
+    With 0 inputs the checkpoint has a flat vector. Parameters with the same name (Phi-3's fused projections)
+    are stacked in the checkpoint, in the table's order.
     """
 
     name: str
-    inputs: int | None = 0  # None: stored as it is here
+    inputs: int | None = 0  # None: the checkpoint has our layout
 
 
 LLAMA: dict[str, Tensor] = {
@@ -88,17 +87,17 @@ MIXTRAL = LLAMA | {
 # --- configs -------------------------------------------------------------------------------------
 
 
-def _only(hf: HF, **supported: Any) -> None:
-    """Raises ValueError for an option of the family that this decoder does not have."""
+def _check_options(hf: HF, **supported: Any) -> None:
+    """Raises ValueError where an option has another value than the one that this decoder supports."""
     for key, value in supported.items():
         if hf.get(key, value) not in (value, None):
             raise ValueError(f"{key}={hf[key]!r} is not supported (only {value!r})")
 
 
-def _common(
+def _options(
     hf: HF, *, windows: tuple = (None,), eps: str = "rms_norm_eps", act: str = "hidden_act"
 ) -> dict[str, Any]:
-    """The options that all families have, with the keys of transformers 4 or 5."""
+    """The options that all families have, from the keys of transformers 4 or 5."""
     if hf.get("quantization_config"):
         raise ValueError("quantization_config: quantized weights are not supported; take the full ones")
     rope = hf.get("rope_parameters") or {"rope_theta": hf["rope_theta"], **(hf.get("rope_scaling") or {})}
@@ -135,7 +134,7 @@ def _common(
 
 def _rope_scaling(rope: HF, hf: HF) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    kind = "longrope" if kind == "su" else kind  # its first name
+    kind = "longrope" if kind == "su" else kind  # its earlier name
     if kind == "default":
         return None
     names = {
@@ -179,26 +178,26 @@ def _windows(hf: HF) -> tuple[int | None, ...]:
 
 def _llama(hf: HF) -> ModelConfig:
     bias = bool(hf.get("attention_bias"))
-    return ModelConfig(**_common(hf), qkv_bias=bias, output_bias=bias, mlp_bias=bool(hf.get("mlp_bias")))
+    return ModelConfig(**_options(hf), qkv_bias=bias, output_bias=bias, mlp_bias=bool(hf.get("mlp_bias")))
 
 
 def _mistral(hf: HF) -> ModelConfig:
-    return ModelConfig(**_common(hf, windows=(hf.get("sliding_window"),)))
+    return ModelConfig(**_options(hf, windows=(hf.get("sliding_window"),)))
 
 
 def _qwen2(hf: HF) -> ModelConfig:
-    return ModelConfig(**_common(hf, windows=_windows(hf)), qkv_bias=True)
+    return ModelConfig(**_options(hf, windows=_windows(hf)), qkv_bias=True)
 
 
 def _qwen3(hf: HF) -> ModelConfig:
     bias = bool(hf.get("attention_bias"))
-    return ModelConfig(**_common(hf, windows=_windows(hf)), qk_norm=True, qkv_bias=bias, output_bias=bias)
+    return ModelConfig(**_options(hf, windows=_windows(hf)), qk_norm=True, qkv_bias=bias, output_bias=bias)
 
 
 def _phi(hf: HF) -> ModelConfig:
-    _only(hf, qk_layernorm=False)
+    _check_options(hf, qk_layernorm=False)
     return ModelConfig(
-        **_common(hf, eps="layer_norm_eps"),
+        **_options(hf, eps="layer_norm_eps"),
         norm="layer",
         parallel=True,
         gated=False,
@@ -210,19 +209,19 @@ def _phi(hf: HF) -> ModelConfig:
 
 
 def _phi3(hf: HF) -> ModelConfig:
-    options = _common(hf, windows=(hf.get("sliding_window"),))
+    options = _options(hf, windows=(hf.get("sliding_window"),))
     if options["rope_scaling"]:
-        # Beyond it the published models change all frequencies, those of earlier tokens too.
+        # Beyond this length the published models change all frequencies, also those of earlier tokens.
         options["max_position_embeddings"] = _first_length(hf.get("rope_parameters") or {}, hf)
     return ModelConfig(**options)
 
 
 def _gemma2(hf: HF) -> ModelConfig:
-    _only(hf, use_bidirectional_attention=False)
+    _check_options(hf, use_bidirectional_attention=False)
     bias = bool(hf.get("attention_bias"))
     check_constants({"query_pre_attn_scalar": hf["query_pre_attn_scalar"]})
     return ModelConfig(
-        **_common(hf, windows=_windows(hf), act="hidden_activation"),
+        **_options(hf, windows=_windows(hf), act="hidden_activation"),
         norm="rms+1",
         post_norms=True,
         scale_embedding=True,
@@ -236,16 +235,16 @@ def _gemma2(hf: HF) -> ModelConfig:
 
 def _mixtral(hf: HF) -> ModelConfig:
     return ModelConfig(
-        **_common(hf, windows=(hf.get("sliding_window"),)),
+        **_options(hf, windows=(hf.get("sliding_window"),)),
         num_experts=hf["num_local_experts"],
         experts_per_token=hf["num_experts_per_tok"],
     )
 
 
 class Family(NamedTuple):
-    architecture: str  # the class that transformers and vLLM know it by
+    architecture: str  # its class in transformers and vLLM
     config: Callable[[HF], ModelConfig]
-    names: dict[str, Tensor]  # by our path; what a model has not is passed over
+    names: dict[str, Tensor]  # by our path; entries that a model does not have are ignored
 
 
 FAMILIES: dict[str, Family] = {
@@ -264,28 +263,29 @@ def family(hf: HF) -> Family:
     """The family of a config.json.
 
     Raises:
-        ValueError: none of those supported; names them, and the first key that none of them knows.
+        ValueError: the family is not supported. The message names the supported families, and the first key
+            that none of them has.
     """
     name = hf.get("model_type")
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
-    known = _keys()
+    known = _known_keys()
     unknown = [f"; the first key that none of them knows is {key!r}" for key in hf if key not in known]
-    said = f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}"
-    raise ValueError(said + "".join(unknown[:1]))
+    message = f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}"
+    raise ValueError(message + "".join(unknown[:1]))
 
 
-def _keys() -> set[str]:
-    """Every key of the config.json of a supported family."""
+def _known_keys() -> set[str]:
+    """All keys that the config.json of a supported family can have."""
     from transformers import CONFIG_MAPPING
 
     return {"model_type", *TRANSFORMERS_4}.union(*(CONFIG_MAPPING[name]().to_dict() for name in FAMILIES))
 
 
 def model_config(hf: HF) -> ModelConfig:
-    """The architecture in a config.json (as a dict, transformers' defaults filled in).
+    """The architecture in a config.json (a dict with transformers' defaults).
 
     Raises:
-        ValueError: the family, or an option of it, is not supported or impossible; names the key.
+        ValueError: the family or one of its options is unsupported or impossible; the message names the key.
     """
     return family(hf).config(hf)
