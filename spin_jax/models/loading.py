@@ -1,8 +1,8 @@
-"""A Hugging Face checkpoint to our parameters, by the family's table of names (families.py).
+"""Reads a Hugging Face checkpoint into our parameters, by the family's table of names (families.py).
 
-A checkpoint is a directory (or hub id) of config.json, safetensors in one file or several with an
-index, generation_config.json, tokenizer files and chat template. Weights are memory-mapped and each
-device's part is copied out of the map, so the model never stands twice in host memory.
+A checkpoint is a directory (or hub id) with config.json, safetensors (one file, or several with an index),
+generation_config.json, tokenizer files and a chat template. Weights are memory-mapped, and each device's
+part is copied out of the map, so host memory never holds the model twice.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from spin_jax.models.params import abstract_params
 from spin_jax.models.tokenizers import check_vocabulary, load_tokenizer
 from spin_jax.models.weight_files import Part, flatten, from_hf, parts_of, stacked_shape, unflatten
 from spin_jax.runtime import sharding
-from spin_jax.storage import files, seals
+from spin_jax.storage import files, hub, seals
 
 # --- configs -------------------------------------------------------------------------------------
 
@@ -34,8 +34,8 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 
 
 @contextlib.contextmanager
-def _at(place: object) -> Iterator[None]:
-    """Turns any error into a ValueError that begins with `place`: transformers raises errors of all kinds."""
+def _prefix_errors(place: object) -> Iterator[None]:
+    """Turns any error into a ValueError that begins with `place`, because transformers raises many kinds."""
     try:
         yield
     except Exception as error:
@@ -44,7 +44,7 @@ def _at(place: object) -> Iterator[None]:
 
 
 def _read_hf_config(directory: Path) -> dict[str, Any]:
-    """config.json, with defaults and key changes between versions left to transformers."""
+    """Reads config.json; transformers fills in defaults and converts the keys of other versions."""
     from transformers import AutoConfig
 
     path = directory / "config.json"
@@ -53,7 +53,7 @@ def _read_hf_config(directory: Path) -> dict[str, Any]:
             weight_files.adapter(directory) or f"{path} is missing: is {directory} a Hugging Face checkpoint?"
         )
     raw = files.read_object(path)
-    with _at(path):
+    with _prefix_errors(path):
         family(raw)
         if absent := [name for name in _SIZES if raw.get(name) is None]:
             raise ValueError(f"{', '.join(absent)}: missing")
@@ -63,7 +63,7 @@ def _read_hf_config(directory: Path) -> dict[str, Any]:
         if dtype not in (None, *known):
             raise ValueError(f"dtype={dtype!r}: one of {', '.join(known)}")
         full = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
-    # A window that is written off (`use_sliding_window: false`) and one that is absent differ.
+    # transformers drops a window that `use_sliding_window: false` switches off; the file's value is kept.
     if "sliding_window" in raw:
         full["sliding_window"] = raw["sliding_window"]
     full["dtype"] = dtype
@@ -78,7 +78,7 @@ def _load_leaf(leaf: Any, views: np.ndarray, layout: Any, dtype: Any) -> jax.Arr
     """Builds one parameter; every device copies only its own part out of the memory map.
 
     Args:
-        views: of the checkpoint's arrays: [], [layers] or [layers, experts] of them.
+        views: the checkpoint's arrays, as an array of shape [], [layers] or [layers, experts].
     """
     dtype = dtype or jnp.result_type(*(view.dtype for view in views.flat))
 
@@ -94,7 +94,7 @@ def _load_leaf(leaf: Any, views: np.ndarray, layout: Any, dtype: Any) -> jax.Arr
 
 
 def _views(flat: Mapping[str, Any], stored: Mapping[str, list[Part]], tensors: Mapping[str, np.ndarray]):
-    """The checkpoint's arrays of each parameter path, viewed in our shapes."""
+    """The checkpoint's arrays for each parameter path, viewed in our shapes."""
     views: dict[str, np.ndarray] = {}
     for name, parts in stored.items():
         start = 0
@@ -109,7 +109,7 @@ def _views(flat: Mapping[str, Any], stored: Mapping[str, list[Part]], tensors: M
 
 
 def check_weights(directory: epath.PathLike, config: ModelConfig) -> None:
-    """Reads the headers of a checkpoint's files; raises what `load_params` would."""
+    """Reads only the headers of a checkpoint's files, and raises the errors of `load_params`."""
     stored = parts_of(flatten(sharding.unboxed(abstract_params(config))), config)
     weight_files.locate(Path(directory), {name: stacked_shape(parts) for name, parts in stored.items()})
 
@@ -121,9 +121,9 @@ def load_params(
 
     Args:
         directory: holds model.safetensors, or model.safetensors.index.json and its files.
-        config: the architecture they must match.
-        mesh: where they go.
-        dtype: of the parameters; None keeps each as it is in the checkpoint.
+        config: the architecture that the weights must match.
+        mesh: the devices that get them.
+        dtype: the parameters' dtype; None keeps each parameter's dtype in the checkpoint.
 
     Raises:
         ValueError, FileNotFoundError: everything that is missing, damaged or misshapen, in one message.
@@ -144,12 +144,13 @@ def load_params(
 
 
 def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """A local directory for a path or hub id, and the commit it is pinned to (None for a directory).
+    """The local directory of a path or hub id, and the hub's commit (None for a local path).
 
     A token for private repositories comes from the environment (HF_TOKEN), as huggingface_hub reads it.
 
     Raises:
-        ValueError, FileNotFoundError: a path or revision that is none, before anything is downloaded.
+        ValueError, FileNotFoundError: the path or revision cannot exist (found before any download), or the
+            hub does not have it.
     """
     if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision, re.ASCII) or ".." in revision):
         raise ValueError(
@@ -157,15 +158,15 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
         )
     if os.path.isdir(path):
         return Path(path), None
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path, re.ASCII) or ".." in path:
+    if not hub.is_hub_id(path):
         raise FileNotFoundError(f"model path {path!r}: no such directory, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"]
-    twice = ["consolidated*", "*/*"]  # the same weights in another layout
+    copies = ["consolidated*", "*/*"]  # the same weights in another layout
     try:
-        snapshot = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=twice)
+        snapshot = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=copies)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         pinned = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
@@ -199,7 +200,7 @@ def describe(
     """A checkpoint's model without its weights (`params` is empty), and its local directory."""
     directory, commit = resolve(path, revision)
     hf_config = _read_hf_config(directory)
-    with _at(directory / "config.json"):
+    with _prefix_errors(directory / "config.json"):
         config = model_config(hf_config)
     tokenizer = load_tokenizer(directory, chat_template)
     check_vocabulary(tokenizer, config, path)
@@ -228,10 +229,10 @@ def load(
 
     Args:
         path: a Hugging Face directory or hub id.
-        revision: of the hub repository: a branch, tag or commit.
+        revision: a branch, tag or commit of the hub repository.
         dtype: of parameters and computation; None keeps the checkpoint's.
-        mesh: where the parameters go; None splits them over all devices.
-        chat_template: Jinja text or a file of it, in place of the tokenizer's own.
+        mesh: the devices that get the parameters; None splits them over all devices.
+        chat_template: Jinja text, or the path of a file with it, that replaces the tokenizer's own.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong with the checkpoint, naming the file.
@@ -244,16 +245,16 @@ def load(
 def new_model(
     options: Mapping[str, Any], tokenizer: Any, *, dtype: Any, mesh: jax.sharding.Mesh | None = None
 ) -> Model:
-    """A model without weights (`params` is empty), which are to be initialized.
+    """A model without weights (`params` is empty): the caller initializes them.
 
     Args:
-        options: config.json's keys, `model_type` among them.
-        tokenizer: whose special token ids the config takes over; None where no text is involved.
-        dtype: to compute in.
-        mesh: where the parameters will be; None splits them over all devices.
+        options: the keys of config.json, including `model_type`.
+        tokenizer: its special token ids go into the config; None where no text is involved.
+        dtype: the dtype of computations.
+        mesh: the devices that will get the parameters; None splits them over all devices.
 
     Raises:
-        ValueError: names the key that is unknown, of a wrong type, or impossible.
+        ValueError: a key is unknown, has a wrong type, or is impossible; the message names it.
     """
     from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -264,7 +265,7 @@ def new_model(
                 f"model.tokenizer made a {type(tokenizer).__name__}, not a tokenizer of transformers"
             )
         options = {name: getattr(tokenizer, name) for name in names} | dict(options)
-    with _at("model.architecture"):
+    with _prefix_errors("model.architecture"):
         model_type = check_architecture(options)
         options = {
             name: float(value)
@@ -282,10 +283,10 @@ def new_model(
 
 
 def check_architecture(options: Mapping[str, Any]) -> str:
-    """Checks an architecture that a user wrote, where transformers accepts any key; returns the model type.
+    """Checks an architecture that a user wrote, because transformers accepts any key; returns the model type.
 
     Raises:
-        ValueError: a key that the family's config class does not know, naming the nearest; a wrong value.
+        ValueError: a value is wrong, or the family's config class has no such key (with the nearest key).
     """
     from transformers import CONFIG_MAPPING
 
@@ -294,7 +295,7 @@ def check_architecture(options: Mapping[str, Any]) -> str:
     fields = [field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])]
     known = [*fields, "model_type", *TRANSFORMERS_4]
     for name in options:
-        # A whole config.json says which transformers wrote it, and has keys of that version.
+        # A whole config.json names the transformers that wrote it, and may have other keys of that version.
         if name not in known and "transformers_version" not in options:
             raise ValueError(f"{model_type} has no {name!r}{nearest(str(name), known)}")
     check_constants(options)
