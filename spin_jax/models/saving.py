@@ -1,4 +1,4 @@
-"""Our parameters to a Hugging Face checkpoint, which transformers, vLLM and lm-eval open."""
+"""Writes our parameters as a Hugging Face checkpoint, which transformers, vLLM and lm-eval open."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,20 +17,18 @@ from spin_jax.models.weight_files import Part, flatten, parts_of, to_hf
 from spin_jax.runtime import processes, sharding
 from spin_jax.storage import files, seals
 
-# --- writing -------------------------------------------------------------------------------------
-
 _SHARD_BYTES = 2 * 2**30
 
 
-def _gathered(part: Part, leaf: jax.Array, dtype: Any) -> Any:
-    """A part of a leaf, gathered on all processes."""
+def _gather(part: Part, leaf: jax.Array, dtype: Any) -> Any:
+    """Gathers a part of a leaf on all processes."""
     for number in part.at:
         leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
     return sharding.everywhere(leaf.astype(dtype or leaf.dtype))
 
 
 def _plan_shards(stored: Mapping[str, list[Part]], sizes: Mapping[str, int]) -> dict[str, str]:
-    """The file of each tensor; `sizes` are the bytes of one number of each leaf."""
+    """The file of each tensor; `sizes` holds each leaf's bytes per number."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, parts in stored.items():
@@ -51,15 +49,15 @@ def _plan_shards(stored: Mapping[str, list[Part]], sizes: Mapping[str, int]) -> 
 
 def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
     """config.json with the keys of transformers 5 and of older versions, which vLLM and others read."""
-    # No `auto_map`: it names code that is not exported, nor needed.
+    # `auto_map` is left out: it names code that is neither exported nor needed.
     config = {k: v for k, v in model.hf_config.items() if not k.startswith("_") and k != "auto_map"}
     rope = dict(config.get("rope_parameters") or {})
     if rope:
-        own = ("rope_theta", "partial_rotary_factor")  # had keys of their own
-        config |= {name: rope[name] for name in own if name in rope}
+        separate = ("rope_theta", "partial_rotary_factor")  # transformers 4 has them beside rope_scaling
+        config |= {name: rope[name] for name in separate if name in rope}
         kind = rope.get("rope_type", "default")
-        scaling = {name: value for name, value in rope.items() if name not in own}
-        if kind == "longrope":  # transformers 4 wants these three of Phi-3, and has the others beside
+        scaling = {name: value for name, value in rope.items() if name not in separate}
+        if kind == "longrope":  # for Phi-3, transformers 4 accepts only these three keys here
             scaling = {"type": kind, **{name: rope[name] for name in ("short_factor", "long_factor")}}
         config["rope_scaling"] = None if kind == "default" else scaling
     config["architectures"] = [FAMILIES[model.config.model_type].architecture]
@@ -68,10 +66,10 @@ def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
 
 
 def _export_generation(model: Model) -> dict[str, Any]:
-    """generation_config.json: the checkpoint's own, or else one with its special tokens."""
+    """generation_config.json: the checkpoint's own, or a new one with its special tokens."""
     special = {name: model.hf_config.get(name) for name in ("bos_token_id", "pad_token_id")}
-    made = {name: token for name, token in special.items() if token is not None}
-    return {"eos_token_id": list(model.stop_tokens), **(model.generation_config or made)}
+    ids = {name: token for name, token in special.items() if token is not None}
+    return {"eos_token_id": list(model.stop_tokens), **(model.generation_config or ids)}
 
 
 def _raise_any(errors: list[Exception]) -> None:
@@ -88,13 +86,13 @@ def save(
 ) -> None:
     """Writes a Hugging Face checkpoint that transformers, vLLM and lm-eval open.
 
-    Sealed when it is whole: SHA256SUMS is written last. Of several files each process writes some.
+    SHA256SUMS is written last and seals the complete checkpoint. The processes share the files.
 
     Args:
-        model: what to write.
-        directory: where; made if absent.
+        model: the model to write.
+        directory: the place to write it; created if absent.
         dtype: of the weights in the files; None keeps each parameter's own (bit-equal).
-        on_tensor: comes after each tensor; may raise to stop.
+        on_tensor: called before each tensor; it may raise an error to stop.
 
     Raises:
         files.NoRoom: the disk has no room for it.
@@ -117,25 +115,25 @@ def save(
     processes.by_first(begin)
     mine = {name for number, name in enumerate(dict.fromkeys(plan.values())) if processes.turn(number)}
     pending: dict[str, np.ndarray] = {}
-    unwritten: list[Exception] = []  # told when all processes can be: here, some would wait for this one
+    failures: list[Exception] = []  # raised after the loop: others would wait for a process that left it
     total = 0
     remaining = list(plan.values())
     for name, parts in stored.items():
         on_tensor()
         file = plan[name]
-        arrays = [_gathered(part, flat[part.path], dtype) for part in parts]
+        arrays = [_gather(part, flat[part.path], dtype) for part in parts]
         total += sum(array.nbytes for array in arrays)
         remaining.remove(file)
-        if file in mine and not unwritten:
+        if file in mine and not failures:
             rows = [to_hf(part, np.asarray(array)) for part, array in zip(parts, arrays, strict=True)]
             pending[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
             if file not in remaining:
                 try:
                     files.write_here(directory / file, safetensors_numpy.save(pending, {"format": "pt"}))
                 except Exception as error:
-                    unwritten.append(error)
+                    failures.append(error)
                 pending = {}
-    processes.together(lambda: _raise_any(unwritten))
+    processes.together(lambda: _raise_any(failures))
     if len(set(plan.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.items()))}
         files.write_json(directory / "model.safetensors.index.json", index)
