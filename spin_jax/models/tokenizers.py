@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: loaded, checked against the model's vocabulary, and saved."""
+"""Loads tokenizers of checkpoints, checks them against the model's vocabulary, and saves them."""
 
 import tempfile
 from pathlib import Path
@@ -11,14 +11,14 @@ from spin_jax.storage import files
 
 
 def load_tokenizer(path: epath.PathLike, chat_template: str | None = None) -> Any:
-    """A fast tokenizer of a checkpoint directory, with another chat template where one is given.
+    """Loads the fast tokenizer of a checkpoint, with `chat_template` in place of its own where one is given.
 
     Args:
-        path: holds tokenizer.json.
-        chat_template: Jinja text, or the path of a file of it; None keeps the tokenizer's own.
+        path: a directory with tokenizer.json.
+        chat_template: Jinja text, or the path of a file with it; None keeps the tokenizer's own.
 
     Raises:
-        ValueError, FileNotFoundError: names the directory, or the file in it that is damaged.
+        ValueError, FileNotFoundError: the message names the directory, or its damaged file.
     """
     from transformers import AutoTokenizer
 
@@ -27,9 +27,9 @@ def load_tokenizer(path: epath.PathLike, chat_template: str | None = None) -> An
         raise FileNotFoundError(f"tokenizer {str(path)!r}: no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # of any kind: JSON's, tokenizers' own, what follows from an odd value
+    except Exception as error:  # JSON errors, errors of `tokenizers`, and others that odd values cause
         for file in sorted(directory.glob("*.json")):
-            files.read_object(file)  # where one is damaged, that is why
+            files.read_object(file)  # raises the better error where the file is damaged
         absent = "" if (directory / "tokenizer.json").exists() else "no tokenizer.json, and "
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
@@ -44,10 +44,10 @@ def load_tokenizer(path: epath.PathLike, chat_template: str | None = None) -> An
 
 
 def with_chat_template(tokenizer: Any, chat_template: str | None) -> Any:
-    """The tokenizer with that template: Jinja text, or the path of a file of it; None keeps its own."""
+    """Sets the chat template: Jinja text, or the path of a file with it; None keeps the tokenizer's own."""
     if chat_template is None:
         return tokenizer
-    if "{" not in chat_template:  # no Jinja, then
+    if "{" not in chat_template:  # Jinja text would have one
         try:
             chat_template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -59,7 +59,7 @@ def with_chat_template(tokenizer: Any, chat_template: str | None) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, config: ModelConfig, path: epath.PathLike) -> None:
-    """Raises ValueError when the tokenizer knows ids that the embedding has no row for."""
+    """Raises ValueError where the tokenizer has ids without a row in the embedding."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest < 0:
         raise ValueError(f"{path}: the tokenizer's vocabulary is empty")
@@ -71,10 +71,10 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, path: epath.PathLike) 
 
 
 def save_tokenizer(tokenizer: Any, directory: epath.Path) -> None:
-    """Writes a tokenizer's files, such that readers of before transformers 5 (vLLM's, say) open them too.
+    """Writes a tokenizer's files so that software made for transformers 4, such as vLLM, can read them too.
 
-    Those know another name of the class and of the further special tokens, and look for chat templates in
-    tokenizer_config.json; transformers 5 takes either.
+    transformers 4 has other names for the class and for additional special tokens, and expects chat templates
+    in tokenizer_config.json. transformers 5 reads both forms.
     """
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
