@@ -1,7 +1,7 @@
-"""The weight files of a Hugging Face checkpoint: found, checked and mapped, by their headers alone.
+"""Finds, checks and maps the weight files of a Hugging Face checkpoint by their headers alone.
 
-Safetensors in one file, or in several with an index; nothing else is read. What is wrong with them comes in
-one message, before anything is loaded.
+The weights are safetensors in one file, or in several with an index; other formats are not read. One message
+names all errors, before anything is loaded.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _MAX_HEADER = 100 * 2**20
-_SAMPLES, _SAMPLE = 64, 2**14  # of a file, for its digest: so many pieces of so many bytes
+_SAMPLES, _SAMPLE = 64, 2**14  # a file's digest reads this many samples, each of this many bytes
 
 
 class Stored(NamedTuple):
-    """A tensor in a safetensors file, none of it read yet."""
+    """The place of a tensor in a safetensors file; its data have not been read."""
 
     path: Path
     dtype: str
@@ -45,8 +45,8 @@ class Stored(NamedTuple):
         return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The entries of a safetensors file, where their data begin, and the file's size; or a ValueError."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The entries of a safetensors file, the offset of its data, and its size; or raises ValueError."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -75,13 +75,13 @@ def whole(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _stored(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
-    """A file's tensors (None for one that is damaged), and what is wrong with the file.
+def _read_tensors(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
+    """A file's tensors (None for a damaged one), and the problems of the file.
 
     Raises:
-        ValueError: the file has no header that could be read.
+        ValueError: the file has no readable header.
     """
-    header, start, size = _header(path)
+    header, start, size = _read_header(path)
     tensors: dict[str, Stored | None] = dict.fromkeys(header)
     problems, spans = [], []
     for name, entry in header.items():
@@ -90,10 +90,10 @@ def _stored(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
                 all(map(whole, (*shape, first, last))) and first <= last
             ):
                 spans.append((first, last, name))
-                taken = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else last - first
-                if taken != last - first:
+                needed = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else last - first
+                if needed != last - first:
                     problems.append(
-                        f"{name}: {shape} of {dtype} take {taken} bytes, and its data_offsets {last - first}"
+                        f"{name}: {shape} of {dtype} take {needed} bytes, and its data_offsets {last - first}"
                     )
                 elif start + last <= size:
                     tensors[name] = Stored(path, dtype, tuple(shape), start + first)
@@ -115,7 +115,7 @@ def _stored(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor, by model.safetensors.index.json."""
+    """The file of each tensor, from model.safetensors.index.json."""
     places = files.read_object(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{path}: weight_map should say, for each tensor, the name of its file")
@@ -131,7 +131,7 @@ _CONVERT = "convert it to safetensors (transformers' save_pretrained writes them
 
 
 def _no_weights(directory: Path) -> str:
-    """Why the directory has no weights, as far as one can tell."""
+    """A message that says, where possible, why the directory has no weights."""
     if hint := adapter(directory):
         return hint
     hint = ""
@@ -143,7 +143,7 @@ def _no_weights(directory: Path) -> str:
 
 
 def adapter(directory: Path) -> str:
-    """What to do with a directory that holds LoRA weights only; "" for others."""
+    """Advice for a directory with nothing but LoRA weights; "" for other directories."""
     if not (directory / "adapter_config.json").exists():
         return ""
     return (
@@ -170,21 +170,21 @@ def locate(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, 
     problems = []
     for file in sorted(set(places.values())):
         try:
-            found[file], wrong = _stored(directory / file)
+            found[file], file_problems = _read_tensors(directory / file)
         except ValueError as error:
-            wrong = [str(error)]
-        problems += [f"{file} {problem}" for problem in wrong]
+            file_problems = [str(error)]
+        problems += [f"{file} {problem}" for problem in file_problems]
     located = {}
     for name, shape in wanted.items():
         others = [file for file, tensors in found.items() if name in tensors and file != places.get(name)]
         if name not in places:
-            said = f"in {others[0]}, which {index.name} does not say" if others else "missing"
-            problems.append(f"{name}: {said}")
+            reason = f"in {others[0]}, which {index.name} does not say" if others else "missing"
+            problems.append(f"{name}: {reason}")
         elif places[name] not in found:
-            continue  # its file has been named
+            continue  # the problems name its file already
         elif name not in found[places[name]]:
-            said = f"in {others[0]}; {index.name} says {places[name]}" if others else "missing"
-            problems.append(f"{name}: {said}")
+            reason = f"in {others[0]}; {index.name} says {places[name]}" if others else "missing"
+            problems.append(f"{name}: {reason}")
         elif stored := found[places[name]][name]:
             located[name] = stored
             if stored.dtype not in DTYPES:
@@ -199,28 +199,28 @@ def locate(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, 
 
 
 def digest(directory: epath.PathLike) -> str:
-    """A digest of the sizes of a checkpoint's files and of some of their bytes: any training changes it."""
-    found = hashlib.sha256()
+    """A digest of the sizes and some bytes of a checkpoint's files; any training changes it."""
+    sha = hashlib.sha256()
     for path in sorted(Path(directory).glob("*.safetensors")):
         size = path.stat().st_size
-        found.update(f"{path.name} {size}".encode())
+        sha.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
             for place in range(_SAMPLES):
                 file.seek(max(size - _SAMPLE, 0) * place // (_SAMPLES - 1))
-                found.update(file.read(_SAMPLE))
-    return found.hexdigest()[:16]
+                sha.update(file.read(_SAMPLE))
+    return sha.hexdigest()[:16]
 
 
 # --- names ---------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
-    """The part of one of our leaves that a checkpoint's tensor holds: all of it, or some rows."""
+    """A part of one of our leaves; a checkpoint's tensor stacks one part or several."""
 
     path: str
-    at: tuple[int, ...]  # of the layer, and of the expert; () where a leaf is one tensor
+    at: tuple[int, ...]  # the numbers of the layer and of the expert; () where a leaf is one tensor
     tensor: Tensor
-    shape: tuple[int, ...]  # here
+    shape: tuple[int, ...]  # of the part in our leaf
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -233,7 +233,7 @@ class Part(NamedTuple):
 
 
 def parts_of(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, list[Part]]:
-    """Every tensor of a checkpoint, and the parts of our leaves that it stacks."""
+    """For each tensor of a checkpoint, the parts of our leaves that it stacks."""
     found: dict[str, list[Part]] = {}
     for path, tensor in FAMILIES[config.model_type].names.items():
         if path in flat:
@@ -251,7 +251,7 @@ def stacked_shape(parts: Sequence[Part]) -> tuple[int, ...]:
 
 
 def from_hf(part: Part, rows: np.ndarray) -> np.ndarray:
-    """Our view of a checkpoint's array: nothing is copied until it is sliced."""
+    """A view of a checkpoint's array in our shape; nothing is copied until it is sliced."""
     if part.tensor.inputs is None:
         return rows
     return (rows.T if part.tensor.inputs else rows).reshape(part.shape)
