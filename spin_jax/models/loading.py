@@ -149,8 +149,7 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
     A token for private repositories comes from the environment (HF_TOKEN), as huggingface_hub reads it.
 
     Raises:
-        ValueError, FileNotFoundError: the path or revision cannot exist (found before any download), or the
-            hub does not have it.
+        ValueError, FileNotFoundError: nothing has that path or revision; impossible ones are never asked for.
     """
     if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision, re.ASCII) or ".." in revision):
         raise ValueError(
