@@ -16,7 +16,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spin_jax import losses
+    from spin_jax import config, losses
     from spin_jax.models.loading import load
     from spin_jax.models.saving import save
     from spin_jax.sampling.generate import generate
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # they only say that there is no PyTorch
 
 __version__ = "0.1.0"
-__all__ = ["generate", "load", "logits", "losses", "run", "save", "score"]
+__all__ = ["config", "generate", "load", "logits", "losses", "run", "save", "score"]
 
 _MODULES = {
     "generate": "sampling.generate",
@@ -39,8 +39,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "losses":
-        return importlib.import_module("spin_jax.losses")
+    if name in ("config", "losses"):
+        return importlib.import_module(f"spin_jax.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'spin_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"spin_jax.{_MODULES[name]}"), name)

@@ -181,7 +181,7 @@ def test_nothing_imports_torch_at_run_time():
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    expected = ["generate", "load", "logits", "spin_jax.losses", "run", "save", "score"]
+    expected = ["spin_jax.config", "generate", "load", "logits", "spin_jax.losses", "run", "save", "score"]
     assert json.loads(result.stdout.replace("'", '"')) == expected
 
 
