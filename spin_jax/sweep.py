@@ -21,7 +21,6 @@ Example:
 The exit code is the first exit code of a run that is not 0, or else 0; spin_jax.main explains them.
 """
 
-import json
 import signal
 import statistics
 import subprocess
@@ -72,9 +71,8 @@ def table(runs: Sequence[tuple[str, int, Mapping[str, Numbers]]], numbers: Seque
     lines: dict[str, dict[int, Numbers]] = {}
     for _, seed, found in runs:
         for name, values in found.items():
-            lines.setdefault(name, {}).setdefault(
-                seed, dict(values)
-            )  # all runs of a seed have the same start
+            # All runs of a seed have the same start.
+            lines.setdefault(name, {}).setdefault(seed, dict(values))
     text = [f"| | {' | '.join(numbers)} |", "|---" * (len(numbers) + 1) + "|"]
     for name, by_seed in lines.items():
         columns = [[values[n] for values in by_seed.values() if n in values] for n in numbers]
@@ -126,9 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n=== {number + 1} of {len(seeds) * len(variants)}: {variant}, seed {seed}\n", flush=True)
         if code := run(config, variant, seed, folder, config_overrides()):
             return fail(f"{variant}, seed {seed}, ended with {code}; the same command continues", code)
-        runs.append(
-            (variant, seed, outcome(json.loads((folder / "summary.json").read_text()), variant, numbers))
-        )
+        runs.append((variant, seed, outcome(files.read_json(folder / "summary.json"), variant, numbers)))
     text = table(runs, numbers)
     records = [{"variant": variant, "seed": seed, "numbers": found} for variant, seed, found in runs]
     files.write_here(workdir / "table.json", files.as_json(records))

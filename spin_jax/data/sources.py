@@ -157,9 +157,7 @@ def _row_places(file: str) -> Iterator[tuple[int, int, int]]:
 
 def _item_places(file: str, content: bytes) -> Iterator[tuple[int, int, int]]:
     """(number, first byte, bytes) of each item of a JSON list."""
-    text = content.decode(
-        "latin-1"
-    )  # one character for each byte, so that positions are positions in the file
+    text = content.decode("latin-1")  # one character for each byte: positions are those in the file
     decoder, space = json.JSONDecoder(), re.compile(r"[\s\xef\xbb\xbf]*")  # a BOM counts as space
 
     def after_space(at: int) -> int:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jaxtyping import Array
 
 from spin_jax.data.chat import Chat
@@ -64,13 +65,11 @@ def generate(
             f"answers are cut where they reach them, not at {max_new_tokens} tokens",
             stacklevel=2,
         )
-    kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
-    answers = answer_prompts(
-        Decoder(model.config, dtype=model.dtype, kernel=kernel),
-        sampling_params(model.params, model.config, model.dtype, model.mesh),
+    answers = _answer_on(
+        model.mesh,
+        model,
         prompts,
         prompt_keys(seed, 0, range(len(prompts))),
-        mesh=model.mesh,
         sampling=Sampling(max_new_tokens, temperature, top_k, top_p),
         stop_tokens=model.stop_tokens,
         slots=min(batch_size, len(prompts)),
@@ -103,19 +102,27 @@ def answer(
     longest = max(map(len, prompts)) + max(limits)
     devices_each = placement.devices_per_copy(model, batch_size, longest)
     mesh = placement.sampling_mesh(model, devices_each)
-    kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
-    return answer_prompts(
-        Decoder(model.config, dtype=model.dtype, kernel=kernel),
-        sampling_params(model.params, model.config, model.dtype, mesh),
+    return _answer_on(
+        mesh,
+        model,
         prompts,
         keys,
-        mesh=mesh,
         sampling=sampling,
         stop_tokens=stop_tokens,
         slots=min(batch_size * (mesh.size // devices_each), len(prompts)),
         limits=limits,
         **options,
     )
+
+
+def _answer_on(
+    mesh: jax.sharding.Mesh, model: Model, prompts: Sequence[Ids], keys: Array, **options: Any
+) -> list[Ids]:
+    """`answer_prompts` with a copy of the model's weights that is laid out on this mesh."""
+    kernel = kernel_for(mesh.devices.flat[0].platform, model.dtype)
+    decoder = Decoder(model.config, dtype=model.dtype, kernel=kernel)
+    params = sampling_params(model.params, model.config, model.dtype, mesh)
+    return answer_prompts(decoder, params, prompts, keys, mesh=mesh, **options)
 
 
 def counting(

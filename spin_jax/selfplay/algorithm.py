@@ -18,6 +18,7 @@ from typing import Any
 from spin_jax import config as config_lib
 from spin_jax.errors import NothingToTrainOn
 from spin_jax.models.architecture import Params
+from spin_jax.report.numbers import START
 from spin_jax.runtime import interrupts, processes
 from spin_jax.selfplay import announce, fingerprints, from_config
 from spin_jax.selfplay.engine import Engine
@@ -25,10 +26,10 @@ from spin_jax.selfplay.exports import Exports
 from spin_jax.selfplay.fitting import Fitting, TrainingPhase
 from spin_jax.selfplay.held_out import Evaluation
 from spin_jax.selfplay.opponent import Opponent
-from spin_jax.selfplay.prepare import START, Prepared, locked, prepare
-from spin_jax.selfplay.summary import Row, Summary
+from spin_jax.selfplay.prepare import Prepared, locked, prepare
+from spin_jax.selfplay.summary import Summary
 from spin_jax.storage import files, seals
-from spin_jax.storage.metrics import Metrics
+from spin_jax.storage.metrics import Metrics, Row
 
 PHASES = ("sample", "score", "train")
 
@@ -232,7 +233,7 @@ class SelfPlay:
     def hand_out(self) -> None:
         """Copies the best model so far to best/, and pushes to the hub what is not there yet."""
         self.exports.keep_best(self.summary.best())
-        self.exports.push([row["iteration"] for row in self.summary.iterations])
+        self.exports.push([row["iteration"] for row in self.summary.iteration_rows])
 
     # --- the SFT control -------------------------------------------------------------------------
 

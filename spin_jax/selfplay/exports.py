@@ -2,19 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from etils import epath
 
 from spin_jax.models import saving
 from spin_jax.models.architecture import Params
 from spin_jax.report import model_card
+from spin_jax.report.numbers import START
 from spin_jax.runtime import processes
 from spin_jax.selfplay import fingerprints
-from spin_jax.selfplay.prepare import START, Prepared
+from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import hub, seals
-
-Row = dict[str, Any]
+from spin_jax.storage.metrics import Row
 
 
 class Exports:

@@ -18,10 +18,11 @@ from spin_jax.errors import Damaged, NotFinite, NothingToTrainOn
 from spin_jax.models import lora
 from spin_jax.models.architecture import Params
 from spin_jax.models.params import params_on
+from spin_jax.report.numbers import START
 from spin_jax.runtime import processes, sharding
 from spin_jax.runtime.console import compact, progress
 from spin_jax.selfplay.engine import Engine
-from spin_jax.selfplay.prepare import START, Prepared
+from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import checkpoints, files
 from spin_jax.storage.checkpoints import StepCheckpoints
 from spin_jax.storage.metrics import Metrics

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -13,16 +12,16 @@ from spin_jax.data import parquet
 from spin_jax.data.records import Ids
 from spin_jax.evaluate import measures, verifiers
 from spin_jax.models.architecture import Params
+from spin_jax.report.numbers import START
 from spin_jax.sampling.next_token import Sampling
 from spin_jax.selfplay.engine import Engine
 from spin_jax.selfplay.opponent import Opponent
-from spin_jax.selfplay.prepare import START, Prepared
+from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
+from spin_jax.storage.metrics import Row
 from spin_jax.training.custom_loss import logps_type
 from spin_jax.training.packing import Group, pair_group
 from spin_jax.training.step import SPIN
-
-Row = dict[str, Any]
 
 
 class Evaluation:

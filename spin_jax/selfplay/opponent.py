@@ -283,14 +283,7 @@ class Opponent:
         pairs = pairs_to_train_on(pairs, self._run.config.selfplay.rows)
         if "start" not in self._run.roles:
             return pairs
-        try:
-            return with_start_answers(pairs, self._start_answers)
-        except KeyError as error:
-            (pair,) = error.args
-            raise MissingInput(
-                f"{shard.pairs}: prompt_id {pair.prompt_id}, sample_id {pair.sample_id} has no answer of the "
-                f"start among the pairs of iteration {self._answers_of_start}, and the loss asks for one"
-            ) from None
+        return with_start_answers(pairs, self._start_answers, shard.pairs, self._answers_of_start)
 
     @functools.cached_property
     def _start_answers(self) -> dict[tuple[bytes, int], Ids]:

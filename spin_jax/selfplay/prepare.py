@@ -37,8 +37,6 @@ from spin_jax.training import custom_loss
 from spin_jax.training.optimizer import Optimization
 from spin_jax.training.packing import RowShape
 
-START = -1  # the iteration number of the start
-
 
 @dataclasses.dataclass
 class Prepared:
@@ -143,9 +141,8 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
     began = (files.read_agreed(root / "config.json") if workdir else None) or {}
     if began and not (isinstance(began, dict) and isinstance(began.get("config"), dict)):
         raise ValueError(f"{root / 'config.json'} was not written by spin_jax: choose another --workdir")
-    fingerprints.check(
-        root, config, {}, began
-    )  # the config comes first, because reading the data may take minutes
+    # The config comes first, because reading the data may take minutes.
+    fingerprints.check(root, config, {}, began)
     _check_tasks(config)
     today = config.data.today or began.get("today") or datetime.date.today().isoformat()
     today = processes.exchanged(today)[0]

@@ -1,15 +1,11 @@
 """summary.json: a row for the start and for each iteration, which one is best, and when a run stops early."""
 
-from typing import Any
-
 from spin_jax.report import charts, drawing, numbers
 from spin_jax.runtime import processes
 from spin_jax.selfplay.best import best_row
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
-from spin_jax.storage.metrics import Metrics
-
-Row = dict[str, Any]
+from spin_jax.storage.metrics import Metrics, Row
 
 
 class Summary:
@@ -25,7 +21,7 @@ class Summary:
         return next((row for row in self.rows if row["iteration"] == t), {})
 
     @property
-    def iterations(self) -> list[Row]:
+    def iteration_rows(self) -> list[Row]:
         """The rows of iterations, without the start's."""
         return [row for row in self.rows if row["iteration"] >= 0]
 
@@ -48,7 +44,7 @@ class Summary:
 
         The start does not compete: self-play hands on a model that self-play made.
         """
-        return best_row(self.iterations, self._run.config.checkpoint.best, self._run.best_direction)
+        return best_row(self.iteration_rows, self._run.config.checkpoint.best, self._run.best_direction)
 
     def stops_early(self) -> str:
         """Why the run begins no further iteration; "" where it goes on.
@@ -77,7 +73,7 @@ class Summary:
             spent: why no further iteration is possible, or "".
         """
         self._forget_conclusion()
-        rows = self.iterations
+        rows = self.iteration_rows
         if not rows:
             return
         if why := spent or self.stops_early():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from spin_jax.config import Config
 from spin_jax.data.records import Ids, Message, Pair
-from spin_jax.errors import JudgeFailed
+from spin_jax.errors import JudgeFailed, MissingInput
 from spin_jax.evaluate import verifiers
 from spin_jax.runtime import processes
 from spin_jax.runtime.user_code import import_function
@@ -127,15 +127,25 @@ def answers_by_prompt(pairs: Iterable[Pair]) -> dict[tuple[bytes, int], Ids]:
     return {_prompt_key(pair): pair.generated for pair in pairs}
 
 
-def with_start_answers(pairs: Sequence[Pair], answers: Mapping[tuple[bytes, int], Ids]) -> list[Pair]:
+def with_start_answers(
+    pairs: Sequence[Pair], answers: Mapping[tuple[bytes, int], Ids], file: object, iteration: int
+) -> list[Pair]:
     """The pairs with what the start answered.
 
+    Args:
+        answers: from `answers_by_prompt`.
+        file: the file of the pairs, for the message.
+        iteration: the iteration that holds the answers, for the message.
+
     Raises:
-        KeyError: the start answered no such prompt; the error's argument is that pair.
+        MissingInput: the start did not answer one of the prompts.
     """
     for pair in pairs:
         if _prompt_key(pair) not in answers:
-            raise KeyError(pair)
+            raise MissingInput(
+                f"{file}: prompt_id {pair.prompt_id}, sample_id {pair.sample_id} has no answer of the start "
+                f"among the pairs of iteration {iteration}, and the loss asks for one"
+            )
     return [dataclasses.replace(pair, start=answers[_prompt_key(pair)]) for pair in pairs]
 
 

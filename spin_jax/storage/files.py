@@ -70,9 +70,8 @@ def remove(folder: epath.PathLike) -> None:
 
 def remove_here(folder: epath.PathLike) -> None:
     """Removes a folder and its content in this process."""
-    (epath.Path(folder) / SUMS).unlink(
-        missing_ok=True
-    )  # first, so that an interrupted removal leaves no sealed folder
+    # The seal goes first, so that an interrupted removal leaves no sealed folder.
+    (epath.Path(folder) / SUMS).unlink(missing_ok=True)
     if epath.Path(folder).exists():
         epath.Path(folder).rmtree()
 

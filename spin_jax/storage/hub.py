@@ -57,9 +57,8 @@ def _check(repo: str) -> None:
         try:
             HfApi().auth_check(repo, write=True)
             return
-        except (
-            RepositoryNotFoundError
-        ):  # `push` will create it; this is also what the hub says without a token
+        except RepositoryNotFoundError:
+            # `push` will create it. The hub also says this where there is no token.
             user = HfApi().whoami()
     except LocalTokenNotFoundError as error:
         raise ValueError(f"{key}: there is no token: run `hf auth login`, or set HF_TOKEN") from error

@@ -186,9 +186,8 @@ def _values_problem(c: Config, names: tuple[str, ...], beta: float) -> str:
         for what, array in zip(("value", "gradient"), numbers, strict=True):
             if not np.isfinite(array).all():
                 return f"its {what} is {array[~np.isfinite(array)][0]}{where}"
-    same = functools.partial(
-        np.allclose, rtol=1e-4, atol=1e-3 * max(1.0, beta)
-    )  # values are about β × 60 nats
+    # Values are about β × 60 nats.
+    same = functools.partial(np.allclose, rtol=1e-4, atol=1e-3 * max(1.0, beta))
     if not same(values, first):  # the loss was traced twice
         return (
             "the same log-probs give another loss each time: it has to be a function of its arguments "

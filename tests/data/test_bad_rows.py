@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dataset_rows import turn
 
 from spin_jax import config, errors, tiny
 from spin_jax.data import parquet, sources
@@ -28,10 +29,6 @@ GOOD = {"question": "1+2", "answer": "3"}
 def chat():
     tokenizer = tiny.tokenizer()
     return Chat(tokenizer, [tokenizer.eos_token_id], lengths=Lengths(64, 128))
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
 
 
 def said(*messages):

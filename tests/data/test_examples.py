@@ -1,35 +1,18 @@
 """Rows become conversations, and these become examples."""
 
-import json
 from collections import Counter
 
 import numpy as np
 import pytest
+from dataset_rows import turn, write_jsonl
 from runs import SHARED
 
 from spin_jax import tiny
 from spin_jax.data import examples as examples_lib
 from spin_jax.data import sources
-from spin_jax.data.chat import Chat
 from spin_jax.data.examples import load_examples, split_held_out
 from spin_jax.data.records import Example
 from spin_jax.errors import BadRow
-
-
-@pytest.fixture(scope="module")
-def chat():
-    tokenizer = tiny.tokenizer()
-    return Chat(tokenizer, [tokenizer.eos_token_id])
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
-
 
 ROWS = [
     ({"question": "q", "answer": "a"}, ["q", "a"]),

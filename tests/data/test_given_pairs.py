@@ -1,32 +1,17 @@
 """Rows of pairs and of preferences become pairs."""
 
-import json
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
+from dataset_rows import turn, write_jsonl
 
 from spin_jax import tiny
 from spin_jax.data import parquet, sources
 from spin_jax.data.chat import Chat
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Lengths
-
-
-@pytest.fixture(scope="module")
-def chat():
-    tokenizer = tiny.tokenizer()
-    return Chat(tokenizer, [tokenizer.eos_token_id])
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
 
 
 def test_published_pairs(chat, tmp_path):

@@ -3,13 +3,9 @@
 import json
 
 import pytest
+from dataset_rows import write_jsonl
 
 from spin_jax.data import sources
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "directory", "save_to_disk", "dict"])

@@ -1,9 +1,9 @@
 """Task files for the tests of evaluation."""
 
-import json
 import random
 
 import pytest
+from dataset_rows import write_jsonl
 
 GSM8K = """
 task: small_gsm8k
@@ -73,17 +73,13 @@ metadata: {{version: 1.0}}
 TASKS = ("small_gsm8k", "small_choices", "small_last_word", "small_texts")
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture(scope="package")
 def task_folder(tmp_path_factory, gsm8k):
     """Task files and their data: GSM8K's own rows, and what can be made of them."""
     folder = tmp_path_factory.mktemp("tasks")
     rng = random.Random(0)
-    write(folder / "train.jsonl", gsm8k[:20])
-    write(folder / "test.jsonl", gsm8k[20:30])
+    write_jsonl(folder / "train.jsonl", gsm8k[:20])
+    write_jsonl(folder / "test.jsonl", gsm8k[20:30])
     sentences = [row["answer"].splitlines()[0] for row in gsm8k[:60]]
     choices = []
     for number, row in enumerate(gsm8k[:24]):
@@ -91,14 +87,14 @@ def task_folder(tmp_path_factory, gsm8k):
         choices.append(
             {"question": row["question"][: rng.choice([20, 90, 900])], "choices": own, "label": number % 3}
         )
-    write(folder / "choices.jsonl", choices)
+    write_jsonl(folder / "choices.jsonl", choices)
     texts = []
     for row in gsm8k[:12]:
         *start, end = row["question"].split(" ")
         texts.append(
             {"start": " ".join(start), "end": f" {end}", "text": row["question"] + "\n" + row["answer"]}
         )
-    write(folder / "texts.jsonl", [{"start": "", "end": "Hello", "text": "x"}, *texts])
+    write_jsonl(folder / "texts.jsonl", [{"start": "", "end": "Hello", "text": "x"}, *texts])
     for name, text in zip(TASKS, (GSM8K, CHOICES, LAST_WORD, TEXTS), strict=True):
         (folder / f"{name}.yaml").write_text(text.format(folder=folder))
     return folder

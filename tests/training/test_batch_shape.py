@@ -4,23 +4,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from training_examples import make_pair
 
 from spin_jax import config
 from spin_jax.data.official import OfficialChat
-from spin_jax.data.records import Example, Lengths, Pair
+from spin_jax.data.records import Example, Lengths
 from spin_jax.runtime import sharding
 from spin_jax.selfplay import from_config
 from spin_jax.training.batch_shape import choose_shape
 from spin_jax.training.packing import RowShape, pack, packed, pair_group, sizes
-
-
-def ids(*values):
-    return np.array(values, np.int32)
-
-
-def make_pair(number, prompt, real, generated):
-    return Pair(number, 0, [], [], ids(*prompt), ids(*real), ids(*generated), truncated=False)
-
 
 # A config's usual values; `expected` and `largest` come with each test.
 USUAL = dict(batch_size=64, shards=1, tokens_per_device=8192, attention=1e-5, overhead=256, granule=16)

@@ -2,28 +2,11 @@
 
 import jax
 import numpy as np
+from training_examples import ids, make_pair, random_groups
 
-from spin_jax.data.records import Pair
 from spin_jax.training import batches
 from spin_jax.training.batches import ScoredPair, filled_tokens, pair_batches, stacked
 from spin_jax.training.packing import Group, RowShape, packed
-
-
-def ids(*values):
-    return np.array(values, np.int32)
-
-
-def make_pair(number, prompt, real, generated):
-    return Pair(number, 0, [], [], ids(*prompt), ids(*real), ids(*generated), truncated=False)
-
-
-def random_groups(rng, count, answers=2, longest=9):
-    """Groups whose tokens are all different from padding; answers can be empty, as in given token columns."""
-
-    def some(least):
-        return rng.integers(1, 1000, rng.integers(least, longest + 1)).astype(np.int32)
-
-    return [Group(some(1), tuple(some(0) for _ in range(answers))) for _ in range(count)]
 
 
 def test_pairs_bring_their_scores_along():

@@ -4,34 +4,13 @@ import time
 
 import numpy as np
 import pytest
+from training_examples import random_pairs, sft_step
 
-from spin_jax.data.records import Pair
 from spin_jax.errors import NotFinite
-from spin_jax.training.batches import stacked
 from spin_jax.training.loop import Loop, fit
-from spin_jax.training.packing import Group, RowShape, packed
 from spin_jax.training.step import (
     TrainState,
 )
-
-SHAPE = RowShape(rows=2, length=40, groups=3)
-
-
-MICROBATCHES = 4  # of a step of 8 pairs, which may need a row each
-
-
-def random_pairs(count, seed=0, longest=6):
-    rng = np.random.default_rng(seed)
-
-    def ids():
-        return rng.integers(6, 262, rng.integers(2, longest + 1)).astype(np.int32)
-
-    return [Pair(i, 0, [], [], ids(), ids(), ids(), truncated=False) for i in range(count)]
-
-
-def sft_step(pairs, shape=SHAPE, count=MICROBATCHES):
-    """One step's batch of the pairs' human answers."""
-    return stacked(packed([Group(pair.prompt, (pair.real,)) for pair in pairs], shape), count)
 
 
 def test_fit_reports_tokens_and_waiting(mesh):

@@ -6,24 +6,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_examples import RMSPROP
 
-from spin_jax.training.optimizer import Optimization, make_optimizer
-
-RMSPROP = Optimization(
-    optimizer="rmsprop",
-    learning_rate=1e-3,
-    schedule="constant",
-    warmup_ratio=0.0,
-    weight_decay=0.0,
-    momentum=0.9,
-    decay=0.99,
-    eps=1e-8,
-    clip_norm=None,
-    offload=False,
-    batch_size=8,
-    epochs=1,
-    schedule_epochs=None,
-)
+from spin_jax.training.optimizer import make_optimizer
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -3,28 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from training_examples import ids, make_pair, random_groups
 
-from spin_jax.data.records import Example, Pair
+from spin_jax.data.records import Example
 from spin_jax.training import packing
 from spin_jax.training.batches import filled_tokens
 from spin_jax.training.packing import Group, RowShape, example_group, pack, packed, pair_group, sizes
-
-
-def ids(*values):
-    return np.array(values, np.int32)
-
-
-def make_pair(number, prompt, real, generated):
-    return Pair(number, 0, [], [], ids(*prompt), ids(*real), ids(*generated), truncated=False)
-
-
-def random_groups(rng, count, answers=2, longest=9):
-    """Groups whose tokens are all different from padding; answers can be empty, as in given token columns."""
-
-    def some(least):
-        return rng.integers(1, 1000, rng.integers(least, longest + 1)).astype(np.int32)
-
-    return [Group(some(1), tuple(some(0) for _ in range(answers))) for _ in range(count)]
 
 
 def test_a_row_by_hand():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_examples import MICROBATCHES, RMSPROP, SHAPE, random_pairs, sft_step
 
 from spin_jax import losses, tiny
 from spin_jax.data.records import Pair
@@ -21,8 +22,8 @@ from spin_jax.storage import checkpoints as checkpoint
 from spin_jax.training import log_probs
 from spin_jax.training.batches import ScoredPair, pair_batches, stacked
 from spin_jax.training.log_probs import score_groups, score_rows
-from spin_jax.training.optimizer import Optimization, make_optimizer
-from spin_jax.training.packing import Group, RowShape, packed, pair_group
+from spin_jax.training.optimizer import make_optimizer
+from spin_jax.training.packing import RowShape, packed, pair_group
 from spin_jax.training.step import (
     SFT,
     SPIN,
@@ -33,31 +34,8 @@ from spin_jax.training.step import (
     summed_gradients,
 )
 
-RMSPROP = Optimization(
-    optimizer="rmsprop",
-    learning_rate=1e-3,
-    schedule="constant",
-    warmup_ratio=0.0,
-    weight_decay=0.0,
-    momentum=0.9,
-    decay=0.99,
-    eps=1e-8,
-    clip_norm=None,
-    offload=False,
-    batch_size=8,
-    epochs=1,
-    schedule_epochs=None,
-)
-
-
 # Plain descent by learning_rate / 1e6: RMSProp's first step is ±lr/√0.01 whatever the gradient's size.
 DESCENT = dataclasses.replace(RMSPROP, eps=1e6)
-
-
-SHAPE = RowShape(rows=2, length=40, groups=3)
-
-
-MICROBATCHES = 4  # of a step of 8 pairs, which may need a row each
 
 
 ALONE = RowShape(rows=8, length=40, groups=1)  # a row a pair, one micro-batch a step
@@ -112,15 +90,6 @@ def fresh(model):
     return lambda mesh: random_params(model.config, mesh)
 
 
-def random_pairs(count, seed=0, longest=6):
-    rng = np.random.default_rng(seed)
-
-    def ids():
-        return rng.integers(6, 262, rng.integers(2, longest + 1)).astype(np.int32)
-
-    return [Pair(i, 0, [], [], ids(), ids(), ids(), truncated=False) for i in range(count)]
-
-
 def scored_by(decoder, params, mesh, pairs, offset=0.0):
     """Pairs whose opponent is `params` themselves; in turn, `offset` nats more and less for human answers."""
     logps = score_groups(decoder, params, [pair_group(pair) for pair in pairs], SCORING, mesh)
@@ -131,11 +100,6 @@ def scored_by(decoder, params, mesh, pairs, offset=0.0):
 def pair_step(scored, shape=SHAPE, count=MICROBATCHES):
     """One step's batch of pairs."""
     return stacked(pair_batches(scored, shape), count)
-
-
-def sft_step(pairs, shape=SHAPE, count=MICROBATCHES):
-    """One step's batch of the pairs' human answers."""
-    return stacked(packed([Group(pair.prompt, (pair.real,)) for pair in pairs], shape), count)
 
 
 def used(batch):

@@ -1,0 +1,58 @@
+"""Pairs, groups and options that the tests of training share."""
+
+import numpy as np
+
+from spin_jax.data.records import Pair
+from spin_jax.training.batches import stacked
+from spin_jax.training.optimizer import Optimization
+from spin_jax.training.packing import Group, RowShape, packed
+
+SHAPE = RowShape(rows=2, length=40, groups=3)
+MICROBATCHES = 4  # of a step of 8 pairs, which may need a row each
+
+RMSPROP = Optimization(
+    optimizer="rmsprop",
+    learning_rate=1e-3,
+    schedule="constant",
+    warmup_ratio=0.0,
+    weight_decay=0.0,
+    momentum=0.9,
+    decay=0.99,
+    eps=1e-8,
+    clip_norm=None,
+    offload=False,
+    batch_size=8,
+    epochs=1,
+    schedule_epochs=None,
+)
+
+
+def ids(*values):
+    return np.array(values, np.int32)
+
+
+def make_pair(number, prompt, real, generated):
+    return Pair(number, 0, [], [], ids(*prompt), ids(*real), ids(*generated), truncated=False)
+
+
+def random_groups(rng, count, answers=2, longest=9):
+    """Groups whose tokens are all different from padding; answers can be empty, as in given token columns."""
+
+    def some(least):
+        return rng.integers(1, 1000, rng.integers(least, longest + 1)).astype(np.int32)
+
+    return [Group(some(1), tuple(some(0) for _ in range(answers))) for _ in range(count)]
+
+
+def random_pairs(count, seed=0, longest=6):
+    rng = np.random.default_rng(seed)
+
+    def ids():
+        return rng.integers(6, 262, rng.integers(2, longest + 1)).astype(np.int32)
+
+    return [Pair(i, 0, [], [], ids(), ids(), ids(), truncated=False) for i in range(count)]
+
+
+def sft_step(pairs, shape=SHAPE, count=MICROBATCHES):
+    """One step's batch of the pairs' human answers."""
+    return stacked(packed([Group(pair.prompt, (pair.real,)) for pair in pairs], shape), count)
