@@ -260,8 +260,6 @@ models = {
     "start": spin_jax.load(str(start) if start.exists() else config["model"]["path"]),
     "last": spin_jax.load(str(RUN / f"iteration_{ITERATIONS[-1]}" / "model")),
 }
-asked = [
-    [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": answer}] for answer in ANSWERS
-]
+asked = [[{"role": "user", "content": PROMPT}, {"role": "assistant", "content": answer}] for answer in ANSWERS]
 mine = pd.DataFrame({name: spin_jax.score(model, asked) for name, model in models.items()}, index=ANSWERS)
 mine.rename_axis(PROMPT).style.format(precision=2).set_caption("log p of the answer, in nats")

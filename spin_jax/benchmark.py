@@ -67,12 +67,8 @@ _PAIRS = flags.DEFINE_string("pairs", None, "Pairs to score and train on: JSONL 
 _PROMPTS = flags.DEFINE_string("prompts", None, "Rows with prompts to answer.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Pairs in a step; unset: the config's.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 5, "Training steps that are timed.", lower_bound=1)
-_NUM_PROMPTS = flags.DEFINE_integer(
-    "num_prompts", None, "Prompts to answer; unset: the slots.", lower_bound=1
-)
-_NEW_TOKENS = flags.DEFINE_integer(
-    "new_tokens", None, "Tokens of each answer; unset: the config's.", lower_bound=1
-)
+_NUM_PROMPTS = flags.DEFINE_integer("num_prompts", None, "Prompts to answer; unset: the slots.", lower_bound=1)
+_NEW_TOKENS = flags.DEFINE_integer("new_tokens", None, "Tokens of each answer; unset: the config's.", lower_bound=1)
 _DTYPE = flags.DEFINE_string("dtype", None, "Type of the computation; unset: the config's.")
 _REMAT = flags.DEFINE_string("remat", None, "train.remat; unset: the config's, and none without a config.")
 _PROFILE = flags.DEFINE_string("profile", None, "Directory to write a trace to.")
@@ -112,9 +108,7 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
     if pairs:
         rows, chat = sources.load_rows(pairs, "train"), inputs.make_chat(config, model)
         read, _ = load_pairs(rows, chat, path=pairs, vocab_size=vocab_size)
-        read = [
-            dataclasses.replace(pair, start=pair.generated) for pair in read
-        ]  # as long as the start's may be
+        read = [dataclasses.replace(pair, start=pair.generated) for pair in read]  # as long as the start's may be
     else:
         read = from_config.expected_pairs(config, vocab_size, steps * config.train.batch_size)
     if prompts:
@@ -146,8 +140,7 @@ def measure(work: Workload, steps: int, profile: str | None = None) -> dict[str,
         "peak_device_gb": max(peaks) / 2**30 or None,  # a CPU does not report any
         "device": f"{len(devices)} × {devices[0].device_kind}",
         "model": {"parameters": parameters, "dtype": str(work.model.dtype)},
-        "versions": {name: metadata.version(name) for name in _PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()},
     }
 
 
@@ -180,9 +173,7 @@ def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[
     share = None
     if chip is not None:
         context = sum(map(len, work.prompts)) / len(work.prompts) + new / 2
-        step = cost.decode_step_s(
-            model.config, chip, -(-slots // copies), context, model.dtype.itemsize, tensor
-        )
+        step = cost.decode_step_s(model.config, chip, -(-slots // copies), context, model.dtype.itemsize, tensor)
         share = tokens / seconds / (slots / step)
     return {
         "tokens_per_s": tokens / seconds,
@@ -210,9 +201,7 @@ def _measure_scoring(work: Workload, params: Any) -> tuple[dict[str, Any], list]
     return {"real_tokens_per_s": tokens / seconds, "pairs": len(work.pairs)}, scored
 
 
-def _measure_training(
-    work: Workload, params: Any, scored: list, steps: int, profile: str | None
-) -> dict[str, Any]:
+def _measure_training(work: Workload, params: Any, scored: list, steps: int, profile: str | None) -> dict[str, Any]:
     model, c = work.model, work.config
     options = from_config.optimization(c, 0)
     shape = _shape(work)

@@ -23,9 +23,7 @@ Request = TypeVar("Request")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, where the processes do not find each other by themselves."
 )
-_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "The number of processes; with --coordinator.", lower_bound=1
-)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes; with --coordinator.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer(
     "process_id", None, "The number of this process, from 0; with --coordinator.", lower_bound=0
 )
@@ -130,9 +128,7 @@ def _parse_overrides(config: ConfigDict) -> dict[str, Any]:
     types = {found[1]: _type_of(found[1], typed) for found in matches if found}
     values = flags.FlagValues()
     values.set_gnu_getopt()
-    config_flags.DEFINE_config_dict(
-        "config", typed, flag_values=values, lock_config=False, sys_argv=_unparsed
-    )
+    config_flags.DEFINE_config_dict("config", typed, flag_values=values, lock_config=False, sys_argv=_unparsed)
     try:
         positional = values(_unparsed)[1:]
     except flags.IllegalFlagValueError as error:
@@ -164,9 +160,7 @@ def _load(argument: str) -> ConfigDict:
     if not os.path.isfile(path):
         folder = os.path.dirname(path)
         others = (
-            [os.path.join(folder, name) for name in os.listdir(folder or ".")]
-            if os.path.isdir(folder or ".")
-            else []
+            [os.path.join(folder, name) for name in os.listdir(folder or ".")] if os.path.isdir(folder or ".") else []
         )
         hint = config_values.nearest(path, [name for name in others if name.endswith(".py")])
         raise ValueError(f"no config file {path}{hint if others else ''}")
@@ -184,9 +178,7 @@ def _load(argument: str) -> ConfigDict:
         if not isinstance(config, ConfigDict):
             raise ValueError(f"{path}: get_config returns {config!r:.80}, and should return a ConfigDict")
     except Exception as error:
-        lines = [
-            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
-        ]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         if isinstance(error, SyntaxError):
             place, said = f"{error.filename or path}:{error.lineno}: ", f"SyntaxError: {error.msg}"
         elif lines:

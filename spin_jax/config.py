@@ -325,9 +325,7 @@ def resolve(config: Mapping[str, Any] | ConfigDict) -> Config:
             impossible value.
     """
     if not isinstance(config, Mapping | ConfigDict):
-        raise ConfigError(
-            f"the config is {config!r}, and should be a ConfigDict, such as config.default() returns"
-        )
+        raise ConfigError(f"the config is {config!r}, and should be a ConfigDict, such as config.default() returns")
     given = config.to_dict() if isinstance(config, ConfigDict | Config) else dict(config)
     resolved = default()
     _lay_over(resolved, given, "")

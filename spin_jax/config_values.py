@@ -154,8 +154,7 @@ def check(c: Any) -> None:
     )
     need(
         bool(c.model.path) or bool(c.model.architecture),
-        "model.path is not set, and neither is model.architecture: give --config.model.path=DIRECTORY, or a "
-        "hub id",
+        "model.path is not set, and neither is model.architecture: give --config.model.path=DIRECTORY, or a hub id",
     )
     need(
         bool(c.data.path) or bool(c.selfplay.pairs),
@@ -167,8 +166,7 @@ def check(c: Any) -> None:
     )
     need(
         not c.official or c.lengths.max_prompt < c.lengths.max_length,
-        f"official: lengths.max_prompt={c.lengths.max_prompt} must be below "
-        f"lengths.max_length={c.lengths.max_length}",
+        f"official: lengths.max_prompt={c.lengths.max_prompt} must be below lengths.max_length={c.lengths.max_length}",
     )
     need(
         c.selfplay.patience is None or bool(c.checkpoint.best),

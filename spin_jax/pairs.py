@@ -64,9 +64,7 @@ def export(workdir: str, iteration: int, output: str) -> list[str]:
             continue
         pairs = [pair for path in paths for pair in parquet.pairs_from_parquet(path.read_bytes(), path)]
         rows = [{"real": pair.real_messages, "generated": pair.generated_messages} for pair in pairs]
-        if any(
-            pair.sample_id or pair.score is not None for pair in pairs
-        ):  # several answers to a prompt, or scores
+        if any(pair.sample_id or pair.score is not None for pair in pairs):  # several answers to a prompt, or scores
             for row, pair in zip(rows, pairs, strict=True):
                 row |= {"prompt_id": pair.prompt_id, "sample_id": pair.sample_id, "score": pair.score}
         target = epath.Path(output) if one_file else epath.Path(output) / f"{split}-00000-of-00001.parquet"

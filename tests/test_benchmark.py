@@ -173,9 +173,7 @@ def test_decode_roofline(mistral_7b):
     weights, cache = 7.11e9 * 2 / 4.8e12, 128 * 1024 * 330 / 4.8e12
     assert cost.decode_step_s(mistral_7b, h200, 64, 330, 2) == pytest.approx(weights + 64 * cache, rel=1e-2)
     multiplied = 2 * 7.11e9 * 512 / 989e12
-    assert cost.decode_step_s(mistral_7b, h200, 512, 330, 2) == pytest.approx(
-        multiplied + 512 * cache, rel=1e-2
-    )
+    assert cost.decode_step_s(mistral_7b, h200, 512, 330, 2) == pytest.approx(multiplied + 512 * cache, rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -123,9 +123,7 @@ def answers(tmp_path_factory):
         check=True,
     )
     assert not (folder / "run").exists()
-    return [
-        (code, said.replace(str(folder), "DIR")) for code, said in map(json.loads, result.stdout.splitlines())
-    ]
+    return [(code, said.replace(str(folder), "DIR")) for code, said in map(json.loads, result.stdout.splitlines())]
 
 
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=[" ".join(given) for given, _ in COMMANDS])
@@ -694,9 +692,7 @@ def test_code_in_a_directory_is_never_run(tiny_dir, tmp_path):
     content = files.read_json(directory / "tokenizer_config.json")
     files.write_json(directory / "tokenizer_config.json", {**content, "tokenizer_class": "Custom"})
     loading.describe(str(directory))
-    files.write_json(
-        directory / "config.json", {**files.read_json(directory / "config.json"), "model_type": "custom"}
-    )
+    files.write_json(directory / "config.json", {**files.read_json(directory / "config.json"), "model_type": "custom"})
     assert "model_type 'custom' is not supported" in refused(directory)
     assert not marker.exists()
 

@@ -166,10 +166,7 @@ def private_names(files: dict[str, str]) -> list[str]:
     return [
         f"{use}: it is private to {room(use.target)}, and {room(use.file)} is another room"
         for use in uses(files)
-        if room(use.file) != room(use.target)
-        and use.name
-        and use.name.startswith("_")
-        and not _is_dunder(use.name)
+        if room(use.file) != room(use.target) and use.name and use.name.startswith("_") and not _is_dunder(use.name)
     ]
 
 
@@ -214,9 +211,7 @@ RULES = (wrong_directions, circle, private_names, too_large, config_dicts)
 def test_the_core_is_read_in_one_sitting():
     """The files that spin_jax/README.md lists as the core have fewer than 2,000 lines together."""
     text = (ROOT / "spin_jax" / "README.md").read_text()
-    core = re.findall(
-        r"\]\(([\w/]+\.py)\)", text.partition("## The core in one sitting")[2].partition("\n\n")[2]
-    )
+    core = re.findall(r"\]\(([\w/]+\.py)\)", text.partition("## The core in one sitting")[2].partition("\n\n")[2])
     core = core[: core.index("selfplay/opponent.py") + 1]
     assert core[0] == "losses.py"
     assert len(core) >= 8

@@ -135,9 +135,7 @@ def test_theorem_spin_reaches_the_data_distribution(name):
 def test_metrics():
     values = losses.metrics(POLICY, OPPONENT, beta=0.1)
     np.testing.assert_allclose(values["real_reward"], 0.1 * (POLICY.real - OPPONENT.real), rtol=1e-5)
-    np.testing.assert_allclose(
-        values["margin"], values["real_reward"] - values["generated_reward"], rtol=1e-5
-    )
+    np.testing.assert_allclose(values["margin"], values["real_reward"] - values["generated_reward"], rtol=1e-5)
     np.testing.assert_array_equal(values["accuracy"], values["margin"] > 0)
     np.testing.assert_array_equal(values["real_logp"], POLICY.real)
 

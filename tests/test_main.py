@@ -114,9 +114,7 @@ def test_pairs_by_iteration():
     assert config_values.given_pairs(config) == {1: "a", 2: "b", 0: "c"}
 
 
-@pytest.mark.parametrize(
-    "name", ["tiny.py", "tiny.py:smoke", "zephyr.py", "zephyr.py:official", "small_gsm8k.py"]
-)
+@pytest.mark.parametrize("name", ["tiny.py", "tiny.py:smoke", "zephyr.py", "zephyr.py:official", "small_gsm8k.py"])
 def test_shipped_configs_are_whole(name):
     """Every config is accepted as it is; small_gsm8k asks for its two paths."""
     from ml_collections import config_flags
@@ -138,9 +136,7 @@ def test_shipped_configs_are_whole(name):
 
 def test_every_key_is_read():
     """A key that nothing reads is dead: each last name occurs in the package outside of config.py."""
-    sources = "".join(
-        path.read_text() for path in (ROOT / "spin_jax").rglob("*.py") if path.name != "config.py"
-    )
+    sources = "".join(path.read_text() for path in (ROOT / "spin_jax").rglob("*.py") if path.name != "config.py")
     checks = (ROOT / "spin_jax" / "config.py").read_text().partition("def given_pairs")[2]
 
     def keys(section, prefix=""):
@@ -177,9 +173,7 @@ def test_nothing_imports_torch_at_run_time():
         "import spin_jax.main, spin_jax.selfplay, spin_jax.data.official, spin_jax.report, spin_jax.tiny\n"
         "print([getattr(spin_jax, name).__name__ for name in spin_jax.__all__])\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     expected = ["spin_jax.config", "generate", "load", "logits", "spin_jax.losses", "run", "save", "score"]
     assert json.loads(result.stdout.replace("'", '"')) == expected

@@ -37,8 +37,7 @@ def workdir(chat, tmp_path):
     folder = tmp_path / "run" / "iteration_1" / "pairs"
     folder.mkdir(parents=True)
     examples = [
-        chat.example(n, [{"role": "user", "content": f"{n}+1"}, answer(str(n + 1))], Counter())
-        for n in range(4)
+        chat.example(n, [{"role": "user", "content": f"{n}+1"}, answer(str(n + 1))], Counter()) for n in range(4)
     ]
     made = [chat.pair(example, 0, np.array([40 + example.prompt_id, 2], np.int32)) for example in examples]
     for name, chosen in (
@@ -161,9 +160,7 @@ def test_ids_of_another_prompt_or_tokenizer_are_refused(changes, message, chat, 
     path = tmp_path / "x.jsonl"
     with pytest.raises(ValueError, match=rf"x\.jsonl, row 2: {message}"):
         load(chat, path, by_ids(chat, prompt_id=1), by_ids(chat, **changes))
-    _, counts = load(
-        chat, path, by_ids(chat, prompt_id=1), by_ids(chat, **changes), bad_rows="drop", max_bad=0.5
-    )
+    _, counts = load(chat, path, by_ids(chat, prompt_id=1), by_ids(chat, **changes), bad_rows="drop", max_bad=0.5)
     assert counts == {"dropped: bad row": 1}
 
 
@@ -171,9 +168,7 @@ def test_prompts_too_long_are_dropped_with_their_ids(chat, tmp_path):
     longer = Chat(tiny.tokenizer(), [2])
     example = longer.example(0, [{"role": "user", "content": "1+2+3+4+5+6+7"}, answer("28")], Counter())
     row = by_ids(chat, real=example.messages, prompt_tokens=example.prompt.tolist())
-    _, counts = load(
-        chat, tmp_path / "x.jsonl", row | {"real_tokens": [30, 36, 2]}, by_ids(chat, prompt_id=1)
-    )
+    _, counts = load(chat, tmp_path / "x.jsonl", row | {"real_tokens": [30, 36, 2]}, by_ids(chat, prompt_id=1))
     assert counts == {"dropped: prompt too long": 1}
 
 

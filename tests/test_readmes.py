@@ -151,9 +151,7 @@ def test_names_are_in_the_files_that_they_are_said_to_be_in(name):
         f"{name}:{line}: {file} has no {wanted}"
         for line, file, names in said
         for wanted in names
-        if not re.search(
-            rf"^(?:def |class )?{wanted}\b", (source_file(path, file) or path).read_text(), re.MULTILINE
-        )
+        if not re.search(rf"^(?:def |class )?{wanted}\b", (source_file(path, file) or path).read_text(), re.MULTILINE)
     ]
     assert not absent, "\n".join(["names that a file does not have:", *absent])
 

@@ -51,9 +51,7 @@ def swept(workdir, *arguments, expect):
         *arguments,
         *([f"--workdir={workdir}"] if workdir else []),
     ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=Command().environment(), capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run(command, cwd=ROOT, env=Command().environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
@@ -67,9 +65,7 @@ def test_the_command(tmp_path):
     assert "spinn, seed 0, ended with 2" in said.stderr
     before = (tmp_path / "spin/tiny:smoke" / "seed_0" / "start" / "model" / "SHA256SUMS").stat().st_mtime_ns
     said = swept(tmp_path, config, "--variants=spin/tiny:smoke", *flags, expect=0)
-    assert (
-        tmp_path / "spin/tiny:smoke" / "seed_0" / "start" / "model" / "SHA256SUMS"
-    ).stat().st_mtime_ns == before
+    assert (tmp_path / "spin/tiny:smoke" / "seed_0" / "start" / "model" / "SHA256SUMS").stat().st_mtime_ns == before
     text = (tmp_path / "table.md").read_text()
     assert text.strip() in said.stdout
     assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == ["| start", "| spin/tiny:smoke"]
@@ -132,9 +128,5 @@ def test_config_flags_are_passed_on(tmp_path):
     file = "configs/tiny.py"
     others = ["--config", file, "--variants=smoke", f"--workdir={tmp_path}"]
     command = [sys.executable, "-c", PRINT_RUN, *keys, *others]
-    done = subprocess.run(
-        command, cwd=ROOT, env=Command().environment(), capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.splitlines()[-1] == f"{file} smoke 0 {tmp_path / 'smoke' / 'seed_0'} {keys}", (
-        done.stderr
-    )
+    done = subprocess.run(command, cwd=ROOT, env=Command().environment(), capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == f"{file} smoke 0 {tmp_path / 'smoke' / 'seed_0'} {keys}", done.stderr

@@ -162,9 +162,7 @@ class Chat:
         if control is None or not any(control.search(m["content"]) for m in messages):
             return False
         if any(max(m["content"], default="") >= _PRIVATE for m in messages):
-            raise BadRow(
-                "a message has a control token's text and characters for private use (plane 15 or 16)"
-            )
+            raise BadRow("a message has a control token's text and characters for private use (plane 15 or 16)")
         return True
 
     def _text(self, messages: list[Message], *, prompt: bool, guard: bool) -> str:

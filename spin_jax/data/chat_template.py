@@ -164,9 +164,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
         theirs = _compile_jinja_template("").environment
         extensions = [type(extension) for extension in theirs.extensions.values()]
-        super().__init__(
-            trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks, extensions=extensions
-        )
+        super().__init__(trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks, extensions=extensions)
         self.globals.update(theirs.globals)
         bounded = {name: _bounded(name, theirs.filters[name]) for name in self.growing_filters}
         self.filters.update({**theirs.filters, **bounded})

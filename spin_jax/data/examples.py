@@ -38,9 +38,7 @@ def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: 
     columns = _columns_to_read(row, prompt_column, answer_column)
     if not columns or not row.keys() >= set(columns[:2]):
         wanted = f" {' and '.join(columns)}" if columns else " real, messages, or a prompt and an answer"
-        raise BadRow(
-            f"no field{wanted} among {list_names(row)}: set config.data.prompt_column and .answer_column"
-        )
+        raise BadRow(f"no field{wanted} among {list_names(row)}: set config.data.prompt_column and .answer_column")
     if len(columns) == 1:
         return check_messages(row[columns[0]], columns[0])
     prompt = check_text(row[columns[0]], columns[0])
@@ -50,9 +48,7 @@ def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: 
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _columns_to_read(
-    row: dict[str, Any], prompt_column: str | None, answer_column: str | None
-) -> tuple[str, ...]:
+def _columns_to_read(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> tuple[str, ...]:
     """The columns of a row that `conversation` reads.
 
     Returns:

@@ -127,9 +127,7 @@ def _rows_of(content: bytes, path: epath.PathLike) -> list[dict[str, Any]]:
         if (table.schema.metadata or {}).get(_DIGEST) != _digest(rows):
             raise ValueError("its digest does not match its content")
     except Exception as error:  # Arrow raises many kinds of errors for damaged bytes
-        raise errors.Damaged(
-            f"{path} is damaged: remove it, and the same command makes it again ({error})"
-        ) from error
+        raise errors.Damaged(f"{path} is damaged: remove it, and the same command makes it again ({error})") from error
     return rows
 
 

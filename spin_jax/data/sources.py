@@ -254,9 +254,7 @@ def _hub_rows(path: str, name: str | None, split: str, revision: str | None) -> 
     try:
         return datasets.load_dataset(path, name, split=split, revision=revision)
     except (exceptions.DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{path} is no file or directory here, and the hub did not give it: {error}"
-        ) from error
+        raise FileNotFoundError(f"{path} is no file or directory here, and the hub did not give it: {error}") from error
 
 
 def _slice(rows: Any, split: str, path: str) -> Any:

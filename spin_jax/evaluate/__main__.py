@@ -60,9 +60,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random numbers where answers are sampled.", lower_bound=0)
 _OUTPUT = flags.DEFINE_string("output", None, "File for the results (JSON) or the answers (JSONL).")
 
-USAGE = (
-    "usage: python -m spin_jax.evaluate --model=DIR --tasks=gsm8k,hellaswag [--output=FILE] [--flag=value …]"
-)
+USAGE = "usage: python -m spin_jax.evaluate --model=DIR --tasks=gsm8k,hellaswag [--output=FILE] [--flag=value …]"
 _PACKAGES = ("spin_jax", "jax", "lm_eval", "transformers")  # --output states their versions
 
 

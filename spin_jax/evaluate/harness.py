@@ -158,9 +158,7 @@ class HarnessModel(TemplateLM):
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as text; without a generation prompt, it ends where the last message ends.
 
         Where the template refuses system messages, they are left out.
@@ -266,9 +264,7 @@ class HarnessModel(TemplateLM):
             )
         return context[-(self.max_length + 1 - len(continuation)) :] or [self.prefix_token_id], continuation
 
-    def _score(
-        self, groups: list[Group], on_batch: Callable[[list[int]], object]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _score(self, groups: list[Group], on_batch: Callable[[list[int]], object]) -> tuple[np.ndarray, np.ndarray]:
         """(Σ log p, whether greedy decoding would write all tokens) of the answers, each [groups, A].
 
         Args:

@@ -113,9 +113,7 @@ def answer_questions(
                 limits = {i: min(max_new_tokens, longest - len(prompt)) for i, prompt in prompts.items()}
                 answerable = [i for i in prompts if limits[i] > 0]
                 for i in prompts.keys() - set(answerable):
-                    processes.say(
-                        f"question {questions[i].id}, turn {turn + 1}: no room for an answer, so it is empty"
-                    )
+                    processes.say(f"question {questions[i].id}, turn {turn + 1}: no room for an answer, so it is empty")
                     replies[i].append("")
                     bar.update()
                 if not answerable:

@@ -157,9 +157,7 @@ class GenerationOptions:
     top_p: float | None
 
     @classmethod
-    def from_kwargs(
-        cls, kwargs: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
-    ) -> "GenerationOptions":
+    def from_kwargs(cls, kwargs: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> "GenerationOptions":
         """Reads generation_kwargs.
 
         Args:
@@ -198,9 +196,7 @@ class GenerationOptions:
 # --- results -------------------------------------------------------------------------------------
 
 
-def flat_metrics(
-    results: Mapping[str, Any], tasks: Tasks | None = None, *, stderr: bool = False
-) -> dict[str, float]:
+def flat_metrics(results: Mapping[str, Any], tasks: Tasks | None = None, *, stderr: bool = False) -> dict[str, float]:
     """The harness's results as flat numbers: task/metric, or task/metric/filter where the filter has a name.
 
     Args:

@@ -275,9 +275,7 @@ def _dkv_kernel(plan, q_ref, k_ref, v_ref, sight, d_out_ref, lse_ref, delta_ref,
 # --- calls of kernels ----------------------------------------------------------------------------
 
 
-def _call(
-    kernel: Callable, plan: Plan, blocks: Blocks, grid: Sequence[int], G: int, reads: list, writes: list
-):
+def _call(kernel: Callable, plan: Plan, blocks: Blocks, grid: Sequence[int], G: int, reads: list, writes: list):
     """Runs a kernel for each (block, head, row); a name in `parts` says what it gets of each array."""
     T, H = reads[0][1].shape[1], reads[0][1].shape[3]
     token = pl.BlockSpec((None, T), lambda i, n, b: (b, 0))

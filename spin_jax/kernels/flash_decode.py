@@ -84,9 +84,7 @@ def attend(
     return out.reshape(B, N, H).astype(q.dtype)
 
 
-def _kernel(
-    q_ref, k_ref, v_ref, column_ref, length_ref, out_ref, log_sum_ref, *, share, block, scale, softcap
-):
+def _kernel(q_ref, k_ref, v_ref, column_ref, length_ref, out_ref, log_sum_ref, *, share, block, scale, softcap):
     (G, H), S = q_ref.shape, k_ref.shape[0]
     # Triton's arrays have powers of two as sizes, and its products need at least 16 rows.
     rows, dims = jnp.arange(max(16, pl.next_power_of_2(G))), jnp.arange(max(16, pl.next_power_of_2(H)))

@@ -80,9 +80,7 @@ class RopeScaling:
 
     def __post_init__(self):
         llama3 = self.rope_type == "llama3"
-        check_constants(
-            vars(self) if llama3 else {"factor": self.factor, "attention_factor": self.attention_factor}
-        )
+        check_constants(vars(self) if llama3 else {"factor": self.factor, "attention_factor": self.attention_factor})
         for factor in self.short_factor:
             check_constants({"factor": factor})
         if llama3 and self.high_freq_factor <= self.low_freq_factor:
@@ -139,22 +137,17 @@ class ModelConfig:
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
-            raise ValueError(
-                f"RoPE turns pairs of dimensions: not {self.rotary_dim} of head_dim={self.head_dim}"
-            )
+            raise ValueError(f"RoPE turns pairs of dimensions: not {self.rotary_dim} of head_dim={self.head_dim}")
         if self.rope_scaling and len(self.rope_scaling.short_factor) not in (0, self.rotary_dim // 2):
             raise ValueError(
-                f"short_factor has {len(self.rope_scaling.short_factor)} numbers for "
-                f"{self.rotary_dim // 2} frequencies"
+                f"short_factor has {len(self.rope_scaling.short_factor)} numbers for {self.rotary_dim // 2} frequencies"
             )
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.experts_per_token} exceeds num_local_experts={self.num_experts}"
             )
         if self.num_attention_heads * self.head_dim > 2**24:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} × head_dim={self.head_dim}: too many"
-            )
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} × head_dim={self.head_dim}: too many")
 
     @property
     def longest_window(self) -> int | None:

@@ -49,9 +49,7 @@ def forward_flops(c: ModelConfig, tokens: float, projected: float, seen: float) 
     return linear + head + attention
 
 
-def decode_step_s(
-    c: ModelConfig, chip: Chip, batch: int, context: float, itemsize: int, devices: int = 1
-) -> float:
+def decode_step_s(c: ModelConfig, chip: Chip, batch: int, context: float, itemsize: int, devices: int = 1) -> float:
     """The least time of a decode step, in seconds: reading or multiplying the weights, and reading the cache.
 
     Args:

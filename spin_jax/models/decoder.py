@@ -172,9 +172,7 @@ def output_head(decoder: Decoder, params: Params) -> Head:
 def project(hidden: Float[Array, "B T D"], head: Head) -> Float[Array, "B T V"]:
     """Next-token logits in float32."""
     precision = matmul_precision(hidden.dtype)
-    logits = jnp.einsum(
-        "BTD,DV->BTV", hidden, head.weight, precision=precision, preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("BTD,DV->BTV", hidden, head.weight, precision=precision, preferred_element_type=jnp.float32)
     if head.bias is not None:
         logits += head.bias.astype(jnp.float32)
     return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)

@@ -94,9 +94,7 @@ def _check_options(hf: HF, **supported: Any) -> None:
             raise ValueError(f"{key}={hf[key]!r} is not supported (only {value!r})")
 
 
-def _options(
-    hf: HF, *, windows: tuple = (None,), eps: str = "rms_norm_eps", act: str = "hidden_act"
-) -> dict[str, Any]:
+def _options(hf: HF, *, windows: tuple = (None,), eps: str = "rms_norm_eps", act: str = "hidden_act") -> dict[str, Any]:
     """The options that all families have, from the keys of transformers 4 or 5."""
     if hf.get("quantization_config"):
         raise ValueError("quantization_config: quantized weights are not supported; take the full ones")
@@ -143,9 +141,7 @@ def _rope_scaling(rope: HF, hf: HF) -> RopeScaling | None:
         "longrope": ("short_factor",),
     }.get(kind if isinstance(kind, str) else "")
     if names is None:
-        raise ValueError(
-            f"RoPE scaling {kind!r} is not supported; supported: default, linear, llama3, longrope"
-        )
+        raise ValueError(f"RoPE scaling {kind!r} is not supported; supported: default, linear, llama3, longrope")
     if absent := [name for name in names if rope.get(name) is None]:
         raise ValueError(f"RoPE scaling {kind!r} has no {', '.join(absent)}")
     if kind != "longrope":

@@ -123,9 +123,7 @@ class _Projections(nn.Module):
 
     def einsum(self, equation: str, *operands: Array, out: tuple[str | None, ...] | None = None) -> Array:
         out_sharding = sharding.spec(*out) if out else None
-        product = jnp.einsum(
-            equation, *operands, precision=matmul_precision(self.dtype), out_sharding=out_sharding
-        )
+        product = jnp.einsum(equation, *operands, precision=matmul_precision(self.dtype), out_sharding=out_sharding)
         return sharding.summed(product) if out else product
 
 
@@ -223,9 +221,7 @@ class Experts(_Projections):
         probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
         wide, narrow = (None, "embed", "mlp"), (None, "mlp", "embed")
         weights = [self.weight(name, wide, (E, D, F)) for name in ("gate", "up")]
-        return sharding.by_rows(self._run_experts)(
-            x, probabilities, *weights, self.weight("down", narrow, (E, F, D))
-        )
+        return sharding.by_rows(self._run_experts)(x, probabilities, *weights, self.weight("down", narrow, (E, F, D)))
 
     def _run_experts(self, x, probabilities, gate, up, down):
         """The output for one device's tokens, with all experts or a slice of the width of each."""

@@ -101,9 +101,7 @@ def _views(flat: Mapping[str, Any], stored: Mapping[str, list[Part]], tensors: M
         for part in parts:
             axes = flat[part.path].shape[: len(part.at)]
             end = start + part.stored[0]
-            views.setdefault(part.path, np.empty(axes, object))[part.at] = from_hf(
-                part, tensors[name][start:end]
-            )
+            views.setdefault(part.path, np.empty(axes, object))[part.at] = from_hf(part, tensors[name][start:end])
             start = end
     return views
 
@@ -114,9 +112,7 @@ def check_weights(directory: epath.PathLike, config: ModelConfig) -> None:
     weight_files.locate(Path(directory), {name: stacked_shape(parts) for name, parts in stored.items()})
 
 
-def load_params(
-    directory: epath.PathLike, config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any = None
-) -> Params:
+def load_params(directory: epath.PathLike, config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any = None) -> Params:
     """Reads a checkpoint's weights into the mesh's layout.
 
     Args:
@@ -133,14 +129,10 @@ def load_params(
     flat = flatten(sharding.unboxed(abstract))
     layouts = flatten(sharding.parameter_shardings(mesh, abstract))
     stored = parts_of(flat, config)
-    located = weight_files.locate(
-        Path(directory), {name: stacked_shape(parts) for name, parts in stored.items()}
-    )
+    located = weight_files.locate(Path(directory), {name: stacked_shape(parts) for name, parts in stored.items()})
     views = _views(flat, stored, {name: tensor.map() for name, tensor in located.items()})
     dtype = None if dtype is None else jnp.dtype(dtype)
-    return unflatten(
-        {path: _load_leaf(leaf, views[path], layouts[path], dtype) for path, leaf in flat.items()}
-    )
+    return unflatten({path: _load_leaf(leaf, views[path], layouts[path], dtype) for path, leaf in flat.items()})
 
 
 def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -152,9 +144,7 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
         ValueError, FileNotFoundError: nothing has that path or revision; impossible ones are never asked for.
     """
     if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision, re.ASCII) or ".." in revision):
-        raise ValueError(
-            f"model revision {revision!r}: a branch, tag or commit has letters, digits and ._/- only"
-        )
+        raise ValueError(f"model revision {revision!r}: a branch, tag or commit has letters, digits and ._/- only")
     if os.path.isdir(path):
         return Path(path), None
     if not hub.is_hub_id(path):
@@ -260,9 +250,7 @@ def new_model(
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     if tokenizer is not None:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ValueError(
-                f"model.tokenizer made a {type(tokenizer).__name__}, not a tokenizer of transformers"
-            )
+            raise ValueError(f"model.tokenizer made a {type(tokenizer).__name__}, not a tokenizer of transformers")
         options = {name: getattr(tokenizer, name) for name in names} | dict(options)
     with _prefix_errors("model.architecture"):
         model_type = check_architecture(options)

@@ -51,9 +51,7 @@ def with_chat_template(tokenizer: Any, chat_template: str | None) -> Any:
         try:
             chat_template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"chat_template {chat_template!r} is no Jinja text, nor a file of it: {error}"
-            ) from error
+            raise ValueError(f"chat_template {chat_template!r} is no Jinja text, nor a file of it: {error}") from error
     tokenizer.chat_template = chat_template
     return tokenizer
 

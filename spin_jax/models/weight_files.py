@@ -102,9 +102,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
     end = max((last for _, last, _ in spans), default=0)
     past = [name for _, last, name in spans if start + last > size]
     if past:
-        problems.insert(
-            0, f"is truncated: of {len(past)} tensors, {past[0]} first, the data end past its {size} bytes"
-        )
+        problems.insert(0, f"is truncated: of {len(past)} tensors, {past[0]} first, the data end past its {size} bytes")
     elif start + end < size and not problems:
         problems.append(f"is damaged: {size - start - end} bytes follow its last tensor")
     spans.sort()

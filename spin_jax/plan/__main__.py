@@ -52,9 +52,7 @@ flags.DEFINE_string("config", None, "Config file; --config.key=value changes a k
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:8x8, v5p:2x2x2 …; GPUs: h200:1, h100:8 …")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object in place of the table.")
 _PAIRS = flags.DEFINE_integer("pairs", None, "Pairs of an iteration; unset: data.limit.", lower_bound=1)
-_MFU = flags.DEFINE_float(
-    "mfu", 0.45, "Share of the peak that training and scoring reach, padding counted as work."
-)
+_MFU = flags.DEFINE_float("mfu", 0.45, "Share of the peak that training and scoring reach, padding counted as work.")
 _DECODE = flags.DEFINE_float("decode_efficiency", 0.5, "Share of its roofline that decoding reaches.")
 _COMPILE = flags.DEFINE_bool("compile", True, "Compile the run's programs; --nocompile: arithmetic alone.")
 _DCN = flags.DEFINE_float("dcn_gbit_s", 50.0, "Gbit a second that a device gets from other slices.")
@@ -79,9 +77,7 @@ def table(answer: Mapping[str, Any]) -> str:
     if saved := answer["lora"]:
         checkpoint = f"{saved['checkpoint_gib']:.2f} GiB instead of {saved['checkpoint_without_gib']:.1f}"
         memory = f"{saved['saved_gib']:.1f} GiB less per device; a step checkpoint has {checkpoint}"
-        lines.insert(
-            -2, f"LoRA       rank {saved['rank']}: {compact(saved['trained'])} numbers trained, {memory}"
-        )
+        lines.insert(-2, f"LoRA       rank {saved['rank']}: {compact(saved['trained'])} numbers trained, {memory}")
     for name, phase in answer["phases"].items():
         mark = " " if phase["hbm_gib"] <= room else "!"
         unit = f"{duration(phase['unit_s'])} a {phase['unit']}"

@@ -55,9 +55,7 @@ def train_program(run: PlannedRun) -> tuple[Any, tuple]:
         frozen = params_on(mesh, run.model.config, run.model.dtype)
         params = lora.adapters_on(params, options.lora_rank, options.lora_targets)
     state = abstract_state(params, options, mesh)
-    batch = stacked(
-        batches_of(run, run.pairs[: options.batch_size]), -(-options.batch_size // run.shape.rows)
-    )
+    batch = stacked(batches_of(run, run.pairs[: options.batch_size]), -(-options.batch_size // run.shape.rows))
     arguments = state, _abstract(mesh, batch, 1), _numbers(), {"beta": _numbers()}, frozen
     return make_step(from_config.spin(run.config, run.model), options), arguments
 
@@ -108,9 +106,7 @@ def compiled(
         try:
             return lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
         except jax.errors.JaxRuntimeError as error:
-            if used := re.search(
-                r"(?:Used |temporaries \()([\d.]+)([GM])\)? .*hbm", str(error), re.IGNORECASE
-            ):
+            if used := re.search(r"(?:Used |temporaries \()([\d.]+)([GM])\)? .*hbm", str(error), re.IGNORECASE):
                 raise OutOfMemory(float(used[1]) * {"G": GIB, "M": 2.0**20}[used[2]]) from error
             first_line = str(error).partition("\n")[0]
             raise CompilerFailed(f"the compiler fails, as it would in a run: {first_line}") from error

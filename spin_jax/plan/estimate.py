@@ -127,9 +127,7 @@ def _sampling(run: PlannedRun) -> PhaseCost:
     )
 
 
-def _estimated_traffic(
-    run: PlannedRun, tokens: float, passes: int, gradients: float = 1.0
-) -> dict[str, float]:
+def _estimated_traffic(run: PlannedRun, tokens: float, passes: int, gradients: float = 1.0) -> dict[str, float]:
     """The bytes of a micro-batch. FSDP gathers weights in each pass over them, and scatters their gradients.
 
     Args:
@@ -146,9 +144,7 @@ def _estimated_traffic(
         result["reduce-scatter"] = gradients * weights
     replicas = math.gcd(sharding.replicas(mesh), run.topology.slices)
     between = 2 * (1 - 1 / replicas) * gradients * weights / fsdp if passes > 1 else 0.0
-    if (
-        parts := run.topology.slices // replicas - 1
-    ):  # fsdp spans slices: each slice gets the parts of the others
+    if parts := run.topology.slices // replicas - 1:  # fsdp spans slices: each slice gets the parts of the others
         mine = run.model.mesh.size / run.topology.slices
         between += (min(passes, 2) + (passes > 2) * gradients) * weights * parts / (parts + 1) / mine
     if between:

@@ -45,10 +45,7 @@ def suggestion(run: PlannedRun, margin: float = 1.0) -> tuple[PlannedRun, list[s
         return candidate if fits(candidate, estimated_phases(candidate), margin) else None, keys
 
     for machine in [own_machine._replace(size=size) for size in larger]:
-        frugal = [
-            values if key == "mesh.tensor" else values[-1:]
-            for key, values in zip(choices, options, strict=True)
-        ]
+        frugal = [values if key == "mesh.tensor" else values[-1:] for key, values in zip(choices, options, strict=True)]
         if not any(candidate_with(machine, values)[0] for values in itertools.product(*frugal)):
             continue
         for values in itertools.product(*options):

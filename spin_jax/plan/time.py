@@ -59,9 +59,7 @@ def fill_in_times(run: PlannedRun, phases: dict[str, PhaseCost], assumed: Assume
     prompt, _, new = c.lengths.expected
     share = from_config.sampling_tensor(c, run.model)
     copies = mesh.size // share
-    step = cost.decode_step_s(
-        m, chip, c.sampling.batch_size, prompt + new / 2, run.model.dtype.itemsize, share
-    )
+    step = cost.decode_step_s(m, chip, c.sampling.batch_size, prompt + new / 2, run.model.dtype.itemsize, share)
     links = received_bytes(sample.traffic) / chip.links
     reading = cost.forward_flops(m, prompt, 1, prompt * prompt / 2) / (share * chip.flops * assumed.mfu)
     each = max(step / assumed.decode_efficiency, links) / c.sampling.batch_size + reading / new
@@ -77,9 +75,7 @@ def run_time(run: PlannedRun, phases: Mapping[str, PhaseCost]) -> dict[str, floa
     seconds = {name: phase.seconds * phase.units for name, phase in phases.items()}
     for t in range(c.selfplay.start, c.selfplay.iterations):
         sources = 1 + min(t - c.selfplay.start, c.selfplay.mix_previous)
-        epochs = config_values.per_iteration(c.train.epochs, t) / config_values.per_iteration(
-            c.train.epochs, 0
-        )
+        epochs = config_values.per_iteration(c.train.epochs, t) / config_values.per_iteration(c.train.epochs, 0)
         references = 2 if t > c.selfplay.start and 0 < c.loss.reference_alpha < 1 else 1
         scoring = references * seconds["score"]
         hours += (seconds["sample"] + sources * (scoring + epochs * seconds["train"])) / 3600

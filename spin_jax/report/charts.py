@@ -68,9 +68,7 @@ def over_iterations(rows: Sequence[Row]) -> list[Chart]:
         curves = []
         for style, (key, label) in enumerate(topic.labels.items()):
             own = _known((places[row["iteration"]], finite(row, key)) for row in rows)
-            control = _known(
-                (places[row["iteration"]], finite(row.get("control") or {}, key)) for row in rows
-            )
+            control = _known((places[row["iteration"]], finite(row.get("control") or {}, key)) for row in rows)
             if own:
                 curves.append(Curve(label, *zip(*own, strict=True), style=style, marks=True))
             if control:  # it begins where the start is
@@ -122,9 +120,7 @@ def _known(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 _REWARDS = {"real_reward": "human answers", "generated_reward": "generated answers"}
 _LOG_PROBS = {"real_logp": "human answers", "generated_logp": "generated answers"}
-_REWARDS_NOTE = (
-    "β · log of how much likelier an answer is than under the opponent. Their difference is the margin."
-)
+_REWARDS_NOTE = "β · log of how much likelier an answer is than under the opponent. Their difference is the margin."
 _LOG_PROBS_NOTE = (
     "The loss asks for the difference alone: log p of human answers may fall while the margin grows, as long "
     "as that of generated ones falls faster. Where it falls far, loss.nll_weight holds it."
@@ -301,9 +297,7 @@ def held_out_margins(run: Run) -> list[Chart]:
     if not chosen:
         return []
     edges = _bin_edges(np.concatenate([unlike[t] for t in chosen]), whole=False)
-    curves = [
-        Curve(f"iteration {t}", edges, _shares(unlike[t], edges), n, n % 4) for n, t in enumerate(chosen)
-    ]
+    curves = [Curve(f"iteration {t}", edges, _shares(unlike[t], edges), n, n % 4) for n, t in enumerate(chosen)]
     above = ", ".join(f"{(unlike[t] > 0).mean():.0%}" for t in chosen)
     identical = [1 - len(unlike[t]) / len(run.margins[t]) for t in chosen]
     left_out = ", ".join(f"{share:.0%}" for share in identical)

@@ -61,9 +61,7 @@ def model_card(facts: Facts) -> str:
             ],
             **facts.license,
         ),
-        template_str=resources.files("spin_jax.report")
-        .joinpath("templates/model_card.md")
-        .read_text("utf-8"),
+        template_str=resources.files("spin_jax.report").joinpath("templates/model_card.md").read_text("utf-8"),
         facts=facts,
         config=config,
         model_name=source_name(model["path"], None) if model["path"] else model["architecture"]["model_type"],

@@ -127,12 +127,8 @@ def _sources(run: Run) -> tuple[tuple[str, str | None], list[tuple[str, str | No
     """(name, commit) of the model, and of each dataset."""
     c, record = run.config, run.record
     revision, path = record.get("model_revision"), c.get("model.path")
-    model = (
-        source_name(path, revision) if path else f"A new {c.get('model.architecture.model_type', 'model')}"
-    )
-    datasets = dataset_revisions(
-        c.get("data.path"), record.get("data_revision"), record.get("fingerprints", {})
-    )
+    model = source_name(path, revision) if path else f"A new {c.get('model.architecture.model_type', 'model')}"
+    datasets = dataset_revisions(c.get("data.path"), record.get("data_revision"), record.get("fingerprints", {}))
     data = dict.fromkeys((source_name(*dataset), dataset[1]) for dataset in datasets)
     return (model, revision), list(data) or [("given pairs", None)]
 

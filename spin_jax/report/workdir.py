@@ -105,9 +105,7 @@ def read(workdir: str) -> Run:
     ordered = sorted(metrics, key=lambda row: (row["phase"], row["iteration"], row["step"]))
     folders = {int(p.name[10:]): p for p in root.glob("iteration_*") if p.name[10:].isdecimal()}
     folders = dict(sorted(folders.items()))
-    samples = {
-        t: _samples(folder / "samples.jsonl") for t, folder in {START: root / "start", **folders}.items()
-    }
+    samples = {t: _samples(folder / "samples.jsonl") for t, folder in {START: root / "start", **folders}.items()}
     return Run(
         workdir=workdir,
         record=record,
@@ -192,9 +190,7 @@ def _samples(path: epath.Path) -> list[Row]:
     for place, row in _lines(path):
         _check_types(place, row, prompt_id=int, prompt=list, real=str, generated=str)
         for message in row["prompt"]:
-            _check_types(
-                f"{place}, prompt", message if isinstance(message, dict) else {}, role=str, content=str
-            )
+            _check_types(f"{place}, prompt", message if isinstance(message, dict) else {}, role=str, content=str)
         rows.append(row)
     return rows
 

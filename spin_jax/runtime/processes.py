@@ -26,9 +26,7 @@ from spin_jax.runtime.secrets import redacted
 Result = TypeVar("Result")
 
 
-def connect(
-    coordinator: str | None, processes: int | None, process_id: int | None, heartbeat_s: int = 100
-) -> None:
+def connect(coordinator: str | None, processes: int | None, process_id: int | None, heartbeat_s: int = 100) -> None:
     """Connects to the other processes: the given ones, or those that JAX finds (TPU pods, SLURM, Open MPI).
 
     Call it before any code asks for a device. All processes end when one is silent for `heartbeat_s` seconds.
@@ -51,9 +49,7 @@ def connect(
             raise
         return  # there are no others
     except RuntimeError as error:
-        if "before any JAX" not in str(
-            error
-        ):  # a notebook, for example, has used JAX before: it is the only process
+        if "before any JAX" not in str(error):  # a notebook, for example, has used JAX before: it is the only process
             raise
 
 

@@ -38,9 +38,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 }
 
 
-def mesh_sizes(
-    data: int | None, fsdp: int, tensor: int, devices: int, slices: int = 1
-) -> tuple[int, int, int]:
+def mesh_sizes(data: int | None, fsdp: int, tensor: int, devices: int, slices: int = 1) -> tuple[int, int, int]:
     """The sizes of the mesh's axes. One may be -1, and is then computed from the number of devices.
 
     Args:
@@ -71,9 +69,7 @@ def slices_of(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", None) or 0 for device in devices})
 
 
-def make_mesh(
-    data: int | None = None, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
-) -> Mesh:
+def make_mesh(data: int | None = None, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the (data, fsdp, tensor) mesh of all devices, or of those given, by `mesh_sizes`.
 
     Neighbours on an axis are neighbours on the machine. If there are several slices, the data axis is split
@@ -135,9 +131,7 @@ def reshard(x: jax.Array, *logical: str | None) -> jax.Array:
         return x
     sizes = jax.sharding.get_abstract_mesh().shape
     whole = [isinstance(a, str) and n % sizes[a] != 0 for n, a in zip(x.shape, target, strict=True)]
-    return jax.sharding.reshard(
-        x, PartitionSpec(*(None if w else a for a, w in zip(target, whole, strict=True)))
-    )
+    return jax.sharding.reshard(x, PartitionSpec(*(None if w else a for a, w in zip(target, whole, strict=True))))
 
 
 def _heads_axis(kv_heads: int) -> str | None:

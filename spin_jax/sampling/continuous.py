@@ -222,9 +222,7 @@ def _rows_and_free_slots(free: np.ndarray, size: int, shards: int) -> tuple[np.n
     each = size // shards
     order = np.argsort(-free.sum(axis=1), kind="stable")
     slots = [np.flatnonzero(of_shard)[:each] for of_shard in free]
-    chosen = [
-        (s * each + turn, slots[s][turn]) for turn in range(each) for s in order if turn < len(slots[s])
-    ]
+    chosen = [(s * each + turn, slots[s][turn]) for turn in range(each) for s in order if turn < len(slots[s])]
     rows, into = np.array(chosen, np.int32).reshape(-1, 2).T
     return rows, into
 

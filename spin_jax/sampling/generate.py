@@ -115,9 +115,7 @@ def answer(
     )
 
 
-def _answer_on(
-    mesh: jax.sharding.Mesh, model: Model, prompts: Sequence[Ids], keys: Array, **options: Any
-) -> list[Ids]:
+def _answer_on(mesh: jax.sharding.Mesh, model: Model, prompts: Sequence[Ids], keys: Array, **options: Any) -> list[Ids]:
     """`answer_prompts` with a copy of the model's weights that is laid out on this mesh."""
     kernel = kernel_for(mesh.devices.flat[0].platform, model.dtype)
     decoder = Decoder(model.config, dtype=model.dtype, kernel=kernel)
@@ -125,9 +123,7 @@ def _answer_on(
     return answer_prompts(decoder, params, prompts, keys, mesh=mesh, **options)
 
 
-def counting(
-    update: Callable[[int], object], should_stop: Callable[[], object]
-) -> Callable[[int, int], None]:
+def counting(update: Callable[[int], object], should_stop: Callable[[], object]) -> Callable[[int, int], None]:
     """An `on_chunk` for `answer_prompts` that updates a progress bar and then calls `should_stop`."""
 
     def on_chunk(prompts: int, tokens: int) -> None:

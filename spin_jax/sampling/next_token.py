@@ -38,9 +38,7 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p}: in (0, 1], or unset")
 
 
-def prompt_keys(
-    seed: int, iteration: int, prompt_ids: Sequence[int], sample_id: int | Sequence[int] = 0
-) -> Array:
+def prompt_keys(seed: int, iteration: int, prompt_ids: Sequence[int], sample_id: int | Sequence[int] = 0) -> Array:
     """A key for each answer: fold_in(seed, iteration, prompt, sample). It does not depend on the batch."""
     base = jax.random.fold_in(jax.random.key(seed, impl=KEYS), iteration)
     ids = np.asarray(prompt_ids, np.int64).astype(np.uint64)
@@ -154,9 +152,7 @@ def _categorical(logits: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
         # Because of rounding they may first exceed the point where the weight is 0, or may never exceed it.
         sums = jnp.minimum(sums, jnp.nextafter(point, jnp.inf)[:, None])
         index = jnp.argmax(jnp.where(weights > 0, sums, -jnp.inf), axis=-1)
-        return index, point - jnp.sum(
-            jnp.where(jnp.arange(weights.shape[1]) < index[:, None], weights, 0), axis=-1
-        )
+        return index, point - jnp.sum(jnp.where(jnp.arange(weights.shape[1]) < index[:, None], weights, 0), axis=-1)
 
     blocks = jnp.sum(weights, axis=-1)
     block, rest = invert(blocks, point * jnp.sum(blocks, axis=-1))

@@ -76,9 +76,7 @@ def decode(
         layout = Layout(slots.positions[:, None], (~slots.done).astype(jnp.int32)[:, None])
         hidden, cache = forward(decoder, params, slots.tokens[:, None], layout, slots.cache)
         token, last = _next_token(head, hidden, slots.counts, slots.limits, slots.keys, sampling, stop_tokens)
-        drawn = lax.dynamic_update_slice_in_dim(
-            drawn, jnp.where(slots.done, NO_TOKEN, token)[:, None], n, axis=1
-        )
+        drawn = lax.dynamic_update_slice_in_dim(drawn, jnp.where(slots.done, NO_TOKEN, token)[:, None], n, axis=1)
         slots = slots._replace(
             cache=cache,
             tokens=token,
@@ -126,9 +124,7 @@ def prefill(
     hidden, fresh = forward(decoder, params, tokens, layout, new_cache(decoder.config, b, P, decoder.dtype))
     keys = sharding.reshard(keys, "batch")
     zeros = jnp.zeros_like(lengths)
-    token, done = _next_token(
-        output_head(decoder, params), hidden[:, -1:], zeros, limits, keys, sampling, stop_tokens
-    )
+    token, done = _next_token(output_head(decoder, params), hidden[:, -1:], zeros, limits, keys, sampling, stop_tokens)
     ring = slots.cache
     S = ring.columns
 

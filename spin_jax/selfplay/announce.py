@@ -25,8 +25,7 @@ def length_table(prepared: Prepared) -> str:
     read = processes.together(lambda: read_inputs(unlimited, prepared.began, prepared.today))
     examples = all_examples(datasets_of(unlimited, read))
     prompts, answers = (
-        np.array([len(ids) for ids in column])
-        for column in zip(*((e.prompt, e.real) for e in examples), strict=True)
+        np.array([len(ids) for ids in column]) for column in zip(*((e.prompt, e.real) for e in examples), strict=True)
     )
     columns = {"prompt": prompts, "answer": answers, "both": prompts + answers}
     lines = [f"{'tokens':<10}" + "".join(f"{name:>10}" for name in columns)]
@@ -105,10 +104,7 @@ def config_tree(config: Any, everything: bool = False) -> str:
     if not rows:
         return "config: the defaults"
     widths = [min(max(len(row[column]) for row in rows), 32) for column in (0, 1)]
-    lines = [
-        f"{key:<{widths[0]}}  {value:<{widths[1]}}  {default_text}".rstrip()
-        for key, value, default_text in rows
-    ]
+    lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {default_text}".rstrip() for key, value, default_text in rows]
     head = "(*: not the default, which follows)" if everything else "(what is not the default)"
     return "\n".join([f"config {head}", *lines])
 

@@ -111,9 +111,7 @@ class Engine:
         run = self._run
         return max(map(len, run.datasets)) * run.config.selfplay.samples + len(run.held_out)
 
-    def score(
-        self, params: Params, groups: Sequence[Group], bar: Any = None
-    ) -> Float[np.ndarray, "groups A"]:
+    def score(self, params: Params, groups: Sequence[Group], bar: Any = None) -> Float[np.ndarray, "groups A"]:
         """Log-probs of the answers of each group, in nats, computed in rows of the shape that training has.
 
         Args:

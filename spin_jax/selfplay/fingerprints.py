@@ -131,9 +131,7 @@ def _source_digest(path: str) -> str:
     loaded = importlib.import_module(module)
     file = getattr(loaded, "__file__", None)
     try:
-        return _digest(
-            [Path(file).read_bytes() if file else inspect.getsource(getattr(loaded, name)).encode()]
-        )
+        return _digest([Path(file).read_bytes() if file else inspect.getsource(getattr(loaded, name)).encode()])
     except (OSError, TypeError):
         return "no source"
 

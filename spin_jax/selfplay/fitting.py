@@ -155,9 +155,7 @@ class Fitting:
             try:
                 params = checkpoints.restore(path, abstract)
             except Damaged as error:
-                processes.say(
-                    f"\nWARNING: {error}\nIt is made again, from the last good checkpoint before it.\n"
-                )
+                processes.say(f"\nWARNING: {error}\nIt is made again, from the last good checkpoint before it.\n")
         if params is None:
             files.check_room(path, checkpoints.size(abstract), f"the checkpoint {path}")
             params = make()

@@ -136,8 +136,7 @@ def check_mesh(config: Config, model: Model) -> None:
     for name, tensor in (("mesh", sharding.tensor_shards(model.mesh)), ("sampling", sampling)):
         if model.config.num_key_value_heads % tensor:
             raise ValueError(
-                f"{name}.tensor={tensor} does not divide the model's {model.config.num_key_value_heads} "
-                "key/value heads"
+                f"{name}.tensor={tensor} does not divide the model's {model.config.num_key_value_heads} key/value heads"
             )
     if model.mesh.size % sampling:
         raise ValueError(f"sampling.tensor={sampling} does not divide {model.mesh.size} devices")
@@ -194,8 +193,7 @@ def pair_shape_of_lengths(
     for pairs in given.values():  # the answers of the start may belong to any iteration
         longest = max(len(pair.generated) for pair in pairs)
         answers = [
-            [len(p.real if r == "real" else p.generated) if r != "start" else longest for r in roles]
-            for p in pairs
+            [len(p.real if r == "real" else p.generated) if r != "start" else longest for r in roles] for p in pairs
         ]
         measured = sizes([len(pair.prompt) for pair in pairs], *np.array(answers).T)
         largest = np.maximum(largest, measured.max(axis=0))
@@ -209,9 +207,7 @@ def example_shape(config: Config, model: Model, examples: Sequence[Example]) -> 
     return row_shape(config.sft, config, model, expected, expected.max(axis=0))
 
 
-def row_shape(
-    section: Config, config: Config, model: Model, expected: np.ndarray, largest: np.ndarray
-) -> RowShape:
+def row_shape(section: Config, config: Config, model: Model, expected: np.ndarray, largest: np.ndarray) -> RowShape:
     """The micro-batches of a section, `train` or `sft`, for groups of these sizes."""
     return batch_shape.row_shape(
         model,

@@ -103,9 +103,7 @@ class Evaluation:
     def _share_right(self, answers: Sequence[Ids]) -> float:
         run = self._run
         assert run.verifier is not None
-        return verifiers.share_correct(
-            run.verifier, run.held_out, [run.chat.decode(answer) for answer in answers]
-        )
+        return verifiers.share_correct(run.verifier, run.held_out, [run.chat.decode(answer) for answer in answers])
 
     def _run_tasks(self, folder: epath.Path, params: Params) -> Row:
         """Numbers of the tasks; each is on disk as soon as it is done: an interruption costs one task."""

@@ -84,9 +84,7 @@ def _recorded_data_revisions(config: Config, began: Mapping[str, Any]) -> Mappin
     if before.get("revision") != config.data.revision:
         return {}
     return (
-        commits
-        if isinstance(commits, dict)
-        else dict.fromkeys(config_values.data_paths(before.get("path")), commits)
+        commits if isinstance(commits, dict) else dict.fromkeys(config_values.data_paths(before.get("path")), commits)
     )
 
 
@@ -109,9 +107,7 @@ def _row(rows: Any, number: int) -> Any:
         return str(error)
 
 
-def open_model(
-    config: Config, recorded_revision: str | None = None
-) -> tuple[Model, Callable[[], Params], str]:
+def open_model(config: Config, recorded_revision: str | None = None) -> tuple[Model, Callable[[], Params], str]:
     """The model without weights, the function that loads or makes float32 weights, and their digest.
 
     Args:
@@ -143,15 +139,11 @@ def _architecture_notes(config: Config, model: Model) -> list[str]:
     """A note where the checkpoint differs from the architecture that the config states."""
     stated, theirs = config.model.architecture, model.hf_config
     differing = [
-        f"{key} {value!r} ({theirs[key]!r})"
-        for key, value in stated.items()
-        if key in theirs and theirs[key] != value
+        f"{key} {value!r} ({theirs[key]!r})" for key, value in stated.items() if key in theirs and theirs[key] != value
     ]
     if not differing:
         return []
-    return [
-        f"the checkpoint differs from model.architecture, and counts: it differs in {', '.join(differing)}"
-    ]
+    return [f"the checkpoint differs from model.architecture, and counts: it differs in {', '.join(differing)}"]
 
 
 def make_chat(config: Config, model: Model, today: str | None = None) -> Chat:
@@ -191,9 +183,7 @@ def _read_given_pairs(config: Config, chat: Chat, vocab_size: int, notes: list[s
     start = config.selfplay.start
     for t in range(max(0, start - config.selfplay.mix_previous), start):
         if t not in given:
-            notes.append(
-                f"the pairs of iteration {t} are not mixed in: --config.selfplay.pairs={t}=PATH gives them"
-            )
+            notes.append(f"the pairs of iteration {t} are not mixed in: --config.selfplay.pairs={t}=PATH gives them")
     return given
 
 
@@ -209,9 +199,7 @@ def datasets_of(config: Config, read: Inputs) -> list[list[Example]]:
         iterations = range(config.selfplay.start, config.selfplay.iterations)
         if absent := [t for t in iterations if t not in read.given]:
             raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")
-        unique = {
-            prompt_turns(p.real_messages): p for t in sorted(read.given, reverse=True) for p in read.given[t]
-        }
+        unique = {prompt_turns(p.real_messages): p for t in sorted(read.given, reverse=True) for p in read.given[t]}
         pairs = sorted(unique.values(), key=lambda pair: pair.prompt_id)
         return [[Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs]]
     loaded: dict[str, list[Example]] = {}

@@ -119,16 +119,12 @@ class Opponent:
             for chosen in rounds:
                 began = time.perf_counter()
                 examples, ids = zip(*(one for number in chosen for one in requests[number]), strict=True)
-                answers = self._engine.answer(
-                    params, examples, run.sampling(), iteration=t, sample_ids=ids, bar=bar
-                )
+                answers = self._engine.answer(params, examples, run.sampling(), iteration=t, sample_ids=ids, bar=bar)
                 rate = sum(map(len, answers)) / (time.perf_counter() - began)
                 remaining = iter(answers)
                 for number in chosen:
                     path, _ = shards[number]
-                    pairs = [
-                        run.chat.pair(e, sample_id, next(remaining)) for e, sample_id in requests[number]
-                    ]
+                    pairs = [run.chat.pair(e, sample_id, next(remaining)) for e, sample_id in requests[number]]
                     if done[number]:
                         continue
                     pairs = with_scores(pairs, run.judge)
@@ -155,9 +151,7 @@ class Opponent:
         many = play.samples if path.name.startswith("train") or play.scorer else 1
         return [(example, sample_id) for example in examples for sample_id in range(many)]
 
-    def _rounds(
-        self, shards: Sequence[tuple[epath.Path, list]], done: Sequence[bool]
-    ) -> Iterator[tuple[int, ...]]:
+    def _rounds(self, shards: Sequence[tuple[epath.Path, list]], done: Sequence[bool]) -> Iterator[tuple[int, ...]]:
         """The files that are answered together: enough of them to keep all slots busy.
 
         Slots run empty at the end of a round. A round that was interrupted is repeated as a whole, with the
@@ -199,8 +193,7 @@ class Opponent:
         result = []
         for same_pairs in by_pairs.values():
             scores = [
-                (weights[s.by], parquet.scores_from_parquet(s.path.read_bytes(), s.path, roles))
-                for s in same_pairs
+                (weights[s.by], parquet.scores_from_parquet(s.path.read_bytes(), s.path, roles)) for s in same_pairs
             ]
             for pair in self._pairs_of(same_pairs[0]):
                 key = same_pairs[0].source, pair.prompt_id, pair.sample_id
@@ -290,9 +283,7 @@ class Opponent:
         t = self._answers_of_start
         paths = [path for path, _ in self.pair_files(t)]
         _need(paths, f"iteration {t} has no pairs yet", "sample")
-        return answers_by_prompt(
-            pair for path in paths for pair in parquet.pairs_from_parquet(path.read_bytes(), path)
-        )
+        return answers_by_prompt(pair for path in paths for pair in parquet.pairs_from_parquet(path.read_bytes(), path))
 
 
 def _statistics(pairs: Sequence[Pair]) -> dict[str, Any]:

@@ -237,13 +237,9 @@ def _check_start_answers(prepared: Prepared) -> None:
     """Raises ValueError where a loss reads the start's answer, and the start does not answer every prompt."""
     c, given = prepared.config, prepared.given
     if len(prepared.datasets) > 1:
-        raise ValueError(
-            "loss.answers has the role start, which needs one dataset, and data.path names several"
-        )
+        raise ValueError("loss.answers has the role start, which needs one dataset, and data.path names several")
     if c.selfplay.start and 0 not in given:
-        raise ValueError(
-            "loss.answers has the role start, which after selfplay.start selfplay.pairs=0=PATH gives"
-        )
+        raise ValueError("loss.answers has the role start, which after selfplay.start selfplay.pairs=0=PATH gives")
     origin = min([c.selfplay.start, *given])
     prompts = {prompt_turns(e.messages) for e in (*prepared.datasets[0], *prepared.held_out)}
     prompts = {prompt_turns(p.real_messages) for p in given[origin]} if origin in given else prompts

@@ -60,9 +60,7 @@ class Summary:
         if len(since) < patience:
             return ""
         mark = "the start" if best["iteration"] < 0 else f"iteration {best['iteration']}"
-        return (
-            f"{c.best} has not improved on {mark}'s {best[c.best]:.4g} since (selfplay.patience={patience})"
-        )
+        return f"{c.best} has not improved on {mark}'s {best[c.best]:.4g} since (selfplay.patience={patience})"
 
     def conclude(self, spent: str = "") -> None:
         """Marks the final model in summary.json, and why there is no further one; prints both.

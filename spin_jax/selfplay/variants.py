@@ -53,9 +53,7 @@ def with_scores(pairs: Sequence[Pair], judge: Judge | None) -> list[Pair]:
     """
     if judge is None or all(pair.score is not None for pair in pairs):
         return list(pairs)
-    scores = processes.exchanged(
-        processes.together(lambda: _scores(pairs, judge) if processes.first() else [])
-    )[0]
+    scores = processes.exchanged(processes.together(lambda: _scores(pairs, judge) if processes.first() else []))[0]
     return [
         pair if pair.score is not None else dataclasses.replace(pair, score=score)
         for pair, score in zip(pairs, scores, strict=True)

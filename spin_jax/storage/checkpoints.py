@@ -56,9 +56,7 @@ def save(path: epath.PathLike, tree: Any) -> None:
             if processes.first():
                 files.remove_here(path)
         if any("No space left" in reason or "quota exceeded" in reason for reason in _reasons(error)):
-            raise errors.NoRoom(
-                errno.ENOSPC, f"the disk is full: {path} cannot be written; make room"
-            ) from error
+            raise errors.NoRoom(errno.ENOSPC, f"the disk is full: {path} cannot be written; make room") from error
         raise
     seals.seal(path)
 
@@ -142,8 +140,7 @@ class StepCheckpoints:
                     return step
             except errors.Damaged as error:
                 processes.say(
-                    f"\nWARNING: {error}\n"
-                    "It is removed; the one before it is used, or the phase begins anew.\n"
+                    f"\nWARNING: {error}\nIt is removed; the one before it is used, or the phase begins anew.\n"
                 )
             files.remove(self._path / str(step))
         return 0

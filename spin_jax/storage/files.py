@@ -43,9 +43,7 @@ def existing(paths: Sequence[epath.PathLike]) -> list[bool]:
 
 def read_agreed(path: epath.PathLike) -> Any:
     """The content of a JSON file as process 0 reads it, in every process; None where there is no file."""
-    read = processes.together(
-        lambda: read_json(path) if processes.first() and epath.Path(path).exists() else None
-    )
+    read = processes.together(lambda: read_json(path) if processes.first() and epath.Path(path).exists() else None)
     return processes.exchanged(read)[0]
 
 
@@ -190,9 +188,7 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
     """
     taken: list[int] = []
     try:
-        processes.by_first(
-            lambda: taken.append(_lock(epath.Path(workdir))) if "://" not in str(workdir) else None
-        )
+        processes.by_first(lambda: taken.append(_lock(epath.Path(workdir))) if "://" not in str(workdir) else None)
         yield
     finally:
         for descriptor in taken:

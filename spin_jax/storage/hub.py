@@ -79,9 +79,7 @@ def _check_owner(key: str, owner: str, user: Mapping[str, Any]) -> None:
     """Raises ValueError where the user of the token may not create a repository of `owner`."""
     owners = [user["name"], *(group["name"] for group in user.get("orgs", []))]
     if owner not in owners:
-        raise ValueError(
-            f"{key}: the token belongs to {user['name']}, and may write to {', '.join(owners)} only"
-        )
+        raise ValueError(f"{key}: the token belongs to {user['name']}, and may write to {', '.join(owners)} only")
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(f"{key}: the token may only read, and a token that may write is wanted")
 

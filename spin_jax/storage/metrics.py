@@ -138,9 +138,7 @@ class Metrics:
         return None if self._remote else self.path.open("a")
 
     def _rewrite(self) -> None:
-        files.write_here(
-            self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self._rows).encode()
-        )
+        files.write_here(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self._rows).encode())
         self._written = time.monotonic()
 
 
@@ -189,9 +187,7 @@ def _wandb_run(workdir: epath.Path, project: str, config: Mapping[str, Any]) -> 
     stored = workdir / "wandb_id"
     if not stored.exists():
         files.write_here(stored, uuid.uuid4().hex.encode())
-    return wandb.init(
-        project=project, name=workdir.name, id=stored.read_text(), resume="allow", config=dict(config)
-    )
+    return wandb.init(project=project, name=workdir.name, id=stored.read_text(), resume="allow", config=dict(config))
 
 
 def _curve_values(row: Row) -> Row:

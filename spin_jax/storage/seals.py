@@ -93,9 +93,7 @@ def _recorded(folder: epath.Path, text: str) -> dict[str, str]:
 
 def _compare(folder: epath.Path, recorded: dict[str, str], found: dict[str, str | None]) -> None:
     if bad := [name for name, digest in recorded.items() if found[name] != digest]:
-        how = ", ".join(
-            f"{name} {'is not what was written' if found[name] else 'is missing'}" for name in bad
-        )
+        how = ", ".join(f"{name} {'is not what was written' if found[name] else 'is missing'}" for name in bad)
         raise Damaged(f"{folder} is damaged: {how} (by its {SUMS}; remove that if the change was meant)")
 
 

@@ -46,9 +46,7 @@ def roles(c: Config) -> tuple[str, ...]:
         return losses.ROLES.get(c.name, losses.PAIR)
     named = tuple(dict.fromkeys(part.strip() for part in c.answers.split(",")))
     if not set(named) <= set(KNOWN_ROLES) or "generated" not in named:
-        raise ValueError(
-            f"loss.answers={c.answers!r}: generated, and with it real or start, as real,generated"
-        )
+        raise ValueError(f"loss.answers={c.answers!r}: generated, and with it real or start, as real,generated")
     return named
 
 
@@ -72,9 +70,7 @@ def options(c: Config) -> dict[str, float]:
             if not math.isfinite(result[name.strip()]):
                 raise ValueError
         except ValueError:
-            raise ValueError(
-                f"loss.options={c.options!r}: numbers by name are wanted, as alpha=0.5"
-            ) from None
+            raise ValueError(f"loss.options={c.options!r}: numbers by name are wanted, as alpha=0.5") from None
     return result
 
 
@@ -143,9 +139,7 @@ def _signature_problem(loss: losses.Loss, chosen: Mapping[str, float]) -> str:
         has = f"there are {', '.join(own)}" if own else "it has none"
         return f"it has no option {unknown[0]} (loss.options); {has}"
     missing = [n for n in own if parameters[n].default is inspect.Parameter.empty and n not in chosen]
-    return (
-        f"it wants {missing[0]}: --config.loss.options={missing[0]}=NUMBER, or a default" if missing else ""
-    )
+    return f"it wants {missing[0]}: --config.loss.options={missing[0]}=NUMBER, or a default" if missing else ""
 
 
 def _roles_problem(c: Config, names: Sequence[str]) -> str:
@@ -241,6 +235,4 @@ def _error_problem(error: Exception, names: Sequence[str]) -> str:
     elif isinstance(error, AttributeError) and "Logps" in message:
         more = ",".join(dict.fromkeys((*names, *KNOWN_ROLES)))
         hint = f". Rows have the answers {', '.join(names)}; --config.loss.answers={more} adds others"
-    return (
-        f"called as loss(policy, opponent, beta=β) it fails: {type(error).__name__}: {message}{place}{hint}"
-    )
+    return f"called as loss(policy, opponent, beta=β) it fails: {type(error).__name__}: {message}{place}{hint}"

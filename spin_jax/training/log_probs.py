@@ -93,9 +93,7 @@ def score_rows(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "N 
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
-def score_tokens(
-    decoder: Decoder, params: Params, rows: Rows
-) -> tuple[Float[Array, "N R"], Bool[Array, "N R"]]:
+def score_tokens(decoder: Decoder, params: Params, rows: Rows) -> tuple[Float[Array, "N R"], Bool[Array, "N R"]]:
     """log p of each response token, and whether no other token was likelier; 0 and False where there is none.
 
     Args:
@@ -159,9 +157,7 @@ def score_groups(
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
-def _logits(
-    decoder: Decoder, params: Params, tokens: Int[Array, "B T"], layout: Layout
-) -> Float[Array, "B T V"]:
+def _logits(decoder: Decoder, params: Params, tokens: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T V"]:
     hidden, _ = forward(decoder, params, tokens, layout)
     return project(hidden, output_head(decoder, params))
 
@@ -196,9 +192,7 @@ def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
     return jnp.asarray(host)
 
 
-def score(
-    model: Model, conversations: Sequence[list[Message]], *, batch_size: int = 8
-) -> Float[np.ndarray, " B"]:
+def score(model: Model, conversations: Sequence[list[Message]], *, batch_size: int = 8) -> Float[np.ndarray, " B"]:
     """Summed log p(last assistant turn | the conversation before it), in nats.
 
     Args:

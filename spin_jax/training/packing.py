@@ -131,9 +131,7 @@ def packed(groups: Sequence[Group], shape: RowShape, unattended: int | None = No
     return [_microbatch(groups, chunk, shape, unattended) for chunk in chunks]
 
 
-def _microbatch(
-    groups: Sequence[Group], chosen: list[list[int]], shape: RowShape, unattended: int | None
-) -> Rows:
+def _microbatch(groups: Sequence[Group], chosen: list[list[int]], shape: RowShape, unattended: int | None) -> Rows:
     N, T, G, U = shape
     A = len(groups[0].answers)
 

@@ -155,9 +155,7 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
         directions, after = optimizer.update(gradients, before, state.params)
         opt_state = jax.tree.map(functools.partial(jnp.where, finite), after, before)
         opt_state = sharding.to_host_memory(opt_state) if options.offload else opt_state
-        params = jax.tree.map(
-            lambda w, d: jnp.where(finite, w - learning_rate * d, w), state.params, directions
-        )
+        params = jax.tree.map(lambda w, d: jnp.where(finite, w - learning_rate * d, w), state.params, directions)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics["skipped"] = skipped
         return TrainState(params, opt_state, skipped), metrics

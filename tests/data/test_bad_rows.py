@@ -110,9 +110,7 @@ def test_malformed_rows(chat, tmp_path, bad, message):
     examples, counts = read(chat, path, bad_rows="drop")
     assert len(examples) == 21
     assert counts == {"dropped: bad row": 1}
-    with pytest.raises(
-        ValueError, match=r"1 of 22 rows are bad .* data.max_bad=0.04 .* the first is " + where
-    ):
+    with pytest.raises(ValueError, match=r"1 of 22 rows are bad .* data.max_bad=0.04 .* the first is " + where):
         read(chat, path, bad_rows="drop", max_bad=0.04)
 
 
@@ -193,9 +191,7 @@ def test_of_two_processes_the_first_bad_row_is_named(chat, tmp_path, monkeypatch
     path.write_bytes(line(GOOD | {"x": 1}) * 9 + line({"text": 1}) + line({"answer": 1}) + line(GOOD) * 20)
     with pytest.raises(ValueError, match=r"rows\.jsonl, row 10: no field"):
         both()
-    with pytest.raises(
-        ValueError, match=r"2 of 31 rows are bad .* the first is .*rows\.jsonl, row 10: no field"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 31 rows are bad .* the first is .*rows\.jsonl, row 10: no field"):
         both(bad_rows="drop", max_bad=1.9 / 31)
     examples, counts = both(bad_rows="drop")
     assert [example.prompt_id for example in examples] == [*range(9), *range(11, 31)]
@@ -246,9 +242,7 @@ def test_given_pairs(chat, tmp_path):
     pairs, counts = read_pairs(empty)
     assert len(pairs) == 20
     assert counts == {"dropped: empty answer": 1}
-    with pytest.raises(
-        ValueError, match=r"the first is .*pairs\.jsonl, row 11: generated: the answer is empty"
-    ):
+    with pytest.raises(ValueError, match=r"the first is .*pairs\.jsonl, row 11: generated: the answer is empty"):
         read_pairs(empty, max_bad=0)
     for bad, message in (
         ({"real": real}, "no fields real and generated among real"),
@@ -480,9 +474,7 @@ def mutated(lines, rng):
             case 5:
                 content[place:place] = rng.randbytes(3)
             case _:
-                content = bytearray(
-                    line(changed(json.loads(lines[at]), rng)) if valid(lines[at]) else content
-                )
+                content = bytearray(line(changed(json.loads(lines[at]), rng)) if valid(lines[at]) else content)
         lines[at] = bytes(content)
     content = b"".join(lines)
     return content[: rng.randrange(len(content) + 1)] if rng.random() < 0.1 else content
@@ -510,9 +502,7 @@ def changed(row, rng):
         if rng.random() < 0.4:
             del inside[key]
         else:
-            inside[key] = rng.choice(
-                [None, 3, -1.5, True, "", " ", "\ud800", [], {}, [[1]], {"a": None}, "x" * 999]
-            )
+            inside[key] = rng.choice([None, 3, -1.5, True, "", " ", "\ud800", [], {}, [[1]], {"a": None}, "x" * 999])
     return row
 
 

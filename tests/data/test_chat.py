@@ -189,8 +189,7 @@ CONVERSATIONS = [
 
 # What the templates of Qwen2.5 and SmolLM2, Qwen3, DeepSeek-R1's kind and Llama 3.1 do beside: each in small.
 INVENTS_SYSTEM = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
-    + CHATML
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}" + CHATML
 )
 THINKS = """{%- for m in messages %}
     {%- set said = m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content %}
@@ -249,9 +248,7 @@ def test_templates_render_as_in_transformers(template):
     chat = with_template(template)
     for messages in CONVERSATIONS:
         for prompt in (False, True):
-            expected = chat.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt
-            )
+            expected = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
             assert chat.render(messages, prompt=prompt) == expected
             assert expected
 

@@ -55,9 +55,7 @@ def test_bad_rows_name_the_field(row, message):
 
 
 def test_examples_name_path_and_row(chat, tmp_path):
-    path = write_jsonl(
-        tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}]
-    )
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}])
     rows = [{"question": "q", "answer": "a"}, {"question": None, "answer": "a"}]
     with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: question is NoneType: expected text"):
         load_examples(rows, chat, path=path)

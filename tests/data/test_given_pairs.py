@@ -91,9 +91,7 @@ def conversations(row):
     [
         pytest.param({"prompt": "1+2", "chosen": "7", "rejected": "8"}, [ASK], id="standard, explicit"),
         pytest.param({"prompt": [ASK], "chosen": [SEVEN], "rejected": [EIGHT]}, [ASK], id="explicit"),
-        pytest.param(
-            {"prompt": [ASK], "chosen": "7", "rejected": "8"}, [ASK], id="explicit, text after turns"
-        ),
+        pytest.param({"prompt": [ASK], "chosen": "7", "rejected": "8"}, [ASK], id="explicit, text after turns"),
         pytest.param({"chosen": [ASK, SEVEN], "rejected": [ASK, EIGHT]}, [ASK], id="implicit"),
         pytest.param(
             {"prompt": [ASK], "chosen": [THREE, MORE, SEVEN], "rejected": [THREE, MORE, EIGHT]},

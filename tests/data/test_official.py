@@ -47,9 +47,7 @@ def test_another_template_for_sampling(official, tokenizer):
 
 def test_tokenized_apart(official, tokenizer):
     """The first response token is "▁Hello" where the sampler would emit "Hello"."""
-    first = [
-        tokenizer.convert_ids_to_tokens(int(example(c).real[0])) for c in (official, Chat(tokenizer, [EOS]))
-    ]
+    first = [tokenizer.convert_ids_to_tokens(int(example(c).real[0])) for c in (official, Chat(tokenizer, [EOS]))]
     assert first == ["▁Hello", "Hello"]
 
 

@@ -102,9 +102,7 @@ def test_rest_em_trains_on_what_the_verifier_takes(runs):
     for t in (0, 1):
         pairs = read_pairs(workdir / f"iteration_{t}" / "pairs")
         train = [
-            row
-            for path in sorted((workdir / f"iteration_{t}" / "pairs").glob("train*"))
-            for row in files_rows(path)
+            row for path in sorted((workdir / f"iteration_{t}" / "pairs").glob("train*")) for row in files_rows(path)
         ]
         assert {row["sample_id"] for row in train} == {0, 1}
         answers = {row["prompt_id"]: [] for row in train}
@@ -150,9 +148,7 @@ def test_alpha_spin_mixes_references(runs, settings, tmp_path):
     assert start.keys() == before.keys()
     for key, row in start.items():  # the start was the opponent of iteration 0
         assert row["real_logp"] == pytest.approx(before[key]["real_logp"], abs=1e-4)
-    held_out = {
-        (r["prompt_id"], r["sample_id"]): r for r in files_rows(workdir / "iteration_1" / "held_out.parquet")
-    }
+    held_out = {(r["prompt_id"], r["sample_id"]): r for r in files_rows(workdir / "iteration_1" / "held_out.parquet")}
     (test,) = (path for path in folder.glob("iteration_1-test*"))
     opponent, start = by_id(folder, test.name), by_id(folder, f"start-{test.name}")
     for key, row in held_out.items():
@@ -279,9 +275,7 @@ def broken(messages, answers):
     raise KeyError("no such server")
 
 
-@pytest.mark.parametrize(
-    ("scorer", "said"), [("nonsense", "a finite number for each"), ("broken", "KeyError")]
-)
+@pytest.mark.parametrize(("scorer", "said"), [("nonsense", "a finite number for each"), ("broken", "KeyError")])
 def test_a_scorer_that_fails(scorer, said, settings, tmp_path):
     keys = {"selfplay.scorer": f"test_algorithms:{scorer}"}
     with pytest.raises(errors.JudgeFailed, match=f"prompt_id .*{said}"):
@@ -298,9 +292,7 @@ def test_the_starts_answers_are_found_by_prompt(settings, runs, tmp_path):
     for phase in ("score", "train", "sample", "score"):
         run(settings("tspin", **keys), str(tmp_path / "run"), only=phase)
     found = {row["prompt_id"]: row["start_logp"] for row in scores_of(tmp_path / "run", 1)}
-    theirs = {
-        r["prompt_id"]: r["start_logp"] for r in scores_of(runs["tspin"], 1) if r["source_iteration"] == 1
-    }
+    theirs = {r["prompt_id"]: r["start_logp"] for r in scores_of(runs["tspin"], 1) if r["source_iteration"] == 1}
     assert len(found) == len(rows)
     for number, row in enumerate(rows):
         assert found[number] == pytest.approx(theirs[row["prompt_id"]], abs=1e-4)
@@ -309,9 +301,7 @@ def test_the_starts_answers_are_found_by_prompt(settings, runs, tmp_path):
 def test_prompts_that_the_start_does_not_answer(settings, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "3*3*3", "chosen": "27", "rejected": "9"}) + "\n")
-    with pytest.raises(
-        ValueError, match="the start does not answer the prompt with prompt_id 0 of iteration 1"
-    ):
+    with pytest.raises(ValueError, match="the start does not answer the prompt with prompt_id 0 of iteration 1"):
         run(settings("tspin", **{"selfplay.pairs": f"1={path}"}), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -373,9 +363,7 @@ def test_given_scores(settings, tmp_path, runs):
         "selfplay.iterations": 1,
     }
     run(settings("sppo", **keys), str(tmp_path / "run"), only="sample")
-    stored = {
-        (r["prompt_id"], r["sample_id"]): r for r in read_pairs(tmp_path / "run" / "iteration_0" / "pairs")
-    }
+    stored = {(r["prompt_id"], r["sample_id"]): r for r in read_pairs(tmp_path / "run" / "iteration_0" / "pairs")}
     kept = [row for row in rows if (row["prompt_id"], row["sample_id"]) in stored]  # but for empty answers
     assert len(kept) > len(rows) / 2
     for row in kept:

@@ -199,10 +199,7 @@ def test_every_export_has_a_card_whatever_is_killed(copy, finished):
     text = (finished / "iteration_0" / "model" / "README.md").read_text()
     assert "# mistral, SPIN iteration 0" in text
     row = json.loads((finished / "summary.json").read_text())[1]
-    assert (
-        f"| nll | {json.loads((finished / 'summary.json').read_text())[0]['nll']:.4g} | {row['nll']:.4g} |"
-        in text
-    )
+    assert f"| nll | {json.loads((finished / 'summary.json').read_text())[0]['nll']:.4g} | {row['nll']:.4g} |" in text
     model = copy / "iteration_0" / "model"
     (model / "README.md").unlink()
     sums = [line for line in (model / files.SUMS).read_text().splitlines() if "README" not in line]
@@ -220,9 +217,7 @@ def test_a_push_that_fails_loses_nothing(copy, monkeypatch, capfd):
 
     api = unittest.mock.MagicMock()
     api.whoami.return_value = {"name": "me"}
-    no_such_repository = huggingface_hub.errors.RepositoryNotFoundError(
-        "no", response=unittest.mock.MagicMock()
-    )
+    no_such_repository = huggingface_hub.errors.RepositoryNotFoundError("no", response=unittest.mock.MagicMock())
     api.auth_check.side_effect = no_such_repository
     api.upload_folder.side_effect = ConnectionError("the network is down")
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
@@ -419,9 +414,7 @@ def test_code_and_versions_count_and_places_do_not(copy, tmp_path, monkeypatch, 
     changed = {**kept, "versions": {**kept["versions"], "jax": "0.1"}}
     (copy / "config.json").write_text(json.dumps(changed))
     spin_jax.run(tiny(), str(copy))
-    assert (
-        f"continues although versions.jax was '0.1' and is {jax.__version__!r} now" in capfd.readouterr().out
-    )
+    assert f"continues although versions.jax was '0.1' and is {jax.__version__!r} now" in capfd.readouterr().out
     (override,) = json.loads((copy / "config.json").read_text())["overrides"]
     assert override["differences"] == {"versions.jax": ["0.1", jax.__version__]}
 
@@ -625,9 +618,7 @@ child.terminate()
 child.join(10)
 print(child.exitcode, stop())
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.stdout.strip() == "-15 0", run.stderr
 
 

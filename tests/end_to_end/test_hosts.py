@@ -46,8 +46,7 @@ def start(tmp_path_factory):
             for n in range(processes)
         ]
         now = [
-            subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for c in commands
+            subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands
         ]
         started.extend(now)
         return now
@@ -90,9 +89,7 @@ def whole(start, tmp_path_factory):
 def reached(workdir, step, processes):
     """Waits until a run has trained so far."""
     metrics, until = workdir / "metrics.jsonl", time.monotonic() + 240
-    while not (
-        metrics.exists() and f'"phase": "train", "iteration": 0, "step": {step}' in metrics.read_text()
-    ):
+    while not (metrics.exists() and f'"phase": "train", "iteration": 0, "step": {step}' in metrics.read_text()):
         assert time.monotonic() < until
         assert all(process.poll() is None for process in processes), ended(processes)
         time.sleep(0.05)

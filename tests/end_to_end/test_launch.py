@@ -128,9 +128,7 @@ def test_the_run_is_the_one_asked_for(launch, line):
 )
 def test_a_variable_reaches_the_command(launch, line, variable, value, printed):
     assert printed not in launch(f"{line} --dry-run").stdout
-    assert printed in [
-        w for command in words(launch(f"{line} --dry-run", **{variable: value}).stdout) for w in command
-    ]
+    assert printed in [w for command in words(launch(f"{line} --dry-run", **{variable: value}).stdout) for w in command]
 
 
 def test_spot_can_be_declined(launch):
@@ -279,9 +277,7 @@ def test_slurm_requeues_at_the_time_limit_only(launch, sent, requeued):
     wait_for(launch.home / "srun")
     process.send_signal(sent)
     if not requeued:
-        subprocess.run(
-            [launch.bin / "scancel"], env={"PATH": str(launch.bin), "HOME": str(launch.home)}, check=True
-        )
+        subprocess.run([launch.bin / "scancel"], env={"PATH": str(launch.bin), "HOME": str(launch.home)}, check=True)
     process.communicate(timeout=60)
     assert (launch.home / "scontrol").exists() == requeued
     assert process.returncode == (0 if requeued else 143)

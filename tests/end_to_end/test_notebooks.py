@@ -84,9 +84,7 @@ def test_a_notebook_is_what_jupytext_makes_of_its_source(name):
 
 def test_the_set_up_cell_works_without_an_installation(tmp_path):
     """With its first command activated, it fetches the code, and finds both the package and configs/."""
-    cells = {
-        cell.source for name in NAMES for cell in source_of(name).cells if "github.com/OWNER" in cell.source
-    }
+    cells = {cell.source for name in NAMES for cell in source_of(name).cells if "github.com/OWNER" in cell.source}
     (cell,) = cells  # the same in each notebook
     (command,) = [line[3:] for line in cell.splitlines() if line.startswith("# !")]
     programs = {"git": f'ln -s {ROOT} "${{@: -1}}"', "pip": 'echo "$@" > pip.txt'}
@@ -117,9 +115,7 @@ def test_the_set_up_cell_works_without_an_installation(tmp_path):
 def test_a_silent_hub_is_not_waited_for(tmp_path):
     notebook = source_of("spin_small_model")
     cell = tmp_path / "cell.py"
-    cell.write_text(
-        "MODEL, DATA = 'some/model', 'some/data'\n" + notebook.cells[tagged(notebook, "network")].source
-    )
+    cell.write_text("MODEL, DATA = 'some/model', 'some/data'\n" + notebook.cells[tagged(notebook, "network")].source)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers
         environment = {
             **os.environ,

@@ -23,9 +23,7 @@ def run(*command, cwd, expect=0):
 def wheel(tmp_path_factory):
     """A wheel, built offline from a copy of the clone: building leaves files beside the sources."""
     folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(
-        ROOT / "spin_jax", folder / "clone/spin_jax", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "spin_jax", folder / "clone/spin_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "clone" / name)
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder)]

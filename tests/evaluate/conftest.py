@@ -84,16 +84,12 @@ def task_folder(tmp_path_factory, gsm8k):
     choices = []
     for number, row in enumerate(gsm8k[:24]):
         own = [sentences[number], *rng.sample(sentences[24:], rng.randint(1, 3)), "yes", "no"]
-        choices.append(
-            {"question": row["question"][: rng.choice([20, 90, 900])], "choices": own, "label": number % 3}
-        )
+        choices.append({"question": row["question"][: rng.choice([20, 90, 900])], "choices": own, "label": number % 3})
     write_jsonl(folder / "choices.jsonl", choices)
     texts = []
     for row in gsm8k[:12]:
         *start, end = row["question"].split(" ")
-        texts.append(
-            {"start": " ".join(start), "end": f" {end}", "text": row["question"] + "\n" + row["answer"]}
-        )
+        texts.append({"start": " ".join(start), "end": f" {end}", "text": row["question"] + "\n" + row["answer"]})
     write_jsonl(folder / "texts.jsonl", [{"start": "", "end": "Hello", "text": "x"}, *texts])
     for name, text in zip(TASKS, (GSM8K, CHOICES, LAST_WORD, TEXTS), strict=True):
         (folder / f"{name}.yaml").write_text(text.format(folder=folder))

@@ -126,9 +126,7 @@ def test_questions(evaluate, tiny_dir, tmp_path):
 )
 def test_what_it_cannot_run(evaluate, tiny_dir, tasks, tmp_path, flags, said):
     """A line that says what to do, before anything is computed."""
-    (tmp_path / "file.jsonl").write_text(
-        '{"question_id": 1, "turns": ["Hi"]}\n{"question_id": 2, "turns": "Hi"}\n'
-    )
+    (tmp_path / "file.jsonl").write_text('{"question_id": 1, "turns": ["Hi"]}\n{"question_id": 2, "turns": "Hi"}\n')
     (tmp_path / "file").write_text("")
     flags = [flag.replace("MODEL", str(tiny_dir)).replace("HERE", str(tmp_path)) for flag in flags]
     flags = [flag.replace("/file", "/file.jsonl") if "questions" in flag else flag for flag in flags]

@@ -139,9 +139,7 @@ def test_eight_devices_are_one(tiny_dir, tiny_model, mesh8, task_folder):
     assert eight == one
     assert own["small_gsm8k"] == raw["small_gsm8k"]
     flat = [
-        np.array(
-            [[logp for [(logp, _)] in document] for document in found["small_choices"] if len(document) == 4]
-        )
+        np.array([[logp for [(logp, _)] in document] for document in found["small_choices"] if len(document) == 4])
         for found in (own, raw)
     ]
     np.testing.assert_allclose(*flat, rtol=1e-5)

@@ -24,9 +24,7 @@ def question_file(tmp_path):
 def test_both_turns_are_asked_in_the_chat_format(tiny_model, question_file, capsys):
     read = mt_bench.read_questions(question_file)
     assert [question.temperature for question in read] == [0.0, 0.0, 0.7]
-    first, other = (
-        mt_bench.answer_questions(tiny_model, read, "me", max_new_tokens=9, seed=seed) for seed in (0, 1)
-    )
+    first, other = (mt_bench.answer_questions(tiny_model, read, "me", max_new_tokens=9, seed=seed) for seed in (0, 1))
     said, long, drawn = (row["choices"][0]["turns"] for row in first)
     assert other[0]["choices"][0]["turns"] == said  # mathematics is greedy
     assert other[2]["choices"][0]["turns"] != drawn

@@ -171,9 +171,7 @@ def _speed(kernel: Kernel, example: Example, times: int) -> dict[str, float]:
 
 def _choose(right: dict[str, bool], times: dict[str, dict[str, float]]) -> None:
     """The kernel to take: the fastest, forward and backward, of those that are right here."""
-    both = {
-        name: times[name]["both_ms"] for name in right if right[name] and "both_ms" in times.get(name, {})
-    }
+    both = {name: times[name]["both_ms"] for name in right if right[name] and "both_ms" in times.get(name, {})}
     tell(what="kernel chosen", kernel=min(both, key=both.__getitem__, default=None), both_ms=both)
 
 

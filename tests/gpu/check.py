@@ -128,9 +128,7 @@ class Results:
                 self.failed.append(step)
 
 
-def run_steps(
-    steps: Sequence[Step], out: Path, *, budget: float, dry: bool = False, short: bool = False
-) -> list[str]:
+def run_steps(steps: Sequence[Step], out: Path, *, budget: float, dry: bool = False, short: bool = False) -> list[str]:
     """Runs steps one after another, and returns the names of those that failed.
 
     Args:
@@ -143,9 +141,7 @@ def run_steps(
         left = budget - results.seconds
         if left < step.least:
             skipped.append(step.name)
-            results.add(
-                step.name, {"skipped": f"{left:.0f} s are left, and it takes {step.least:.0f} or more"}
-            )
+            results.add(step.name, {"skipped": f"{left:.0f} s are left, and it takes {step.least:.0f} or more"})
             continue
         together = [step, *(each for each in step.beside if each.short or not short)]
         processes = [_start(each, dry, short) for each in together]
@@ -273,9 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if args.dry:  # limits are a card's, and a CPU may be slow or shared
-        steps = [
-            step._replace(most=900, beside=tuple(s._replace(most=900) for s in step.beside)) for step in steps
-        ]
+        steps = [step._replace(most=900, beside=tuple(s._replace(most=900) for s in step.beside)) for step in steps]
     budget = args.budget or (1800 if args.dry else 480)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return 1 if run_steps(steps, args.out, budget=budget, dry=args.dry, short=args.short) else 0

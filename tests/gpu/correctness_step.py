@@ -221,9 +221,7 @@ def _same_answers(work: Work, kernel: str, sampling: Sampling, short: bool) -> d
     return {"same": share, "tokens": int(np.size(same)), "right": share >= least}
 
 
-def _simple_answer(
-    work: Work, prompt: np.ndarray, key: jax.Array, sampling: Sampling, most: int
-) -> np.ndarray:
+def _simple_answer(work: Work, prompt: np.ndarray, key: jax.Array, sampling: Sampling, most: int) -> np.ndarray:
     """One answer, without a cache: for every token the whole sequence is read again."""
     tokens, length = np.zeros((1, most), np.int32), len(prompt)
     tokens[0, :length] = prompt

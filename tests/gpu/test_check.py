@@ -143,9 +143,7 @@ def step(check, tmp_path, monkeypatch):
 
     def make(name, body, **fields):
         lines = "\n".join(f"    {line}" for line in body.splitlines())
-        (tmp_path / f"{name}_module.py").write_text(
-            f"import os\n\ndef run(dry, short, **options):\n{lines}\n"
-        )
+        (tmp_path / f"{name}_module.py").write_text(f"import os\n\ndef run(dry, short, **options):\n{lines}\n")
         return check.Step(name, f"{name}_module", **fields)
 
     return make
@@ -205,9 +203,7 @@ def test_rows_that_say_that_something_is_wrong(check, step, tmp_path):
     """An error and a wrong number fail a step; what only a GPU can do does not."""
     tells = "from measuring import Missing, attempt, tell\n"
     steps = [
-        step(
-            "error", f"{tells}attempt(lambda: 1 / 0, what='a'); attempt(lambda: {{'b': 2.00001}}, what='c')"
-        ),
+        step("error", f"{tells}attempt(lambda: 1 / 0, what='a'); attempt(lambda: {{'b': 2.00001}}, what='c')"),
         step("wrong", f"{tells}tell(off=1.0, right=False)"),
         step("needs", f"{tells}def cannot():\n    raise Missing('a GPU')\nattempt(cannot, what='a')"),
     ]

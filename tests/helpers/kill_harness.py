@@ -61,9 +61,7 @@ def phase(workdir, since=0.0):
     """
     files = listing(workdir)
     new = [name for name, changed in files.items() if changed >= since]
-    if "config.json" not in files or all(
-        name.split("/")[0] in ("config.json", "tensorboard") for name in new
-    ):
+    if "config.json" not in files or all(name.split("/")[0] in ("config.json", "tensorboard") for name in new):
         return Phase("starting")
     if "summary.png" in new:
         return Phase("finished")
@@ -193,9 +191,7 @@ class Kill:
 class Run:
     """A workdir, and the command that is started on it: one process, or several with simulated devices."""
 
-    def __init__(
-        self, workdir, command, flags=FLAGS, *, config="configs/tiny.py:smoke", processes=1, heartbeat=100
-    ):
+    def __init__(self, workdir, command, flags=FLAGS, *, config="configs/tiny.py:smoke", processes=1, heartbeat=100):
         self.workdir, self.command, self.flags = pathlib.Path(workdir), command, flags
         self.config, self.count, self.heartbeat = config, processes, heartbeat
         self.processes, self.logs, self.began, self.starts = [], [], 0.0, 0
@@ -284,9 +280,7 @@ class Run:
     def _judge(self, number, codes, before, after):
         """What is wrong about how the processes ended."""
         if None in codes:
-            return [
-                f"{before}: exit codes {codes} ({number.name}, to the first): one did not end\n{self.tail()}"
-            ]
+            return [f"{before}: exit codes {codes} ({number.name}, to the first): one did not end\n{self.tail()}"]
         if number is signal.SIGKILL:
             return []
         right = {STOPPED[number]} | ({-number} if before.kind == "starting" else set())
@@ -353,9 +347,7 @@ def pass_over(run, targets, timeline, signals, rng, say=print):
             again = [step for step, line in kept.rows.items() if now.rows.get(step) != line]
             blamed.again += again
             if blamed.number in STOPPED and len(again) > 1:
-                blamed.problems.append(
-                    f"{blamed.phase}: {blamed.number.name} lost {len(again)} steps, {again[:5]} …"
-                )
+                blamed.problems.append(f"{blamed.phase}: {blamed.number.name} lost {len(again)} steps, {again[:5]} …")
             twice = [x for x, changed in kept.pieces.items() if now.pieces.get(x, changed) != changed]
             blamed.problems += [f"{blamed.phase}: {name} was made twice" for name in twice]
         kept = now
@@ -437,9 +429,7 @@ def problems(kills, runs, whole):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--workdir", type=pathlib.Path, required=True, help="a new folder; nothing is deleted"
-    )
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="a new folder; nothing is deleted")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signal", default="KILL", help="KILL, TERM or INT; several, comma between, in turn")
     parser.add_argument("--seed", type=int, default=0)
@@ -471,11 +461,7 @@ def main(argv=None):
     whole = make_run("reference")
     timeline = reference(whole)
     warm = [] if compiled else differences(options.workdir / "compiling", whole.workdir)
-    print(
-        "\n".join(
-            f"{s.first:6.2f} – {s.last:6.2f} s  {now}  ({s.total:.2f} s)" for now, s in timeline.items()
-        )
-    )
+    print("\n".join(f"{s.first:6.2f} – {s.last:6.2f} s  {now}  ({s.total:.2f} s)" for now, s in timeline.items()))
     kills, runs = torture(
         lambda number: make_run(f"pass_{number}"),
         timeline,

@@ -30,9 +30,7 @@ class Command:
             "PYTHONUNBUFFERED": "1",
         }
 
-    def start(
-        self, workdir, *arguments, config="configs/tiny.py:smoke", stdout=subprocess.PIPE, **environment
-    ):
+    def start(self, workdir, *arguments, config="configs/tiny.py:smoke", stdout=subprocess.PIPE, **environment):
         return subprocess.Popen(
             [sys.executable, "-m", "spin_jax.main", f"--config={config}", f"--workdir={workdir}", *arguments],
             cwd=ROOT,

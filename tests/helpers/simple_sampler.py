@@ -20,9 +20,7 @@ _LENGTH = 96  # sequences are filled up on the right to a multiple: few programs
 @functools.partial(jax.jit, static_argnames=("decoder", "sampling"))
 def _next_token(decoder, params, tokens, length, key, sampling):
     """The token after the first `length` ones of tokens [1, T]."""
-    hidden, _ = forward(
-        decoder, params, tokens, Layout(jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
-    )
+    hidden, _ = forward(decoder, params, tokens, Layout(jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)))
     logits = project(hidden, output_head(decoder, params))[:, length - 1]
     return draw(logits, key[None], sampling)[0]
 

@@ -146,9 +146,7 @@ def looks(layout, window) -> np.ndarray:
 
 def visits_of_queries(layout, window, blocks):
     """(how often each block of queries visits each of its row's blocks of keys, whether it is to)."""
-    ends, stretches = visible_blocks.key_stretches(
-        visible_blocks.seen_until(layout, window), layout.segments, blocks
-    )
+    ends, stretches = visible_blocks.key_stretches(visible_blocks.seen_until(layout, window), layout.segments, blocks)
     ends, stretches, seen = np.asarray(ends), np.asarray(stretches), looks(layout, window)
     for b, own in enumerate(key_blocks(layout.segments, blocks.keys)):
         assert own == [(first, ends[b, first]) for first, _ in own]
@@ -321,9 +319,7 @@ def test_whatever_the_heads_it_compiles_for_a_gpu(dim, dtype, softcap):
     q, k, v = (jax.ShapeDtypeStruct((2, 700, n, dim), dtype, sharding=batch) for n in (4, 2, 2))
 
     def run(q, k, v, layout):
-        return jnp.sum(
-            attend(q, k, v, layout, window=300, softcap=softcap, kernel="flash").astype(jnp.float32)
-        )
+        return jnp.sum(attend(q, k, v, layout, window=300, softcap=softcap, kernel="flash").astype(jnp.float32))
 
     text = for_gpu(jax.grad(run, argnums=(0, 1, 2)), q, k, v, layout).as_text()
     assert len(re.findall(r'"flash_\w+"', text)) >= 3

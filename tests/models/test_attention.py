@@ -88,9 +88,7 @@ def _run(arrays, layout, kernel, window):
 def attended(kernel, arrays, layout, window=None):
     """{name: the output without padding, and the gradients}."""
     results = _run(arrays, layout, kernel, window)
-    return {
-        name: np.asarray(x, np.float32) for name, x in zip(("out", "dq", "dk", "dv"), results, strict=True)
-    }
+    return {name: np.asarray(x, np.float32) for name, x in zip(("out", "dq", "dk", "dv"), results, strict=True)}
 
 
 def assert_close(results, expected):
@@ -146,9 +144,7 @@ def one_by_one(groups, rows, arrays, window, unattended):
                 own = np.arange(end, end + len(answer))
                 end += len(answer)
                 tokens = np.concatenate([prompt, own])
-                there = np.array([*groups[item].prompt, *answer]) != (
-                    -1 if unattended is None else unattended
-                )
+                there = np.array([*groups[item].prompt, *answer]) != (-1 if unattended is None else unattended)
                 given = cotangent[row, tokens].copy()
                 given[: len(prompt) * (number > 0)] = 0  # the shared prompt's own counts once
                 alone = textbook(*(x[row, tokens] for x in (q, k, v)), given, window, there)
@@ -371,8 +367,7 @@ def test_training_with_flash_lowers_for_gpus(dim):
     decoder = Decoder(config, dtype=jnp.bfloat16, remat="full", kernel="flash")
     rows = abstract_rows(mesh, 2)
     floats = [
-        jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
-        for x in (rows.lengths, rows.items, rows.items)
+        jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for x in (rows.lengths, rows.items, rows.items)
     ]
     number = jax.ShapeDtypeStruct((), jnp.float32)
     options = from_config.optimization(spin_config.default(), 0)
@@ -407,10 +402,6 @@ def test_splash_compiles_for_tpus(monkeypatch):
     with jax.set_mesh(mesh):
         traced = gradient.trace(*arguments)
         text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
-    calls = [
-        line.split("=")[0] for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line
-    ]
-    kernels = Counter(
-        name for call in calls for name in ("fwd", "dq", "dkv") if f"splash_mha_{name}_" in call
-    )
+    calls = [line.split("=")[0] for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    kernels = Counter(name for call in calls for name in ("fwd", "dq", "dkv") if f"splash_mha_{name}_" in call)
     assert kernels == {"fwd": 1, "dq": 1, "dkv": 1}

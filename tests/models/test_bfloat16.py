@@ -141,9 +141,7 @@ def test_packings_of_a_real_model_differ_little(mesh, gsm8k):
     alone, together = RowShape(1, 384, 1), RowShape(1, 1024, 64)
     (truth,) = in_packings(model.config, model.params, groups, mesh, jnp.float32, [alone])
     scores = in_packings(model.config, model.params, groups, mesh, jnp.bfloat16, [alone, together])
-    print(
-        "between", rms(scores[0] - scores[1]), np.abs(scores[0] - scores[1]).max(), "off", rms(scores - truth)
-    )
+    print("between", rms(scores[0] - scores[1]), np.abs(scores[0] - scores[1]).max(), "off", rms(scores - truth))
     print("first losses", first_losses(scores))
     assert rms(scores - truth) < REAL_OFF
     assert_company_changes_nothing(in_company(model.config, model.params, groups, mesh, RowShape(2, 768, 8)))

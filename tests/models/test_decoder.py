@@ -217,9 +217,7 @@ def test_norms_are_taken_in_float32():
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.mistral.modeling_mistral")
     rng = np.random.default_rng(0)
-    x = torch.tensor(
-        rng.normal(size=(1, 64, 96)) * np.geomspace(1e-3, 1e3, 64)[:, None], dtype=torch.bfloat16
-    )
+    x = torch.tensor(rng.normal(size=(1, 64, 96)) * np.geomspace(1e-3, 1e3, 64)[:, None], dtype=torch.bfloat16)
     scale = torch.tensor(rng.uniform(0.5, 1.5, 96), dtype=torch.bfloat16)
     reference = modeling.MistralRMSNorm(96, eps=1e-5)
     reference.weight.data = scale

@@ -135,9 +135,7 @@ def test_a_family(case, loaded, table, mesh, torch_logits, tmp_path):
     difference = np.abs(np.asarray(logits(loaded, tokens)) - torch_logits(reference, tokens)).max()
     assert difference <= 1e-4
 
-    prompts = [
-        row[:length] for row, length in zip(tokens, (9, 12, 16), strict=True)
-    ]  # one program reads them
+    prompts = [row[:length] for row, length in zip(tokens, (9, 12, 16), strict=True)]  # one program reads them
     ours = greedy(loaded, prompts, mesh)
     for prompt, answer in zip(prompts, ours, strict=True):
         how = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -69,9 +69,7 @@ def assert_same_weights(actual, expected):
 def test_round_trip_is_bit_equal(family, options, dtype, shards, hf_model_dir, mesh, tmp_path, monkeypatch):
     """transformers → load → save → transformers, in one file and in several, on both sides."""
     several = shards == "several"
-    directory, original = hf_model_dir(
-        family, dtype=dtype, max_shard_size="15KB" if several else "1GB", **options
-    )
+    directory, original = hf_model_dir(family, dtype=dtype, max_shard_size="15KB" if several else "1GB", **options)
     assert (directory / "model.safetensors.index.json").exists() == several
     if several:
         monkeypatch.setattr(saving, "_SHARD_BYTES", 15_000)
@@ -185,9 +183,7 @@ def test_exported_config_speaks_to_old_and_new_readers(rope, hf_model_dir, mesh,
     assert config["torch_dtype"] == config["dtype"] == "float32"
     # transformers 5
     assert config["rope_parameters"] == (rope or {"rope_type": "default", "rope_theta": 500.0})
-    assert (
-        transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters == original.config.rope_parameters
-    )
+    assert transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters == original.config.rope_parameters
     # transformers 4, vLLM
     assert config["rope_theta"] == 500.0
     old = {key: value for key, value in (rope or {}).items() if key != "rope_theta"}
@@ -332,9 +328,7 @@ def test_tiny_tokenizer_survives(tiny_model, tmp_path):
     assert_same_tokenizer(spin_jax.load(str(tmp_path), mesh=tiny_model.mesh).tokenizer, tiny.tokenizer())
 
 
-@pytest.mark.parametrize(
-    "template", [tiny.CHAT_TEMPLATE, {"default": tiny.CHAT_TEMPLATE, "tool_use": "x"}, None]
-)
+@pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, {"default": tiny.CHAT_TEMPLATE, "tool_use": "x"}, None])
 def test_tokenizer_files_speak_to_old_and_new_readers(template, tiny_model, tmp_path):
     """What transformers 4 fails on: the new class's name, a list of special tokens, templates elsewhere."""
     tokenizer = tiny.tokenizer()
@@ -507,9 +501,7 @@ def test_index_naming_a_missing_file(hf_model_dir, mesh, tmp_path):
     assert str(error.value).count("\n") == 1  # its tensors go without saying
 
 
-@pytest.mark.parametrize(
-    "name", ["../elsewhere.safetensors", "/etc/elsewhere.safetensors", "a/b.safetensors"]
-)
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/elsewhere.safetensors", "a/b.safetensors"])
 def test_index_naming_a_file_elsewhere(name, hf_model_dir, mesh, tmp_path):
     directory = copied(hf_model_dir("mistral", max_shard_size="30KB")[0], tmp_path)
     index = files.read_json(directory / "model.safetensors.index.json")

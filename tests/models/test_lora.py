@@ -27,9 +27,7 @@ def tokens_of(shape, vocab_size=272):
 def run(model, params, tokens):
     """Logits in the model's own dtype."""
     decoder = Decoder(model.config, model.dtype)
-    layout = Layout(
-        np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape), np.ones_like(tokens)
-    )
+    layout = Layout(np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape), np.ones_like(tokens))
 
     @jax.jit
     def logits(params):

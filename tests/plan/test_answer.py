@@ -35,9 +35,7 @@ def test_one_h200_holds_a_7b():
     # half of what the memory could do; a prompt of 180 tokens is read at 45% MFU for 220 new ones.
     token = (14.5e9 + 64 * 290 * 131e3) / 4.8e12 / 0.5 / 64 + 180 * 14.5e9 / (989e12 * 0.45) / 220
     assert answer["phases"]["sample"]["tokens_per_s"] == pytest.approx(1 / token, rel=0.05)
-    assert answer["iteration_s"] == pytest.approx(
-        sum(phase["iteration_s"] for phase in answer["phases"].values())
-    )
+    assert answer["iteration_s"] == pytest.approx(sum(phase["iteration_s"] for phase in answer["phases"].values()))
 
 
 def test_what_would_fit_is_suggested():
@@ -65,10 +63,7 @@ def test_links_bind_where_they_are_slow(monkeypatch):
     quick = planned(zephyr(), "h100:8")
     assert quick["phases"]["train"]["bottleneck"] == "compute"
     assert quick["phases"]["train"]["collective_gib"]["all-gather"] == pytest.approx(2 * 13.5, rel=0.01)
-    slow = {
-        kind: chip.__class__(chip.flops, chip.bandwidth, chip.memory, 1e9)
-        for kind, chip in chips.CHIPS.items()
-    }
+    slow = {kind: chip.__class__(chip.flops, chip.bandwidth, chip.memory, 1e9) for kind, chip in chips.CHIPS.items()}
     monkeypatch.setattr(chips, "CHIPS", slow)
     assert planned(zephyr(), "h100:8")["phases"]["train"]["bottleneck"] == "collectives"
 

@@ -85,9 +85,7 @@ def test_collectives_of_a_gpu_program_by_hand():
     part = 128 * 64 * 2
     assert sorted(found) == [
         Collective("all-gather", 8 * part, 1),
-        Collective(
-            "all-reduce", 8 * part, 1
-        ),  # within the nodes; the other one's groups have one GPU in each
+        Collective("all-reduce", 8 * part, 1),  # within the nodes; the other one's groups have one GPU in each
         Collective(BETWEEN_SLICES, 2 * 8 * part // 16, 1),  # of all 16
         Collective(BETWEEN_SLICES, 2 * part // 2, 1),  # of pairs of GPUs, one in each node
         Collective("reduce-scatter", 8 * (128 + 64) * 64 * 2, 1),

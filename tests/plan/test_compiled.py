@@ -46,9 +46,7 @@ def test_a_tpu_program_moves_what_fsdp_must(tpu):
     assert sums.pop("collective-permute", 0) < 0.05 * scattered
     assert set(sums) == {"all-gather"}
 
-    state = sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * 4 for leaf in jax.tree.leaves(arguments[0])
-    )
+    state = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * 4 for leaf in jax.tree.leaves(arguments[0]))
     assert program.memory_analysis().alias_size_in_bytes == pytest.approx(state, rel=0.01)  # padded scales
     guess = estimated_phases(tpu)["train"].memory
     # Within a quarter of a 7B's; here the arithmetic's fixed parts weigh more.

@@ -60,7 +60,5 @@ def test_a_run_that_draws_nothing_loads_no_matplotlib():
         "spin_jax.report.numbers.summary_table([{'iteration': -1, 'nll': 0.5}])\n"
         "print([name for name in ('matplotlib', 'huggingface_hub') if name in sys.modules])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -56,9 +56,7 @@ def table(text):
 
 
 def test_the_hub_reads_its_head():
-    text = model_card.model_card(
-        facts(license={"license": "other", "license_name": "x", "license_link": "LICENSE"})
-    )
+    text = model_card.model_card(facts(license={"license": "other", "license_name": "x", "license_link": "LICENSE"}))
     assert RepoCard(text).data.to_dict() == {
         "base_model": "owner/base-sft",
         "datasets": ["owner/sums"],

@@ -222,9 +222,7 @@ def test_a_long_run_makes_no_large_page(copy):
                     "loss": math.sin(step),
                     "margin": step / 1e4,
                 }
-                file.write(
-                    json.dumps({**row, "real_logp": -300.0 + step % 7, "generated_logp": -310.0}) + "\n"
-                )
+                file.write(json.dumps({**row, "real_logp": -300.0 + step % 7, "generated_logp": -310.0}) + "\n")
     change(folder / "summary.json", lambda row: {**row, "steps": 50_000})
     for path in folder.glob("*/samples.jsonl"):
         row = json.loads(path.read_text().splitlines()[0])
@@ -250,9 +248,7 @@ def test_the_command(copy, tmp_path):
     assert (folder / "report.html").exists()
     wrong = run_module("report", f"--workdir={tmp_path / 'nothing'}")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert (
-        wrong.stderr == f"error: {tmp_path}/nothing/config.json is missing: is {tmp_path}/nothing a run's?\n"
-    )
+    assert wrong.stderr == f"error: {tmp_path}/nothing/config.json is missing: is {tmp_path}/nothing a run's?\n"
     (folder / "summary.json").unlink()
     (tmp_path / "file").touch()
     assert run_module("report", f"--workdir={folder}", f"--output={tmp_path}/file/page.html").returncode == 1

@@ -39,9 +39,7 @@ def test_a_flipped_bit_in_pairs_is_found(copy):
     path = folder / "iteration_0" / "pairs" / "train-00000-of-00001.parquet"
     content = bytearray(path.read_bytes())
     start = pq.ParquetFile(path).metadata.row_group(0)
-    column = next(
-        start.column(n) for n in range(start.num_columns) if "real_tokens" in start.column(n).path_in_schema
-    )
+    column = next(start.column(n) for n in range(start.num_columns) if "real_tokens" in start.column(n).path_in_schema)
     content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet is damaged"):

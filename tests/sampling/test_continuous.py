@@ -53,9 +53,7 @@ def prompts_of(model, questions):
     return [chat.encode_prompt(messages) for messages in asked(questions)]
 
 
-def answers_of(
-    model, prompts, keys, sampling, *, slots=8, stop_tokens=None, mesh=None, kernel="plain", **options
-):
+def answers_of(model, prompts, keys, sampling, *, slots=8, stop_tokens=None, mesh=None, kernel="plain", **options):
     """`answer_prompts` as lists; on another mesh than the model's where one is given."""
     mesh = mesh or model.mesh
     answers = answer_prompts(
@@ -388,10 +386,7 @@ def sampled(model, chosen=slice(None), *, sampling=SAMPLING, **options):
 def expected_of(model, chosen=slice(None), sampling=SAMPLING):
     """The same from the simple sampler."""
     keys = prompt_keys(1, 1, IDS)
-    return [
-        simple_sampler.answer(model, PROMPTS[i], keys[i], sampling, STOPS)
-        for i in np.arange(len(PROMPTS))[chosen]
-    ]
+    return [simple_sampler.answer(model, PROMPTS[i], keys[i], sampling, STOPS) for i in np.arange(len(PROMPTS))[chosen]]
 
 
 @pytest.fixture(scope="module")
@@ -722,9 +717,7 @@ def test_filler_fills_no_slot(small):
     """Of two rows, one is filler: its slot is past the end, and all but the other's stay empty."""
     of_prefill, _ = program_arguments(small, 8, 48)
     with jax.set_mesh(small.mesh):
-        slots, _ = continuous.prefill(
-            *of_prefill, np.array([1, 8], np.int32), sampling=SAMPLING, stop_tokens=STOPS
-        )
+        slots, _ = continuous.prefill(*of_prefill, np.array([1, 8], np.int32), sampling=SAMPLING, stop_tokens=STOPS)
     filled = np.arange(8) == 1
     written = [x.any(axis=(1, 2, 3)) for x in (*slots.cache.keys, *slots.cache.values)]
     np.testing.assert_array_equal(written, [filled] * len(written))

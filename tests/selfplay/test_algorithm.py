@@ -90,10 +90,7 @@ def test_pairs_are_the_published_format_and_ids_the_truth(finished):
     assert len(set(ids)) == 200
     for row in pairs["train"].select(range(20)):
         assert row["real"][:-1] == row["generated"][:-1]
-        assert (
-            tokenizer.decode(row["generated_tokens"], skip_special_tokens=True)
-            == row["generated"][-1]["content"]
-        )
+        assert tokenizer.decode(row["generated_tokens"], skip_special_tokens=True) == row["generated"][-1]["content"]
         assert row["truncated"] == (row["generated_tokens"][-1] != tokenizer.eos_token_id)
 
 
@@ -257,9 +254,7 @@ def test_answers_by_vllm_come_back_as_our_own(command, finished, tmp_path):
     assert "given pairs of iteration 0" in (run / "iteration_0" / "model" / "README.md").read_text()
     with pytest.raises(ValueError, match="iteration 0 has answers already"):
         pairs.write_prompts(str(run), str(prompts), 0)
-    with pytest.raises(
-        FileNotFoundError, match=r"iteration_1/model, which will answer in iteration 2, is not"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"iteration_1/model, which will answer in iteration 2, is not"):
         pairs.write_prompts(str(run), str(prompts), 2)
     said = pairs.write_prompts(str(run), str(prompts))
     assert said.endswith(f"200 prompts of iteration 1, to be answered by {run / 'iteration_0' / 'model'}")
@@ -278,9 +273,7 @@ def test_pairs_come_too_late_for_an_iteration_that_was_answered(finished):
     c = c.changed({"selfplay.iterations": 3, "selfplay.pairs": late})
     assert len(prepare(c, str(workdir)).given[2]) == 200
     c = c.changed({"selfplay.pairs": f"1={workdir / 'iteration_0' / 'pairs'}"})
-    with pytest.raises(
-        ValueError, match=r"gives pairs for iteration 1, and .*/iteration_1/pairs holds answers"
-    ):
+    with pytest.raises(ValueError, match=r"gives pairs for iteration 1, and .*/iteration_1/pairs holds answers"):
         prepare(c, str(workdir))
 
 

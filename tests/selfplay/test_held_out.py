@@ -134,8 +134,7 @@ def test_kl_is_that_of_the_models_own_answers_by_transformers(finished):
         answers = drawn[t]
         assert len(answers) == 2 * len(examples) == 12
         own, other, start = (
-            torch_logps(workdir / folder, examples, answers)
-            for folder in (f"iteration_{t}", opponent, "start")
+            torch_logps(workdir / folder, examples, answers) for folder in (f"iteration_{t}", opponent, "start")
         )
         assert summary[1 + t]["kl_opponent"] == pytest.approx((own - other).mean(), abs=1e-3)
         assert summary[1 + t]["kl_start"] == pytest.approx((own - start).mean(), abs=1e-3)
@@ -283,9 +282,7 @@ def test_the_start_sets_the_mark_but_is_not_exported(finished, tmp_path):
 
 
 def test_best_knows_directions_ties_and_what_is_no_number():
-    rows = [
-        {"iteration": t, "nll": x, "t/acc": y} for t, x, y in ((0, 0.3, 0.1), (1, 0.2, 0.5), (2, 0.2, 0.5))
-    ]
+    rows = [{"iteration": t, "nll": x, "t/acc": y} for t, x, y in ((0, 0.3, 0.1), (1, 0.2, 0.5), (2, 0.2, 0.5))]
     rows += [{"iteration": 3, "nll": float("nan"), "t/acc": None}, {"iteration": 4}]
     assert best_row(rows, "nll", direction("nll", ()))["iteration"] == 1
     assert best_row(rows, "t/acc", 1)["iteration"] == 1
@@ -397,9 +394,7 @@ def test_a_task_that_is_done_is_not_run_again(task_files, finished, tmp_path, mo
         (None, "sums/acc", r"checkpoint\.best='sums/acc': choose from nll, "),
     ],
 )
-def test_tasks_and_their_numbers_are_checked_before_anything_is_compiled(
-    task_files, tmp_path, tasks, best, message
-):
+def test_tasks_and_their_numbers_are_checked_before_anything_is_compiled(task_files, tmp_path, tasks, best, message):
     options = {"tasks": tasks, "include_path": task_files} if tasks else {}
     with pytest.raises(ValueError, match=message):
         spin_jax.run(tiny(eval=options, checkpoint={"best": best}), str(tmp_path / "run"))
@@ -422,9 +417,7 @@ def full_rows(iterations):
     values = {key: 9999 if key in ("pairs", "steps", "skipped") else -123.45678 for key in keys}
     values["leaderboard_musr_murder_mysteries/exact_match,strict-match"] = 0.123456789
     control = {"nll": 0.5, "greedy_accuracy": 1.0}
-    return [{"iteration": -1, "nll": 0.1}] + [
-        {"iteration": t, **values, "control": control} for t in range(iterations)
-    ]
+    return [{"iteration": -1, "nll": 0.1}] + [{"iteration": t, **values, "control": control} for t in range(iterations)]
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 4, 30])

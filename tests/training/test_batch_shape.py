@@ -155,9 +155,7 @@ def test_whatever_is_sampled_fits(seed, kernel, tiny_model):
     limit = c.lengths.max_length
     prompts = rng.integers(1, limit, 30)  # an answer has one token at least
     real = rng.integers(1, limit - prompts + 1)
-    examples = [
-        Example(i, [], np.ones(p), np.ones(n)) for i, (p, n) in enumerate(zip(prompts, real, strict=True))
-    ]
+    examples = [Example(i, [], np.ones(p), np.ones(n)) for i, (p, n) in enumerate(zip(prompts, real, strict=True))]
     worst = sizes(prompts, real, np.minimum(limit - prompts, c.sampling.max_new_tokens))
     shape = from_config.pair_shape(c, tiny_model, examples, {})
     pack(worst, shape.capacity)
@@ -176,8 +174,7 @@ def test_official_pairs_fit(seed, tiny_model):
     for number in range(30):
         question, answer, other = ("a" * int(n) for n in rng.integers(1, 70, 3))
         turns = [
-            [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-            for text in (answer, other)
+            [{"role": "user", "content": question}, {"role": "assistant", "content": text}] for text in (answer, other)
         ]
         examples.append(chat.example(number, turns[0], Counter()))
         pairs.append(chat.given_pair(number, 0, *turns, Counter()))

@@ -69,14 +69,10 @@ def test_every_step_has_one_shape():
     """Pairs of any length, full steps and the last short one: arrays of the same shapes throughout."""
     rng = np.random.default_rng(0)
     groups = random_groups(rng, 23, longest=16)
-    scored = [
-        ScoredPair(make_pair(i, g.prompt, *g.answers), (float(i), -float(i))) for i, g in enumerate(groups)
-    ]
+    scored = [ScoredPair(make_pair(i, g.prompt, *g.answers), (float(i), -float(i))) for i, g in enumerate(groups)]
     shape = RowShape(rows=2, length=48, groups=3)
     steps = list(
-        batches.batches(
-            scored, lambda chosen: pair_batches(chosen, shape), 8, shape, seed=0, epochs=2, start=0
-        )
+        batches.batches(scored, lambda chosen: pair_batches(chosen, shape), 8, shape, seed=0, epochs=2, start=0)
     )
     assert len(steps) == batches.training_steps(23, 8, 2) == 6
     assert len({str(jax.tree.map(np.shape, step)) for step in steps}) == 1

@@ -263,8 +263,7 @@ def test_stop_tokens_of_the_generation_config_end_the_answer(tiny_model):
     """What follows the first stop token in an answer does not count."""
     dot = tiny_model.tokenizer(".", add_special_tokens=False).input_ids[0]
     short, long = (
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}]
-        for text in ("Yes.", "Yes. And more")
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in ("Yes.", "Yes. And more")
     )
     whole = spin_jax.score(tiny_model, [short, long])
     assert abs(whole[0] - whole[1]) > 1
@@ -290,8 +289,7 @@ def test_bfloat16_scores_are_sums_in_float32(tiny_dir, mesh):
 def test_eight_devices_score_as_one(tiny_model, tiny_dir, mesh8):
     """Three conversations on a mesh that splits batches in four."""
     conversations = [
-        [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b" * (9 - n)}]
-        for n in (1, 4, 7)
+        [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b" * (9 - n)}] for n in (1, 4, 7)
     ]
     eight = loading.load(str(tiny_dir), mesh=mesh8)
     np.testing.assert_allclose(

@@ -180,8 +180,7 @@ def torch_gradient(kind, model, params, scored, tmp_path, mesh):
         loss = -total / sum(len(s.pair.real) for s in scored)
     else:
         margins = [
-            (logp(s.pair.prompt, s.pair.real) - s.opponent[0])
-            - (logp(s.pair.prompt, s.pair.generated) - s.opponent[1])
+            (logp(s.pair.prompt, s.pair.real) - s.opponent[0]) - (logp(s.pair.prompt, s.pair.generated) - s.opponent[1])
             for s in scored
         ]
         loss = -torch.nn.functional.logsigmoid(0.1 * torch.stack(margins)).mean()
@@ -359,9 +358,7 @@ def test_logits_are_never_kept(model, monkeypatch):
     compiled = step.lower(state, batch, np.float32(0), {"beta": np.float32(0)}).compile()
     logits = 2 * 512 * 32768
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * logits / 2
-    sizes = [
-        math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", compiled.as_text())
-    ]
+    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", compiled.as_text())]
     assert 2**20 <= max(sizes) < logits / 8
 
 
@@ -466,9 +463,7 @@ def test_master_weights_move_at_the_papers_learning_rate(model, fresh, mesh):
     before = jax.device_get(params)
     after, _ = run_step(objective, RMSPROP, params, batch, mesh, learning_rate=5e-7)
     changed = jax.tree.map(lambda a, b: np.mean(a != b), before, after)
-    rounded = jax.tree.map(
-        lambda a, b: np.mean(a.astype(jnp.bfloat16) != b.astype(jnp.bfloat16)), before, after
-    )
+    rounded = jax.tree.map(lambda a, b: np.mean(a.astype(jnp.bfloat16) != b.astype(jnp.bfloat16)), before, after)
     assert after["layers"]["mlp"]["up"].dtype == np.float32
     assert changed["layers"]["mlp"]["up"] > 0.9
     assert rounded["layers"]["mlp"]["up"] < 0.05
@@ -497,9 +492,7 @@ def test_clipping(model, fresh, mesh):
     objective, before = SFT(Decoder(model.config)), jax.device_get(fresh(mesh))
     batch = sft_step(random_pairs(8))
     after, (metrics,) = run_step(objective, options, fresh(mesh), batch, mesh, learning_rate=1e8)
-    moved = math.sqrt(
-        sum(np.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
-    )
+    moved = math.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)))
     assert metrics["grad_norm"] > 0.1
     assert moved == pytest.approx(0.01, rel=1e-2)
 
