@@ -30,10 +30,7 @@ class ScoredPair(NamedTuple):
 
 
 def pair_batches(
-    scored: Sequence[ScoredPair],
-    shape: RowShape,
-    unattended: int | None = None,
-    roles: Sequence[str] = PAIR,
+    scored: Sequence[ScoredPair], shape: RowShape, unattended: int | None = None, roles: Sequence[str] = PAIR
 ) -> list[PairBatch]:
     """Packs pairs into as many micro-batches as they need."""
     opponent = np.array([[0.0] * len(roles), *(s.opponent for s in scored)], np.float32)
@@ -52,10 +49,8 @@ def filled_tokens(batch: Rows | PairBatch) -> int:
 def stacked(parts: Sequence[Any], count: int) -> Any:
     """Stacks micro-batches [N, …] into one step's batch [count, N, …], filled up with empty ones (zeros)."""
 
-    def stack(*arrays: np.ndarray) -> np.ndarray:
-        return np.stack([*arrays, *[np.zeros_like(arrays[0])] * (count - len(arrays))])
-
-    return jax.tree.map(stack, *parts)
+    empty = jax.tree.map(np.zeros_like, parts[0])
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *parts, *[empty] * (count - len(parts)))
 
 
 def as_npz(batch: Any, decode: Callable[[list[list[int]]], list[str]]) -> bytes:
@@ -89,11 +84,8 @@ def batches(
 ) -> Iterator[Any]:
     """The batches [M, N, …] of the steps `start`, `start` + 1, …; each depends only on the seed and its step.
 
-    Every epoch is a new permutation of all items. grain's threads prepare batches in advance. M is the most
-    most micro-batches that `batch_size` groups can need; the step runs only those that are not empty.
-
-    Args:
-        collate: turns the items of a batch into its micro-batches.
+    Every epoch is a new permutation of all items. `collate` turns the items of a batch into its micro-batches. M is
+    the most micro-batches that `batch_size` groups can need; the step runs only those that are not empty.
     """
     most = -(-batch_size // shape.rows)
     dataset = (
@@ -103,7 +95,7 @@ def batches(
         .batch(batch_size, batch_fn=lambda chosen: stacked(collate([items[i] for i in chosen]), most))
         .repeat(epochs)
     )
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # threads prepare batches in advance
     return iter(dataset[start:].to_iter_dataset(options))
 
 

@@ -1,5 +1,6 @@
 """Finds the loss that a config names, and checks a user's own loss before training starts."""
 
+import contextlib
 import functools
 import inspect
 import math
@@ -23,25 +24,16 @@ KNOWN_ROLES = ("real", "generated", "start")
 
 
 def find(name: str) -> losses.Loss:
-    """The loss of that name, or of `module:function`.
-
-    Raises:
-        ValueError: no such loss, module or function.
-    """
+    """The loss of that name, or of `module:function`; ValueError where there is none."""
     if name in losses.LOSSES:
         return losses.LOSSES[name]
     if ":" not in name:
-        known = ", ".join(losses.LOSSES)
-        raise ValueError(f"loss.name={name!r}: choose from {known}, or give module:function")
+        raise ValueError(f"loss.name={name!r}: choose from {', '.join(losses.LOSSES)}, or give module:function")
     return import_function(name)
 
 
 def roles(c: Config) -> tuple[str, ...]:
-    """The roles of the answers that a row has: those in loss.answers, or the ones that the loss needs.
-
-    Raises:
-        ValueError: loss.answers names an unknown role, or leaves out `generated`.
-    """
+    """The roles of the answers that a row has: those in loss.answers, or the ones that the loss needs."""
     if not c.answers:
         return losses.ROLES.get(c.name, losses.PAIR)
     named = tuple(dict.fromkeys(part.strip() for part in c.answers.split(",")))
@@ -57,21 +49,13 @@ def logps_type(names: tuple[str, ...]) -> Any:
 
 
 def options(c: Config) -> dict[str, float]:
-    """loss.options as {name: number}.
-
-    Raises:
-        ValueError: it is not of the form name=number,name=number.
-    """
-    result = {}
-    for entry in filter(None, (part.strip() for part in (c.options or "").split(","))):
-        name, _, number = entry.partition("=")
-        try:
-            result[name.strip()] = float(number)
-            if not math.isfinite(result[name.strip()]):
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"loss.options={c.options!r}: numbers by name are wanted, as alpha=0.5") from None
-    return result
+    """loss.options, which is name=number,name=number, as {name: number}."""
+    entries = [part.partition("=") for part in (c.options or "").split(",") if part.strip()]
+    with contextlib.suppress(ValueError):
+        numbers = {name.strip(): float(number) for name, _, number in entries}
+        if all(map(math.isfinite, numbers.values())):
+            return numbers
+    raise ValueError(f"loss.options={c.options!r}: numbers by name are wanted, as alpha=0.5")
 
 
 def make(c: Config) -> losses.Loss:
@@ -99,7 +83,7 @@ def takes_score(c: Config) -> bool:
     return "score" in _parameters(find(c.name))
 
 
-# --- checks --------------------------------------------------------------------------------------
+# --- checks: each `…_problem` returns what is wrong, or "" ---------------------------------------
 
 _ROWS = 8
 
@@ -116,13 +100,12 @@ def check(c: Config, mesh: jax.sharding.Mesh | None = None) -> None:
     """
     loss, names, chosen = find(c.name), roles(c), options(c)
     problem = _signature_problem(loss, chosen) or _roles_problem(c, names)
+    to_try = ":" in c.name and not problem
     try:
-        if ":" in c.name and not problem:
-            if mesh is None:
-                problems = [_values_problem(c, names, beta) for beta in dict.fromkeys(c.beta)]
-                problem = next(filter(None, problems), "")
-            else:
-                _trace_on_mesh(c, names, mesh)
+        if to_try and mesh is not None:
+            _trace_on_mesh(c, names, mesh)
+        elif to_try:
+            problem = next(filter(None, [_values_problem(c, names, beta) for beta in dict.fromkeys(c.beta)]), "")
     except Exception as error:  # a user's own loss can raise anything
         problem = _error_problem(error, names)
     if problem:
@@ -130,7 +113,6 @@ def check(c: Config, mesh: jax.sharding.Mesh | None = None) -> None:
 
 
 def _signature_problem(loss: losses.Loss, chosen: Mapping[str, float]) -> str:
-    """What is wrong with the loss's parameters; "" for nothing."""
     parameters = _parameters(loss)
     if not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return ""
@@ -143,7 +125,7 @@ def _signature_problem(loss: losses.Loss, chosen: Mapping[str, float]) -> str:
 
 
 def _roles_problem(c: Config, names: Sequence[str]) -> str:
-    """What is wrong with the answers that the rows have; "" for nothing."""
+    """Whether the rows have the answers that the loss needs."""
     wanted = losses.ROLES.get(c.name, losses.PAIR) if c.name in losses.LOSSES else ()
     if lacking := [role for role in wanted if role not in names]:
         return f"it wants {', '.join(wanted)}, and loss.answers={c.answers!r} leaves out {lacking[0]}"
@@ -153,7 +135,7 @@ def _roles_problem(c: Config, names: Sequence[str]) -> str:
 
 
 def _values_problem(c: Config, names: tuple[str, ...], beta: float) -> str:
-    """What is wrong with the values and gradients of a few rows; "" for nothing."""
+    """Whether values and gradients of a few rows can be trained on."""
     loss, kind = make(c), logps_type(names)
     rng = np.random.default_rng(0)
     opponent = rng.uniform(-60, -5, (len(names), _ROWS)).astype(np.float32)
@@ -183,10 +165,7 @@ def _values_problem(c: Config, names: tuple[str, ...], beta: float) -> str:
     # Values are about β × 60 nats.
     same = functools.partial(np.allclose, rtol=1e-4, atol=1e-3 * max(1.0, beta))
     if not same(values, first):  # the loss was traced twice
-        return (
-            "the same log-probs give another loss each time: it has to be a function of its arguments "
-            "alone, without random numbers or state"
-        )
+        return "the same log-probs give another loss each time: it may depend on neither random numbers nor state"
     fewer = jax.jit(functools.partial(value, rows=_ROWS // 2))(away, np.float32(beta))
     if not same(first[: _ROWS // 2], fewer):
         return (
@@ -199,7 +178,6 @@ def _values_problem(c: Config, names: tuple[str, ...], beta: float) -> str:
 
 
 def _shape_problem(values: Any) -> str:
-    """What is wrong with the shape and dtype of the loss; "" for nothing."""
     shape = getattr(values, "shape", None)
     if shape is None:
         return f"it returns {type(values).__name__}: an array [B] is wanted, a number a row"

@@ -42,8 +42,7 @@ def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array,
         is_owner = owners[..., None] == jnp.arange(1, G * A + 1)
         return jnp.sum(jnp.where(is_owner, token_logps[..., None], 0.0), axis=1)
 
-    def zeros(predictors, targets, owners):
-        del predictors, targets, owners
+    def zeros(*_):
         return jnp.zeros((N, G * A), out_sharding=sharding.spec("batch", None))
 
     @jax.checkpoint  # the backward pass computes the logits again, so that they are never stored
@@ -52,8 +51,11 @@ def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array,
         return total + jax.lax.cond(has_tokens, chunk_logps, zeros, *chunk), None
 
     chunks = _split_into_chunks(rows, decoder.config.vocab_size)
-    total, _ = jax.lax.scan(add_chunk, zeros(*chunks), chunks)
+    total, _ = jax.lax.scan(add_chunk, zeros(), chunks)
     return total.reshape(N, G, A)
+
+
+score_rows = jax.jit(response_logps, static_argnames="decoder")
 
 
 def _chunk_logits(
@@ -67,11 +69,7 @@ def _chunk_logits(
 
 
 def _split_into_chunks(rows: Rows, vocab_size: int) -> tuple[Array, Array, Array]:
-    """Splits the response tokens into chunks.
-
-    Returns:
-        predictors, targets and owners, each [chunks, N, columns].
-    """
+    """Splits the response tokens: (predictors, targets, owners), each [chunks, N, columns]."""
     N, R = rows.owners.shape
     rows_per_shard = N // sharding.batch_shards()
     columns = max(1, min(_CHUNK_LOGITS // (rows_per_shard * vocab_size), R))
@@ -86,18 +84,11 @@ def _split_into_chunks(rows: Rows, vocab_size: int) -> tuple[Array, Array, Array
     return split(rows.predictors), split(rows.targets), split(rows.owners)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder",))
-def score_rows(decoder: Decoder, params: Params, rows: Rows) -> Float[Array, "N G A"]:
-    """`response_logps` as a compiled program."""
-    return response_logps(decoder, params, rows)
-
-
-@functools.partial(jax.jit, static_argnames=("decoder",))
+@functools.partial(jax.jit, static_argnames="decoder")
 def score_tokens(decoder: Decoder, params: Params, rows: Rows) -> tuple[Float[Array, "N R"], Bool[Array, "N R"]]:
     """log p of each response token, and whether no other token was likelier; 0 and False where there is none.
 
-    Args:
-        rows: `lengths` and `items` are not read, and may be None.
+    `lengths` and `items` of the rows are not read, and may be None.
     """
     hidden, _ = forward(decoder, params, rows.tokens, rows.layout)
     head = output_head(decoder, params)
@@ -109,8 +100,7 @@ def score_tokens(decoder: Decoder, params: Params, rows: Rows) -> tuple[Float[Ar
         logps = target_logits - jax.nn.logsumexp(logits, axis=-1)
         return jnp.where(is_token, logps, 0.0), greedy & is_token
 
-    def zeros_and_false(predictors, targets, owners):
-        del targets, owners
+    def zeros_and_false(predictors, *_):
         zeros = jnp.zeros(predictors.shape, out_sharding=sharding.spec("batch", None))
         return zeros, zeros > 0
 
@@ -140,8 +130,7 @@ def score_groups(
 
     Args:
         unattended: a token id that no token attends to (only for `config.official`).
-        on_batch: called after each micro-batch with the number of groups in it. It may raise an exception to
-            stop the scoring.
+        on_batch: called after each micro-batch with the number of groups in it; it may raise to stop.
 
     Raises:
         ValueError: a group is longer than a row.
@@ -156,14 +145,10 @@ def score_groups(
     return scores
 
 
-@functools.partial(jax.jit, static_argnames=("decoder",))
+@functools.partial(jax.jit, static_argnames="decoder")
 def _logits(decoder: Decoder, params: Params, tokens: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T V"]:
     hidden, _ = forward(decoder, params, tokens, layout)
     return project(hidden, output_head(decoder, params))
-
-
-def _decoder(model: Model) -> Decoder:
-    return Decoder(model.config, dtype=model.dtype)
 
 
 def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
@@ -187,7 +172,8 @@ def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
     layout = Layout(np.broadcast_to(np.arange(T, dtype=np.int32), filled.shape), np.ones_like(filled))
     with jax.set_mesh(model.mesh):
         placed = sharding.put_batch(model.mesh, (filled, layout))
-        host = sharding.to_host(_logits(_decoder(model), model.params, *placed))[:B]
+        decoder = Decoder(model.config, dtype=model.dtype)
+        host = sharding.to_host(_logits(decoder, model.params, *placed))[:B]
     # The result is on one device and outside of the mesh, so that users can compute with it as they like.
     return jnp.asarray(host)
 
@@ -209,7 +195,6 @@ def score(model: Model, conversations: Sequence[list[Message]], *, batch_size: i
         return np.zeros(0, np.float32)
     groups = [Group(prompt, (response,)) for prompt, response in encoded]
     length = bucket(max(len(prompt) + len(response) for prompt, response in encoded))
-    shards = sharding.batch_shards(model.mesh)
-    batch_size = min(batch_size, len(groups))
-    shape = RowShape(round_up(batch_size, shards), length, -(-length // 8))
-    return score_groups(_decoder(model), model.params, groups, shape, model.mesh)[:, 0]
+    rows = round_up(min(batch_size, len(groups)), sharding.batch_shards(model.mesh))
+    shape, decoder = RowShape(rows, length, -(-length // 8)), Decoder(model.config, dtype=model.dtype)
+    return score_groups(decoder, model.params, groups, shape, model.mesh)[:, 0]

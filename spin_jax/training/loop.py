@@ -53,16 +53,17 @@ def fit(
 
     Raises:
         Interrupted: `loop.should_stop` returned a signal; the state has been saved.
-        NotFinite: too many steps in a row were not finite. They did not change the state, and the last
-            checkpoint is kept.
+        NotFinite: too many steps in a row were not finite; they did not change the state.
     """
     arguments = {name: np.float32(value) for name, value in scalars.items()}
-    pending: tuple[int, Metrics, Any] | None = None
+    pending: tuple[int, Metrics, Any] | None = None  # a step that has not been reported
     last_report, waited = time.perf_counter(), 0.0  # seconds waited for batches since the last report
 
-    def report(finished: tuple[int, Metrics, Any]) -> None:
-        nonlocal last_report, waited
-        number, metrics, batch = finished
+    def report() -> None:
+        nonlocal pending, last_report, waited
+        if pending is None:
+            return
+        (number, metrics, batch), pending = pending, None
         values = {name: float(value) for name, value in metrics.items()}  # waits for the device
         now = time.perf_counter()
         seconds, last_report = now - last_report, now
@@ -83,23 +84,18 @@ def fit(
             waited += time.perf_counter() - asked_at
             placed = sharding.put_batch(mesh, batch, axis=1)
             state, metrics = step(state, placed, learning_rates[number], arguments, frozen)
-            # The device works on this step while the host reports the previous one.
-            if pending is not None:
-                report(pending)
-            pending = (number, metrics, batch)
-            done = number + 1
+            report()  # of the previous step, while the device works on this one
+            pending, done = (number, metrics, batch), number + 1
             # Several processes agree on the signal one step later; a single process knows it now.
             earlier, signal = signal, loop.should_stop()
             stop = done < loop.steps and (int(earlier) or (signal if isinstance(signal, int) else 0))
             if stop or (done % loop.save_every == 0 and done < loop.steps):
-                report(pending)
-                pending = None
+                report()
                 checkpoints.save(done, state)
                 last_report = time.perf_counter()  # saving does not count as a step's time
             if stop:
                 raise Interrupted(stop)
             if pending is None:
                 checkpoints.check_room(state)  # room for the next checkpoint, while nothing would be lost
-        if pending is not None:
-            report(pending)
+        report()
     return state

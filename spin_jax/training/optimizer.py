@@ -1,7 +1,6 @@
 """How parameters follow gradients: optimizers, learning-rate schedules and clipping.
 
-To add another optimizer, add an entry to OPTIMIZERS. No other file has to be edited: the check of
-`train.optimizer` and the memory plan read this table.
+To add another optimizer, add an entry to OPTIMIZERS: the check of `train.optimizer` and the memory plan read it too.
 """
 
 import dataclasses
@@ -56,8 +55,7 @@ class Optimization:
 
         The formulas are those of transformers' schedulers: with a warm-up, the rate of step 0 is 0.
         """
-        warmup = int(np.ceil(total * self.warmup_ratio))
-        peak = self.learning_rate
+        warmup, peak = int(np.ceil(total * self.warmup_ratio)), self.learning_rate
         after = {
             "linear": optax.linear_schedule(peak, 0.0, max(total - warmup, 1)),
             "cosine": optax.cosine_decay_schedule(peak, max(total - warmup, 1)),
@@ -87,10 +85,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         moments=1,
     ),
     "adamw": Optimizer(
-        lambda o: [
-            optax.scale_by_adam(o.momentum, o.decay, eps=o.eps),
-            optax.add_decayed_weights(o.weight_decay),
-        ],
+        lambda o: [optax.scale_by_adam(o.momentum, o.decay, eps=o.eps), optax.add_decayed_weights(o.weight_decay)],
         moments=2,
     ),
     "adafactor": Optimizer(

@@ -1,13 +1,12 @@
 """Packs prompts and answers into rows of a fixed shape. It uses NumPy only, and no device.
 
-A row holds several groups. A group is a prompt, which stands there once, followed by its answers: one in SFT,
-two in self-play. So only the end of a row is padding, and no prompt is computed twice. `models/attention.py`
-keeps the answers apart, and `log_probs.py` adds up the log-probabilities of each answer. First-fit-decreasing
-fills the rows.
+A row holds several groups. A group is a prompt, which stands there once, followed by its answers: one in SFT, two in
+self-play. So only the end of a row is padding, and no prompt is computed twice. `models/attention.py` keeps the
+answers apart, and `log_probs.py` adds up the log-probabilities of each answer.
 
-Axes: N rows of a micro-batch, T tokens, R response tokens (R = T), G groups of a row, A answers of a group,
-U tokens of a row in which every answer has its own prompt. The fields of `Rows` are NumPy arrays on the host
-and JAX arrays in a step.
+Axes: N rows of a micro-batch, T tokens, R response tokens (R = T), G groups of a row, A answers of a group, U tokens
+of a row in which every answer has its own prompt. The fields of `Rows` are NumPy arrays on the host and JAX arrays in
+a step.
 """
 
 from collections.abc import Sequence
@@ -82,22 +81,20 @@ def group_sizes(groups: Sequence[Group]) -> np.ndarray:
 
 
 def pack(wanted: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
-    """Decides which groups stand in which row, by first-fit-decreasing.
+    """The numbers of the groups in each row, by first-fit-decreasing.
 
     Args:
         wanted: the sizes of the groups, from `sizes`.
         capacity: how much a row holds, in the same measures.
 
-    Returns:
-        for each row, the numbers of its groups.
-
     Raises:
         ValueError: a group does not fit an empty row.
     """
-    too_large = np.flatnonzero((wanted > capacity).any(axis=1))
-    if len(too_large):
+    too_large = (wanted > capacity).any(axis=1)
+    if too_large.any():
+        item = np.argmax(too_large)
         raise ValueError(
-            f"group {too_large[0]} takes {wanted[too_large[0]].tolist()} (tokens, unshared tokens, groups) "
+            f"group {item} takes {wanted[item].tolist()} (tokens, unshared tokens, groups) "
             f"of a row that holds {capacity.tolist()}"
         )
     left = np.empty((len(wanted), len(capacity)), np.int64)  # what is left of each row opened so far
@@ -114,13 +111,10 @@ def pack(wanted: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
 
 
 def packed(groups: Sequence[Group], shape: RowShape, unattended: int | None = None) -> list[Rows]:
-    """Packs groups into as many micro-batches as they need.
+    """Packs groups into as many micro-batches as they need; ValueError names a group that is longer than a row.
 
     Args:
         unattended: a token id that no token attends to (only for `config.official`).
-
-    Raises:
-        ValueError: a group is longer than a row.
     """
     wanted = group_sizes(groups)
     rows: list[list[int]] = []
@@ -138,15 +132,8 @@ def _microbatch(groups: Sequence[Group], chosen: list[list[int]], shape: RowShap
     def zeros(*dims: int) -> np.ndarray:
         return np.zeros((N, *dims), np.int32)
 
-    rows = Rows(
-        tokens=zeros(T),
-        layout=Layout(zeros(T), zeros(T), zeros(T), zeros(U) if U else None),
-        predictors=zeros(T),
-        targets=zeros(T),
-        owners=zeros(T),
-        lengths=zeros(G, A),
-        items=zeros(G),
-    )
+    layout = Layout(zeros(T), zeros(T), zeros(T), zeros(U) if U else None)
+    rows = Rows(zeros(T), layout, zeros(T), zeros(T), zeros(T), lengths=zeros(G, A), items=zeros(G))
     for row, members in enumerate(chosen):
         _fill_row(jax.tree.map(lambda field, row=row: field[row], rows), groups, members, unattended)
     return rows

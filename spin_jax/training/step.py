@@ -1,6 +1,7 @@
 """The training step, which `make_step` jits. The loop over the steps is in `loop.py`.
 
-An objective computes the loss of a batch; the step is the same for self-play and SFT.
+An objective computes the loss of a micro-batch as a sum, and `size` counts what the sums over the whole batch are
+divided by. The step casts its copies of the weights to the dtype of the objective's decoder.
 
 Axes: M micro-batches of a step, N rows of a micro-batch, G groups of a row, A answers of a group, B = N · G.
 """
@@ -8,7 +9,7 @@ Axes: M micro-batches of a step, N rows of a micro-batch, G groups of a row, A a
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,23 +34,6 @@ Metrics = dict[str, Array]
 # --- objectives ----------------------------------------------------------------------------------
 
 
-class Objective(Protocol):
-    """Computes the loss of a batch as a sum, so that the micro-batches add up to the whole batch."""
-
-    @property
-    def decoder(self) -> Decoder:
-        """The model. The step casts its copies of the weights to this decoder's dtype."""
-        ...
-
-    def size(self, batch: Any) -> Array:
-        """The number that the sums are divided by, counted over the whole batch: []."""
-        ...
-
-    def __call__(self, params: Params, batch: Any, **scalars: Array) -> tuple[Array, Metrics]:
-        """(summed loss [], summed metrics {name: []}) of one micro-batch."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class SPIN:
     """The paper's objective: the mean over pairs of ℓ(policy, opponent). Other losses of pairs use it too."""
@@ -63,6 +47,7 @@ class SPIN:
         return jnp.sum(batch.rows.items > 0)
 
     def __call__(self, params: Params, batch: PairBatch, **scalars: Array) -> tuple[Array, Metrics]:
+        """(summed loss [], summed metrics {name: []}) of one micro-batch."""
         logps = response_logps(self.decoder, params, batch.rows)
         policy, opponent = (self._by_role(x) for x in (logps, batch.opponent))
         score = sharding.merged_rows(batch.score)
@@ -94,8 +79,10 @@ class SFT:
         return jnp.sum(batch.lengths)
 
     def __call__(self, params: Params, batch: Rows, **scalars: Array) -> tuple[Array, Metrics]:
-        del scalars
         return -jnp.sum(response_logps(self.decoder, params, batch)), {}
+
+
+Objective = SPIN | SFT
 
 
 class TrainState(NamedTuple):
@@ -110,15 +97,13 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 def make_step(objective: Objective, options: Optimization) -> Step:
     """The jitted training step: step(state, batch, learning_rate, scalars, frozen) → (state, metrics).
 
-    `batch` holds arrays [M, N, …]. The micro-batches that are not empty run one after another, and their
-    gradients are added up in float32. `state` is donated. `scalars` are passed to the objective. `frozen` are
-    the weights under the adapters, or None. The metrics belong to the parameters before the update.
+    `batch` holds arrays [M, N, …]. The micro-batches that are not empty run one after another, and their gradients are
+    added up in float32. `state` is donated. `frozen` are the weights under the adapters, or None. The metrics belong
+    to the parameters before the update. Learning rate and scalars (β), which the objective gets, are arguments, so
+    that all iterations share one program.
 
-    Learning rate and scalars (β) are arguments, so that all iterations share one program. The shardings are
-    part of the arguments' types.
-
-    A step whose loss or gradient is not finite changes neither the parameters nor the optimizer's state; the
-    metric `skipped` counts such steps in a row.
+    A step whose loss or gradient is not finite changes neither the parameters nor the optimizer's state; the metric
+    `skipped` counts such steps in a row.
     """
     # Learning rate and epochs do not change the program, so iterations that differ in them share it.
     options = dataclasses.replace(options, learning_rate=0.0, epochs=1, schedule_epochs=None)
@@ -130,11 +115,7 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
     optimizer = make_optimizer(options)
 
     def step(
-        state: TrainState,
-        batch: Any,
-        learning_rate: Array,
-        scalars: Mapping[str, Array],
-        frozen: Params | None = None,
+        state: TrainState, batch: Any, learning_rate: Array, scalars: Mapping[str, Array], frozen: Params | None = None
     ):
         size = objective.size(batch)
         cast = copies(state.params if frozen is None else frozen, objective.decoder.dtype)
@@ -156,9 +137,8 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
         opt_state = jax.tree.map(functools.partial(jnp.where, finite), after, before)
         opt_state = sharding.to_host_memory(opt_state) if options.offload else opt_state
         params = jax.tree.map(lambda w, d: jnp.where(finite, w - learning_rate * d, w), state.params, directions)
-        skipped = jnp.where(finite, 0, state.skipped + 1)
-        metrics["skipped"] = skipped
-        return TrainState(params, opt_state, skipped), metrics
+        metrics["skipped"] = jnp.where(finite, 0, state.skipped + 1)
+        return TrainState(params, opt_state, metrics["skipped"]), metrics
 
     return jax.jit(step, donate_argnums=0)
 
@@ -170,15 +150,14 @@ def summed_gradients(
     count: Array | int,
     in_place: bool = True,
 ) -> tuple[Params, Metrics]:
-    """Adds up the gradients and metrics of the first `count` micro-batches of a batch.
+    """Adds up the gradients and metrics of the first `count` micro-batches of a batch [M, …].
 
     Args:
         loss: a function (parameters, a micro-batch) → (loss [], metrics {name: []}).
         params: the weights of the model, or its adapters; the sums have their dtypes.
-        batch: arrays [M, …].
-        in_place: whether the backward pass adds the gradients of the layers, which are nearly all, directly
-            to the sums, so that no second tree of them exists. Then `loss` must pass "layers" to the decoder
-            unchanged, because JAX 0.10 confuses gradients written to a reference with returned gradients.
+        in_place: whether the backward pass adds the gradients of the layers, which are nearly all, directly to the
+            sums, so that no second tree of them exists. Then `loss` must pass "layers" to the decoder unchanged,
+            because JAX 0.10 confuses gradients written to a reference with returned gradients.
     """
     sums = jax.tree.map(jnp.zeros_like, params)
     layer_refs = {"layers": jax.tree.map(jax.new_ref, sums.pop("layers"))} if in_place else {}
