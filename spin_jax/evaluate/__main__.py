@@ -22,11 +22,13 @@
 Exit codes: 0 done, 1 failed, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
+import functools
 import os
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
@@ -35,7 +37,8 @@ from spin_jax.cli import explain, fail, parse, set_up_jax
 from spin_jax.evaluate.leaderboard import COLUMNS, LEADERBOARD, leaderboard_table
 from spin_jax.runtime.interrupts import Interrupts, say
 
-_MODEL = flags.DEFINE_string("model", None, "Hugging Face directory or hub id.")
+# Any in place of `str | None`: `read_flags` checks that those are set that are needed.
+_MODEL: flags.FlagHolder[Any] = flags.DEFINE_string("model", None, "Hugging Face directory or hub id.")
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "Of the computation; unset: that of the checkpoint."
@@ -43,10 +46,7 @@ _DTYPE = flags.DEFINE_enum(
 _TASKS = flags.DEFINE_list("tasks", None, f"Tasks, groups or tags of the harness, or {LEADERBOARD}.")
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Directory with task files of your own (YAML).")
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot",
-    None,
-    "Examples before each question; unset: the number that the task states.",
-    lower_bound=0,
+    "num_fewshot", None, "Examples before each question; unset: the number that the task states.", lower_bound=0
 )
 _CHAT = flags.DEFINE_bool("apply_chat_template", False, "Ask tasks in the model's chat format.")
 _QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file of question_id, category and turns.")
@@ -58,73 +58,54 @@ _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 32, "Answers in progress at a time for each copy of the weights.", lower_bound=1
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random numbers where answers are sampled.", lower_bound=0)
-_OUTPUT = flags.DEFINE_string("output", None, "File for the results (JSON) or the answers (JSONL).")
+_OUTPUT: flags.FlagHolder[Any] = flags.DEFINE_string(
+    "output", None, "File for the results (JSON) or the answers (JSONL)."
+)
 
 USAGE = "usage: python -m spin_jax.evaluate --model=DIR --tasks=gsm8k,hellaswag [--output=FILE] [--flag=value …]"
-_PACKAGES = ("spin_jax", "jax", "lm_eval", "transformers")  # --output states their versions
 
 
-class Request(NamedTuple):
-    """A request, as the flags state it."""
-
-    model: str
-    tasks: list[str]  # empty where there are questions; LEADERBOARD is replaced by its six tasks
-    leaderboard: bool  # whether LEADERBOARD was among the tasks
-    questions: str | None
-    output: str | None
-
-
-def read_flags() -> Request:
-    """Raises ValueError for flags that do not go together."""
+def read_flags() -> list[str]:
+    """The tasks; none where there are questions. Raises ValueError for flags that do not go together."""
     tasks = [task.strip() for task in _TASKS.value or []]
     if not _MODEL.value or bool(tasks) == bool(_QUESTIONS.value):
         raise ValueError(f"--model is needed, and --tasks or --questions\n{USAGE}")
     if _QUESTIONS.value and not _OUTPUT.value:
         raise ValueError("--questions needs --output: a file like model_answer/NAME.jsonl")
-    leaderboard = LEADERBOARD in tasks
-    if leaderboard:
-        if _NUM_FEWSHOT.value is not None or _CHAT.value:
-            raise ValueError(f"{LEADERBOARD} goes with neither --num_fewshot nor --apply_chat_template")
-        place = tasks.index(LEADERBOARD)
-        tasks[place : place + 1] = COLUMNS
-    return Request(_MODEL.value, list(dict.fromkeys(tasks)), leaderboard, _QUESTIONS.value, _OUTPUT.value)
+    if LEADERBOARD in tasks and (_NUM_FEWSHOT.value is not None or _CHAT.value):
+        raise ValueError(f"{LEADERBOARD} goes with neither --num_fewshot nor --apply_chat_template")
+    return tasks
 
 
-class Inputs(NamedTuple):
-    """Everything that the computation reads, loaded and checked."""
-
-    model: Any  # model.Model
-    tasks: Any  # tasks.Tasks; None where there are questions
-    questions: list  # of mt_bench.Question
-
-
-def load_inputs(request: Request) -> Inputs:
-    """Checks that the output can be written, loads tasks or questions, and loads the weights at the end.
+def prepare(names: list[str]) -> Callable[[], None]:
+    """Checks that the output can be written, loads tasks or questions, and at the end the weights; returns the work.
 
     Raises:
         ValueError, FileNotFoundError: an input is wrong; the message names the flag, or the file and row.
     """
-    from spin_jax.evaluate import mt_bench
     from spin_jax.models import loading
     from spin_jax.runtime import processes
 
-    if (output := request.output) is not None:
+    if (output := _OUTPUT.value) is not None:
         processes.by_first(lambda: check_output(output))
-    model, _ = loading.describe(request.model, _REVISION.value, dtype=_DTYPE.value)
-    tasks, questions = None, []
-    if request.questions:
+    model, _ = loading.describe(_MODEL.value, _REVISION.value, dtype=_DTYPE.value)
+    if _QUESTIONS.value:
+        from spin_jax.evaluate import mt_bench
+
         if model.tokenizer.chat_template is None:
-            raise ValueError(f"{request.model}: the tokenizer has no chat template")
-        questions = mt_bench.read_questions(request.questions, _LIMIT.value)
+            raise ValueError(f"{_MODEL.value}: the tokenizer has no chat template")
+        work = functools.partial(answer_questions, mt_bench.read_questions(_QUESTIONS.value, _LIMIT.value))
     else:
         from spin_jax.evaluate.tasks import check_model, load_tasks  # they need lm_eval, which is optional
 
-        leaderboard = {task: column.num_fewshot for task, column in COLUMNS.items()}
-        num_fewshot = leaderboard if request.leaderboard else _NUM_FEWSHOT.value
-        tasks = load_tasks(request.tasks, include_path=_INCLUDE_PATH.value, num_fewshot=num_fewshot)
+        leaderboard = LEADERBOARD in names
+        published = {task: column.num_fewshot for task, column in COLUMNS.items()}
+        num_fewshot = published if leaderboard else _NUM_FEWSHOT.value
+        names = [task for name in names for task in (COLUMNS if name == LEADERBOARD else [name])]
+        tasks = load_tasks(names, include_path=_INCLUDE_PATH.value, num_fewshot=num_fewshot)
         check_model(tasks, model, _CHAT.value)
-    model = loading.load(request.model, _REVISION.value, dtype=_DTYPE.value)
-    return Inputs(model, tasks, questions)
+        work = functools.partial(run_tasks, tasks, leaderboard)
+    return functools.partial(work, loading.load(_MODEL.value, _REVISION.value, dtype=_DTYPE.value))
 
 
 def check_output(path: str) -> None:
@@ -144,34 +125,27 @@ def check_output(path: str) -> None:
         raise ValueError(f"--output={path} cannot be written: {error}") from error
 
 
-def answer_questions(request: Request, inputs: Inputs) -> None:
+def answer_questions(questions: list, model: Any) -> None:
     """Answers the questions and writes the answers."""
     from spin_jax.evaluate import mt_bench
     from spin_jax.runtime import processes
     from spin_jax.storage import files
 
-    assert request.output is not None
-    name = os.path.splitext(os.path.basename(request.output))[0]
+    name = os.path.splitext(os.path.basename(_OUTPUT.value))[0]
     rows = mt_bench.answer_questions(
-        inputs.model,
-        inputs.questions,
-        name,
-        batch_size=_BATCH_SIZE.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        seed=_SEED.value,
+        model, questions, name, batch_size=_BATCH_SIZE.value, max_new_tokens=_MAX_NEW_TOKENS.value, seed=_SEED.value
     )
-    files.write_jsonl(request.output, rows)
-    processes.say(f"{request.output}: answers of {name} to {len(rows)} questions")
+    files.write_jsonl(_OUTPUT.value, rows)
+    processes.say(f"{_OUTPUT.value}: answers of {name} to {len(rows)} questions")
 
 
-def run_tasks(request: Request, inputs: Inputs) -> None:
+def run_tasks(tasks: Any, leaderboard: bool, model: Any) -> None:
     """Evaluates the model on the tasks, and prints and writes the results."""
     from spin_jax.evaluate import harness
     from spin_jax.evaluate.tasks import flat_metrics, results_table
     from spin_jax.runtime import processes
     from spin_jax.storage import files
 
-    model, tasks = inputs.model, inputs.tasks
     start = time.perf_counter()
     results = harness.evaluate(
         model,
@@ -183,7 +157,7 @@ def run_tasks(request: Request, inputs: Inputs) -> None:
         stderr=True,
     )
     report = {
-        "model": request.model,
+        "model": _MODEL.value,
         "revision": model.revision,
         "dtype": str(model.dtype),
         "metrics": flat_metrics(results, tasks),
@@ -195,18 +169,17 @@ def run_tasks(request: Request, inputs: Inputs) -> None:
         "apply_chat_template": _CHAT.value,
         "seconds": round(time.perf_counter() - start, 1),
         "devices": f"{model.mesh.size} × {model.mesh.devices.flat[0].device_kind}",
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {name: metadata.version(name) for name in ("spin_jax", "jax", "lm_eval", "transformers")},
     }
     processes.say(results_table(results, tasks))
-    if request.leaderboard:
-        processes.say("\n" + leaderboard_table(report["all"], request.model))
-    if request.output:
-        files.write_json(request.output, report)
+    if leaderboard:
+        processes.say("\n" + leaderboard_table(report["all"], _MODEL.value))
+    if _OUTPUT.value:
+        files.write_json(_OUTPUT.value, report)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit code: 0 done, 1 failed, 2 bad input; 130 and 143 stopped."""
-    argv = sys.argv if argv is None else argv
+def main() -> int:
+    """Runs the command line; returns its exit code."""
 
     def quit_now(number: int) -> None:
         say("\ninterrupted")
@@ -214,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
 
     interrupts = Interrupts(quit_now)
     try:
-        request = parse(argv, read_flags)
+        names = parse(sys.argv, read_flags)
         set_up_jax(config_lib.default())
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
@@ -223,9 +196,9 @@ def main(argv: list[str] | None = None) -> int:
     interrupts.listen()  # where there are several processes, JAX has taken SIGTERM for itself
     work_began = False
     try:
-        inputs = load_inputs(request)
+        work = prepare(names)
         work_began = True
-        answer_questions(request, inputs) if request.questions else run_tasks(request, inputs)
+        work()
     except Exception as error:
         return processes.leave(error, explain(error, work_began))
     return 0

@@ -3,10 +3,9 @@
     tasks.check_tasks(["gsm8k"])
     harness.run_tasks(model, ["gsm8k"], limit=100)  # {"gsm8k/exact_match/strict-match": 0.37, …}
 
-The model gets the same tokens as from the harness's own `hf` backend: special tokens, the space between
-context and continuation, left truncation and stop strings agree. The computation is our own: a context is
-read once for all its continuations, several requests share a row, and as soon as a generated answer ends,
-the next one takes its place.
+The model gets the same tokens as from the harness's own `hf` backend: special tokens, the space between context and
+continuation, left truncation and stop strings agree. The computation is our own: a context is read once for all its
+continuations, several requests share a row, and as soon as a generated answer ends, the next one takes its place.
 
 Importing this module raises `HarnessNotInstalled` where lm_eval is not installed.
 Axes: N rows, R response tokens, A answers.
@@ -17,6 +16,7 @@ from spin_jax.evaluate.tasks import GenerationOptions, Tasks, check_model, flat_
 
 # isort: split
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -31,7 +31,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from spin_jax.data.chat_template import Template
-from spin_jax.data.records import Ids
 from spin_jax.errors import BadRow
 from spin_jax.evaluate.request_groups import classes_by_size, group_by_context
 from spin_jax.models.architecture import Model
@@ -40,10 +39,10 @@ from spin_jax.runtime import processes, sharding
 from spin_jax.runtime.console import progress
 from spin_jax.runtime.sharding import bucket
 from spin_jax.sampling.generate import BATCH_SIZE, answer, counting
-from spin_jax.sampling.next_token import Sampling, prompt_keys
+from spin_jax.sampling.next_token import prompt_keys
 from spin_jax.training.batch_shape import row_shape
 from spin_jax.training.log_probs import score_tokens
-from spin_jax.training.packing import Group, Rows, RowShape, group_sizes, packed
+from spin_jax.training.packing import Group, Rows, group_sizes, packed
 
 _TOKENS = 256  # tokens scored at a time, per answer of the batch size
 _GROUPS_IN_MEMORY = 4096  # groups that are packed together
@@ -61,21 +60,17 @@ def evaluate(
     stderr: bool = False,
     should_stop: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Evaluates a model on tasks.
+    """The harness's own dict of results of a model with weights, in every process.
 
     Args:
-        model: with weights.
         tasks: from `load_tasks`.
         limit: the number of questions of each task; the first ones are taken, None takes all.
         apply_chat_template: asks in the model's chat format, with few-shot examples as turns.
-        batch_size: answers in progress at a time for each copy of the weights; where requests are only
-            scored, a device takes 256 tokens in place of each answer.
+        batch_size: answers in progress at a time for each copy of the weights; where requests are only scored, a
+            device takes 256 tokens in place of each answer.
         seed: of the random numbers, where a task samples its answers.
         stderr: also estimates standard errors.
         should_stop: is called between batches, and may raise to stop.
-
-    Returns:
-        the harness's own dict of results, in every process.
 
     Raises:
         ValueError: the model cannot answer the tasks.
@@ -108,10 +103,7 @@ def run_tasks(
     seed: int = 0,
     should_stop: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Runs tasks, groups or tags on a model, with as many few-shot examples as they state.
-
-    Returns:
-        `flat_metrics` of the results, the same in every process.
+    """`flat_metrics` of tasks, groups or tags on a model, with as many few-shot examples as they state.
 
     Raises:
         ValueError: as in `load_tasks`, before anything is computed.
@@ -121,10 +113,7 @@ def run_tasks(
 
 
 class HarnessModel(TemplateLM):
-    """A model as the harness sees it.
-
-    Every process answers all requests with all devices, and the harness sees one process.
-    """
+    """A model as the harness sees it: in one process. Every process answers all requests with all devices."""
 
     def __init__(
         self,
@@ -139,6 +128,7 @@ class HarnessModel(TemplateLM):
         self.tokenizer = model.tokenizer
         self.max_length = model.config.max_position_embeddings
         self.batch_size = batch_size
+        self._tokens_per_device = _TOKENS * batch_size
         self._seed = seed
         self._should_stop = should_stop
         self._encodings: dict[str, list[int]] = {}  # of texts that the harness is about to encode
@@ -187,27 +177,22 @@ class HarnessModel(TemplateLM):
         self, strings: Sequence[str], bos: str | None, add_special_tokens: bool | None = None
     ) -> list[list[int]]:
         """Token ids of many strings; a string that begins with `bos` gets no special tokens by default."""
-
-        def gets_special_tokens(string: str) -> bool:
-            if add_special_tokens is None:
-                return not (bos and string.startswith(bos))
-            return add_special_tokens
-
+        specials = [add_special_tokens] * len(strings)
+        if add_special_tokens is None:
+            specials = [not (bos and string.startswith(bos)) for string in strings]
         ids: list[list[int]] = [[] for _ in strings]
-        for special in (True, False):
-            numbers = [n for n, string in enumerate(strings) if gets_special_tokens(string) == special]
-            if numbers:
-                texts = [strings[number] for number in numbers]
-                encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)
-                for number, row in zip(numbers, encoded["input_ids"], strict=True):
-                    ids[number] = row
+        for special in set(specials):
+            numbers = [number for number, own in enumerate(specials) if own == special]
+            texts = [strings[number] for number in numbers]
+            encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)
+            for number, row in zip(numbers, encoded["input_ids"], strict=True):
+                ids[number] = row
         return ids
 
     # log-likelihoods
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p of the continuation given the context, in nats; whether greedy decoding would write it)."""
-        del disable_tqdm
         pairs = [request.args for request in requests]
         # The harness encodes these texts one by one. Encoding them together takes a fraction of the time.
         texts = {text: None for c, k in pairs if c for text in (c + k, c.rstrip())}
@@ -220,7 +205,6 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts, read in windows of the model's length; each token is predicted once."""
-        del disable_tqdm
         bos = self.tokenizer.decode(self.prefix_token_id)
         texts = self._encode([request.args[0] for request in requests], bos)
         windows, owners = [], []
@@ -234,26 +218,26 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        del kwargs
         fitted = [self._fit(context, continuation) for _, context, continuation in requests]
         groups, members = group_by_context(fitted, self.max_length)
-        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        with progress("log-likelihoods", len(requests), unit="request") as bar:
-            sizes = np.array([len(prompt) + sum(map(len, answers)) for prompt, answers in groups])
-            tokens = self._tokens_per_device * sharding.batch_shards(self.model.mesh)
+        sizes = np.array([len(prompt) + sum(map(len, answers)) for prompt, answers in groups])
+        tokens = self._tokens_per_device * sharding.batch_shards(self.model.mesh)
+        logps, misses = np.zeros(len(requests)), np.zeros(len(requests))
+        with progress("log-likelihoods", len(requests), unit="request") as bar, jax.set_mesh(self.model.mesh):
             for numbers in classes_by_size(sizes, tokens):
-                logps, greedy = self._score(
-                    [groups[number] for number in numbers],
-                    on_batch=lambda done, of=numbers: bar.update(sum(len(members[of[i]]) for i in done)),
-                )
-                for row, group in enumerate(numbers):
-                    for column, request in enumerate(members[group]):
-                        answers[request] = float(logps[row, column]), bool(greedy[row, column])
-        return answers
-
-    @property
-    def _tokens_per_device(self) -> int:
-        return _TOKENS * self.batch_size
+                # [groups, A]: the request that each answer belongs to; −1 where a group has fewer answers than others.
+                asked = np.array([*itertools.zip_longest(*(members[n] for n in numbers), fillvalue=-1)]).T
+                batches: Any = itertools.chain(self._dispatch([groups[n] for n in numbers]), [None])
+                for (first, rows, scores), _ in itertools.pairwise(batches):  # the devices compute the next one
+                    self._should_stop()
+                    token_logps, greedy = map(sharding.to_host, scores)
+                    where = np.nonzero(rows.owners[:, : greedy.shape[1]])
+                    group, column = np.divmod(rows.owners[where] - 1, asked.shape[1])
+                    request = asked[first + rows.items[where[0], group] - 1, column]
+                    np.add.at(logps, request, token_logps[where])
+                    np.add.at(misses, request, ~greedy[where])
+                    bar.update(int(np.sum(asked[first + rows.items[rows.items > 0] - 1] >= 0)))
+        return list(zip(logps.tolist(), (misses == 0).tolist(), strict=True))
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """Cuts the context on the left, so that the model can read all tokens but the last."""
@@ -264,66 +248,17 @@ class HarnessModel(TemplateLM):
             )
         return context[-(self.max_length + 1 - len(continuation)) :] or [self.prefix_token_id], continuation
 
-    def _score(self, groups: list[Group], on_batch: Callable[[list[int]], object]) -> tuple[np.ndarray, np.ndarray]:
-        """(Σ log p, whether greedy decoding would write all tokens) of the answers, each [groups, A].
-
-        Args:
-            groups: contexts with their continuations.
-            on_batch: is called with the numbers of the groups that have been scored.
-        """
-        A = max(len(group.answers) for group in groups)
-        empty = np.zeros(0, np.int32)
-        groups = [g._replace(answers=g.answers + (empty,) * (A - len(g.answers))) for g in groups]
-        sums, misses = np.zeros(len(groups) * A), np.zeros(len(groups) * A)
-
-        def collect(first: int, rows: Rows, scores: Any) -> None:
-            self._should_stop()
-            logps, greedy = map(sharding.to_host, scores)
-            where = np.nonzero(rows.owners[:, : logps.shape[1]])
-            group, column = np.divmod(rows.owners[where] - 1, A)
-            index = (first + rows.items[where[0], group] - 1) * A + column
-            np.add.at(sums, index, logps[where])
-            np.add.at(misses, index, ~greedy[where])
-            on_batch((first + rows.items[rows.items > 0] - 1).tolist())
-
-        with jax.set_mesh(self.model.mesh):
-            running = None  # the batch that the devices compute while the host packs the next one
-            for dispatched in self._dispatch(groups):
-                if running is not None:
-                    collect(*running)
-                running = dispatched
-            if running is not None:
-                collect(*running)
-        return sums.reshape(-1, A), misses.reshape(-1, A) == 0
-
     def _dispatch(self, groups: list[Group]) -> Iterator[tuple[int, Rows, Any]]:
         """Starts the scoring of packed rows, all of one shape with rare exceptions.
 
         Yields:
-            the number of the first group that was packed with these rows, the rows, and their scores on the
-            devices.
+            the number of the first group that was packed with these rows, the rows, and their scores on the devices.
         """
-        mesh, shape = self.model.mesh, self._choose_shape(groups)
-        decoder, R = Decoder(self.model.config, dtype=self.model.dtype), 1
-        for first in range(0, len(groups), _GROUPS_IN_MEMORY):
-            parts = packed(groups[first : first + _GROUPS_IN_MEMORY], shape)
-            most = max(np.count_nonzero(rows.owners, axis=1).max() for rows in parts)
-            R = min(max(R, bucket(int(most))), shape.length)  # only few tokens of a row are scored
-            for rows in parts:
-                scored = rows._replace(
-                    predictors=rows.predictors[:, :R],
-                    targets=rows.targets[:, :R],
-                    owners=rows.owners[:, :R],
-                    lengths=None,
-                    items=None,
-                )
-                placed = sharding.put_batch(mesh, scored)
-                yield first, rows, score_tokens(decoder, self.model.params, placed)
-
-    def _choose_shape(self, groups: list[Group]) -> RowShape:
+        A, empty = max(len(group.answers) for group in groups), np.zeros(0, np.int32)
+        groups = [group._replace(answers=(*group.answers, *[empty] * (A - len(group.answers)))) for group in groups]
         sizes = group_sizes(groups)
         sample = sizes[np.random.default_rng(0).permutation(len(sizes))[:_SHAPE_SAMPLE]]
-        return row_shape(
+        shape = row_shape(
             self.model,
             sample,
             sizes.max(axis=0),
@@ -331,65 +266,53 @@ class HarnessModel(TemplateLM):
             batch_size=len(sample),
             tokens_per_device=self._tokens_per_device,
         )
+        decoder, R = Decoder(self.model.config, dtype=self.model.dtype), 1
+        for first in range(0, len(groups), _GROUPS_IN_MEMORY):
+            parts = packed(groups[first : first + _GROUPS_IN_MEMORY], shape)
+            most = max(np.count_nonzero(rows.owners, axis=1).max() for rows in parts)
+            R = min(max(R, bucket(int(most))), shape.length)  # only few tokens of a row are scored
+            for rows in parts:
+                few = {name: getattr(rows, name)[:, :R] for name in ("predictors", "targets", "owners")}
+                placed = sharding.put_batch(self.model.mesh, rows._replace(**few, lengths=None, items=None))
+                yield first, rows, score_tokens(decoder, self.model.params, placed)
 
     # generation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers, each up to its first stop string."""
-        del disable_tqdm
         defaults = self.model.generation_config
         options = [GenerationOptions.from_kwargs(request.args[1], defaults) for request in requests]
-        texts = [request.args[0] for request in requests]
+        encoded = self._encode([request.args[0] for request in requests], self.tokenizer.bos_token)
         prompts = [
             # Cut on the left, so that there is room for the longest answer that is allowed.
             np.array(ids[-(self.max_length - option.limit) :] or [self.prefix_token_id], np.int32)
-            for ids, option in zip(self._encode(texts, self.tokenizer.bos_token), options, strict=True)
+            for ids, option in zip(encoded, options, strict=True)
         ]
-        return self._generate_texts(prompts, options)
-
-    def _generate_texts(self, prompts: Sequence[Ids], options: Sequence[GenerationOptions]) -> list[str]:
-        """Answers to prompts; those that are sampled in the same way share a compiled program."""
-        alike: dict[Any, list[int]] = defaultdict(list)
+        alike: dict[Any, list[int]] = defaultdict(list)  # requests that share a compiled program
         for number, option in enumerate(options):
-            alike[option.sampling(), self._stop_tokens(option)].append(number)
+            alike[option.sampling, self._stop_tokens(option)].append(number)
         texts = [""] * len(prompts)
         with progress("answers", len(prompts), unit="request") as bar:
             for (sampling, stop_tokens), numbers in alike.items():
-                chosen = [options[number] for number in numbers]
-                keys = prompt_keys(self._seed, 0, numbers)  # by number: equal requests get different answers
-                answers = self._generate(
-                    [prompts[number] for number in numbers], chosen, sampling, stop_tokens, keys, bar.update
+
+                def stopped(place: int, tokens: list[int], numbers: list[int] = numbers) -> bool:
+                    until = options[numbers[place]].until
+                    return bool(until) and _text_before_stop(self._decode(tokens), until) is not None
+
+                answers = answer(
+                    self.model,
+                    [prompts[number] for number in numbers],
+                    prompt_keys(self._seed, 0, numbers),  # by number: equal requests get different answers
+                    sampling=sampling,
+                    stop_tokens=stop_tokens,
+                    limits=[options[number].limit for number in numbers],
+                    batch_size=self.batch_size,
+                    stopped=stopped,
+                    on_chunk=counting(bar.update, self._should_stop),
                 )
-                for number, option, tokens in zip(numbers, chosen, answers, strict=True):
-                    texts[number] = self._answer_text(tokens, option.until, stop_tokens)
+                for number, tokens in zip(numbers, answers, strict=True):
+                    texts[number] = self._answer_text(tokens.tolist(), options[number].until, stop_tokens)
         return texts
-
-    def _generate(
-        self,
-        prompts: Sequence[Ids],
-        options: Sequence[GenerationOptions],
-        sampling: Sampling,
-        stop_tokens: tuple[int, ...],
-        keys: Any,
-        on_done: Callable[[int], object],
-    ) -> list[Ids]:
-        """Answers that are all sampled in the same way; each has its own stop strings."""
-
-        def stopped(number: int, tokens: list[int]) -> bool:
-            until = options[number].until
-            return bool(until) and _text_before_stop(self._decode(tokens), until) is not None
-
-        return answer(
-            self.model,
-            prompts,
-            keys,
-            sampling,
-            stop_tokens=stop_tokens,
-            limits=[option.limit for option in options],
-            batch_size=self.batch_size,
-            stopped=stopped,
-            on_chunk=counting(on_done, self._should_stop),
-        )
 
     def _stop_tokens(self, options: GenerationOptions) -> tuple[int, ...]:
         """The model's stop tokens, and stop strings that are special tokens: no decoded text shows those."""
@@ -397,9 +320,9 @@ class HarnessModel(TemplateLM):
         special = {i for i, token in added if token.special and token.content in options.until}
         return tuple(sorted(special.union(self.model.stop_tokens)))
 
-    def _answer_text(self, tokens: Ids, until: Sequence[str], stop_tokens: tuple[int, ...]) -> str:
-        ended = len(tokens) and int(tokens[-1]) in stop_tokens
-        text = self._decode((tokens[:-1] if ended else tokens).tolist())
+    def _answer_text(self, tokens: list[int], until: Sequence[str], stop_tokens: tuple[int, ...]) -> str:
+        ended = tokens and tokens[-1] in stop_tokens
+        text = self._decode(tokens[:-1] if ended else tokens)
         before = _text_before_stop(text, (*until, self.tokenizer.decode(self.eot_token_id)))
         return text if before is None else before
 

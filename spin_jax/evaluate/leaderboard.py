@@ -7,9 +7,7 @@ LEADERBOARD = "leaderboard_v1"  # a name for all six in --tasks
 
 
 class Column(NamedTuple):
-    """One task: its title on the leaderboard, its number of few-shot examples and its metric."""
-
-    title: str
+    title: str  # on the leaderboard
     num_fewshot: int
     metric: str
 
@@ -36,9 +34,7 @@ PUBLISHED = {
 def leaderboard_table(metrics: Mapping[str, float], model_name: str) -> str:
     """A Markdown table of the six tasks and their mean, in percent: the paper's rows, then the model's.
 
-    Args:
-        metrics: numbers between 0 and 1 by task/metric; all six tasks are among them.
-        model_name: the title of the model's row.
+    `metrics` are numbers between 0 and 1 by task/metric.
     """
     own = tuple(100 * metrics[f"{task}/{column.metric}"] for task, column in COLUMNS.items())
     titles = [column.title for column in COLUMNS.values()]

@@ -27,13 +27,8 @@ def nll(
     """The negative log-likelihood of the human answers: the mean of −log p over their tokens, in nats.
 
     Args:
-        decoder: computes log-probabilities with `params`.
-        params: weights on `mesh`.
-        examples: prompts with human answers.
-        mesh: the devices.
         shape: the shape of the packed rows.
-        unattended: id of a token that no other token attends to, if there is one.
-        on_batch: as in `score_groups`.
+        unattended, on_batch: as in `score_groups`.
     """
     groups = [example_group(example) for example in examples]
     logps = score_groups(decoder, params, groups, shape, mesh, unattended=unattended, on_batch=on_batch)
@@ -41,17 +36,10 @@ def nll(
 
 
 def response_statistics(chat: Chat, examples: Sequence[Example], answers: Sequence[Ids]) -> dict[str, float]:
-    """Statistics of a model's own answers.
+    """Of a model's own answers: the mean length, and the shares that equal the human answer and that were cut.
 
     Args:
-        chat: knows which tokens end an answer.
-        examples: prompts with human answers.
         answers: the first answer to every example in order, then the second answer to every example, …
-
-    Returns:
-        response_tokens: mean length in tokens.
-        response_identical: share of answers that equal the human answer, token for token.
-        response_truncated: share of answers that were cut at max_new_tokens.
     """
     pairs = [(examples[i % len(examples)], answer) for i, answer in enumerate(answers)]
     return {
@@ -64,15 +52,11 @@ def response_statistics(chat: Chat, examples: Sequence[Example], answers: Sequen
 def kl(own: Float[np.ndarray, " answers"], reference: Float[np.ndarray, " answers"]) -> float:
     """An estimate of KL(model ‖ reference) in nats per answer, from log-probs of the model's own answers.
 
-    It is the mean of log p − log p_ref over answers sampled from p at temperature 1, without top-k or top-p.
-    Answers are cut at max_new_tokens, so it is the divergence between distributions of cut answers. The
-    estimate is unbiased, and 0 for equal models; near 0 it can be negative. The estimator "k3" of Schulman,
-    "Approximating KL divergence" (2020), r − 1 − log r with r = p_ref/p, is never negative but is meant for
-    single tokens: over whole answers log r is many nats, and one answer that the reference finds likelier
-    outweighs all others.
-
-    Args:
-        own: Σ log p of each answer under the model that sampled it.
-        reference: the same under the other model.
+    It is the mean of log p − log p_ref over answers sampled from p at temperature 1, without top-k or top-p: `own` is
+    Σ log p of each answer under the model that sampled it, `reference` the same under the other model. Answers are cut
+    at max_new_tokens, so it is the divergence between distributions of cut answers. The estimate is unbiased, and 0
+    for equal models; near 0 it can be negative. The estimator "k3" of Schulman, "Approximating KL divergence" (2020),
+    r − 1 − log r with r = p_ref/p, is never negative but is meant for single tokens: over whole answers log r is many
+    nats, and one answer that the reference finds likelier outweighs all others.
     """
     return float(np.mean(own.astype(np.float64) - reference))

@@ -1,8 +1,7 @@
 """Answers to questions of several turns (MT-Bench), in the files that FastChat's judges read.
 
-A question file has a JSON object on each line: `question_id`, `turns` (the user's messages, in order) and
-`category`, which decides the temperature. An answer has the same question_id and
-`choices: [{"index": 0, "turns": […]}]`.
+A question file has a JSON object on each line: `question_id`, `turns` (the user's messages, in order) and `category`,
+which decides the temperature. An answer has the same question_id and `choices: [{"index": 0, "turns": […]}]`.
 """
 
 import time
@@ -21,19 +20,11 @@ from spin_jax.sampling.next_token import Sampling, prompt_keys
 
 # FastChat's temperatures by category.
 TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-    "arena-hard-200": 0.0,
+    **dict.fromkeys(("extraction", "math", "coding", "reasoning", "arena-hard-200"), 0.0),
+    **dict.fromkeys(("stem", "humanities"), 0.1),
 }
-DEFAULT_TEMPERATURE = 0.7  # of all other categories
+DEFAULT_TEMPERATURE = 0.7  # of writing, roleplay and all other categories
 TOP_K = 50  # FastChat samples with this default of transformers
-MAX_NEW_TOKENS = 1024
 
 
 class Question(NamedTuple):
@@ -49,17 +40,16 @@ def read_questions(path: str, limit: int | None = None) -> list[Question]:
         ValueError, FileNotFoundError: the message names the file, the row and the field.
     """
     rows = sources.load_rows(path, "train")
-    questions: list[Question] = []
+    questions: dict[int | str, Question] = {}
     for number in range(min(len(rows), limit or len(rows))):
-        row = rows[number]
         try:
-            question = _parse_question(row)
-            if any(question.id == other.id for other in questions):
+            question = _parse_question(rows[number])
+            if question.id in questions:
                 raise ValueError(f"an earlier row has the same question_id {question.id!r}")
         except ValueError as error:
             raise ValueError(f"{sources.place(rows, number, path)}: {error}") from error
-        questions.append(question)
-    return questions
+        questions[question.id] = question
+    return list(questions.values())
 
 
 def _parse_question(row: dict[str, Any]) -> Question:
@@ -80,71 +70,60 @@ def answer_questions(
     model_name: str,
     *,
     batch_size: int = BATCH_SIZE,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int = 1024,
     seed: int = 0,
     should_stop: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Answers all turns of all questions.
+    """Answers all turns of all questions: the rows of a FastChat answer file, in the order of the questions.
 
     Args:
         model: with weights; its tokenizer has a chat template.
-        questions: from `read_questions`.
         model_name: the name by which judges know the model.
         batch_size: answers in progress at a time for each copy of the weights.
         max_new_tokens: the most tokens of an answer; the model's own limit counts as well.
         seed: of the random numbers. An answer depends on it, on the question's place and on the turn.
         should_stop: is called every few tokens, and may raise to stop.
-
-    Returns:
-        the rows of a FastChat answer file, in the order of the questions.
     """
     chat = Chat(model.tokenizer, model.stop_tokens)
-    replies: list[list[str]] = [[] for _ in questions]  # the model's, by question and turn
+    conversations: list[list[dict[str, str]]] = [[] for _ in questions]
     with progress("answers", sum(len(question.turns) for question in questions), unit="turn") as bar:
         on_chunk = counting(bar.update, should_stop)
         for turn in range(max(len(question.turns) for question in questions)):
             for temperature in sorted({question.temperature for question in questions}):
-                prompts = {
-                    number: chat.encode_prompt(_messages(question.turns[: turn + 1], replies[number]))
-                    for number, question in enumerate(questions)
-                    if question.temperature == temperature and len(question.turns) > turn
-                }
-                longest = model.config.max_position_embeddings
-                limits = {i: min(max_new_tokens, longest - len(prompt)) for i, prompt in prompts.items()}
-                answerable = [i for i in prompts if limits[i] > 0]
-                for i in prompts.keys() - set(answerable):
-                    processes.say(f"question {questions[i].id}, turn {turn + 1}: no room for an answer, so it is empty")
-                    replies[i].append("")
+                prompts, limits = {}, {}
+                for i, question in enumerate(questions):
+                    if question.temperature != temperature or len(question.turns) <= turn:
+                        continue
+                    conversations[i].append({"role": "user", "content": question.turns[turn]})
+                    prompt = chat.encode_prompt(conversations[i])
+                    limit = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
+                    if limit > 0:
+                        prompts[i], limits[i] = prompt, limit
+                        continue
+                    processes.say(f"question {question.id}, turn {turn + 1}: no room for an answer, so it is empty")
+                    conversations[i].append({"role": "assistant", "content": ""})
                     bar.update()
-                if not answerable:
+                if not prompts:
                     continue
                 answers = answer(
                     model,
-                    [prompts[i] for i in answerable],
-                    prompt_keys(seed, turn, answerable),
-                    Sampling(max_new_tokens, temperature, TOP_K if temperature else None),
+                    list(prompts.values()),
+                    prompt_keys(seed, turn, list(prompts)),
+                    sampling=Sampling(max_new_tokens, temperature, TOP_K if temperature else None),
                     stop_tokens=model.stop_tokens,
-                    limits=[limits[i] for i in answerable],
+                    limits=list(limits.values()),
                     batch_size=batch_size,
                     on_chunk=on_chunk,
                 )
-                for i, tokens in zip(answerable, answers, strict=True):
-                    replies[i].append(chat.decode(tokens).strip())
+                for i, tokens in zip(prompts, answers, strict=True):
+                    conversations[i].append({"role": "assistant", "content": chat.decode(tokens).strip()})
     return [
         {
             "question_id": question.id,
             "answer_id": uuid.uuid4().hex,
             "model_id": model_name,
-            "choices": [{"index": 0, "turns": turns}],
+            "choices": [{"index": 0, "turns": [message["content"] for message in messages[1::2]]}],
             "tstamp": time.time(),
         }
-        for question, turns in zip(questions, replies, strict=True)
+        for question, messages in zip(questions, conversations, strict=True)
     ]
-
-
-def _messages(turns: Sequence[str], replies: Sequence[str]) -> list[dict[str, str]]:
-    """The conversation so far: the user's turns, each followed by the model's reply if there is one."""
-    conversation = [[{"role": "user", "content": text}] for text in turns]
-    for number, text in enumerate(replies):
-        conversation[number].append({"role": "assistant", "content": text})
-    return [message for messages in conversation for message in messages]

@@ -3,7 +3,6 @@
 Importing this module raises `HarnessNotInstalled` where lm_eval is not installed.
 """
 
-import dataclasses
 import logging
 import os
 import random
@@ -49,22 +48,17 @@ def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
 
 
 def load_tasks(
-    names: Sequence[str],
-    *,
-    include_path: str | None = None,
-    num_fewshot: int | Mapping[str, int] | None = None,
+    names: Sequence[str], *, include_path: str | None = None, num_fewshot: int | Mapping[str, int] | None = None
 ) -> Tasks:
-    """Loads tasks with their data.
+    """Loads tasks, groups or tags with their data.
 
     Args:
-        names: tasks, groups or tags.
         include_path: a directory of task files (YAML), which take precedence over the harness's own.
-        num_fewshot: examples before each question, for all names or by name. None keeps the number that a
-            task states, and a task that states 0 always keeps it.
+        num_fewshot: examples before each question, for all names or by name. None keeps the number that a task states,
+            and a task that states 0 always keeps it.
 
     Raises:
-        ValueError: a task is unknown, its data cannot be read, or it asks for a way of generation that is
-            not supported.
+        ValueError: a task is unknown, its data cannot be read, or it wants a way of generation that is not supported.
     """
     random.seed(_SEEDS["random"])
     np.random.seed(_SEEDS["numpy"])
@@ -74,7 +68,10 @@ def load_tasks(
         parts = processes.together(lambda name=name: _load(manager, name))
         count = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
         for task in parts["tasks"].values():
-            _set_fewshot(task, count)
+            stated = task.get_config("num_fewshot")
+            if stated is None or (count is not None and stated != 0):
+                task.set_config(key="num_fewshot", value=count or 0)
+            task.set_fewshot_seed(seed=_SEEDS["fewshot"])
         for kind in loaded:
             loaded[kind].update(parts.get(kind, {}))
     return Tasks(tuple(names), loaded)
@@ -108,18 +105,10 @@ def _load(manager: TaskManager, name: str) -> Any:
     try:
         parts = manager.load([name])
         for task in parts["tasks"].values():
-            if task.get_config("output_type") == "generate_until":
-                GenerationOptions.from_kwargs(task.get_config("generation_kwargs") or {})
+            _generation_options(task)
     except Exception as error:  # any kind: from YAML, from the hub, from the code of a task
         raise ValueError(f"evaluation task {name}: {type(error).__name__}: {error}") from error
     return parts
-
-
-def _set_fewshot(task: Any, count: int | None) -> None:
-    stated = task.get_config("num_fewshot")
-    if stated is None or (count is not None and stated != 0):
-        task.set_config(key="num_fewshot", value=count or 0)
-    task.set_fewshot_seed(seed=_SEEDS["fewshot"])
 
 
 def check_model(tasks: Tasks, model: Model, apply_chat_template: bool = False) -> None:
@@ -130,13 +119,12 @@ def check_model(tasks: Tasks, model: Model, apply_chat_template: bool = False) -
         raise ValueError("apply_chat_template: the tokenizer has no chat template")
     longest = model.config.max_position_embeddings
     for name, task in tasks.loaded["tasks"].items():
-        if task.get_config("output_type") == "generate_until":
-            limit = GenerationOptions.from_kwargs(task.get_config("generation_kwargs") or {}).limit
-            if limit >= longest:
-                raise ValueError(
-                    f"evaluation task {name}: answers of {limit} tokens (max_gen_toks) leave no room for a "
-                    f"question, because the model takes {longest} tokens (max_position_embeddings)"
-                )
+        options = _generation_options(task)
+        if options and options.limit >= longest:
+            raise ValueError(
+                f"evaluation task {name}: answers of {options.limit} tokens (max_gen_toks) leave no room for a "
+                f"question, because the model takes {longest} tokens (max_position_embeddings)"
+            )
 
 
 # --- how a task generates ------------------------------------------------------------------------
@@ -146,26 +134,24 @@ _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True}
 
 
-@dataclasses.dataclass(frozen=True)
-class GenerationOptions:
+class GenerationOptions(NamedTuple):
     """The generation_kwargs of a request, read as the harness's `hf` backend reads them."""
 
-    limit: int  # the most tokens of an answer
+    sampling: Sampling
     until: tuple[str, ...]  # stop strings
-    temperature: float  # 0 is greedy
-    top_k: int | None
-    top_p: float | None
+
+    @property
+    def limit(self) -> int:
+        """The most tokens of an answer."""
+        return self.sampling.max_new_tokens
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> "GenerationOptions":
-        """Reads generation_kwargs.
+        """Reads generation_kwargs; ValueError names an option that is not supported or has an impossible value.
 
         Args:
             kwargs: the options that the task states.
             defaults: the options of the model's generation_config.json, for tasks that sample.
-
-        Raises:
-            ValueError: an option is not supported or has an impossible value; the message names it.
         """
         rest, defaults = dict(kwargs), defaults or {}
         until = rest.pop("until", None) or []
@@ -185,12 +171,14 @@ class GenerationOptions:
             raise ValueError(f"generation_kwargs: do_sample needs temperature above 0, not {temperature:g}")
         limit = int(next((n for n in limits if n is not None), 256))
         strategy = (temperature, top_k or None, top_p) if samples else (0.0, None, None)
-        options = cls(limit, tuple(until), *strategy)
-        options.sampling()  # checks the values
-        return options
+        return cls(Sampling(limit, *strategy), tuple(until))
 
-    def sampling(self) -> Sampling:
-        return Sampling(self.limit, self.temperature, self.top_k, self.top_p)
+
+def _generation_options(task: Any) -> GenerationOptions | None:
+    """How a task generates; None where it only scores."""
+    if task.get_config("output_type") != "generate_until":
+        return None
+    return GenerationOptions.from_kwargs(task.get_config("generation_kwargs") or {})
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -200,7 +188,6 @@ def flat_metrics(results: Mapping[str, Any], tasks: Tasks | None = None, *, stde
     """The harness's results as flat numbers: task/metric, or task/metric/filter where the filter has a name.
 
     Args:
-        results: from `harness.evaluate`.
         tasks: leaves out the tasks within groups that have numbers of their own; None keeps all.
         stderr: the standard errors in place of the values.
     """
@@ -233,8 +220,8 @@ def metric_directions(names: Sequence[str], include_path: str | None = None) -> 
     }
     for name, group in loaded["groups"].items():
         members = [task.higher_is_better() for task in group.get_all_tasks()]
-        for metric in (part.metric for part in group.aggregate_metric_list or ()):
-            higher[f"{name}/{metric}"] = all(member.get(metric) is not False for member in members)
+        for part in group.aggregate_metric_list or ():
+            higher[f"{name}/{part.metric}"] = all(member.get(part.metric) is not False for member in members)
     return {name: -1 if is_better is False else 1 for name, is_better in higher.items()}
 
 

@@ -1,7 +1,7 @@
 """Verifiers: functions that decide whether an answer is correct, given the reference answer.
 
-To add one, write a function of (reference, answer) and enter it in VERIFIERS. A config can also name a
-function in a file of your own, as `module:function`.
+To add one, write a function of (reference, answer) and enter it in VERIFIERS. A config can also name a function in a
+file of your own, as `module:function`.
 """
 
 import re
@@ -33,11 +33,7 @@ VERIFIERS: dict[str, Verifier] = {"exact": exact, "gsm8k": gsm8k}
 
 
 def find_verifier(name: str) -> Verifier:
-    """The verifier of that name in VERIFIERS, or the function that `module:function` names.
-
-    Raises:
-        ValueError: there is no such verifier.
-    """
+    """The verifier of that name, or the function that `module:function` names; ValueError where there is none."""
     if name in VERIFIERS:
         return VERIFIERS[name]
     if ":" not in name:
@@ -46,11 +42,9 @@ def find_verifier(name: str) -> Verifier:
 
 
 def share_correct(verifier: Verifier, examples: Sequence[Example], answers: Sequence[str]) -> float:
-    """The share of answers that the verifier accepts.
+    """The share of answers that the verifier accepts; each example ends with the reference answer.
 
     Args:
-        verifier: decides about each answer.
-        examples: each ends with the reference answer.
         answers: the first answer to every example in order, then the second answer to every example, …
     """
     references = [example.messages[-1]["content"] for example in examples]

@@ -29,24 +29,21 @@ def generate(
     top_p: float | None = None,
     batch_size: int = 32,
 ) -> list[str]:
-    """Answers conversations whose next turn is the assistant's.
+    """Answers conversations whose next turn is the assistant's; returns texts without special tokens.
 
     Args:
         model: from `spin_jax.load`.
         conversations: lists of {"role", "content"}.
-        max_new_tokens: the most tokens of an answer; an answer without a stop token is cut there.
+        max_new_tokens: the most tokens of an answer. Where a prompt leaves fewer positions of the model
+            (max_position_embeddings), answers are cut there, and a warning says so.
         temperature: 0 is greedy.
         seed: the random seed; the answer to conversation i depends on the seed and on i.
         top_k: draw only from the k likeliest tokens.
         top_p: draw only from the fewest tokens that have this probability mass together.
         batch_size: prompts answered at a time.
 
-    Returns:
-        the texts of the answers, without special tokens.
-
     Raises:
-        ValueError: a prompt takes all of the model's positions (max_position_embeddings). Where a prompt and
-            `max_new_tokens` together take more, answers are cut there, and a warning says so.
+        ValueError: a prompt takes all of the model's positions.
     """
     chat = Chat(model.tokenizer, model.stop_tokens)
     prompts = [chat.encode_prompt(messages) for messages in conversations]
@@ -60,8 +57,7 @@ def generate(
         )
     if longest + max_new_tokens > positions:
         warnings.warn(
-            f"the longest prompt has {longest} tokens and the model {positions} positions "
-            "(max_position_embeddings): "
+            f"the longest prompt has {longest} tokens and the model {positions} positions (max_position_embeddings): "
             f"answers are cut where they reach them, not at {max_new_tokens} tokens",
             stacklevel=2,
         )
@@ -85,9 +81,7 @@ def answer(
     model: Model,
     prompts: Sequence[Ids],
     keys: Array,
-    sampling: Sampling,
     *,
-    stop_tokens: tuple[int, ...],
     limits: Sequence[int],
     batch_size: int = BATCH_SIZE,
     **options: Any,
@@ -97,22 +91,13 @@ def answer(
     Args:
         limits: the most tokens of each answer.
         batch_size: answers in progress at a time for each copy of the weights.
-        options: `stopped` and `on_chunk` of `answer_prompts`.
+        options: `sampling`, `stop_tokens`, `stopped` and `on_chunk` of `answer_prompts`.
     """
     longest = max(map(len, prompts)) + max(limits)
     devices_each = placement.devices_per_copy(model, batch_size, longest)
     mesh = placement.sampling_mesh(model, devices_each)
-    return _answer_on(
-        mesh,
-        model,
-        prompts,
-        keys,
-        sampling=sampling,
-        stop_tokens=stop_tokens,
-        slots=min(batch_size * (mesh.size // devices_each), len(prompts)),
-        limits=limits,
-        **options,
-    )
+    slots = min(batch_size * (mesh.size // devices_each), len(prompts))
+    return _answer_on(mesh, model, prompts, keys, slots=slots, limits=limits, **options)
 
 
 def _answer_on(mesh: jax.sharding.Mesh, model: Model, prompts: Sequence[Ids], keys: Array, **options: Any) -> list[Ids]:
@@ -127,7 +112,6 @@ def counting(update: Callable[[int], object], should_stop: Callable[[], object])
     """An `on_chunk` for `answer_prompts` that updates a progress bar and then calls `should_stop`."""
 
     def on_chunk(prompts: int, tokens: int) -> None:
-        del tokens
         update(prompts)
         should_stop()
 

@@ -59,10 +59,9 @@ def _fold(base: Array, low: Array, high: Array, sample_ids: Array) -> Array:
 def truncate_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Sets the logits of the tokens that top-k and top-p remove to −inf.
 
-    Tokens with equal logits are kept or removed together. Top-k keeps a token if fewer than k tokens have a
-    larger logit, exactly. Top-p keeps a token if the tokens with a larger logit have less than top_p of the
-    probability mass. The mass is a float32 sum: at the edge, within its rounding (about 1e-6 of the mass), a
-    token may be kept or removed.
+    Tokens with equal logits are kept or removed together. Top-k keeps a token if fewer than k tokens have a larger
+    logit, exactly. Top-p keeps a token if the tokens with a larger logit have less than top_p of the probability mass,
+    up to the rounding of its float32 sum (about 1e-6).
     """
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         ones = jnp.ones_like(logits)  # float32 counts exactly up to 2²⁴
@@ -86,9 +85,9 @@ def _cutoff(
 ) -> Int[Array, "B 1"]:
     """The smallest integer, in the order of `_sortable`, above which the amounts sum to less than enough.
 
-    The search reads the vocabulary a fixed number of times; sorting it would take several times as long.
-    On a CPU each of 32 passes tries one integer. On other devices, where starting a kernel takes longer than
-    the sums, each of 8 passes tries 15.
+    The search reads the vocabulary a fixed number of times; sorting it would take several times as long. On a CPU each
+    of 32 passes tries one integer. On other devices, where starting a kernel takes longer than the sums, each of 8
+    passes tries 15.
     """
     cutoff = lax.platform_dependent(
         _sortable(logits),
@@ -135,13 +134,10 @@ def _blocks(x: Array, fill: float = 0) -> Array:
 
 
 def _categorical(logits: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
-    """Draws by inverting the distribution function, with one uniform number for each row.
+    """Draws by inverting the distribution function, with one uniform number for each row. The largest logit is 0.
 
-    Gumbel noise would need a random number for every entry of the vocabulary, which costs as much as the
-    projection to it. The sums run over blocks first, and then within the block that contains the point.
-
-    Args:
-        logits: the largest of each row is 0.
+    Gumbel noise would need a random number for every entry of the vocabulary, which costs as much as the projection to
+    it. The sums run over blocks first, and then within the block that contains the point.
     """
     weights = _blocks(jnp.exp(logits))
     point = jax.vmap(jax.random.uniform)(keys)

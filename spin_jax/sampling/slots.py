@@ -1,13 +1,13 @@
 """The answers in progress, on the device: a fixed number of slots that share a ring cache.
 
-`prefill` puts prompts into free slots, and `decode` draws the next tokens of all slots. At each step every
-slot writes the same column of the cache, so that there is no scatter and no column is ever moved.
+`prefill` puts prompts into free slots, and `decode` draws the next tokens of all slots. At each step every slot writes
+the same column of the cache, so that there is no scatter and no column is ever moved.
 
 Axes: B slots, b prompts of a prefill, P prompt tokens, S columns of the cache, V vocabulary.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +57,11 @@ def decode(
     steps: int,
     fixed: bool = False,
 ) -> tuple[Slots, Int[Array, "B steps"]]:
-    """Draws up to `steps` tokens for every slot that is not done, and stops early when all slots are done.
+    """Draws up to `steps` tokens for every slot that is not done, and NO_TOKEN for the others.
 
     Args:
-        fixed: whether to run all steps in any case. A GPU then does not wait for its host before each step.
-
-    Returns:
-        the slots, and the tokens drawn; NO_TOKEN where a slot was done.
+        fixed: whether to run all steps even where all slots are done. A GPU then does not wait for its host before
+            each step.
     """
     head = output_head(decoder, params)
 
@@ -77,13 +75,8 @@ def decode(
         hidden, cache = forward(decoder, params, slots.tokens[:, None], layout, slots.cache)
         token, last = _next_token(head, hidden, slots.counts, slots.limits, slots.keys, sampling, stop_tokens)
         drawn = lax.dynamic_update_slice_in_dim(drawn, jnp.where(slots.done, NO_TOKEN, token)[:, None], n, axis=1)
-        slots = slots._replace(
-            cache=cache,
-            tokens=token,
-            positions=slots.positions + 1,
-            counts=slots.counts + 1,
-            done=slots.done | last,
-        )
+        positions, counts, done = slots.positions + 1, slots.counts + 1, slots.done | last
+        slots = slots._replace(cache=cache, tokens=token, positions=positions, counts=counts, done=done)
         return n + 1, slots, drawn
 
     B = slots.tokens.shape[0]
@@ -110,13 +103,10 @@ def prefill(
     sampling: Sampling,
     stop_tokens: tuple[int, ...],
 ) -> tuple[Slots, Int[Array, " b"]]:
-    """Reads prompts that are padded on the left, draws the first tokens of their answers, and fills slots.
+    """Reads prompts that are padded on the left, fills slots, and returns the first token of each answer as well.
 
     Args:
         into: the slot of each prompt, counted among the slots of its own device; B for a row of padding.
-
-    Returns:
-        the slots, and the first token of each prompt's answer.
     """
     b, P = tokens.shape
     positions = jnp.arange(P) - (P - lengths[:, None])
@@ -125,39 +115,34 @@ def prefill(
     keys = sharding.reshard(keys, "batch")
     zeros = jnp.zeros_like(lengths)
     token, done = _next_token(output_head(decoder, params), hidden[:, -1:], zeros, limits, keys, sampling, stop_tokens)
-    ring = slots.cache
-    S = ring.columns
-
-    def columns(new: Array) -> Array:
-        """The prompt's last S columns, so that the ring's next column follows them; the rest is empty."""
-        new = lax.slice_in_dim(new, max(P - S, 0), P, axis=2)
-        return jnp.roll(jnp.pad(new, [(0, 0), (0, 0), (max(S - P, 0), 0), (0, 0)]), ring.column, axis=2)
+    ring, S = slots.cache, slots.cache.columns
 
     def put(old: Array, new: Array) -> Array:
         return sharding.put_rows(old, into, new)
 
+    def put_columns(old: Array, new: Array) -> Array:
+        """Puts the prompt's last S columns, so that the ring's next column follows them; the rest is empty."""
+        new = lax.slice_in_dim(new, max(P - S, 0), P, axis=2)
+        padded = jnp.pad(new, [(0, 0), (0, 0), (max(S - P, 0), 0), (0, 0)])
+        return put(old, jnp.roll(padded, ring.column, axis=2))
+
     cache = ring._replace(
-        keys=tuple(put(old, columns(new)) for old, new in zip(ring.keys, fresh.keys, strict=True)),
-        values=tuple(put(old, columns(new)) for old, new in zip(ring.values, fresh.values, strict=True)),
+        keys=tuple(map(put_columns, ring.keys, fresh.keys)), values=tuple(map(put_columns, ring.values, fresh.values))
     )
     # The first token comes after the prompt: its position is the prompt's length.
     new = (token, lengths, zeros + 1, limits, keys, done)
-    return Slots(cache, *(put(old, value) for old, value in zip(slots[1:], new, strict=True))), token
+    return Slots(cache, *map(put, slots[1:], new)), token
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "slots", "columns"))
 def new_slots(decoder: Decoder, slots: int, columns: int) -> Slots:
     """Empty slots, with a cache of so many columns."""
-
-    def zeros(dtype: Any) -> Array:
-        return jnp.zeros(slots, dtype, out_sharding=sharding.spec("batch"))
-
-    keys = jax.random.wrap_key_data(
-        jnp.zeros((slots, 2), jnp.uint32, out_sharding=sharding.spec("batch", None)), impl=KEYS
-    )
+    batch = sharding.spec("batch")
+    tokens, positions, counts, limits = (jnp.zeros(slots, jnp.int32, out_sharding=batch) for _ in range(4))
+    key_data = jnp.zeros((slots, 2), jnp.uint32, out_sharding=sharding.spec("batch", None))
+    keys, done = jax.random.wrap_key_data(key_data, impl=KEYS), jnp.ones(slots, bool, out_sharding=batch)
     cache = new_cache(decoder.config, slots, columns, decoder.dtype)
-    done = jnp.ones(slots, bool, out_sharding=sharding.spec("batch"))
-    return Slots(cache, zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32), keys, done)
+    return Slots(cache, tokens, positions, counts, limits, keys, done)
 
 
 def widen(slots: Slots, columns: int) -> Slots:

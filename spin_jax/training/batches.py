@@ -48,7 +48,6 @@ def filled_tokens(batch: Rows | PairBatch) -> int:
 
 def stacked(parts: Sequence[Any], count: int) -> Any:
     """Stacks micro-batches [N, …] into one step's batch [count, N, …], filled up with empty ones (zeros)."""
-
     empty = jax.tree.map(np.zeros_like, parts[0])
     return jax.tree.map(lambda *arrays: np.stack(arrays), *parts, *[empty] * (count - len(parts)))
 

@@ -91,12 +91,9 @@ _ROWS = 8
 def check(c: Config, mesh: jax.sharding.Mesh | None = None) -> None:
     """Checks the config of the loss, and calls a user's own loss as training will, on random log-probs.
 
-    Args:
-        mesh: if given, the user's own loss is only traced for this mesh, and not run.
-
-    Raises:
-        ValueError: no such loss exists; it raises an error, returns another shape than [B], is not finite
-            where an iteration begins, or depends on more than the log-probs of a row.
+    With a mesh, that loss is only traced for it, and not run. ValueError says what is wrong: the loss does not exist,
+    raises an error, returns another shape than [B], is not finite where an iteration begins, or depends on more than
+    the log-probs of a row.
     """
     loss, names, chosen = find(c.name), roles(c), options(c)
     problem = _signature_problem(loss, chosen) or _roles_problem(c, names)

@@ -152,14 +152,11 @@ def _logits(decoder: Decoder, params: Params, tokens: Int[Array, "B T"], layout:
 
 
 def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
-    """Next-token logits of right-padded token rows.
+    """Next-token logits of right-padded token rows, in float32: entry [b, t] predicts token t + 1.
 
     Args:
         model: from `spin_jax.load`.
         tokens: int [B, T]; the padding at the right of a row does not change the logits before it.
-
-    Returns:
-        float32 logits; entry [b, t] predicts token t + 1.
     """
     tokens = np.asarray(tokens, np.int32)
     if tokens.ndim != 2:

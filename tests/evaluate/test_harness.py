@@ -122,7 +122,7 @@ def test_what_is_sampled_greedily_is_the_likeliest(tiny_model):
         tiny_model,
         [np.array(prompt, np.int32)],
         prompt_keys(0, 0, [0]),
-        Sampling(12, 0.0),
+        sampling=Sampling(12, 0.0),
         stop_tokens=(),
         limits=[12],
     )

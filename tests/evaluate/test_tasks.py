@@ -1,6 +1,5 @@
 """Tasks of lm-evaluation-harness: which ones load, how they generate, and what is refused."""
 
-import dataclasses
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ pytest.importorskip("lm_eval")
 
 from spin_jax.evaluate import harness, tasks
 from spin_jax.evaluate.tasks import GenerationOptions
+from spin_jax.sampling.next_token import Sampling
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,8 @@ from spin_jax.evaluate.tasks import GenerationOptions
     ],
 )
 def test_generation_kwargs(kwargs, expected):
-    assert dataclasses.astuple(GenerationOptions.from_kwargs(kwargs)) == expected
+    limit, until, *strategy = expected
+    assert GenerationOptions.from_kwargs(kwargs) == (Sampling(limit, *strategy), until)
 
 
 @pytest.mark.parametrize(
