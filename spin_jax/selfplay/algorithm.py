@@ -5,12 +5,13 @@
         score     log p_θt(y | x) and log p_θt(y' | x) of the human and the generated answer
         train     θ_{t+1} = argmin_θ Σ ℓ(β log p_θ(y|x)/p_θt(y|x) − β log p_θ(y'|x)/p_θt(y'|x))    fitting.py
 
-`run` is the whole of it. Each phase writes its results as it goes, and skips what exists already, so that
-running again with the same workdir continues. Only one set of weights is held at a time: the opponent's
-log-probs are computed before training starts from its weights. β is the paper's λ.
+`run` is the whole of it. Each phase writes its results as it goes, and skips what exists already, so that running again
+with the same workdir continues. Only one set of weights is held at a time: the opponent's log-probs are computed before
+training starts from its weights. β is the paper's λ.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,11 +36,7 @@ PHASES = ("sample", "score", "train")
 
 
 def run(
-    config: Mapping[str, Any],
-    workdir: str,
-    *,
-    only: str | None = None,
-    should_stop: Callable[[], int] | None = None,
+    config: Mapping[str, Any], workdir: str, *, only: str | None = None, should_stop: Callable[[], int] | None = None
 ) -> list[Row]:
     """Runs self-play, or continues it, and returns the rows of summary.json.
 
@@ -47,9 +44,8 @@ def run(
         config: a ConfigDict or nested dict of the keys in `spin_jax.config`; absent keys keep their defaults.
         workdir: a directory or object store URL. It holds one run, and nothing in it is made twice.
         only: `sample`, `score` or `train` runs just this phase of the next iteration.
-        should_stop: returns the number of the signal that asks the run to stop, or 0; it is called between
-            units of work. None listens to Ctrl-C and SIGTERM. Where one of several processes is to stop, all
-            do.
+        should_stop: returns the number of the signal that asks the run to stop, or 0; it is called between units of
+            work. None listens to Ctrl-C and SIGTERM. Where one of several processes is to stop, all do.
 
     Raises:
         ValueError, FileNotFoundError: bad config or input, before anything is computed.
@@ -73,11 +69,7 @@ def run(
 
 
 def check(config: Mapping[str, Any], workdir: str | None = None) -> None:
-    """Reads and checks everything that `run` would, and prints what it found; trains and writes nothing.
-
-    Raises:
-        ValueError, FileNotFoundError: as `run` does.
-    """
+    """Reads and checks everything that `run` would, and prints what it found; trains and writes nothing."""
     resolved = config_lib.resolve(config)
     processes.say(f"{announce.config_tree(resolved, everything=True)}\n")
     prepared = prepare(resolved, workdir)
@@ -91,22 +83,15 @@ class SelfPlay:
     """The parts of a run, and the loop over its iterations."""
 
     def __init__(self, run: Prepared, should_stop: Callable[[], Any]):
-        """`should_stop` returns the number of the signal that asks the run to stop, or 0."""
-        logging = run.config.logging
+        c, recorded = run.config.logging, fingerprints.recorded(run.config)
+        options = {"tensorboard": c.tensorboard, "wandb_project": c.wandb_project, "config": recorded}
         self.run = run
-        self.metrics = processes.together(
-            lambda: Metrics(
-                run.workdir,
-                tensorboard=logging.tensorboard,
-                wandb_project=logging.wandb_project,
-                config=fingerprints.recorded(run.config),
-            )
-        )
+        self.metrics = processes.together(lambda: Metrics(run.workdir, **options))
         self.summary = Summary(run, self.metrics)
         self.objective = from_config.spin(run.config, run.model)
         self.engine = Engine(run, should_stop)
         self.opponent = Opponent(run, self.engine, self.metrics, self.weights)
-        self.fitting = Fitting(run, self.engine, self.metrics, should_stop)
+        self.fitting = Fitting(run, self.engine, self.metrics)
         self.evaluation = Evaluation(run, self.engine, self.opponent, self.objective)
         self.exports = Exports(run, self.engine.stop_if_asked)
 
@@ -154,12 +139,9 @@ class SelfPlay:
             return self.fitting.checkpointed(run.folder(t - 1), lambda: self._retrained(t - 1))
         if not run.makes_start:
             return run.initial_params()
-        return self.fitting.checkpointed(run.folder(START), self._new_start)
-
-    def _new_start(self) -> Params:
-        if not self.run.config.sft.epochs:
-            return self.run.initial_params()
-        return self.fitting.fit(None, self.fitting.sft_phase())
+        phase = self.fitting.sft_phase(START, run.initial_params)
+        make = functools.partial(self.fitting.fit, None, phase) if run.config.sft.epochs else run.initial_params
+        return self.fitting.checkpointed(run.folder(START), make)
 
     def _retrained(self, t: int) -> Params:
         """The weights of iteration t, made again from the files that are left of it."""
@@ -189,19 +171,16 @@ class SelfPlay:
     def train(self, t: int, params: Params | None) -> Params | None:
         """Iteration t from its scored pairs to its checkpoint, export and evaluation.
 
-        Args:
-            params: θ_t; None reads them where they are needed.
-
-        Returns:
-            θ_{t+1}; or None where the end of the evaluation needed their memory.
+        `params` are θ_t; None reads them where they are needed. Returns θ_{t+1}, or None where the end of the
+        evaluation needed their memory.
         """
         began, folder, phase = time.perf_counter(), self.run.folder(t), self._phase(t)
         params = self.fitting.checkpointed(folder, lambda: self._fitted(t, params, phase))
         self.exports.save(folder, params)
         beta, steps = phase.scalars["beta"], phase.steps
         skipped = self.metrics.count("train", t, lambda row: row.get("skipped"))
-        row: Row = {"iteration": t, "beta": beta, "pairs": len(phase.items), "steps": steps}
-        row |= {"skipped": skipped, **self.evaluation.measure_pairs(t, params, beta)}
+        row: Row = {"iteration": t, "beta": beta, "pairs": len(phase.items), "steps": steps, "skipped": skipped}
+        row |= self.evaluation.measure_pairs(t, params, beta)
         self.evaluation.write_samples(t, params)
         sampled = self.evaluation.sample(params)
         row |= self.evaluation.measure_alone(folder, params, sampled)
@@ -215,9 +194,8 @@ class SelfPlay:
         return params
 
     def _phase(self, t: int) -> TrainingPhase:
-        origin = self._trained_from(t)
         scored = self.opponent.scored_pairs(t, "train")
-        return self.fitting.spin_phase(t, self.objective, scored, lambda: self.weights(origin))
+        return self.fitting.spin_phase(t, self.objective, scored, lambda: self.weights(self._trained_from(t)))
 
     def _fitted(self, t: int, params: Params | None, phase: TrainingPhase) -> Params:
         """θ_{t+1}, trained from θ_t; with selfplay.restart from the start's weights."""
@@ -239,9 +217,9 @@ class SelfPlay:
 
     def control(self) -> None:
         """The paper's control: the start is trained on by SFT for as many steps as each iteration took."""
-        if not self.run.config.sft.control:
-            return
         params, done = None, list(filter(self.finished, self.run.iterations))
+        if not done or not self.run.config.sft.control:
+            return
         folder = self.run.workdir / "control"
         for t in done:
             row = self.summary.row(t)
@@ -251,10 +229,9 @@ class SelfPlay:
                 sampled = self.evaluation.sample(params)
                 row["control"] = self.evaluation.measure_alone(folder / f"iteration_{t}", params, sampled)
                 self.summary.write()
-        if done and not seals.sealed(folder / "model"):
+        if not seals.sealed(folder / "model"):
             self.exports.save(folder, self._control_weights(done[-1], None) if params is None else params)
-        if done:
-            self.exports.describe("control", folder, self.summary.rows)
+        self.exports.describe("control", folder, self.summary.rows)
 
     def _control_weights(self, t: int, params: Params | None) -> Params:
         """The control beside iteration t; `params` are the weights of the control before it, or None."""
@@ -263,5 +240,5 @@ class SelfPlay:
             is_first = t == self.run.config.selfplay.start
             return self.weights(t) if is_first else self._control_weights(t - 1, None)
 
-        phase = self.fitting.control_phase(t, self.summary.row(t)["steps"], initial_params)
+        phase = self.fitting.sft_phase(t, initial_params, self.summary.row(t)["steps"])
         return self.fitting.checkpointed(phase.folder, lambda: self.fitting.fit(params, phase))

@@ -8,11 +8,11 @@ import numpy as np
 
 from spin_jax import config_values
 from spin_jax.config import default
-from spin_jax.models.params import abstract_params, count_params
+from spin_jax.models import cost
 from spin_jax.runtime import processes, sharding
 from spin_jax.runtime.console import compact
 from spin_jax.selfplay import from_config
-from spin_jax.selfplay.inputs import all_examples, datasets_of, read_inputs
+from spin_jax.selfplay.inputs import datasets_of, lengths_of, read_inputs
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
 from spin_jax.training.optimizer import OPTIMIZERS
@@ -23,15 +23,12 @@ def length_table(prepared: Prepared) -> str:
     most = 2**31 - 1
     unlimited = prepared.config.changed({"lengths.max_prompt": most, "lengths.max_length": most})
     read = processes.together(lambda: read_inputs(unlimited, prepared.began, prepared.today))
-    examples = all_examples(datasets_of(unlimited, read))
-    prompts, answers = (
-        np.array([len(ids) for ids in column]) for column in zip(*((e.prompt, e.real) for e in examples), strict=True)
-    )
+    prompts, answers = lengths_of(datasets_of(read)).T
     columns = {"prompt": prompts, "answer": answers, "both": prompts + answers}
     lines = [f"{'tokens':<10}" + "".join(f"{name:>10}" for name in columns)]
     for title, share in (("median", 50), ("90%", 90), ("99%", 99), ("longest", 100)):
         lines.append(f"{title:<10}" + "".join(f"{np.percentile(n, share):>10.0f}" for n in columns.values()))
-    limits, count = prepared.config.lengths, len(examples)
+    limits, count = prepared.config.lengths, len(prompts)
     long = int((prompts > limits.max_prompt).sum())
     cut = int(((prompts <= limits.max_prompt) & (prompts + answers > limits.max_length)).sum())
     lines.append(f"prompts longer than lengths.max_prompt={limits.max_prompt}, dropped: {long} of {count}")
@@ -42,14 +39,12 @@ def length_table(prepared: Prepared) -> str:
 def run_overview(prepared: Prepared, finished: int) -> str:
     """Devices, mesh, model, memory, disk, data, loss and notes: a line for each.
 
-    Args:
-        finished: iterations that have ended already.
+    Of the iterations, `finished` have ended already.
     """
     c, model = prepared.config, prepared.model
     device = jax.devices()[0]
-    count = count_params(sharding.unboxed(abstract_params(model.config)))
+    count, trained = cost.all_params(model.config), from_config.trained_params(c, model.config)
     rank = c.train.lora_rank
-    trained = from_config.trained_params(c, model.config)
     frozen = count * model.dtype.itemsize if rank else 0
     # float32 weights and gradients, and the optimizer's moments
     copies = 2 + OPTIMIZERS[c.train.optimizer].moments
@@ -60,16 +55,14 @@ def run_overview(prepared: Prepared, finished: int) -> str:
     first, last, shape = c.selfplay.start, c.selfplay.iterations - 1, prepared.pair_shape
     betas = ", ".join(f"{beta:g}" for beta in c.loss.beta)
     beside = "".join(f", {text}" for text in config_values.algorithm_notes(c))
+    data = ", ".join(str(len(dataset)) for dataset in prepared.datasets)
     lines = [
         ("devices", f"{jax.device_count()} × {device.device_kind}, mesh {mesh}"),
-        (
-            "model",
-            f"{model.config.model_type}, {source}{revision}: {compact(count)} parameters, {model.dtype}",
-        ),
+        ("model", f"{model.config.model_type}, {source}{revision}: {compact(count)} parameters, {model.dtype}"),
         ("memory", f"{gib:.2f} GiB a device for weights, gradients and optimizer; activations come on top"),
         *([("LoRA", f"rank {rank}: {compact(trained)} numbers are trained")] if rank else []),
         ("disk", _disk(prepared, finished, count, trained)),
-        ("data", f"{_dataset_sizes(prepared)} prompts to train on, {len(prepared.held_out)} held out"),
+        ("data", f"{data} prompts to train on, {len(prepared.held_out)} held out"),
         ("rows", f"{shape.rows} × {shape.length} tokens a micro-batch, {c.train.batch_size} pairs a step"),
         ("attention", prepared.decoder.kernel),
         ("self-play", f"iterations {first} to {last}, {finished} of them done"),
@@ -78,10 +71,6 @@ def run_overview(prepared: Prepared, finished: int) -> str:
         *(("note", note) for note in prepared.notes),
     ]
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
-
-
-def _dataset_sizes(prepared: Prepared) -> str:
-    return ", ".join(str(len(dataset)) for dataset in prepared.datasets)
 
 
 def _disk(prepared: Prepared, finished: int, parameters: int, trained: int) -> str:

@@ -4,17 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Numbers that iterations can be compared by, beside those of tasks: 1 where higher is better, −1 where lower
-# is better. Length and KL are missing because neither end of them is the better one.
-DIRECTIONS = {
-    "nll": -1,
-    "loss": -1,
-    "margin": 1,
-    "accuracy": 1,
-    "greedy_accuracy": 1,
-    "sampled_accuracy": 1,
-    "response_identical": 1,
-}
+# Numbers that iterations can be compared by, beside those of tasks: 1 where higher is better, −1 where lower is better.
+# Length and KL are missing because neither end of them is the better one.
+DIRECTIONS = dict(nll=-1, loss=-1, margin=1, accuracy=1, greedy_accuracy=1, sampled_accuracy=1, response_identical=1)
 
 
 def direction(name: str, tasks: Sequence[str], include_path: str | None = None) -> int:
@@ -22,8 +14,7 @@ def direction(name: str, tasks: Sequence[str], include_path: str | None = None) 
 
     Args:
         name: a key of DIRECTIONS, or task/metric, whose direction the task itself states.
-        tasks: the tasks of lm-evaluation-harness that the run evaluates. The one that `name` belongs to is
-            loaded, with its data.
+        tasks: those that the run evaluates. The one that `name` belongs to is loaded, with its data.
         include_path: a directory of task files.
 
     Raises:
@@ -47,13 +38,7 @@ def direction(name: str, tasks: Sequence[str], include_path: str | None = None) 
 def best_row(rows: Sequence[Mapping[str, Any]], name: str, direction: int) -> Any:
     """The row of summary.json with the best value of that number; of equals, the first.
 
-    Args:
-        rows: one of each model.
-        name: the number to compare.
-        direction: 1 where a higher value is better, −1 where a lower one is.
-
-    Returns:
-        None where no row has a finite value.
+    A `direction` of 1 says that higher is better, −1 that lower is. None where no row has a finite value.
     """
     finite = [row for row in rows if isinstance(row.get(name), int | float) and math.isfinite(row[name])]
     return max(finite, key=lambda row: direction * row[name], default=None)

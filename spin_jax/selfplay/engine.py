@@ -1,7 +1,7 @@
 """The engine of a run: it answers prompts and scores answers, with whatever weights it is given.
 
-The opponent, the policy on held-out rows, the start and the control all go through it, so that one set of
-compiled programs serves them.
+The opponent, the policy on held-out rows, the start and the control all go through it, so that one set of compiled
+programs serves them.
 """
 
 import functools
@@ -32,18 +32,17 @@ class Engine:
     def __init__(self, run: Prepared, should_stop: Callable[[], Any]):
         """`should_stop` returns the number of the signal that asks the run to stop, or 0."""
         self._run = run
-        self._should_stop = should_stop
-        self._params: Params | None = None  # the weights that `_sampling_params` were made of
-        self._sampling_params: Params | None = None
+        self.should_stop = should_stop
+        self._copied: tuple[Params, Params] | None = None  # the last weights, and the sampler's copy of them
 
     def stop_if_asked(self) -> None:
         """Raises Interrupted where the run was asked to stop. It is called between two units of work."""
-        if number := self._should_stop():
+        if number := self.should_stop():
             raise Interrupted(int(number))
 
     def release(self) -> None:
         """Forgets the sampler's copy of the weights, because training needs its memory."""
-        self._params = self._sampling_params = None
+        self._copied = None
 
     def free(self, params: Params | None) -> None:
         """Frees the device memory of these weights and of the sampler's copy."""
@@ -78,12 +77,12 @@ class Engine:
             nonlocal sampled
             sampled += tokens
             if bar is not None:
-                rate = compact(sampled / (time.perf_counter() - began))
-                bar.set_postfix({"tok/s": rate}, refresh=False)
-                bar.update(prompts)
-            self.stop_if_asked()
+                bar.set_postfix({"tok/s": compact(sampled / (time.perf_counter() - began))}, refresh=False)
+            self._count(bar, prompts)
 
         prompts = [run.chat.sampling_prompt(example) for example in examples]
+        # A limit for useful slots. It is the same in all phases, or each would compile the sampler anew.
+        most_answers = max(map(len, run.datasets)) * c.selfplay.samples + len(run.held_out)
         return answer_prompts(
             run.decoder,
             self._for_sampling(params),
@@ -92,31 +91,20 @@ class Engine:
             mesh=run.sampling_mesh,
             sampling=sampling,
             stop_tokens=run.model.stop_tokens,
-            slots=min(from_config.slots(c, run.model), self._most_answers),
+            slots=min(from_config.slots(c, run.model), most_answers),
             limits=[max(c.lengths.max_length - len(prompt), 1) for prompt in prompts],
             on_chunk=on_chunk,
         )
 
     def _for_sampling(self, params: Params) -> Params:
-        if self._params is not params or self._sampling_params is None:
+        if self._copied is None or self._copied[0] is not params:
             self.release()  # first: there is no room for two copies
-            run = self._run
-            copy = sampling_params(params, run.model.config, run.model.dtype, run.sampling_mesh)
-            self._params, self._sampling_params = params, copy
-        return self._sampling_params
-
-    @functools.cached_property
-    def _most_answers(self) -> int:
-        """A limit for useful slots. It is the same in all phases, or each would compile the sampler anew."""
-        run = self._run
-        return max(map(len, run.datasets)) * run.config.selfplay.samples + len(run.held_out)
+            model = self._run.model
+            self._copied = params, sampling_params(params, model.config, model.dtype, self._run.sampling_mesh)
+        return self._copied[1]
 
     def score(self, params: Params, groups: Sequence[Group], bar: Any = None) -> Float[np.ndarray, "groups A"]:
-        """Log-probs of the answers of each group, in nats, computed in rows of the shape that training has.
-
-        Args:
-            params: float32 weights.
-            bar: a progress bar that counts groups.
+        """Log-probs of the answers of each group, in nats, by float32 weights, in rows of the shape that training has.
 
         Raises:
             Interrupted: the run was asked to stop.
@@ -127,18 +115,11 @@ class Engine:
         longest = group_sizes(groups).max(axis=0)
         if (longest > shape.capacity).any():  # `official` samples from whole prompts that it cuts in training
             shape = shape._replace(length=sharding.bucket(int(max(longest[0], shape.length))))
+        count = functools.partial(self._count, bar)
+        unattended = run.chat.unattended
+        return score_groups(run.decoder, params, groups, shape, run.model.mesh, unattended=unattended, on_batch=count)
 
-        def on_batch(scored: int) -> None:
-            if bar is not None:
-                bar.update(scored)
-            self.stop_if_asked()
-
-        return score_groups(
-            run.decoder,
-            params,
-            groups,
-            shape,
-            run.mesh,
-            unattended=run.chat.unattended,
-            on_batch=on_batch,
-        )
+    def _count(self, bar: Any, done: int) -> None:
+        if bar is not None:
+            bar.update(done)
+        self.stop_if_asked()

@@ -55,10 +55,7 @@ class Exports:
             self._announced_best = t
 
     def push(self, done: Sequence[int]) -> None:
-        """Pushes the exports that are not on the hub yet, if the config names a repository.
-
-        `done` are the iterations that have ended.
-        """
+        """Pushes what is not on the hub yet, where export.push_to is set; `done` are the iterations that have ended."""
         run, c = self._run, self._run.config
         if not c.export.push_to:
             return

@@ -1,12 +1,10 @@
 """The fingerprints of a run in config.json, by which a run that continues knows whether anything has changed.
 
-Only the same config, data, model, code and libraries give the same result to the bit. They are compared
-before anything is computed, and config.json records every difference that a run goes on with.
+Only the same config, data, model, code and libraries give the same result to the bit. They are compared before anything
+is computed, and config.json records every difference that a run goes on with.
 """
 
-import contextlib
 import dataclasses
-import datetime
 import hashlib
 import importlib
 import importlib.metadata
@@ -24,62 +22,33 @@ from spin_jax import config as config_lib
 from spin_jax import config_values
 from spin_jax.data.records import Example, Pair
 from spin_jax.models.architecture import Model
-from spin_jax.runtime import processes, secrets
-from spin_jax.storage import files
+from spin_jax.runtime import secrets
 
 Identity = Mapping[str, Mapping[str, str]]
 
-# These keys may change when a run continues; a change of any other key would make it another run.
+# These sections, and these keys of others, may change when a run continues; any other change makes another run. The
+# contents of data.path, model.path and selfplay.pairs are compared in place of their names.
 _FREE_SECTIONS = ("mesh", "checkpoint", "export", "logging")
-_FREE = (
-    "resume_anyway",
-    "compiler_flags",
-    "data.path",  # the contents of this and of the next two are compared instead
-    "model.path",
-    "selfplay.pairs",
-    "selfplay.iterations",
-    "selfplay.patience",
-    "sampling.batch_size",
-    "sampling.tensor",
-    "train.remat",
-    "train.offload",
-    "train.most_skipped",
-    "sft.offload",
-    "sft.control",  # may be turned on later
-    "sft.control_learning_rate",
-    "eval.verifier",
-    "eval.samples",
-    "eval.fixed_prompts",
-    "eval.kl",
-    "eval.tasks",
-    "eval.include_path",
-    "eval.tasks_limit",
-)
-_PACKAGES = (
-    "spin_jax",
-    "jax",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "grain",
-)
+_FREE = {
+    "": ("resume_anyway", "compiler_flags"),
+    "data": ("path",),
+    "model": ("path",),
+    "selfplay": ("pairs", "iterations", "patience"),
+    "sampling": ("batch_size", "tensor"),
+    "train": ("remat", "offload", "most_skipped"),
+    "sft": ("offload", "control", "control_learning_rate"),
+    "eval": ("verifier", "samples", "fixed_prompts", "kl", "tasks", "include_path", "tasks_limit"),
+}
+_PACKAGES = ["spin_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "datasets", "grain"]
 
 
 def digests(
-    config: Any,
-    model: Model,
-    datasets: Sequence[Sequence[Example]],
-    given: Mapping[int, Sequence[Pair]],
-    weights: str,
+    config: Any, model: Model, datasets: Sequence[list[Example]], given: Mapping[int, Sequence[Pair]], weights: str
 ) -> Identity:
     """The fingerprints of data, tokenizer, chat template, weights and code, and the versions of libraries.
 
-    Args:
-        datasets: one for all iterations, or one for each.
-        weights: a digest of the checkpoint that the run starts from, or "".
+    There is one dataset for all iterations, or one for each. `weights` is the digest of the checkpoint that the run
+    starts from, or "".
     """
     tokenizer = model.tokenizer
     fingerprints = {
@@ -90,15 +59,14 @@ def digests(
         "weights": weights,
         "code": _source_of_package(),
     }
-    judged = config.selfplay.rows != "all"
     own = {"loss": config.loss.name, "scorer": config.selfplay.scorer}
-    own |= {"verifier": config.eval.verifier} if judged else {}
+    if config.selfplay.rows != "all":
+        own["verifier"] = config.eval.verifier
     fingerprints |= {kind: _source_digest(name) for kind, name in own.items() if name and ":" in name}
     for t, pairs in sorted(given.items()):
         parts = (part for pair in pairs for part in _pair_content(t, pair))
         fingerprints[f"given pairs {t}"] = f"{len(pairs)} pairs, {_digest(parts)}"
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"fingerprints": fingerprints, "versions": versions}
+    return {"fingerprints": fingerprints, "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def _pair_content(t: int, pair: Pair) -> Iterator[bytes]:
@@ -147,13 +115,13 @@ def commit() -> str | None:
     """The git commit of the package's sources, and whether they differ from it; None where it is unknown."""
 
     def git(*arguments: str) -> str:
-        run = ["git", *arguments, "--", "."]
-        folder = Path(spin_jax.__file__).parent
-        return subprocess.run(run, cwd=folder, capture_output=True, text=True, check=True, timeout=60).stdout
+        command, folder = ["git", *arguments, "--", "."], Path(spin_jax.__file__).parent
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout.strip()
 
     try:
-        if found := git("log", "-1", "--format=%H").strip():
-            return f"{found}, changed" if git("status", "--porcelain").strip() else found
+        if found := git("log", "-1", "--format=%H"):
+            return f"{found}, changed" if git("status", "--porcelain") else found
     except (OSError, subprocess.SubprocessError):
         pass  # git is not installed, or the package is not in a clone
     installed = importlib.metadata.distribution("spin_jax").read_text("direct_url.json")
@@ -170,8 +138,9 @@ def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[
         theirs, ours = before.get(name, defaults.get(name, value)), value
         if name in config_values.PER_ITERATION:
             theirs, ours = ([config_values.per_iteration(v, t) for t in both] for v in (theirs, ours))
-        may_change = name in _FREE or name.partition(".")[0] in _FREE_SECTIONS
-        may_change = may_change and not (name == "eval.verifier" and config.selfplay.rows != "all")
+        section, _, key = name.rpartition(".")
+        judges = name == "eval.verifier" and config.selfplay.rows != "all"
+        may_change = not judges and (section in _FREE_SECTIONS or key in _FREE.get(section, ()))
         if not may_change and theirs != ours:
             result[name] = before.get(name, defaults.get(name)), value
     for kind, values in found.items():
@@ -204,35 +173,6 @@ def check(workdir: epath.Path, config: Any, found: Identity, began: Mapping[str,
     return [f"continues although {name} was {a!r} and is {b!r} now" for name, (a, b) in changed.items()]
 
 
-@contextlib.contextmanager
-def locked_workdir(
-    workdir: epath.Path,
-    config: Any,
-    found: Identity,
-    began: Mapping[str, Any],
-    revisions: Mapping[str, Any],
-) -> Iterator[None]:
-    """Locks the workdir, and writes config.json.
-
-    Raises:
-        ValueError: another run holds the lock.
-    """
-    with files.held(workdir):
-        path = workdir / "config.json"
-        if files.read_agreed(path) not in (None, began):
-            raise ValueError(f"{workdir}: another run has begun there in the meantime; start this one again")
-        files.sweep(workdir)
-        overrides = list(began.get("overrides", []))
-        if began and (changed := differences(config, found, began)):
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            overrides.append({"at": now, "differences": changed})
-        record = {"config": recorded(config), **revisions, **found, "overrides": overrides}
-        if record != began:
-            files.write_json(path, record)
-        processes.together(lambda: _check_shared(path))
-        yield
-
-
 def recorded(config: Any) -> dict[str, Any]:
     """The config as config.json holds it: without secrets, and with lists for tuples."""
 
@@ -244,11 +184,3 @@ def recorded(config: Any) -> dict[str, Any]:
         return secrets.redacted(value) if isinstance(value, str) else value
 
     return as_json(config.to_dict())
-
-
-def _check_shared(path: epath.Path) -> None:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} was written by process 0 and is not visible here: processes need one workdir, on a "
-            "shared disk or in an object store"
-        )

@@ -1,11 +1,10 @@
 """The training phases of a run: what is fitted to what, step checkpoints, and the checkpoint at the end.
 
-A phase goes on from its newest good step checkpoint, and a phase that has its final checkpoint is not
-trained again.
+A phase goes on from its newest good step checkpoint, and a phase that has its final checkpoint is not trained again.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from spin_jax.models.params import params_on
 from spin_jax.report.numbers import START
 from spin_jax.runtime import processes, sharding
 from spin_jax.runtime.console import compact, progress
+from spin_jax.selfplay import from_config
 from spin_jax.selfplay.engine import Engine
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import checkpoints, files
@@ -54,12 +54,10 @@ class TrainingPhase:
 class Fitting:
     """Trains weights by the phases of a run."""
 
-    def __init__(self, run: Prepared, engine: Engine, metrics: Metrics, should_stop: Callable[[], Any]):
-        """`should_stop` returns the number of the signal that asks the run to stop, or 0."""
+    def __init__(self, run: Prepared, engine: Engine, metrics: Metrics):
         self._run = run
         self._engine = engine
         self._metrics = metrics
-        self._should_stop = should_stop
 
     # --- phases ----------------------------------------------------------------------------------
 
@@ -71,12 +69,16 @@ class Fitting:
         Raises:
             NothingToTrainOn: there is no pair.
         """
-        run, options = self._run, self._run.options(t)
+        run, options = self._run, from_config.optimization(self._run.config, t)
         if not scored:
             raise NothingToTrainOn(
                 f"iteration {t}: no answer is {run.config.selfplay.rows}, and selfplay.rows asks for those; "
                 "more selfplay.samples or another eval.verifier may find some, in a new --workdir"
             )
+
+        def collate(chosen: Sequence[ScoredPair]) -> list[PairBatch]:
+            return pair_batches(chosen, run.pair_shape, run.chat.unattended, run.roles)
+
         steps = training_steps(len(scored), options.batch_size, options.epochs)
         return TrainingPhase(
             name="train",
@@ -85,7 +87,7 @@ class Fitting:
             objective=objective,
             options=options,
             items=scored,
-            collate=self._collate_pairs,
+            collate=collate,
             shape=run.pair_shape,
             steps=steps,
             schedule_steps=options.schedule_steps(steps),
@@ -93,64 +95,36 @@ class Fitting:
             initial_params=initial_params,
         )
 
-    def sft_phase(self) -> TrainingPhase:
-        """The SFT stage before self-play, which makes the start."""
-        run, options = self._run, self._run.sft_options()
-        steps = training_steps(len(run.examples(START)), options.batch_size, options.epochs)
-        schedule = options.schedule_steps(steps)
-        folder = run.folder(START)
-        return self._supervised("sft", START, folder, options, steps, schedule, run.initial_params)
+    def sft_phase(self, t: int, initial_params: Callable[[], Params], steps: int = 0) -> TrainingPhase:
+        """SFT that makes the start; or the control beside iteration t, for the `steps` that the iteration took."""
+        run, is_control = self._run, t != START
+        options, examples = from_config.sft_optimization(run.config, is_control), run.examples(t)
 
-    def control_phase(self, t: int, steps: int, initial_params: Callable[[], Params]) -> TrainingPhase:
-        """The SFT control beside iteration t, for as many steps as that took."""
-        folder, options = (
-            self._run.workdir / "control" / f"iteration_{t}",
-            self._run.sft_options(control=True),
-        )
-        return self._supervised("control", t, folder, options, steps, steps, initial_params)
+        def collate(chosen: Sequence[Example]) -> list[Rows]:
+            return packed([example_group(example) for example in chosen], run.example_shape, run.chat.unattended)
 
-    def _supervised(
-        self,
-        name: str,
-        t: int,
-        folder: epath.Path,
-        options: Optimization,
-        steps: int,
-        schedule_steps: int,
-        initial_params: Callable[[], Params],
-    ) -> TrainingPhase:
-        run = self._run
+        steps = steps or training_steps(len(examples), options.batch_size, options.epochs)
         return TrainingPhase(
-            name=name,
+            name="control" if is_control else "sft",
             iteration=t,
-            folder=folder,
+            folder=run.workdir / "control" / f"iteration_{t}" if is_control else run.folder(START),
             objective=SFT(run.decoder),
             options=options,
-            items=run.examples(t),
-            collate=self._collate_examples,
+            items=examples,
+            collate=collate,
             shape=run.example_shape,
             steps=steps,
-            schedule_steps=schedule_steps,
+            schedule_steps=steps if is_control else options.schedule_steps(steps),
             scalars={},
             initial_params=initial_params,
         )
 
-    def _collate_pairs(self, scored: Sequence[ScoredPair]) -> list[PairBatch]:
-        return pair_batches(scored, self._run.pair_shape, self._run.chat.unattended, self._run.roles)
-
-    def _collate_examples(self, examples: Sequence[Example]) -> list[Rows]:
-        groups = [example_group(example) for example in examples]
-        return packed(groups, self._run.example_shape, self._run.chat.unattended)
-
     # --- training --------------------------------------------------------------------------------
 
     def checkpointed(self, folder: epath.Path, make: Callable[[], Params]) -> Params:
-        """The weights in the folder's final checkpoint; where there is no good one, `make` makes them.
-
-        The folder's step checkpoints are removed.
-        """
+        """The weights in the folder's final checkpoint; where there is no good one, `make` makes them."""
         path, params = folder / "checkpoint", None
-        abstract = params_on(self._run.mesh, self._run.model.config)
+        abstract = params_on(self._run.model.mesh, self._run.model.config)
         if checkpoints.exists(path):
             try:
                 params = checkpoints.restore(path, abstract)
@@ -160,15 +134,13 @@ class Fitting:
             files.check_room(path, checkpoints.size(abstract), f"the checkpoint {path}")
             params = make()
             checkpoints.save(path, params)
-        files.remove(folder / "train")  # step checkpoints are of no more use
+        files.remove(folder / "train")  # its step checkpoints are of no more use
         return params
 
     def fit(self, params: Params | None, phase: TrainingPhase) -> Params:
         """Runs a training phase, from its newest good step checkpoint where there is one.
 
-        Args:
-            params: the weights that the phase starts from; they are used up. None reads or makes them where
-                they are needed.
+        It starts from `params`, which are used up; None reads or makes them where they are needed.
 
         Raises:
             Interrupted: the run was asked to stop; the state is saved.
@@ -181,6 +153,8 @@ class Fitting:
         start = step_checkpoints.steps_done()
         state, frozen = self._state(params, phase, step_checkpoints, start)
         self._metrics.rewind(phase.name, t, lambda step: step >= start)
+        items, size, seed = phase.items, options.batch_size, self._data_seed(phase)
+        epochs = -(-phase.steps // training_steps(len(items), size, 1))
         title = phase.name if t == START else f"iteration {t}: {phase.name}"
         with progress(title, phase.steps, start) as bar:
 
@@ -195,15 +169,15 @@ class Fitting:
             try:
                 state = fit(
                     state,
-                    self._batches(phase, start),
+                    batches(items, phase.collate, size, phase.shape, seed=seed, epochs=epochs, start=start),
                     make_step(phase.objective, options),
                     start=start,
                     learning_rates=options.learning_rates(phase.schedule_steps),
                     scalars=phase.scalars,
                     frozen=frozen,
-                    mesh=run.mesh,
+                    mesh=run.model.mesh,
                     checkpoints=step_checkpoints,
-                    loop=Loop(phase.steps, c.every_steps, most_skipped, on_step, self._should_stop),
+                    loop=Loop(phase.steps, c.every_steps, most_skipped, on_step, self._engine.should_stop),
                 )
             except NotFinite as error:
                 self._explain(error, phase)
@@ -218,36 +192,23 @@ class Fitting:
     ) -> tuple[TrainState, Params | None]:
         """The training state before step `start`; and with LoRA the frozen weights, else None."""
         run, options = self._run, phase.options
-        abstract = params_on(run.mesh, run.model.config)
+        abstract = params_on(run.model.mesh, run.model.config)
         if start and not options.lora_rank:
             sharding.free(params)  # a resumed phase needs no more memory than a fresh one
-            return step_checkpoints.restore(start, abstract_state(abstract, options, run.mesh)), None
+            return step_checkpoints.restore(start, abstract_state(abstract, options, run.model.mesh)), None
         params = phase.initial_params() if params is None else params
         if not options.lora_rank:
-            return init_state(params, options, run.mesh), None
+            return init_state(params, options, run.model.mesh), None
         adapters = lora.adapters_on(abstract, options.lora_rank, options.lora_targets)
         frozen = lora.freeze(params, run.model.dtype)
         if start:
-            return step_checkpoints.restore(start, abstract_state(adapters, options, run.mesh)), frozen
+            return step_checkpoints.restore(start, abstract_state(adapters, options, run.model.mesh)), frozen
         key = jax.random.key(self._data_seed(phase))
-        return init_state(lora.init(adapters, key), options, run.mesh), frozen
-
-    def _batches(self, phase: TrainingPhase, start: int) -> Iterator[Any]:
-        steps_per_epoch = training_steps(len(phase.items), phase.options.batch_size, 1)
-        return batches(
-            phase.items,
-            phase.collate,
-            phase.options.batch_size,
-            phase.shape,
-            seed=self._data_seed(phase),
-            epochs=-(-phase.steps // steps_per_epoch),
-            start=start,
-        )
+        return init_state(lora.init(adapters, key), options, run.model.mesh), frozen
 
     def _data_seed(self, phase: TrainingPhase) -> int:
         """The seed of the data order and of new adapters; each phase of each iteration has its own."""
-        number = {"sft": 0, "train": 1, "control": 2}[phase.name]
-        entropy = [self._run.config.seed, number, phase.iteration + 1]
+        entropy = [self._run.config.seed, ("sft", "train", "control").index(phase.name), phase.iteration + 1]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def _explain(self, error: NotFinite, phase: TrainingPhase) -> None:
@@ -255,7 +216,7 @@ class Fitting:
         path = phase.folder / f"not_finite_{phase.name}_step_{error.step}.npz"
         files.write(path, as_npz(error.batch, self._run.model.tokenizer.batch_decode))
         error.args = (
-            f"{phase.name}, iteration {phase.iteration}: {error}. Those steps changed nothing; the batch "
-            f"of the last one is in {path} (numpy.load). A lower learning rate, clip_norm or "
-            "model.dtype=float32 may help; --config.resume_anyway=True goes on from the last checkpoint",
+            f"{phase.name}, iteration {phase.iteration}: {error}. Those steps changed nothing; the batch of the last "
+            f"one is in {path} (numpy.load). A lower learning rate, clip_norm or model.dtype=float32 may help; "
+            "--config.resume_anyway=True goes on from the last checkpoint",
         )

@@ -13,7 +13,7 @@ import numpy as np
 
 from spin_jax import config_values
 from spin_jax.config import Config
-from spin_jax.data.records import Example, Pair
+from spin_jax.data.records import Pair
 from spin_jax.models import cost, lora
 from spin_jax.models.architecture import Model, ModelConfig
 from spin_jax.models.attention import kernel_for
@@ -23,12 +23,12 @@ from spin_jax.sampling import placement
 from spin_jax.sampling.next_token import Sampling
 from spin_jax.training import batch_shape, custom_loss
 from spin_jax.training.optimizer import Optimization
-from spin_jax.training.packing import RowShape, example_group, group_sizes, sizes
+from spin_jax.training.packing import RowShape, sizes
 from spin_jax.training.step import SPIN
 
 
 def decoder(config: Config, model: Model) -> Decoder:
-    """The model as a function of its parameters; policy and opponent share it."""
+    """The model as a function of its parameters, which policy and opponent share."""
     return Decoder(model.config, model.dtype, config.train.remat, kernel(config, model))
 
 
@@ -42,8 +42,7 @@ def kernel(config: Config, model: Model) -> str:
 def spin(config: Config, model: Model) -> SPIN:
     """The objective of self-play: the config's loss on the model."""
     c = config.loss
-    loss, roles = custom_loss.make(c), custom_loss.roles(c)
-    return SPIN(decoder(config, model), loss, roles, custom_loss.takes_score(c))
+    return SPIN(decoder(config, model), custom_loss.make(c), custom_loss.roles(c), custom_loss.takes_score(c))
 
 
 def optimization(config: Config, t: int) -> Optimization:
@@ -97,16 +96,11 @@ def mesh_sizes(config: Config, model: ModelConfig, devices: int, slices: int = 1
     return sharding.mesh_sizes(data, fsdp, tensor, devices, slices)
 
 
-def make_mesh(config: Config, model: ModelConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of training and scoring, over all devices or over those given."""
-    devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(config, model, len(devices), sharding.slices_of(devices))
-    return sharding.make_mesh(*sizes, devices)
-
-
-def placed(config: Config, model: Model, devices: Sequence[Any] | None = None) -> Model:
-    """A model without weights, with the mesh that `make_mesh` makes for it."""
-    return dataclasses.replace(model, mesh=make_mesh(config, model.config, devices))
+def placed(config: Config, model: Model) -> Model:
+    """A model without weights, with the mesh of training and scoring, over all devices."""
+    devices = jax.devices()
+    sizes = mesh_sizes(config, model.config, len(devices), sharding.slices_of(devices))
+    return dataclasses.replace(model, mesh=sharding.make_mesh(*sizes, devices))
 
 
 def sampling_tensor(config: Config, model: Model) -> int:
@@ -132,12 +126,10 @@ def longest(config: Config) -> int:
 
 def check_mesh(config: Config, model: Model) -> None:
     """Raises ValueError where the model cannot be split over the mesh."""
-    sampling = sampling_tensor(config, model)
+    sampling, heads = sampling_tensor(config, model), model.config.num_key_value_heads
     for name, tensor in (("mesh", sharding.tensor_shards(model.mesh)), ("sampling", sampling)):
-        if model.config.num_key_value_heads % tensor:
-            raise ValueError(
-                f"{name}.tensor={tensor} does not divide the model's {model.config.num_key_value_heads} key/value heads"
-            )
+        if heads % tensor:
+            raise ValueError(f"{name}.tensor={tensor} does not divide the model's {heads} key/value heads")
     if model.mesh.size % sampling:
         raise ValueError(f"sampling.tensor={sampling} does not divide {model.mesh.size} devices")
 
@@ -161,21 +153,13 @@ def expected_pairs(config: Any, vocab_size: int, count: int) -> list[Pair]:
     return [Pair(number, 0, [], [], *row, truncated=False, start=row[-1]) for number, row in enumerate(ids)]
 
 
-def pair_shape(
-    config: Config, model: Model, examples: Sequence[Example], given: Mapping[int, Sequence[Pair]]
-) -> RowShape:
-    """The shape of `pair_shape_of_lengths` for these examples."""
-    lengths = np.array([(len(example.prompt), len(example.real)) for example in examples])
-    return pair_shape_of_lengths(config, model, lengths, given)
-
-
 def pair_shape_of_lengths(
     config: Config, model: Model, lengths: np.ndarray, given: Mapping[int, Sequence[Pair]]
 ) -> RowShape:
     """The shape of micro-batches that every pair of the run fits, so that one program serves all iterations.
 
-    It depends on the examples alone, unless given pairs are longer than sampled ones can be. An iteration on
-    the pairs of another run then equals that run's iteration to the bit.
+    It depends on the examples alone, unless given pairs are longer than sampled ones can be. An iteration on the pairs
+    of another run then equals that run's iteration to the bit.
 
     Args:
         lengths: int [N, 2], the tokens of each example's prompt and human answer.
@@ -202,19 +186,13 @@ def pair_shape_of_lengths(
     return row_shape(config.train, config, model, expected, largest)
 
 
-def example_shape(config: Config, model: Model, examples: Sequence[Example]) -> RowShape:
-    expected = group_sizes([example_group(example) for example in examples])
+def example_shape_of_lengths(config: Config, model: Model, lengths: np.ndarray) -> RowShape:
+    """The shape of micro-batches of examples, whose prompts and human answers have these lengths, int [N, 2]."""
+    expected = sizes(*lengths.T)
     return row_shape(config.sft, config, model, expected, expected.max(axis=0))
 
 
 def row_shape(section: Config, config: Config, model: Model, expected: np.ndarray, largest: np.ndarray) -> RowShape:
     """The micro-batches of a section, `train` or `sft`, for groups of these sizes."""
-    return batch_shape.row_shape(
-        model,
-        expected,
-        largest,
-        kernel=kernel(config, model),
-        batch_size=section.batch_size,
-        tokens_per_device=section.tokens_per_device,
-        row_length=section.row_length,
-    )
+    options = {key: section[key] for key in ("batch_size", "tokens_per_device", "row_length")}
+    return batch_shape.row_shape(model, expected, largest, kernel=kernel(config, model), **options)

@@ -1,6 +1,8 @@
 """The numbers of summary.json: held-out pairs and answers, tasks of lm-evaluation-harness, and KL."""
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -34,10 +36,7 @@ class Evaluation:
         self._objective = objective
 
     def measure_pairs(self, t: int, params: Params, beta: float) -> Row:
-        """Loss, margin, accuracy … on held-out pairs, against the opponent of the iteration.
-
-        Each pair's numbers go to held_out.parquet.
-        """
+        """Loss, margin, accuracy … on held-out pairs, against the opponent; held_out.parquet has those of each pair."""
         run, roles = self._run, self._run.roles
         scored = self._opponent.scored_pairs(t, "test")
         if not scored:
@@ -49,30 +48,25 @@ class Evaluation:
         policy, opponent = (logps_type(roles)(*logps.T) for logps in (policy, reference))
         loss, metrics = self._objective.loss_and_metrics(policy, opponent, np.float32(beta), score)
         columns = {name: np.asarray(values) for name, values in {"loss": loss, **metrics}.items()}
-        columns |= {f"{role}_reference": reference[:, n] for n, role in enumerate(roles)}
+        references = {f"{role}_reference": reference[:, n] for n, role in enumerate(roles)}
         pairs = [s.pair for s in scored]
         # The file may exist with other numbers: an interrupted run may continue with another β.
-        table = parquet.held_out_to_parquet(pairs, columns)
+        table = parquet.held_out_to_parquet(pairs, columns | references)
         files.write_if_changed(run.folder(t) / "held_out.parquet", table)
         columns["identical"] = np.array([pair.identical for pair in pairs])
-        means = {name: float(np.mean(values, dtype=np.float64)) for name, values in columns.items()}
-        return {name: mean for name, mean in means.items() if not name.endswith("_reference")}
+        return {name: float(np.mean(values, dtype=np.float64)) for name, values in columns.items()}
 
     def sample(self, params: Params) -> list[Ids]:
         """A model's own answers to the held-out prompts, at temperature 1; `eval.samples` for each prompt."""
-        c = self._run.config
-        return self._answer_held_out(params, Sampling(c.sampling.max_new_tokens), c.eval.samples)
+        return self._answer_held_out(params, 1.0, self._run.config.eval.samples)
 
-    def _answer_held_out(self, params: Params, sampling: Sampling, samples: int) -> list[Ids]:
-        if not self._run.held_out:
+    def _answer_held_out(self, params: Params, temperature: float, samples: int) -> list[Ids]:
+        examples = self._run.held_out
+        if not examples:
             return []
-        return [
-            answer
-            for sample_id in range(samples)
-            for answer in self._engine.answer(
-                params, self._run.held_out, sampling, iteration=START, sample_ids=sample_id
-            )
-        ]
+        answer = functools.partial(self._engine.answer, params, examples, iteration=START)
+        sampling = Sampling(self._run.config.sampling.max_new_tokens, temperature)
+        return [one for number in range(samples) for one in answer(sampling, sample_ids=number)]
 
     def measure_alone(self, folder: epath.Path, params: Params, sampled: Sequence[Ids]) -> Row:
         """The numbers that need no other model: held-out answers, human and the model's own, and tasks."""
@@ -88,22 +82,18 @@ class Evaluation:
                 run.decoder,
                 params,
                 run.held_out,
-                mesh=run.mesh,
+                mesh=run.model.mesh,
                 shape=run.example_shape,
                 unattended=run.chat.unattended,
                 on_batch=lambda scored: self._engine.stop_if_asked(),
             )
         }
         if run.verifier:
-            greedy = self._answer_held_out(params, run.sampling(temperature=0.0), 1)
-            row["greedy_accuracy"] = self._share_right(greedy)
-            row["sampled_accuracy"] = self._share_right(sampled)
+            greedy = self._answer_held_out(params, 0.0, 1)
+            for name, answers in (("greedy_accuracy", greedy), ("sampled_accuracy", sampled)):
+                texts = [run.chat.decode(answer) for answer in answers]
+                row[name] = verifiers.share_correct(run.verifier, run.held_out, texts)
         return row | measures.response_statistics(run.chat, run.held_out, sampled)
-
-    def _share_right(self, answers: Sequence[Ids]) -> float:
-        run = self._run
-        assert run.verifier is not None
-        return verifiers.share_correct(run.verifier, run.held_out, [run.chat.decode(answer) for answer in answers])
 
     def _run_tasks(self, folder: epath.Path, params: Params) -> Row:
         """Numbers of the tasks; each is on disk as soon as it is done: an interruption costs one task."""
@@ -117,27 +107,20 @@ class Evaluation:
         done = files.read_agreed(path)
         if done is None or done["limit"] != limit:
             done = {"limit": limit, "tasks": {}}
+        options = {"include_path": c.eval.include_path, "limit": limit, "seed": c.seed}
         self._engine.release()
         model = dataclasses.replace(self._run.model, params=params)
         for name in names:
             if name not in done["tasks"]:
                 done["tasks"][name] = harness.run_tasks(
-                    model,
-                    [name],
-                    include_path=c.eval.include_path,
-                    limit=limit,
-                    seed=c.seed,
-                    should_stop=self._engine.stop_if_asked,
+                    model, [name], should_stop=self._engine.stop_if_asked, **options
                 )
                 files.write_json(path, done)
         numbers = {metric: value for name in names for metric, value in done["tasks"][name].items()}
         return {metric: math.nan if value is None else value for metric, value in numbers.items()}
 
     def divergence(self, t: int, params: Params, sampled: Sequence[Ids]) -> Row:
-        """How far iteration t has moved from its opponent and from the start: KL, estimated on its answers.
-
-        The memory of `params` is freed, because only one model's weights are held at a time.
-        """
+        """KL of iteration t from its opponent and from the start, estimated on its answers; `params` are freed."""
         own = self._logps(params, sampled)
         self._engine.free(params)
         first = self._run.config.selfplay.start
@@ -150,10 +133,8 @@ class Evaluation:
 
         They stand beside the human answers in the rows of training, so that no other program is compiled.
         """
-        run, examples = self._run, self._run.held_out
-        groups = []
-        for number, answer in enumerate(sampled):
-            example = examples[number % len(examples)]
+        run, groups = self._run, []
+        for example, answer in zip(itertools.cycle(run.held_out), sampled, strict=False):
             answers = tuple(example.real if role == "real" else answer for role in run.roles)
             groups.append(Group(run.chat.sampling_prompt(example), answers))
         return self._engine.score(params, groups)[:, run.roles.index("generated")]
@@ -165,7 +146,7 @@ class Evaluation:
         path = run.folder(t) / "samples.jsonl"
         if not chosen or files.exists(path):
             return
-        greedy = self._run.sampling(temperature=0.0)
+        greedy = Sampling(run.config.sampling.max_new_tokens, temperature=0.0)
         answers = self._engine.answer(params, chosen, greedy, iteration=t)
         rows = [
             {

@@ -4,10 +4,11 @@ import dataclasses
 import datetime
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spin_jax import config_values
 from spin_jax.config import Config
@@ -27,19 +28,21 @@ from spin_jax.selfplay.variants import Judge, find_judge
 from spin_jax.training import custom_loss
 
 
-class Inputs(NamedTuple):
+@dataclasses.dataclass
+class Inputs:
     """What each process reads for itself, before the processes share any work."""
 
-    model: Model
-    initial_params: Callable[[], Params]
+    config: Config
+    model: Model  # without weights
+    initial_params: Callable[[], Params]  # loads or initializes float32 weights
     chat: Chat
-    given: dict[int, list[Pair]]
-    judge: Judge | None
-    verifier: verifiers.Verifier | None
+    given: dict[int, list[Pair]]  # pairs that selfplay.pairs gives, by iteration
+    judge: Judge | None  # scores sampled answers
+    verifier: verifiers.Verifier | None  # says which held-out answers are right
     rows: dict[str, Any]  # datasets by path; empty where the given pairs are the data
     data_revision: str | dict[str, str | None] | None  # the commit of a hub dataset; of several, by path
     weights_digest: str  # of the checkpoint that the run starts from; "" for new weights
-    notes: list[str]
+    notes: list[str]  # what was dropped, cut, left out or assumed
 
 
 def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
@@ -58,7 +61,13 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
     model, initial_params, weights_digest = open_model(config, _recorded_revision(config, began))
     from_config.check_mesh(config, model)
     custom_loss.check(config.loss, model.mesh)
-    notes = _architecture_notes(config, model)
+    stated, theirs = config.model.architecture, model.hf_config
+    differing = [
+        f"{key} {value!r} ({theirs[key]!r})" for key, value in stated.items() if key in theirs and theirs[key] != value
+    ]
+    notes = []
+    if differing:
+        notes += [f"the checkpoint differs from model.architecture, and counts: it differs in {', '.join(differing)}"]
     chat = make_chat(config, model, today)
     given = _read_given_pairs(config, chat, model.config.vocab_size, notes)
     c = config.data
@@ -68,7 +77,7 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
         revisions[path] = sources.pinned(path, recorded.get(path) or c.revision)
         rows[path] = sources.load_rows(path, c.split, name=c.name, revision=revisions[path])
     pinned = revisions if len(revisions) > 1 else next(iter(revisions.values()), None)
-    return Inputs(model, initial_params, chat, given, judge, verifier, rows, pinned, weights_digest, notes)
+    return Inputs(config, model, initial_params, chat, given, judge, verifier, rows, pinned, weights_digest, notes)
 
 
 def _recorded_revision(config: Config, began: Mapping[str, Any]) -> str | None:
@@ -83,12 +92,11 @@ def _recorded_data_revisions(config: Config, began: Mapping[str, Any]) -> Mappin
     before, commits = began.get("config", {}).get("data", {}), began.get("data_revision")
     if before.get("revision") != config.data.revision:
         return {}
-    return (
-        commits if isinstance(commits, dict) else dict.fromkeys(config_values.data_paths(before.get("path")), commits)
-    )
+    paths = config_values.data_paths(before.get("path"))
+    return commits if isinstance(commits, dict) else dict.fromkeys(paths, commits)
 
 
-def shared_content(config: Config, read: Inputs) -> bytes:
+def shared_content(read: Inputs) -> bytes:
     """What all processes must have read alike: config, model description, given pairs, some rows."""
     pairs = [ids for pairs in read.given.values() for p in pairs for ids in (p.prompt, p.real, p.generated)]
     some = [
@@ -96,7 +104,7 @@ def shared_content(config: Config, read: Inputs) -> bytes:
         for rows in read.rows.values()
     ]
     m = read.model
-    alike = config, m.hf_config, m.generation_config, m.stop_tokens, m.revision, some
+    alike = read.config, m.hf_config, m.generation_config, m.stop_tokens, m.revision, some
     return b"|".join([repr(alike).encode(), *(ids.tobytes() for ids in pairs)])
 
 
@@ -110,9 +118,8 @@ def _row(rows: Any, number: int) -> Any:
 def open_model(config: Config, recorded_revision: str | None = None) -> tuple[Model, Callable[[], Params], str]:
     """The model without weights, the function that loads or makes float32 weights, and their digest.
 
-    Args:
-        recorded_revision: the commit of the hub model that the run began with. The run continues with it,
-            even if the branch has moved on.
+    The run continues with `recorded_revision`, the commit of the hub model that it began with, even if the branch
+    has moved on.
     """
     c = config.model
     template = config.data.chat_template
@@ -130,71 +137,44 @@ def open_model(config: Config, recorded_revision: str | None = None) -> tuple[Mo
         tokenizer = tokenizers.with_chat_template(user_code.called(c.tokenizer), template)
     else:
         tokenizer = tokenizers.load_tokenizer(c.tokenizer, template)
-    model = loading.new_model(c.architecture.to_dict(), tokenizer, dtype=c.dtype)
-    model = from_config.placed(config, model)
+    model = from_config.placed(config, loading.new_model(c.architecture.to_dict(), tokenizer, dtype=c.dtype))
     return model, lambda: init_params(model.config, jax.random.key(config.seed), model.mesh), ""
-
-
-def _architecture_notes(config: Config, model: Model) -> list[str]:
-    """A note where the checkpoint differs from the architecture that the config states."""
-    stated, theirs = config.model.architecture, model.hf_config
-    differing = [
-        f"{key} {value!r} ({theirs[key]!r})" for key, value in stated.items() if key in theirs and theirs[key] != value
-    ]
-    if not differing:
-        return []
-    return [f"the checkpoint differs from model.architecture, and counts: it differs in {', '.join(differing)}"]
 
 
 def make_chat(config: Config, model: Model, today: str | None = None) -> Chat:
     """The chat template and tokenizer of the model, with the limits and the system message of the config."""
     kind = OfficialChat if config.official else Chat
     lengths = Lengths(config.lengths.max_prompt, config.lengths.max_length)
-    return kind(
-        model.tokenizer,
-        model.stop_tokens,
-        lengths=lengths,
-        system_message=config.data.system_message,
-        today=_day(today or config.data.today),
-    )
-
-
-def _day(text: str | None) -> datetime.date | None:
+    day = today or config.data.today
     try:
-        return datetime.date.fromisoformat(text) if text else None
+        date = datetime.date.fromisoformat(day) if day else None
     except ValueError as error:
-        raise ValueError(f"data.today={text!r}: expected a date such as 2026-01-31") from error
+        raise ValueError(f"data.today={day!r}: expected a date such as 2026-01-31") from error
+    system = config.data.system_message
+    return kind(model.tokenizer, model.stop_tokens, lengths=lengths, system_message=system, today=date)
 
 
 def _read_given_pairs(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dict[int, list[Pair]]:
-    given, c = {}, config.data
+    given, play = {}, config.selfplay
+    options = {"bad_rows": config.data.bad_rows, "max_bad": config.data.max_bad, "scored": bool(play.scorer)}
     for t, path in config_values.given_pairs(config).items():
-        rows = sources.load_rows(path, config.selfplay.pairs_split, all_files=True)
-        given[t], counts = load_pairs(
-            rows,
-            chat,
-            path=path,
-            vocab_size=vocab_size,
-            bad_rows=c.bad_rows,
-            max_bad=c.max_bad,
-            scored=bool(config.selfplay.scorer),
-        )
+        rows = sources.load_rows(path, play.pairs_split, all_files=True)
+        given[t], counts = load_pairs(rows, chat, path=path, vocab_size=vocab_size, **options)
         notes += _count_notes(path, counts)
-    start = config.selfplay.start
-    for t in range(max(0, start - config.selfplay.mix_previous), start):
+    for t in range(max(0, play.start - play.mix_previous), play.start):
         if t not in given:
             notes.append(f"the pairs of iteration {t} are not mixed in: --config.selfplay.pairs={t}=PATH gives them")
     return given
 
 
-# Datasets after the first number their rows from here, from twice this, and so on, so that each prompt_id is
-# unique in a run.
+# Datasets after the first number their rows from here, from twice this, and so on, so that each prompt_id is unique
+# in a run.
 _NEXT_DATASET = 2**40
 
 
-def datasets_of(config: Config, read: Inputs) -> list[list[Example]]:
+def datasets_of(read: Inputs) -> list[list[Example]]:
     """Prompts with their human answers: one dataset for all iterations, or one for each."""
-    c = config.data
+    config = read.config
     if not read.rows:  # then the given pairs are the data
         iterations = range(config.selfplay.start, config.selfplay.iterations)
         if absent := [t for t in iterations if t not in read.given]:
@@ -202,19 +182,11 @@ def datasets_of(config: Config, read: Inputs) -> list[list[Example]]:
         unique = {prompt_turns(p.real_messages): p for t in sorted(read.given, reverse=True) for p in read.given[t]}
         pairs = sorted(unique.values(), key=lambda pair: pair.prompt_id)
         return [[Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs]]
+    keys = "prompt_column", "answer_column", "limit", "bad_rows", "max_bad"
+    options = {key: config.data[key] for key in keys}
     loaded: dict[str, list[Example]] = {}
     for number, (path, rows) in enumerate(read.rows.items()):
-        examples, counts = load_examples(
-            rows,
-            read.chat,
-            path=path,
-            prompt_column=c.prompt_column,
-            answer_column=c.answer_column,
-            limit=c.limit,
-            seed=config.seed,
-            bad_rows=c.bad_rows,
-            max_bad=c.max_bad,
-        )
+        examples, counts = load_examples(rows, read.chat, path=path, seed=config.seed, **options)
         read.notes.extend(_count_notes(path, counts))
         if number and max(example.prompt_id for example in examples) >= _NEXT_DATASET:
             raise ValueError(f"{path}: with several datasets, each prompt_id must be below {_NEXT_DATASET}")
@@ -223,31 +195,28 @@ def datasets_of(config: Config, read: Inputs) -> list[list[Example]]:
     return [loaded[path] for path in config_values.data_paths(config.data.path)]
 
 
-def all_examples(datasets: Sequence[list[Example]]) -> list[Example]:
-    """The examples of all datasets. A dataset that serves several iterations counts once."""
-    return [example for dataset in {id(d): d for d in datasets}.values() for example in dataset]
+def lengths_of(datasets: Sequence[list[Example]]) -> np.ndarray:
+    """The tokens of each prompt and human answer, int [N, 2]. A dataset that serves several iterations counts once."""
+    different = {id(dataset): dataset for dataset in datasets}.values()
+    return np.array([(len(example.prompt), len(example.real)) for dataset in different for example in dataset])
 
 
-def held_out_of(config: Config, examples: Sequence[Example]) -> list[Example]:
-    """The examples that are kept from training, chosen by the seed."""
+def split(config: Config, datasets: Sequence[list[Example]]) -> tuple[list[list[Example]], list[Example]]:
+    """The datasets to train on, and the examples of the first that are held out, chosen by the seed.
+
+    Later datasets are also without the prompts that are held out.
+    """
     ids = split_held_out(
-        [example.prompt_id for example in examples],
-        fraction=config.eval.fraction,
-        limit=config.eval.limit,
-        seed=config.seed,
+        [e.prompt_id for e in datasets[0]], fraction=config.eval.fraction, limit=config.eval.limit, seed=config.seed
     )
-    return [example for example in examples if example.prompt_id in ids]
+    held_out = [example for example in datasets[0] if example.prompt_id in ids]
+    prompts = {prompt_turns(example.messages) for example in held_out}
 
+    def rest(examples: list[Example]) -> list[Example]:
+        kept = [example for example in examples if example.prompt_id not in ids]
+        return kept if examples is datasets[0] else [e for e in kept if prompt_turns(e.messages) not in prompts]
 
-def without_held_out(datasets: Sequence[list[Example]], held_out: Sequence[Example]) -> list[list[Example]]:
-    """The datasets without the held-out examples, and without the same prompts in later datasets."""
-    ids = {example.prompt_id for example in held_out}
-    prompts = {prompt_turns(example.messages) for example in held_out} if len(datasets) > 1 else set()
-
-    def is_kept(example: Example, later: bool) -> bool:
-        return example.prompt_id not in ids and not (later and prompt_turns(example.messages) in prompts)
-
-    return [[e for e in examples if is_kept(e, examples is not datasets[0])] for examples in datasets]
+    return list(map(rest, datasets)), held_out
 
 
 def _count_notes(path: str, counts: Counter) -> list[str]:

@@ -1,7 +1,7 @@
 """The opponent of each iteration: whose weights it has, what it answers, and its log-probs of all answers.
 
-Everything is written one file at a time: iteration_<t>/pairs/ holds the answers, iteration_<t>/scores/ the
-log-probs of all pairs that iteration t trains on. A file that exists is never made again.
+Everything is written one file at a time: iteration_<t>/pairs/ holds the answers, iteration_<t>/scores/ the log-probs of
+all pairs that iteration t trains on. A file that exists is never made again.
 """
 
 import functools
@@ -18,19 +18,10 @@ from spin_jax.data.records import Example, Ids, Pair, prompt_turns
 from spin_jax.errors import MissingInput
 from spin_jax.models.architecture import Params
 from spin_jax.runtime.console import compact, progress
-from spin_jax.selfplay import from_config
+from spin_jax.selfplay import from_config, variants
 from spin_jax.selfplay.engine import Engine
 from spin_jax.selfplay.prepare import Prepared
-from spin_jax.selfplay.variants import (
-    BY_OPPONENT,
-    BY_START,
-    answers_by_prompt,
-    mixed_logps,
-    pairs_to_train_on,
-    reference_weights,
-    with_scores,
-    with_start_answers,
-)
+from spin_jax.selfplay.variants import BY_OPPONENT, BY_START
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics
 from spin_jax.training.batches import ScoredPair
@@ -62,25 +53,13 @@ class Opponent:
     def sample(self, t: int, params: Params | None) -> Params | None:
         """Writes the answers that iteration t needs and that are not there yet.
 
-        Args:
-            params: θ_t; None reads them where they are needed.
-
-        Returns:
-            θ_t where it is in memory now.
+        `params` are θ_t; None reads them where they are needed. Returns θ_t where it is in memory now.
         """
         for source in self._needed(t)[:-1]:  # all but t itself
-            if not self.has_answers(source):
-                is_given = source in self._run.given  # then nobody has to answer
-                self._write_answers(source, {} if is_given else self.weights(source))
-        if not self.has_answers(t):
-            params = self.weights(t) if params is None else params
-            self._write_answers(t, params)
-        return params
+            self._write_answers(source, None)
+        return self._write_answers(t, params)
 
-    def has_answers(self, t: int) -> bool:
-        return all(files.existing([path for path, _ in self.pair_files(t)]))
-
-    def pair_files(self, t: int) -> list[tuple[epath.Path, list]]:
+    def _pair_files(self, t: int) -> list[tuple[epath.Path, list]]:
         """The files of iteration t's pairs, each with what it is made from: examples, or given pairs.
 
         Held-out prompts are answered too, into files of their own.
@@ -100,62 +79,61 @@ class Opponent:
                 result.append((run.folder(t) / "pairs" / name, shard))
         return result
 
-    def _write_answers(self, t: int, params: Params) -> None:
-        """Answers every prompt of iteration t, or writes the pairs given for it."""
+    def _write_answers(self, t: int, params: Params | None) -> Params | None:
+        """Answers every prompt of iteration t, or writes the pairs given for it; returns θ_t if it was needed."""
         run, metrics = self._run, self._metrics
-        shards = self.pair_files(t)
+        shards = self._pair_files(t)
         done = files.existing([path for path, _ in shards])
         if all(done):
-            return
+            return params
         if t in run.given:
             self._write_given(shards, done)
-            return
+            return params
+        params = self.weights(t) if params is None else params
         rounds = list(self._rounds(shards, done))
         requests = [self._requests(path, examples) for path, examples in shards]
-        sizes = list(map(len, requests))
-        left = sum(sizes[number] for chosen in rounds for number in chosen)
+        total = sum(map(len, requests))
+        left = sum(len(requests[number]) for chosen in rounds for number in chosen)
         metrics.rewind("sample", t, lambda number: not done[number])
-        with progress(f"iteration {t}: sample", sum(sizes), sum(sizes) - left, unit="answer") as bar:
+        with progress(f"iteration {t}: sample", total, total - left, unit="answer") as bar:
             for chosen in rounds:
                 began = time.perf_counter()
                 examples, ids = zip(*(one for number in chosen for one in requests[number]), strict=True)
-                answers = self._engine.answer(params, examples, run.sampling(), iteration=t, sample_ids=ids, bar=bar)
+                sampling = from_config.sampling(run.config)
+                answers = self._engine.answer(params, examples, sampling, iteration=t, sample_ids=ids, bar=bar)
                 rate = sum(map(len, answers)) / (time.perf_counter() - began)
                 remaining = iter(answers)
                 for number in chosen:
-                    path, _ = shards[number]
                     pairs = [run.chat.pair(e, sample_id, next(remaining)) for e, sample_id in requests[number]]
                     if done[number]:
                         continue
-                    pairs = with_scores(pairs, run.judge)
+                    pairs = variants.with_scores(pairs, run.judge)
                     # The row is written first, because a file that exists is never made again.
                     metrics.write("sample", t, number, {**_statistics(pairs), "tokens_per_s": rate})
                     metrics.flush()
-                    files.write(path, parquet.pairs_to_parquet(pairs))
+                    files.write(shards[number][0], parquet.pairs_to_parquet(pairs))
                 self._engine.stop_if_asked()
+        return params
 
     def _write_given(self, shards: Sequence[tuple[epath.Path, list]], done: Sequence[bool]) -> None:
         # All pairs are scored at once: a scorer may compare the answers to a prompt, and files part them.
-        remaining = iter(with_scores([pair for _, pairs in shards for pair in pairs], self._run.judge))
+        remaining = iter(variants.with_scores([pair for _, pairs in shards for pair in pairs], self._run.judge))
         for (path, pairs), exists in zip(shards, done, strict=True):
             scored = list(itertools.islice(remaining, len(pairs)))
             if not exists:
                 files.write(path, parquet.pairs_to_parquet(scored))
 
     def _requests(self, path: epath.Path, examples: Sequence[Example]) -> list[tuple[Example, int]]:
-        """(example, sample_id) of each answer in a file.
-
-        A held-out prompt is answered once, unless a scorer compares its answers.
-        """
+        """(example, sample_id) of each answer in a file. Held-out prompts have one, unless a scorer compares them."""
         play = self._run.config.selfplay
         many = play.samples if path.name.startswith("train") or play.scorer else 1
-        return [(example, sample_id) for example in examples for sample_id in range(many)]
+        return list(itertools.product(examples, range(many)))
 
     def _rounds(self, shards: Sequence[tuple[epath.Path, list]], done: Sequence[bool]) -> Iterator[tuple[int, ...]]:
         """The files that are answered together: enough of them to keep all slots busy.
 
-        Slots run empty at the end of a round. A round that was interrupted is repeated as a whole, with the
-        same prompts beside each other, so that its answers are the same to the bit.
+        Slots run empty at the end of a round. A round that was interrupted is repeated as a whole, with the same
+        prompts beside each other, so that its answers are the same to the bit.
         """
         busy = 4 * from_config.slots(self._run.config, self._run.model)
         count = max(1, busy // self._run.config.sampling.shard_size)
@@ -169,8 +147,7 @@ class Opponent:
     def score(self, t: int, params: Params | None) -> Params | None:
         """Writes the log-probs that iteration t needs and that are not there yet, as `sample` writes answers.
 
-        Returns:
-            θ_t where it is in memory now; not where the start's weights took its place.
+        Returns θ_t where it is in memory now; not where the start's weights took its place.
         """
         if not self._has_scores(t, BY_OPPONENT):
             params = self.weights(t) if params is None else params
@@ -183,21 +160,18 @@ class Opponent:
 
     def scored_pairs(self, t: int, split: str) -> list[ScoredPair]:
         """Iteration t's pairs of a split with their log-probs by the opponent, in the order of the files."""
-        weights, roles = reference_weights(self._run.config, t), self._run.roles
+        weights, roles = variants.reference_weights(self._run.config, t), self._run.roles
         shards = self._score_files(t)
         _need([shard.path for shard in shards], f"iteration {t} has no scores yet", "score")
-        by_pairs: dict[epath.Path, list[ScoreFile]] = {}
+        shards = [shard for shard in shards if shard.pairs.name.startswith(split)]
+        scores: dict[str, dict[tuple[int, int, int], tuple[float, ...]]] = {by: {} for by in weights}
         for shard in shards:
-            if shard.pairs.name.startswith(split):
-                by_pairs.setdefault(shard.pairs, []).append(shard)
+            scores[shard.by] |= parquet.scores_from_parquet(shard.path.read_bytes(), shard.path, roles)
         result = []
-        for same_pairs in by_pairs.values():
-            scores = [
-                (weights[s.by], parquet.scores_from_parquet(s.path.read_bytes(), s.path, roles)) for s in same_pairs
-            ]
-            for pair in self._pairs_of(same_pairs[0]):
-                key = same_pairs[0].source, pair.prompt_id, pair.sample_id
-                logps = mixed_logps([(weight, of_pairs[key]) for weight, of_pairs in scores])
+        for shard in {shard.pairs: shard for shard in shards}.values():  # each file of pairs once
+            for pair in self._pairs_of(shard):
+                key = shard.source, pair.prompt_id, pair.sample_id
+                logps = variants.mixed_logps([(weight, scores[by][key]) for by, weight in weights.items()])
                 result.append(ScoredPair(pair, logps))
         return result
 
@@ -228,9 +202,9 @@ class Opponent:
                 pairs=path,
                 total=len(items if source in self._run.given else self._requests(path, items)),
             )
-            for by in reference_weights(self._run.config, t)
+            for by in variants.reference_weights(self._run.config, t)
             for source in self._sources(t)
-            for path, items in self.pair_files(source)
+            for path, items in self._pair_files(source)
             if source == t or path.name.startswith("train")
         ]
 
@@ -246,8 +220,6 @@ class Opponent:
         done = files.existing([shard.path for shard in shards])
         own = [number for number, shard in enumerate(shards) if shard.by == by]
         missing = [number for number in own if not done[number]]
-        if not missing:
-            return
         _need([shards[number].pairs for number in own], f"iteration {t} has no pairs yet", "sample")
         metrics.rewind("score", t, lambda number: not done[number])
         total, left = (sum(shards[number].total for number in numbers) for numbers in (own, missing))
@@ -266,24 +238,24 @@ class Opponent:
                 row = {"source_iteration": shard.source, "pairs": len(pairs), **means, "tokens_per_s": rate}
                 metrics.write("score", t, number, row)
                 metrics.flush()
-                scores = parquet.scores_to_parquet(shard.source, pairs, logps, run.roles)
-                files.write(shard.path, scores)
+                files.write(shard.path, parquet.scores_to_parquet(shard.source, pairs, logps, run.roles))
                 bar.set_postfix({"tok/s": compact(rate)}, refresh=False)
 
     def _pairs_of(self, shard: ScoreFile) -> list[Pair]:
         """The pairs of a file that selfplay.rows keeps; with the start's answers where a loss reads them."""
         pairs = parquet.pairs_from_parquet(shard.pairs.read_bytes(), shard.pairs)
-        pairs = pairs_to_train_on(pairs, self._run.config.selfplay.rows)
+        pairs = variants.pairs_to_train_on(pairs, self._run.config.selfplay.rows)
         if "start" not in self._run.roles:
             return pairs
-        return with_start_answers(pairs, self._start_answers, shard.pairs, self._answers_of_start)
+        return variants.with_start_answers(pairs, self._start_answers, shard.pairs, self._answers_of_start)
 
     @functools.cached_property
     def _start_answers(self) -> dict[tuple[bytes, int], Ids]:
         t = self._answers_of_start
-        paths = [path for path, _ in self.pair_files(t)]
+        paths = [path for path, _ in self._pair_files(t)]
         _need(paths, f"iteration {t} has no pairs yet", "sample")
-        return answers_by_prompt(pair for path in paths for pair in parquet.pairs_from_parquet(path.read_bytes(), path))
+        files_of_pairs = (parquet.pairs_from_parquet(path.read_bytes(), path) for path in paths)
+        return variants.answers_by_prompt(itertools.chain.from_iterable(files_of_pairs))
 
 
 def _statistics(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -299,7 +271,6 @@ def _statistics(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def _check_finite(pairs: Sequence[Pair], logps: np.ndarray, path: epath.Path) -> None:
-    """Raises FloatingPointError where a log-prob is not finite: a loss of it would be no number."""
     bad = [pair.prompt_id for pair, values in zip(pairs, logps, strict=True) if not np.isfinite(values).all()]
     if bad:
         raise FloatingPointError(
@@ -310,7 +281,6 @@ def _check_finite(pairs: Sequence[Pair], logps: np.ndarray, path: epath.Path) ->
 
 def _need(paths: Sequence[epath.Path], problem: str, phase: str) -> None:
     """Raises MissingInput, naming the phase to run first, where a path does not exist."""
-    exists = files.existing(paths)
-    if not all(exists):
-        absent = paths[exists.index(False)]
-        raise MissingInput(f"{problem} ({absent} is missing): run --only={phase} first")
+    absent = [path for path, exists in zip(paths, files.existing(paths), strict=True) if not exists]
+    if absent:
+        raise MissingInput(f"{problem} ({absent[0]} is missing): run --only={phase} first")

@@ -6,7 +6,7 @@ import datetime
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,56 +14,31 @@ from etils import epath
 
 from spin_jax import config_values
 from spin_jax.config import Config
-from spin_jax.data.chat import Chat
 from spin_jax.data.records import Example, Pair, prompt_turns
-from spin_jax.evaluate import verifiers
 from spin_jax.models import lora
-from spin_jax.models.architecture import Model, Params
+from spin_jax.models.architecture import Model
 from spin_jax.models.decoder import Decoder
 from spin_jax.runtime import processes
-from spin_jax.sampling.next_token import Sampling
 from spin_jax.selfplay import best, fingerprints, from_config
-from spin_jax.selfplay.inputs import (
-    all_examples,
-    datasets_of,
-    held_out_of,
-    read_inputs,
-    shared_content,
-    without_held_out,
-)
-from spin_jax.selfplay.variants import Judge
+from spin_jax.selfplay.inputs import Inputs, datasets_of, lengths_of, read_inputs, shared_content, split
 from spin_jax.storage import files, hub
 from spin_jax.training import custom_loss
-from spin_jax.training.optimizer import Optimization
 from spin_jax.training.packing import RowShape
 
 
 @dataclasses.dataclass
-class Prepared:
+class Prepared(Inputs):
     """The inputs of a run, and what follows from them."""
 
-    config: Config
     workdir: epath.Path
-    model: Model  # without weights
-    initial_params: Callable[[], Params]  # loads or initializes float32 weights
-    chat: Chat
     datasets: list[list[Example]]  # to train on: one for all iterations, or one for each
     held_out: list[Example]  # from the first dataset
-    judge: Judge | None  # scores sampled answers
-    verifier: verifiers.Verifier | None  # says which held-out answers are right
-    given: dict[int, list[Pair]]  # pairs that selfplay.pairs gives, by iteration
     pair_shape: RowShape  # of micro-batches of pairs, the same for all iterations
     example_shape: RowShape  # of micro-batches of examples
     identity: fingerprints.Identity  # fingerprints and versions, by which a run knows its workdir
     began: Mapping[str, Any]  # the config.json that is there already, or {}
-    data_revision: str | dict[str, str | None] | None  # the commit of a hub dataset; of several, by path
     today: str  # the date that chat templates see
     commit: str | None  # the git commit of the code that the run began with
-    notes: list[str]  # what was dropped, cut, left out or assumed
-
-    @property
-    def mesh(self) -> jax.sharding.Mesh:
-        return self.model.mesh
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -72,21 +47,15 @@ class Prepared:
 
     @functools.cached_property
     def decoder(self) -> Decoder:
-        """The model as a function, for policy and opponent alike."""
         return from_config.decoder(self.config, self.model)
 
     @functools.cached_property
     def sampling_mesh(self) -> jax.sharding.Mesh:
-        """The sampler's mesh of the same devices."""
         return from_config.sampling_mesh(self.config, self.model)
 
     @functools.cached_property
     def best_direction(self) -> int:
-        """1 where a higher checkpoint.best is better, −1 where a lower one is; 0 where it is not set.
-
-        Raises:
-            ValueError: the summary has no number of that name.
-        """
+        """`best.direction` of checkpoint.best; 0 where it is not set."""
         c = self.config
         if not c.checkpoint.best:
             return 0
@@ -107,18 +76,6 @@ class Prepared:
         """The folder of iteration t, or of the START."""
         return self.workdir / ("start" if t < 0 else f"iteration_{t}")
 
-    def options(self, t: int) -> Optimization:
-        """How iteration t is optimized."""
-        return from_config.optimization(self.config, t)
-
-    def sft_options(self, control: bool = False) -> Optimization:
-        """How the start or the SFT control is optimized."""
-        return from_config.sft_optimization(self.config, control)
-
-    def sampling(self, **changes: Any) -> Sampling:
-        """How the config draws answers, with some fields changed."""
-        return dataclasses.replace(from_config.sampling(self.config), **changes)
-
     @property
     def makes_start(self) -> bool:
         """Whether this run makes the start itself: it has no model.path, or an SFT stage."""
@@ -126,7 +83,6 @@ class Prepared:
 
     @property
     def iterations(self) -> range:
-        """The iterations of this run."""
         return range(self.config.selfplay.start, self.config.selfplay.iterations)
 
 
@@ -148,38 +104,30 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
     today = processes.exchanged(today)[0]
     read = processes.together(lambda: read_inputs(config, began, today))
     _check_tasks(config, read.model)
-    processes.check_same("config or data", lambda: shared_content(config, read))
-    model, chat, given, notes = read.model, read.chat, read.given, read.notes
-    datasets = datasets_of(config, read)
-    examples, held_out = all_examples(datasets), held_out_of(config, datasets[0])
-    if config.lengths.max_length > model.config.max_position_embeddings:
-        notes.append(
-            f"lengths.max_length={config.lengths.max_length} exceeds the model's "
-            f"{model.config.max_position_embeddings} positions"
-        )
+    processes.check_same("config or data", lambda: shared_content(read))
+    model, given, notes = read.model, read.given, read.notes
+    datasets = datasets_of(read)
+    lengths = lengths_of(datasets)
+    to_train_on, held_out = split(config, datasets)
+    positions = model.config.max_position_embeddings
+    if config.lengths.max_length > positions:
+        notes.append(f"lengths.max_length={config.lengths.max_length} exceeds the model's {positions} positions")
     found = fingerprints.digests(config, model, datasets, given, read.weights_digest)
     processes.check_same("model, tokenizer, data or code", lambda: repr(found).encode())
     notes += fingerprints.check(root, config, found, began)
-    _check_given(root, read.given, began)
+    _check_given(root, given, began)
+    read.rows.clear()  # the examples are made of them; they only take up memory now
     prepared = Prepared(
-        config=config,
+        **vars(read),
         workdir=root,
-        model=model,
-        initial_params=read.initial_params,
-        chat=chat,
-        datasets=without_held_out(datasets, held_out),
+        datasets=to_train_on,
         held_out=held_out,
-        judge=read.judge,
-        verifier=read.verifier,
-        given=given,
-        pair_shape=from_config.pair_shape(config, model, examples, given),
-        example_shape=from_config.example_shape(config, model, examples),
+        pair_shape=from_config.pair_shape_of_lengths(config, model, lengths, given),
+        example_shape=from_config.example_shape_of_lengths(config, model, lengths),
         identity=found,
         began=began,
-        data_revision=read.data_revision,
         today=today,
         commit=began["commit"] if "commit" in began else fingerprints.commit(),
-        notes=notes,
     )
     _check_options(prepared)
     return prepared
@@ -187,48 +135,44 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
 
 def _check_tasks(config: Config, model: Model | None = None) -> None:
     """Checks that eval.tasks exist; with a model, also that their data do and that it can answer them."""
-    tasks, include_path = config_values.task_names(config), config.eval.include_path
-    if not tasks:
+    names, include_path = config_values.task_names(config), config.eval.include_path
+    if not names:
         return
-    from spin_jax.evaluate.tasks import (  # it needs lm_eval, which is optional
-        check_model,
-        check_tasks,
-        load_tasks,
-    )
+    from spin_jax.evaluate import tasks  # it needs lm_eval, which is optional
 
     if model is None:
-        check_tasks(tasks, include_path)
+        tasks.check_tasks(names, include_path)
     else:
-        check_model(load_tasks(tasks, include_path=include_path), model)
+        tasks.check_model(tasks.load_tasks(names, include_path=include_path), model)
 
 
 def _check_options(prepared: Prepared) -> None:
     """Checks keys that belong together, and builds the options of every phase, which check themselves."""
-    if prepared.config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
+    c, wanted = prepared.config, prepared.config.checkpoint.best
+    if c.logging.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError("logging.wandb_project is set, and wandb is not installed: pip install wandb")
-    wanted = prepared.config.checkpoint.best
-    if wanted in ("greedy_accuracy", "sampled_accuracy") and not prepared.config.eval.verifier:
+    if wanted in ("greedy_accuracy", "sampled_accuracy") and not c.eval.verifier:
         raise ValueError(f"checkpoint.best={wanted!r} needs eval.verifier")
     if wanted in best.DIRECTIONS and not prepared.held_out:
         raise ValueError(f"checkpoint.best={wanted!r} needs held-out rows: there are none")
     _ = prepared.best_direction
-    if prepared.config.export.push_to:
-        hub.check(prepared.config.export.push_to)
+    if c.export.push_to:
+        hub.check(c.export.push_to)
     if "start" in prepared.roles:
         _check_start_answers(prepared)
-    if prepared.config.selfplay.start and prepared.config.selfplay.restart:
+    if c.selfplay.start and c.selfplay.restart:
         raise ValueError("selfplay.restart trains the start anew: with selfplay.start that is another model")
-    if prepared.config.selfplay.start and prepared.config.loss.reference_alpha < 1:
+    if c.selfplay.start and c.loss.reference_alpha < 1:
         raise ValueError("loss.reference_alpha asks the start: with selfplay.start that is another model")
     if wanted in ("margin", "accuracy") and not {"real", "generated"} <= set(prepared.roles):
-        raise ValueError(f"checkpoint.best={wanted!r}: rows of loss {prepared.config.loss.name!r} have none")
-    if prepared.config.selfplay.scorer is None and custom_loss.takes_score(prepared.config.loss):
-        raise ValueError(f"loss.name={prepared.config.loss.name!r} takes a score: set selfplay.scorer")
-    prepared.sampling()
-    prepared.sft_options()
+        raise ValueError(f"checkpoint.best={wanted!r}: rows of loss {c.loss.name!r} have none")
+    if c.selfplay.scorer is None and custom_loss.takes_score(c.loss):
+        raise ValueError(f"loss.name={c.loss.name!r} takes a score: set selfplay.scorer")
+    from_config.sampling(c)
+    from_config.sft_optimization(c)
     for t in prepared.iterations:
-        prepared.options(t)
-    for section in (prepared.config.train, prepared.config.sft):
+        from_config.optimization(c, t)
+    for section in (c.train, c.sft):
         if section.lora_rank:
             lora.check(prepared.model.config, section.lora_targets)
 
@@ -264,13 +208,40 @@ def _check_given(root: epath.Path, given: Mapping[int, Sequence[Pair]], began: M
             )
 
 
-def locked(prepared: Prepared) -> contextlib.AbstractContextManager[None]:
-    """Locks the workdir and writes its config.json; the lock is held as long as the context is open."""
-    p = prepared
-    revisions = {
-        "model_revision": p.model.revision,
-        "data_revision": p.data_revision,
-        "today": p.today,
-        "commit": p.commit,
-    }
-    return fingerprints.locked_workdir(p.workdir, p.config, p.identity, p.began, revisions)
+@contextlib.contextmanager
+def locked(run: Prepared) -> Iterator[None]:
+    """Locks the workdir and writes its config.json; the lock is held as long as the context is open.
+
+    Raises:
+        ValueError: another run holds the lock.
+    """
+    path, began = run.workdir / "config.json", run.began
+    with files.held(run.workdir):
+        if files.read_agreed(path) not in (None, began):
+            raise ValueError(f"{run.workdir}: another run has begun there in the meantime; start this one again")
+        files.sweep(run.workdir)
+        overrides = list(began.get("overrides", []))
+        if began and (changed := fingerprints.differences(run.config, run.identity, began)):
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            overrides.append({"at": now, "differences": changed})
+        record = {
+            "config": fingerprints.recorded(run.config),
+            "model_revision": run.model.revision,
+            "data_revision": run.data_revision,
+            "today": run.today,
+            "commit": run.commit,
+            **run.identity,
+            "overrides": overrides,
+        }
+        if record != began:
+            files.write_json(path, record)
+        processes.together(lambda: _check_shared(path))
+        yield
+
+
+def _check_shared(path: epath.Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} was written by process 0 and is not visible here: processes need one workdir, on a shared disk "
+            "or in an object store"
+        )

@@ -40,17 +40,14 @@ class Summary:
         self._metrics.flush()
 
     def best(self) -> Row | None:
-        """The row of the best iteration so far, where checkpoint.best is set.
-
-        The start does not compete: self-play hands on a model that self-play made.
-        """
+        """The row of the best iteration so far, where checkpoint.best is set; the start does not compete."""
         return best_row(self.iteration_rows, self._run.config.checkpoint.best, self._run.best_direction)
 
     def stops_early(self) -> str:
         """Why the run begins no further iteration; "" where it goes on.
 
-        An iteration has to be better than the start, too, where the start has the number. Only summary.json
-        is read, so that a run that is started again decides alike.
+        An iteration has to be better than the start, too, where the start has the number. Only summary.json is read,
+        so that a run that is started again decides alike.
         """
         c, patience = self._run.config.checkpoint, self._run.config.selfplay.patience
         best = best_row(self.rows, c.best, self._run.best_direction) if patience else None
@@ -65,10 +62,8 @@ class Summary:
     def conclude(self, spent: str = "") -> None:
         """Marks the final model in summary.json, and why there is no further one; prints both.
 
-        The final model is the best iteration's where checkpoint.best is set, else the last one's.
-
-        Args:
-            spent: why no further iteration is possible, or "".
+        The final model is the best iteration's where checkpoint.best is set, else the last one's. `spent` says why no
+        further iteration is possible, or is "".
         """
         self._forget_conclusion()
         rows = self.iteration_rows
@@ -87,13 +82,12 @@ class Summary:
 
     def _forget_conclusion(self) -> None:
         for row in self.rows:
-            for mark in ("final", "stopped"):
-                row.pop(mark, None)
+            row.pop("final", None)
+            row.pop("stopped", None)
 
     def report(self) -> None:
         """Prints the table and writes summary.png."""
         processes.say(f"\n{numbers.summary_table(self.rows)}\n")
         if self._run.config.logging.plot:
-            picture = drawing.png_grid(charts.over_iterations(self.rows))
-            files.write(self._run.workdir / "summary.png", picture)
+            files.write(self._run.workdir / "summary.png", drawing.png_grid(charts.over_iterations(self.rows)))
         processes.say(f"models, metrics and pairs are in {self._run.workdir}")

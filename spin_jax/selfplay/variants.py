@@ -24,11 +24,7 @@ Judge = Callable[[list[Message], list[str]], Sequence[float]]
 
 
 def find_judge(config: Config) -> Judge | None:
-    """What judges answers: selfplay.scorer; or eval.verifier where selfplay.rows needs it; or None.
-
-    Raises:
-        ValueError: there is no such function.
-    """
+    """What judges answers: selfplay.scorer; or eval.verifier where selfplay.rows needs it; or None."""
     if config.selfplay.scorer:
         if ":" not in config.selfplay.scorer:
             raise ValueError(f"selfplay.scorer={config.selfplay.scorer!r}: module:function")
@@ -76,8 +72,8 @@ def _scores(pairs: Sequence[Pair], judge: Judge) -> list[float]:
             ) from error
         if len(numbers) != len(answers) or not all(map(math.isfinite, numbers)):
             raise JudgeFailed(
-                f"prompt_id {prompt_id}: the scorer gave {numbers!r:.80} for {len(answers)} answers: a "
-                "finite number for each is wanted"
+                f"prompt_id {prompt_id}: the scorer gave {numbers!r:.80} for {len(answers)} answers: a finite number "
+                "for each is wanted"
             )
         scores |= {(prompt_id, p.sample_id): score for p, score in zip(same_prompt, numbers, strict=True)}
     return [scores[pair.prompt_id, pair.sample_id] for pair in pairs]
@@ -107,8 +103,7 @@ def reference_weights(config: Config, t: int) -> dict[str, float]:
 def mixed_logps(weighted: Sequence[tuple[float, Sequence[float]]]) -> tuple[float, ...]:
     """log p_t^α p_0^(1 − α) of a row's answers, not normalized (α-SPIN, arXiv 2404.04291).
 
-    Args:
-        weighted: (weight, the log-probs of the row's answers) of each reference.
+    `weighted` has (weight, the log-probs of the row's answers) of each reference.
     """
     roles = range(len(weighted[0][1]))
     return tuple(sum(weight * logps[n] for weight, logps in weighted) for n in roles)
@@ -128,15 +123,10 @@ def answers_by_prompt(pairs: Iterable[Pair]) -> dict[tuple[bytes, int], Ids]:
 def with_start_answers(
     pairs: Sequence[Pair], answers: Mapping[tuple[bytes, int], Ids], file: object, iteration: int
 ) -> list[Pair]:
-    """The pairs with what the start answered.
-
-    Args:
-        answers: from `answers_by_prompt`.
-        file: the file of the pairs, for the message.
-        iteration: the iteration that holds the answers, for the message.
+    """The pairs with what the start answered, from `answers_by_prompt` of that iteration's pairs.
 
     Raises:
-        MissingInput: the start did not answer one of the prompts.
+        MissingInput: the start did not answer one of the prompts in the file.
     """
     for pair in pairs:
         if _prompt_key(pair) not in answers:

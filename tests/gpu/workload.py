@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from configs import zephyr
 from spin_jax import config as config_lib
 from spin_jax.cli import set_up_jax
-from spin_jax.data.records import Example, Pair
+from spin_jax.data.records import Pair
 from spin_jax.models import loading
 from spin_jax.models.architecture import Model
 from spin_jax.selfplay import from_config
@@ -78,9 +78,8 @@ def prepared(config: Any) -> tuple[Model, list[Pair], RowShape]:
     model = loading.new_model(config.model.architecture.to_dict(), None, dtype=config.model.dtype)
     model = from_config.placed(config, model)
     pairs = from_config.expected_pairs(config, model.config.vocab_size, 4 * config.train.batch_size)
-    examples = [Example(pair.prompt_id, [], pair.prompt, pair.real) for pair in pairs]
-    lengths = config.lengths
-    longest = np.zeros(min(lengths.max_prompt, lengths.max_length - 1), np.int32)
-    answer = np.zeros(lengths.max_length - len(longest), np.int32)
-    shape = from_config.pair_shape(config, model, [*examples, Example(-1, [], longest, answer)], {})
+    lengths = [(len(pair.prompt), len(pair.real)) for pair in pairs]
+    longest = min(config.lengths.max_prompt, config.lengths.max_length - 1)
+    lengths.append((longest, config.lengths.max_length - longest))
+    shape = from_config.pair_shape_of_lengths(config, model, np.array(lengths), {})
     return model, pairs, shape

@@ -8,7 +8,7 @@ from training_examples import make_pair
 
 from spin_jax import config
 from spin_jax.data.official import OfficialChat
-from spin_jax.data.records import Example, Lengths
+from spin_jax.data.records import Lengths
 from spin_jax.runtime import sharding
 from spin_jax.selfplay import from_config
 from spin_jax.training.batch_shape import choose_shape
@@ -155,13 +155,14 @@ def test_whatever_is_sampled_fits(seed, kernel, tiny_model):
     limit = c.lengths.max_length
     prompts = rng.integers(1, limit, 30)  # an answer has one token at least
     real = rng.integers(1, limit - prompts + 1)
-    examples = [Example(i, [], np.ones(p), np.ones(n)) for i, (p, n) in enumerate(zip(prompts, real, strict=True))]
+    lengths = np.stack([prompts, real], axis=1)
     worst = sizes(prompts, real, np.minimum(limit - prompts, c.sampling.max_new_tokens))
-    shape = from_config.pair_shape(c, tiny_model, examples, {})
+    shape = from_config.pair_shape_of_lengths(c, tiny_model, lengths, {})
     pack(worst, shape.capacity)
     assert shape.length < worst[:, 0].max() + (16 if kernel == "plain" else 128)  # and not much longer
     given = make_pair(0, [1] * 100, [1] * 120, [1] * 130)
-    pack(sizes([100], [120], [130]), from_config.pair_shape(c, tiny_model, examples, {0: [given]}).capacity)
+    with_given = from_config.pair_shape_of_lengths(c, tiny_model, lengths, {0: [given]})
+    pack(sizes([100], [120], [130]), with_given.capacity)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -178,7 +179,8 @@ def test_official_pairs_fit(seed, tiny_model):
         ]
         examples.append(chat.example(number, turns[0], Counter()))
         pairs.append(chat.given_pair(number, 0, *turns, Counter()))
-    shape = from_config.pair_shape(c, tiny_model, examples, {})
+    lengths = np.array([(len(example.prompt), len(example.real)) for example in examples])
+    shape = from_config.pair_shape_of_lengths(c, tiny_model, lengths, {})
     assert packed([pair_group(pair) for pair in pairs], shape)
 
 
