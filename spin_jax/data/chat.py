@@ -10,35 +10,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from spin_jax.data.chat_template import Template
-from spin_jax.data.records import (
-    UNLIMITED,
-    Example,
-    Ids,
-    Lengths,
-    Message,
-    Pair,
-    check_messages,
-    prompt_turns,
-)
+from spin_jax.data.records import UNLIMITED, Example, Ids, Lengths, Message, Pair, check_messages, prompt_turns
 from spin_jax.errors import BadRow, EmptyAnswer
-
-
-class Encoded(NamedTuple):
-    prompt: Ids
-    response: Ids
-    straddled: bool  # whether a token contains the boundary; it then belongs to the response
-
-
-class _Tokenized(NamedTuple):
-    text: str
-    ids: Ids
-    starts: np.ndarray  # the index of each token's first character in text
-    ends: np.ndarray  # the index after its last character; these never decrease
 
 
 class Chat:
@@ -46,6 +24,8 @@ class Chat:
 
     Control tokens that the template writes become their ids. The same strings inside a message stay text.
     """
+
+    unattended: int | None = None  # a token id that no token attends to (only for `config.official`)
 
     def __init__(
         self,
@@ -66,18 +46,13 @@ class Chat:
         tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json come with limits switched on
         tokenizer.backend_tokenizer.no_padding()
         self.tokenizer = tokenizer
-        self._template = Template(tokenizer, today)
+        self.render = Template(tokenizer, today).render
         self.stop_tokens = tuple(stop_tokens)
         self.lengths = lengths
         self.system_message = system_message
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         ordered = sorted(special, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, ordered))) if ordered else None
-
-    @property
-    def unattended(self) -> int | None:
-        """A token id that no token attends to (only for `config.official`)."""
-        return None
+        self._control = re.compile("|".join(map(re.escape, ordered)) or "(?!)")  # without any, it never matches
 
     # --- conversations ---
 
@@ -87,46 +62,33 @@ class Chat:
             return messages
         return [{"role": "system", "content": self.system_message}, *messages]
 
-    def render(self, messages: list[Message], *, prompt: bool) -> str:
-        """The text that the template makes of a conversation.
+    def encode(self, messages: list[Message]) -> tuple[Ids, Ids, bool]:
+        """The token ids of the prompt and of the answer, and whether a token straddles the two.
 
-        Args:
-            prompt: whether the text ends with the generation prompt.
-
-        Raises:
-            BadRow: the template refuses the conversation.
-            BadTemplate: the template takes too long.
-        """
-        return self._template.render(messages, prompt=prompt)
-
-    def encode(self, messages: list[Message]) -> Encoded:
-        """The token ids of a conversation that ends with an answer, split into prompt and response.
-
-        The response ends with its first stop token. What the template writes after that is left out.
+        Such a token belongs to the answer, which ends with its first stop token; what the template writes
+        after that is left out.
 
         Raises:
             BadRow: the rendered conversation does not begin with the rendered prompt.
         """
         messages = self.with_system(messages)
         guard = self._needs_guard(messages)
-        whole = self._tokenize(messages, prompt=False, guard=guard)
-        before = self._text(messages[:-1], prompt=True, guard=guard)
-        if not whole.text.startswith(before):
+        text = self._text(messages, guard, prompt=False)
+        before = self._text(messages[:-1], guard, prompt=True)
+        if not text.startswith(before):
             raise BadRow(
                 "the chat template renders the prompt otherwise when the answer follows it: "
-                f"…{before[-60:]!r} does not begin {whole.text[:200]!r}"
+                f"…{before[-60:]!r} does not begin {text[:200]!r}"
             )
-        boundary = len(before)
-        cut = int(np.searchsorted(whole.ends, boundary, side="right"))
-        straddled = cut < len(whole.ids) and whole.starts[cut] < boundary
-        return Encoded(whole.ids[:cut], self._until_stop(whole.ids[cut:]), bool(straddled))
+        ids, (starts, ends) = self._tokenize(text, guard)
+        cut = int(np.searchsorted(np.maximum.accumulate(ends), len(before), side="right"))
+        straddled = cut < len(ids) and starts[cut] < len(before)
+        stops = np.flatnonzero(np.isin(ids[cut:], self.stop_tokens))
+        end = cut + stops[0] + 1 if len(stops) else len(ids)
+        return ids[:cut], ids[cut:end], bool(straddled)
 
     def encode_checked(self, messages: list[Message], number: int) -> tuple[Ids, Ids]:
-        """The token ids (prompt, response) of conversation `number` of a user.
-
-        Raises:
-            ValueError: the conversation is malformed.
-        """
+        """The token ids (prompt, response) of a user's conversation; ValueError names its `number`."""
         try:
             valid = check_messages(messages, "messages")
             if len(valid) < len(messages):
@@ -139,7 +101,8 @@ class Chat:
     def encode_prompt(self, messages: list[Message]) -> Ids:
         """The token ids of a conversation whose next turn is the answer."""
         messages = self.with_system(messages)
-        return self._tokenize(messages, prompt=True, guard=self._needs_guard(messages)).ids
+        guard = self._needs_guard(messages)
+        return self._tokenize(self._text(messages, guard, prompt=True), guard)[0]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
@@ -148,24 +111,15 @@ class Chat:
         """Whether a response ends with a stop token, which means that the model finished it."""
         return len(response) > 0 and int(response[-1]) in self.stop_tokens
 
-    def _until_stop(self, ids: Ids) -> Ids:
-        stops = np.flatnonzero(np.isin(ids, self.stop_tokens))
-        return ids[: stops[0] + 1] if len(stops) else ids
-
     def _needs_guard(self, messages: list[Message]) -> bool:
-        """Whether a message contains the string of a control token.
-
-        Raises:
-            BadRow: it contains such a string, and also private characters, which the guard needs for itself.
-        """
-        control = self._control
-        if control is None or not any(control.search(m["content"]) for m in messages):
+        """Whether a message has a control token's text; BadRow if it also has characters that the guard needs."""
+        if not any(self._control.search(m["content"]) for m in messages):
             return False
         if any(max(m["content"], default="") >= _PRIVATE for m in messages):
             raise BadRow("a message has a control token's text and characters for private use (plane 15 or 16)")
         return True
 
-    def _text(self, messages: list[Message], *, prompt: bool, guard: bool) -> str:
+    def _text(self, messages: list[Message], guard: bool, *, prompt: bool) -> str:
         """The rendered conversation. With `guard`, the template's control tokens have private names in it.
 
         A mark is put into every control token's string in the messages, so that after rendering all whole
@@ -174,7 +128,6 @@ class Chat:
         """
         if not guard:
             return self.render(messages, prompt=prompt)
-        assert self._control is not None
         mark = chr(0xFFFFD)  # a private character, at the end of its plane
 
         def insert_mark(match: re.Match) -> str:
@@ -184,12 +137,11 @@ class Chat:
         text = self._control.sub(lambda match: _private_name(match[0]), self.render(safe, prompt=prompt))
         return text.replace(mark, "")
 
-    def _tokenize(self, messages: list[Message], *, prompt: bool, guard: bool) -> _Tokenized:
-        text = self._text(messages, prompt=prompt, guard=guard)
+    def _tokenize(self, text: str, guard: bool) -> tuple[Ids, np.ndarray]:
+        """The ids of the tokens, and where in `text` they start and end: [2, tokens]."""
         backend = self._twin_tokenizer if guard else self.tokenizer.backend_tokenizer
         encoding = backend.encode(text, add_special_tokens=False)
-        starts, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
-        return _Tokenized(text, np.asarray(encoding.ids, np.int32), starts, np.maximum.accumulate(ends))
+        return np.asarray(encoding.ids, np.int32), np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
 
     @functools.cached_property
     def _twin_tokenizer(self) -> Any:
@@ -227,18 +179,18 @@ class Chat:
         if self._far_too_long(messages):
             counts["dropped: prompt too long"] += 1
             return None
-        encoded = self.encode(messages)
-        if not len(encoded.prompt):
+        prompt, response, straddled = self.encode(messages)
+        if not len(prompt):
             raise BadRow("the chat template makes no token of the prompt: an answer needs one before it")
-        if not len(encoded.response):
+        if not len(response):
             raise EmptyAnswer("the answer has no token")
-        room = self.lengths.max_length - len(encoded.prompt)
-        if len(encoded.prompt) > self.lengths.max_prompt or room < 1:
+        room = self.lengths.max_length - len(prompt)
+        if len(prompt) > self.lengths.max_prompt or room < 1:
             counts["dropped: prompt too long"] += 1
             return None
-        counts["tokens across the boundary"] += encoded.straddled
-        counts["cut: answer too long"] += len(encoded.response) > room
-        return Example(prompt_id, messages, encoded.prompt, encoded.response[:room])
+        counts["tokens across the boundary"] += straddled
+        counts["cut: answer too long"] += len(response) > room
+        return Example(prompt_id, messages, prompt, response[:room])
 
     def _far_too_long(self, messages: list[Message]) -> bool:
         """Whether the first part of a prompt alone has twice as many tokens as are allowed.
@@ -257,17 +209,9 @@ class Chat:
 
     def pair(self, example: Example, sample_id: int, generated: Ids) -> Pair:
         """The pair of an example and the token ids that the sampler generated for it."""
-        answer = {"role": "assistant", "content": self.decode(generated)}
-        return Pair(
-            prompt_id=example.prompt_id,
-            sample_id=sample_id,
-            real_messages=example.messages,
-            generated_messages=[*example.messages[:-1], answer],
-            prompt=example.prompt,
-            real=example.real,
-            generated=generated,
-            truncated=not self.stopped(generated),
-        )
+        messages = [*example.messages[:-1], {"role": "assistant", "content": self.decode(generated)}]
+        ids, truncated = (example.prompt, example.real, generated), not self.stopped(generated)
+        return Pair(example.prompt_id, sample_id, example.messages, messages, *ids, truncated)
 
     def given_pair(
         self, prompt_id: int, sample_id: int, real: list[Message], generated: list[Message], counts: Counter
@@ -292,19 +236,13 @@ class Chat:
         counts.update({f"generated: {what}": number for what, number in generated_counts.items()})
         if second is None:
             return None
-        shared = _common_prefix(first.prompt, second.prompt)
+        shorter = min(len(first.prompt), len(second.prompt))
+        shared = int(np.logical_and.accumulate(first.prompt[:shorter] == second.prompt[:shorter]).sum())
         if not shared:
             raise BadRow("the prompts of real and generated share no token: an answer needs one before it")
-        return Pair(
-            prompt_id=prompt_id,
-            sample_id=sample_id,
-            real_messages=real,
-            generated_messages=generated,
-            prompt=first.prompt[:shared],
-            real=np.concatenate([first.prompt[shared:], first.real]),
-            generated=np.concatenate([second.prompt[shared:], second.real]),
-            truncated=not self.stopped(second.real),
-        )
+        real_ids, generated_ids = (np.concatenate([each.prompt[shared:], each.real]) for each in (first, second))
+        truncated = not self.stopped(second.real)
+        return Pair(prompt_id, sample_id, real, generated, first.prompt[:shared], real_ids, generated_ids, truncated)
 
 
 _PRIVATE = chr(0xF0000)  # the first character of planes 15 and 16, which are for private use
@@ -313,9 +251,3 @@ _PRIVATE = chr(0xF0000)  # the first character of planes 15 and 16, which are fo
 def _private_name(token: str) -> str:
     """A control token's string moved to the private plane 16, which no text uses."""
     return "".join(chr(0x100000 + ord(character) % 0xFFFD) for character in token)
-
-
-def _common_prefix(a: Ids, b: Ids) -> int:
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n

@@ -3,6 +3,7 @@
 Templates come with checkpoints, which anybody may publish, so a template is treated as hostile.
 """
 
+import contextlib
 import ctypes
 import datetime
 import functools
@@ -50,7 +51,12 @@ class Template:
         self._try()
 
     def render(self, messages: list[Message], *, prompt: bool) -> str:
-        """Returns the text of a conversation; with `prompt`, the beginning of an answer follows it."""
+        """The text of a conversation; with `prompt`, the beginning of an answer follows it.
+
+        Raises:
+            BadRow: the template refuses the conversation.
+            BadTemplate: the template takes too long.
+        """
         try:
             return self._rendered(messages, prompt)
         except BadTemplate:
@@ -93,7 +99,7 @@ class _Watchdog:
     """A thread that interrupts an action of any thread that takes too much time or memory."""
 
     def __init__(self) -> None:
-        self._running: dict[object, tuple[int, float]] = {}  # its thread and deadline
+        self._running: dict[object, tuple[int, float]] = {}  # the thread and deadline of each action
         self._thread: threading.Thread | None = None
 
     def run(self, action: Callable[[], Result]) -> Result:
@@ -133,12 +139,10 @@ class _Watchdog:
 
 
 def _resident() -> int:
-    """Returns the bytes of memory that this process holds; 0 where the system does not say."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-    except OSError:
-        return 0
+    """The bytes of memory that this process holds; 0 where the system does not say."""
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+    return 0
 
 
 _WATCHDOG = _Watchdog()
@@ -154,10 +158,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     """
 
     intercepted_binops = frozenset({"*", "**", "%"})
-    growing_methods = ("center", "expandtabs", "format", "format_map", "join", "ljust", "replace", "rjust")
-    growing_methods += ("translate", "zfill")
-    growing_filters = ("batch", "center", "format", "indent", "join", "replace", "round", "slice", "string")
-    growing_filters += ("sum", "tojson", "wordwrap", "xmlattr")
+    growing = ("batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust")
+    growing += ("round", "slice", "string", "sum", "tojson", "translate", "wordwrap", "xmlattr", "zfill")
 
     def __init__(self) -> None:
         from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -166,8 +168,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         extensions = [type(extension) for extension in theirs.extensions.values()]
         super().__init__(trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks, extensions=extensions)
         self.globals.update(theirs.globals)
-        bounded = {name: _bounded(name, theirs.filters[name]) for name in self.growing_filters}
-        self.filters.update({**theirs.filters, **bounded})
+        self.filters.update(theirs.filters)
+        self.filters.update({name: _bounded(name, f) for name, f in theirs.filters.items() if name in self.growing})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if isinstance(left, int) and isinstance(right, int):
@@ -181,15 +183,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
-        if isinstance(owner, str | bytes) and method.__name__ in __self.growing_methods:
+        if isinstance(owner, str | bytes) and method.__name__ in __self.growing:
             args = _without_generators(args)
             _check_growth(method.__name__, owner, *args, *kwargs.values())
         return super().call(__context, __obj, *args, **kwargs)
 
 
 def _bounded(name: str, function: Callable) -> Callable:
-    """Returns a filter that refuses to make too much."""
-
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
         args = _without_generators(args)

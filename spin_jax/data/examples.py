@@ -12,7 +12,7 @@ import numpy as np
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
 from spin_jax.data.findings import Findings, merge_findings
-from spin_jax.data.records import Example, Message, check_messages, check_text, list_names, read_prompt_id
+from spin_jax.data.records import Example, Message, check_messages, check_text, list_names, read_integer
 from spin_jax.errors import BadRow
 from spin_jax.runtime import processes
 
@@ -49,11 +49,7 @@ def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: 
 
 
 def _columns_to_read(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> tuple[str, ...]:
-    """The columns of a row that `conversation` reads.
-
-    Returns:
-        (messages); or (prompt, answer), with a third column where the prompt has an addition; or () for none.
-    """
+    """The columns that `conversation` reads: one of messages; prompt, answer and perhaps input; or none."""
     if prompt_column and answer_column:
         columns = (prompt_column, answer_column)
     elif whole := [name for name in ("real", "messages") if row.get(name) is not None]:
@@ -75,42 +71,34 @@ def load_examples(
     bad_rows: str = "error",
     max_bad: float = 0.1,
 ) -> tuple[list[Example], Counter]:
-    """Encodes a random choice of `limit` rows, in the order of the rows. Several processes share the work.
+    """Encodes `limit` rows that `seed` chooses, in the order of the rows. Several processes share the work.
 
     Rows with an empty answer are dropped. Where `bad_rows` is "drop", malformed rows are dropped too. Both
     together may be at most the share `max_bad` of the chosen rows.
-
-    Args:
-        path: the dataset's name in messages.
-        seed: decides which rows are chosen.
 
     Returns:
         the examples, and counts of what was dropped, cut or not used.
 
     Raises:
-        ValueError: a row is bad, and the message names path, row and field; or no example is left.
+        ValueError: a row is bad, and the message names `path`, row and field; or no example is left.
     """
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])
 
     def encode_share() -> list[Any]:
-        """Encodes the rows of this process, up to the first problem.
-
-        Returns:
-            [[[row number, the fields of an example], …], the fields of the findings]
-        """
+        """[examples as [row number, *fields], the fields of the findings], up to this process's first problem."""
         encoded: list[list[Any]] = []
         findings = Findings(bad_rows)
-        for number in (int(n) for turn, n in enumerate(chosen) if processes.turn(turn)):
+        for number in (n for turn, n in enumerate(chosen.tolist()) if processes.turn(turn)):
             with findings.reading(number, sources.place(rows, number, path)):
                 row = rows[number]
                 messages = conversation(row, prompt_column, answer_column)
                 findings.note_unused_columns(row, _columns_to_read(row, prompt_column, answer_column))
-                if example := chat.example(read_prompt_id(row, number), messages, findings.counts):
+                prompt_id = read_integer(row, "prompt_id", number, 2**63)
+                if example := chat.example(prompt_id, messages, findings.counts):
                     encoded.append([number, *vars(example).values()])
             if findings.problem:
                 break
-        fields = vars(findings)
-        return [encoded, {name: dict(x) if isinstance(x, Counter) else x for name, x in fields.items()}]
+        return [encoded, vars(findings)]
 
     shares = processes.exchanged(processes.together(encode_share))
     counts = merge_findings([fields for _, fields in shares]).final_counts(path, len(chosen), max_bad)

@@ -19,8 +19,7 @@ class Findings:
     counts: Counter = dataclasses.field(default_factory=Counter)  # rows dropped or cut, by the reason
     unused_columns: Counter = dataclasses.field(default_factory=Counter)  # columns that nothing reads
     rows_with_unused: int = 0  # rows that have such a column
-    dropped: int = 0  # rows dropped because they are bad or have an empty answer
-    first_dropped: list[Any] | None = None  # the error of the first such row
+    first_dropped: list[Any] | None = None  # the error of the first row that is bad or has an empty answer
     problem: list[Any] | None = None  # the first error that ends the reading
 
     @contextlib.contextmanager
@@ -33,7 +32,6 @@ class Findings:
             empty = isinstance(error, EmptyAnswer)
             if empty or (isinstance(error, BadRow) and self.bad_rows == "drop"):
                 self.counts["dropped: empty answer" if empty else "dropped: bad row"] += 1
-                self.dropped += 1
                 self.first_dropped = self.first_dropped or [number, reason]
             else:
                 self.problem = [number, reason]
@@ -48,16 +46,13 @@ class Findings:
         self.rows_with_unused += bool(unused)
 
     def final_counts(self, path: str, total: int, max_bad: float) -> Counter:
-        """The counts to report, once all `total` rows have been read.
-
-        Raises:
-            ValueError: a row ended the reading, or more than the share `max_bad` of the rows were dropped.
-        """
+        """The counts to report. It raises ValueError for the row that ended the reading, or for too many bad ones."""
         if self.problem:
             raise ValueError(self.problem[1])
-        if self.first_dropped and self.dropped > max_bad * total:
+        dropped = self.counts["dropped: empty answer"] + self.counts["dropped: bad row"]
+        if self.first_dropped and dropped > max_bad * total:
             raise ValueError(
-                f"{path}: {self.dropped} of {total} rows are bad or have an empty answer, and data.max_bad="
+                f"{path}: {dropped} of {total} rows are bad or have an empty answer, and data.max_bad="
                 f"{max_bad:g} of them may be; the first is {self.first_dropped[1]}"
             )
         if self.unused_columns:
@@ -67,17 +62,12 @@ class Findings:
 
 
 def merge_findings(parts: Sequence[dict[str, Any]]) -> Findings:
-    """Merges the findings of several processes, as if one process had read all rows.
-
-    Args:
-        parts: the fields of each process's `Findings`, which came as JSON.
-    """
+    """Merges the fields of each process's `Findings`, as if one process had read all rows."""
     return Findings(
         bad_rows=parts[0]["bad_rows"],
         counts=sum((Counter(part["counts"]) for part in parts), Counter()),
         unused_columns=sum((Counter(part["unused_columns"]) for part in parts), Counter()),
         rows_with_unused=sum(part["rows_with_unused"] for part in parts),
-        dropped=sum(part["dropped"] for part in parts),
         first_dropped=min((part["first_dropped"] for part in parts if part["first_dropped"]), default=None),
         problem=min((part["problem"] for part in parts if part["problem"]), default=None),
     )

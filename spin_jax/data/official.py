@@ -16,6 +16,7 @@ sampling is run again, and the model's revision was not pinned for sampling.
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +29,9 @@ ASSISTANT_PREFIX = "<|assistant|>\n"
 class OfficialChat(Chat):
     """Tokenizes, cuts and pairs as the released code does."""
 
-    @property
-    def unattended(self) -> int:
-        """EOS, wherever it is in a sequence."""
-        return self.tokenizer.eos_token_id
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.unattended = self.tokenizer.eos_token_id  # wherever it is in a sequence
 
     def example(self, prompt_id: int, messages: list[Message], counts: Counter) -> Example:
         """Encodes one conversation. Nothing is dropped; cuts depend on the pair and are not counted."""
@@ -45,8 +45,7 @@ class OfficialChat(Chat):
         return np.asarray(self.tokenizer(text)["input_ids"], np.int32)
 
     def pair(self, example: Example, sample_id: int, generated: Ids) -> Pair:
-        answer = {"role": "assistant", "content": self.decode(generated)}
-        messages = [*example.messages[:-1], answer]
+        messages = [*example.messages[:-1], {"role": "assistant", "content": self.decode(generated)}]
         pair = self.given_pair(example.prompt_id, sample_id, example.messages, messages, Counter())
         return dataclasses.replace(pair, truncated=not self.stopped(generated))
 
@@ -84,7 +83,5 @@ class OfficialChat(Chat):
 
 def _first_turn(messages: list[Message]) -> list[Message]:
     """The first two messages as prompt and answer; the quirk is that the first may be a system message."""
-    return [
-        {"role": "user", "content": messages[0]["content"]},
-        {"role": "assistant", "content": messages[1]["content"]},
-    ]
+    first, second = (message["content"] for message in messages[:2])
+    return [{"role": "user", "content": first}, {"role": "assistant", "content": second}]

@@ -10,16 +10,7 @@ import numpy as np
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
 from spin_jax.data.findings import Findings
-from spin_jax.data.records import (
-    Example,
-    Message,
-    Pair,
-    check_messages,
-    list_names,
-    prompt_turns,
-    read_integer,
-    read_prompt_id,
-)
+from spin_jax.data.records import Example, Message, Pair, check_messages, list_names, prompt_turns, read_integer
 from spin_jax.errors import BadRow
 
 
@@ -39,14 +30,13 @@ def load_pairs(
     with token columns needs no text of the generated answer. Bad rows are dropped as in `load_examples`.
 
     Args:
-        path: the dataset's name in messages.
         scored: whether to read the column `score`, where there is one.
 
     Returns:
         the pairs, and counts of what was dropped, cut or not used.
 
     Raises:
-        ValueError: a row is bad, and the message names path, row and field; or no pair is left.
+        ValueError: a row is bad, and the message names `path`, row and field; or no pair is left.
     """
     findings = Findings(bad_rows)
     answers: Counter = Counter()  # how many each prompt_id has so far
@@ -56,12 +46,11 @@ def load_pairs(
             row = _preference_as_pair(rows[number])
             score = _score(row) if scored else None
             pair = _load_pair(row, number, chat, vocab_size, findings.counts, answers)
-            pair = pair and dataclasses.replace(pair, score=score)
             findings.note_unused_columns(row, ("real", "score") if scored else ("real",))
-            if pair is not None and (pair.prompt_id, pair.sample_id) in pairs:
-                raise BadRow(f"prompt_id {pair.prompt_id}, sample_id {pair.sample_id} came before")
             if pair is not None:
-                pairs[pair.prompt_id, pair.sample_id] = pair
+                if (pair.prompt_id, pair.sample_id) in pairs:
+                    raise BadRow(f"prompt_id {pair.prompt_id}, sample_id {pair.sample_id} came before")
+                pairs[pair.prompt_id, pair.sample_id] = dataclasses.replace(pair, score=score)
         if findings.problem:
             break
     counts = findings.final_counts(path, len(rows), max_bad)
@@ -77,7 +66,7 @@ def _load_pair(
     has_ids = row.get("generated_tokens") is not None
     if row.get("real") is None or (row.get("generated") is None and not has_ids):
         raise BadRow(f"no fields real and generated among {list_names(row)}")
-    prompt_id = read_prompt_id(row, number)
+    prompt_id = read_integer(row, "prompt_id", number, 2**63)
     sample_id = read_integer(row, "sample_id", answers[prompt_id], 2**31)
     answers[prompt_id] += 1
     real = check_messages(row["real"], "real")
@@ -107,11 +96,7 @@ def _load_pair(
 
 
 def _preference_as_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of preferences, as TRL and others write them, with the columns of a pair: chosen becomes real.
-
-    Raises:
-        BadRow: prompt, chosen or rejected is malformed, or they contradict each other.
-    """
+    """A row of preferences, as TRL and others write them, with the columns of a pair: chosen becomes real."""
     if row.get("real") is not None or row.get("chosen") is None or row.get("rejected") is None:
         return row
     prompt = row.get("prompt")
@@ -194,12 +179,9 @@ def _pair_tokenized_as_text(
     prompt: np.ndarray,
     answer: np.ndarray,
 ) -> Pair:
-    """A pair whose prompt ids are not those that are sampled from, but those of `Chat.given_pair`.
+    """A pair whose prompt ids are not those that are sampled from, but those of `Chat.given_pair`; otherwise BadRow.
 
     The two differ where the prompts of both answers tokenize differently at their end.
-
-    Raises:
-        BadRow: the prompt ids are not those either.
     """
     pair = None
     if generated is not None:

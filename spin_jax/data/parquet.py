@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from spin_jax.data.records import Pair
 from spin_jax.losses import PAIR
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-PAIR_SCHEMA = pa.schema(
+PAIR_SCHEMA = pa.schema(  # the first fields of a Pair, in its order; `score` follows where there are any
     [
         ("prompt_id", pa.int64()),
         ("sample_id", pa.int32()),
@@ -33,44 +34,17 @@ PAIR_SCHEMA = pa.schema(
 def pairs_to_parquet(pairs: Sequence[Pair]) -> bytes:
     """A parquet file of pairs: the published SPIN columns, the token ids and, where there are any, scores."""
     scored = any(pair.score is not None for pair in pairs)
-    rows = [
-        {
-            "prompt_id": pair.prompt_id,
-            "sample_id": pair.sample_id,
-            "real": pair.real_messages,
-            "generated": pair.generated_messages,
-            "prompt_tokens": pair.prompt,
-            "real_tokens": pair.real,
-            "generated_tokens": pair.generated,
-            "truncated": pair.truncated,
-            **({"score": pair.score} if scored else {}),
-        }
-        for pair in pairs
-    ]
     schema = PAIR_SCHEMA.append(pa.field("score", pa.float64())) if scored else PAIR_SCHEMA
+    rows = [dict(zip(schema.names, vars(pair).values(), strict=False)) for pair in pairs]
     return _parquet(pa.Table.from_pylist(rows, schema=schema))
 
 
 def pairs_from_parquet(content: bytes, path: epath.PathLike | None = None) -> list[Pair]:
-    """The pairs that `pairs_to_parquet` wrote.
-
-    Raises:
-        Damaged: `content` is not what was written; the message names `path`.
-    """
-    return [
-        Pair(
-            row["prompt_id"],
-            row["sample_id"],
-            row["real"],
-            row["generated"],
-            np.asarray(row["prompt_tokens"], np.int32),
-            np.asarray(row["real_tokens"], np.int32),
-            np.asarray(row["generated_tokens"], np.int32),
-            row["truncated"],
-            row.get("score"),
-        )
-        for row in _rows_of(content, path or "a file of pairs")
-    ]
+    """The pairs that `pairs_to_parquet` wrote. It raises Damaged, naming `path`, where `content` is not that."""
+    rows = _rows_of(content, path or "a file of pairs")
+    for row, name in itertools.product(rows, ("prompt_tokens", "real_tokens", "generated_tokens")):
+        row[name] = np.asarray(row[name], np.int32)
+    return [Pair(*row.values()) for row in rows]
 
 
 def scores_to_parquet(
@@ -89,11 +63,7 @@ def scores_to_parquet(
 def scores_from_parquet(
     content: bytes, path: epath.PathLike | None = None, roles: Sequence[str] = PAIR
 ) -> dict[tuple[int, int, int], tuple[float, ...]]:
-    """The log-probabilities that `scores_to_parquet` wrote, by (source_iteration, prompt_id, sample_id).
-
-    Raises:
-        Damaged: `content` is not what was written; the message names `path`.
-    """
+    """The log-probabilities that `scores_to_parquet` wrote, by (source_iteration, prompt_id, sample_id)."""
     return {
         (row["source_iteration"], row["prompt_id"], row["sample_id"]): tuple(row[f"{r}_logp"] for r in roles)
         for row in _rows_of(content, path or "a file of scores")

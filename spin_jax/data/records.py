@@ -109,13 +109,8 @@ def list_names(names: Iterable[str]) -> str:
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
 
 
-def read_prompt_id(row: dict[str, Any], number: int) -> int:
-    """The row's `prompt_id` if it is an integer (in some datasets it is text), otherwise the row's number."""
-    return read_integer(row, "prompt_id", number, 2**63)
-
-
 def read_integer(row: dict[str, Any], name: str, default: int, end: int) -> int:
-    """The integer in a column, or `default` where the row has none; BadRow if it is not in [0, end)."""
+    """The integer in a column, or `default` where it is none (some ids are text); BadRow if it is not in [0, end)."""
     value = row.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         return default

@@ -1,7 +1,6 @@
 """Opens datasets as rows: files, directories, hub ids and functions.
 
-Rows of any source have a length, and each row is a dict that is found by its number. `place` names a row in
-error messages.
+Rows of any source have a length, and each row is a dict that is found by its number.
 """
 
 import json
@@ -19,28 +18,20 @@ from spin_jax.runtime.user_code import called
 
 
 def load_rows(
-    path: str,
-    split: str = "train",
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-    all_files: bool = False,
+    path: str, split: str = "train", *, name: str | None = None, revision: str | None = None, all_files: bool = False
 ) -> Any:
-    """Opens a dataset. The result has a length, and its rows are dicts.
+    """Opens a dataset.
 
     Args:
         path: a hub id; a .jsonl, .json or .parquet file; a directory of .jsonl or .parquet files or
             one that `save_to_disk` wrote; or `module:function`, which returns a list of dicts.
-        split: in the syntax of `datasets` (`train`, `train[:1000]`). In a directory it selects the files
-            whose names begin with it; if no name begins with `train`, this split has all files. A single
-            file is one split.
-        name: the name of a hub dataset's configuration.
-        revision: the revision of a hub dataset.
+        split: in the syntax of `datasets` (`train`, `train[:1000]`). In a directory it selects the files whose
+            names begin with it; if none begins with `train`, this split has all files. A single file is one split.
+        name: the configuration of a hub dataset, as `revision` is its revision.
         all_files: whether to read every file of a directory, whatever the split.
 
     Raises:
-        ValueError, FileNotFoundError: the dataset cannot be read; the message names the path, and the row
-            where it is known.
+        ValueError, FileNotFoundError: the dataset cannot be read; the message names the path and, if known, the row.
     """
     base = split.partition("[")[0]
     try:
@@ -78,11 +69,7 @@ class JsonLines:
 
     @classmethod
     def of(cls, files: Sequence[str]) -> "JsonLines":
-        """All rows of the files.
-
-        Raises:
-            ValueError: a file has no row, or a list that does not parse; the message names it.
-        """
+        """All rows of the files. ValueError names a file without rows, or with a list that does not parse."""
         places = array("q")
         for index, file in enumerate(files):
             count = len(places)
@@ -95,14 +82,13 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The row; ValueError, which names the place, if it is no JSON object."""
         file, _, start, size = map(int, self._places[index])
         try:
-            line = self._read(file, start, size)
+            if self._opened[0] != file:
+                self._opened = file, open(self._files[file], "rb")  # noqa: SIM115
+            line = os.pread(self._opened[1].fileno(), size, start)
             if len(line) < size:
                 raise ValueError("the file has become shorter")
             row = json.loads(line.rstrip().decode())
@@ -120,16 +106,8 @@ class JsonLines:
         return row
 
     def place(self, index: int) -> str:
-        """The row's file and number, as errors name it."""
         file, number, *_ = self._places[index]
         return f"{self._files[file]}, row {number}"
-
-    def _read(self, file: int, start: int, size: int) -> bytes:
-        opened, handle = self._opened
-        if opened != file:
-            handle = open(self._files[file], "rb")  # noqa: SIM115
-            self._opened = file, handle
-        return os.pread(handle.fileno(), size, start)
 
     def select(self, indices: Iterable[int]) -> "JsonLines":
         return JsonLines(self._files, self._places[np.fromiter(indices, np.int64)])
@@ -191,7 +169,6 @@ def _depth(value: Any) -> int:
 
 
 def _function_rows(path: str) -> Any:
-    """The rows that `module:function` returns."""
     import datasets
 
     made = list(called(path))
@@ -205,7 +182,6 @@ def _function_rows(path: str) -> Any:
 
 
 def _saved_rows(path: str, split: str) -> Any:
-    """The rows that `save_to_disk` wrote."""
     import datasets
 
     try:
@@ -306,8 +282,7 @@ def place(rows: Any, number: int, path: str) -> str:
 def pinned(path: str, revision: str | None) -> str | None:
     """The commit that a hub dataset's revision stands for now; None for a dataset that is not on the hub.
 
-    When the hub cannot be reached, it returns the revision itself, which still shows that the dataset is from
-    the hub.
+    Where the hub cannot be reached it is the revision itself, which still shows that the dataset is from the hub.
     """
     if ":" in path or os.path.exists(path) or path.startswith(("/", ".")) or ".." in path:
         return None

@@ -86,9 +86,8 @@ def test_guarded_tokenization_is_the_plain_one(mistral):
     chat = Chat(mistral, [2])
     for text in ("Hello there", " leading", "日本語 é 🙂", "line\n\nline"):
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-        plain = chat._tokenize(messages, prompt=False, guard=False)
-        guarded = chat._tokenize(messages, prompt=False, guard=True)
-        np.testing.assert_array_equal(plain.ids, guarded.ids)
+        texts = [(chat._text(messages, guard, prompt=False), guard) for guard in (False, True)]
+        np.testing.assert_array_equal(*(chat._tokenize(text, guard)[0] for text, guard in texts))
 
 
 def test_system_message_only_when_configured(mistral):
@@ -453,7 +452,7 @@ def test_lengths(chat):
 
 def test_pair_keeps_the_samplers_ids(chat):
     example = chat.example(3, [USER, ANSWER], Counter())
-    sampled = np.array([*chat.encode([USER, {"role": "assistant", "content": "44"}]).response], np.int32)
+    _, sampled, _ = chat.encode([USER, {"role": "assistant", "content": "44"}])
     pair = chat.pair(example, 0, sampled)
     np.testing.assert_array_equal(pair.generated, sampled)
     assert pair.generated_messages == [USER, {"role": "assistant", "content": "44"}]
