@@ -65,11 +65,8 @@ class Chat:
     def encode(self, messages: list[Message]) -> tuple[Ids, Ids, bool]:
         """The token ids of the prompt and of the answer, and whether a token straddles the two.
 
-        Such a token belongs to the answer, which ends with its first stop token; what the template writes
-        after that is left out.
-
-        Raises:
-            BadRow: the rendered conversation does not begin with the rendered prompt.
+        Such a token belongs to the answer. The answer ends with its first stop token; what the template writes after
+        that is left out. It raises BadRow where the rendered conversation does not begin with the rendered prompt.
         """
         messages = self.with_system(messages)
         guard = self._needs_guard(messages)
@@ -171,8 +168,7 @@ class Chat:
     def example(self, prompt_id: int, messages: list[Message], counts: Counter) -> Example | None:
         """Encodes one conversation. It returns None for one that is too long, and notes this in `counts`.
 
-        Raises:
-            EmptyAnswer, BadRow: the conversation has no answer, or is malformed.
+        It raises EmptyAnswer where there is no answer, and BadRow for a malformed conversation.
         """
         if not messages[-1]["content"].strip():
             raise EmptyAnswer("the answer is empty")
@@ -219,9 +215,7 @@ class Chat:
         """A pair that came as text. It returns None for one that is too long, and notes this in `counts`.
 
         Where the two prompts tokenize differently at their end, the pair's prompt is the tokens they share.
-
-        Raises:
-            EmptyAnswer, BadRow: a conversation has no answer, or is malformed.
+        It raises EmptyAnswer where there is no answer, and BadRow for a malformed conversation.
         """
         if prompt_turns(real) != prompt_turns(generated):
             raise BadRow("real and generated do not answer the same prompt")

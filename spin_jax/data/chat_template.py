@@ -38,8 +38,7 @@ class Template:
         """Compiles the template and tries it; `today` is the date that it may print, by default today's."""
         text = tokenizer.get_chat_template()
         now = datetime.datetime.combine(today or datetime.date.today(), datetime.time())
-        variables = {"tools": None, "documents": None, "strftime_now": now.strftime}
-        self._variables = {**tokenizer.special_tokens_map, **variables}
+        self._variables = dict(tokenizer.special_tokens_map, tools=None, documents=None, strftime_now=now.strftime)
         try:
             self._compiled = _WATCHDOG.run(lambda: _Sandbox().from_string(text))
         except BadTemplate:
@@ -53,9 +52,7 @@ class Template:
     def render(self, messages: list[Message], *, prompt: bool) -> str:
         """The text of a conversation; with `prompt`, the beginning of an answer follows it.
 
-        Raises:
-            BadRow: the template refuses the conversation.
-            BadTemplate: the template takes too long.
+        It raises BadRow where the template refuses the conversation, and BadTemplate where it takes too long.
         """
         try:
             return self._rendered(messages, prompt)

@@ -30,10 +30,8 @@ def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: 
     """One row as messages that end with the assistant's last turn, which may be empty.
 
     It reads the first of these that the row has: the two columns that the config names; `real` (SPIN pairs);
-    `messages`; one of PROMPT_ANSWER_COLUMNS. Alpaca's `input` is appended to its instruction.
-
-    Raises:
-        BadRow: the row is malformed; the message names the field.
+    `messages`; one of PROMPT_ANSWER_COLUMNS. Alpaca's `input` is appended to its instruction. It raises
+    BadRow, which names the field, for a malformed row.
     """
     columns = _columns_to_read(row, prompt_column, answer_column)
     if not columns or not row.keys() >= set(columns[:2]):

@@ -23,8 +23,6 @@ import numpy as np
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import Example, Ids, Message, Pair
 
-ASSISTANT_PREFIX = "<|assistant|>\n"
-
 
 class OfficialChat(Chat):
     """Tokenizes, cuts and pairs as the released code does."""
@@ -64,7 +62,7 @@ class OfficialChat(Chat):
         return self._tokenize_separately(self.render([system, messages[0]], prompt=True))
 
     def _response(self, answer: Message) -> Ids:
-        text = self.render([answer], prompt=False).removeprefix(ASSISTANT_PREFIX)
+        text = self.render([answer], prompt=False).removeprefix("<|assistant|>\n")
         return np.append(self._tokenize_separately(text), np.int32(self.tokenizer.eos_token_id))
 
     def _tokenize_separately(self, text: str) -> Ids:

@@ -10,7 +10,7 @@ import numpy as np
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
 from spin_jax.data.findings import Findings
-from spin_jax.data.records import Example, Message, Pair, check_messages, list_names, prompt_turns, read_integer
+from spin_jax.data.records import Message, Pair, check_messages, list_names, prompt_turns, read_integer
 from spin_jax.errors import BadRow
 
 
@@ -27,10 +27,8 @@ def load_pairs(
     """Turns rows into pairs. Where a row has token columns, these count, and not the text.
 
     The token ids of a prompt and of its human answer must be the ids that this chat makes of the text. A row
-    with token columns needs no text of the generated answer. Bad rows are dropped as in `load_examples`.
-
-    Args:
-        scored: whether to read the column `score`, where there is one.
+    with token columns needs no text of the generated answer. Bad rows are dropped as in `load_examples`. With
+    `scored` the column `score` is read too, where there is one.
 
     Returns:
         the pairs, and counts of what was dropped, cut or not used.
@@ -75,22 +73,32 @@ def _load_pair(
         return chat.given_pair(prompt_id, sample_id, real, generated, counts)
     if generated is not None and prompt_turns(generated) != prompt_turns(real):
         raise BadRow("real and generated do not answer the same prompt")
-    ids = [_token_ids(row, name, vocab_size) for name in ("prompt_tokens", "real_tokens", "generated_tokens")]
-    if not len(ids[0]):
+    columns = ("prompt_tokens", "real_tokens", "generated_tokens")
+    prompt_ids, real_ids, generated_ids = (_token_ids(row, name, vocab_size) for name in columns)
+    if not len(prompt_ids):
         raise BadRow("prompt_tokens is empty: an answer needs a token before it")
-    if not len(ids[2]):
+    if not len(generated_ids):
         raise BadRow("generated_tokens is empty: an answer has at least a stop token")
     example = chat.example(prompt_id, real, counts)
-    room = chat.lengths.max_length - len(ids[0])
+    room = chat.lengths.max_length - len(prompt_ids)
     if example is None or room < 1:
         counts["dropped: prompt too long"] += example is not None
         return None
-    if np.array_equal(ids[0], chat.sampling_prompt(example)):
-        pair = chat.pair(example, sample_id, ids[2][:room])
-    else:
-        pair = _pair_tokenized_as_text(chat, example, sample_id, generated, ids[0], ids[2][:room])
-    common = min(len(ids[1]), len(pair.real))  # either answer may have been cut
-    if not np.array_equal(ids[1][:common], pair.real[:common]):
+    answer = generated_ids[:room]
+    if np.array_equal(prompt_ids, chat.sampling_prompt(example)):
+        pair = chat.pair(example, sample_id, answer)
+    else:  # where the prompts of the two answers tokenize differently at their end, `given_pair` has other ids
+        pair = None
+        if generated is not None:
+            pair = chat.given_pair(prompt_id, sample_id, example.messages, generated, Counter())
+        if pair is None or not np.array_equal(prompt_ids, pair.prompt):
+            raise BadRow(
+                "prompt_tokens: not the ids of the prompt in real, by this tokenizer and chat template; without "
+                "the token columns the text is tokenized"
+            )
+        pair = dataclasses.replace(pair, generated=answer, truncated=not chat.stopped(answer))
+    common = min(len(real_ids), len(pair.real))  # either answer may have been cut
+    if not np.array_equal(real_ids[:common], pair.real[:common]):
         raise BadRow("real_tokens: not the ids of the answer in real, by this tokenizer and chat template")
     return pair
 
@@ -113,10 +121,8 @@ def _preference_conversation(row: dict[str, Any], field: str, prompt: list[Any])
     """The whole conversation of `chosen` or `rejected`.
 
     The field holds the conversation with its prompt, or only what follows `prompt`: text, or some turns.
-    A prompt that came as text may also repeat any user's turn of the whole conversation.
-
-    Raises:
-        BadRow: the turns neither contain the prompt nor can follow it.
+    A prompt that came as text may also repeat any user's turn of the whole conversation. It raises BadRow
+    where the turns neither contain the prompt nor can follow it.
     """
     turns = row[field]
     if isinstance(turns, str):
@@ -169,29 +175,6 @@ def _score(row: dict[str, Any]) -> float | None:
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise BadRow(f"score is {value!r:.40}: expected a finite number")
     return float(value)
-
-
-def _pair_tokenized_as_text(
-    chat: Chat,
-    example: Example,
-    sample_id: int,
-    generated: list[Message] | None,
-    prompt: np.ndarray,
-    answer: np.ndarray,
-) -> Pair:
-    """A pair whose prompt ids are not those that are sampled from, but those of `Chat.given_pair`; otherwise BadRow.
-
-    The two differ where the prompts of both answers tokenize differently at their end.
-    """
-    pair = None
-    if generated is not None:
-        pair = chat.given_pair(example.prompt_id, sample_id, example.messages, generated, Counter())
-    if pair is None or not np.array_equal(prompt, pair.prompt):
-        raise BadRow(
-            "prompt_tokens: not the ids of the prompt in real, by this tokenizer and chat template; without "
-            "the token columns the text is tokenized"
-        )
-    return dataclasses.replace(pair, generated=answer, truncated=not chat.stopped(answer))
 
 
 def _token_ids(row: dict[str, Any], name: str, vocab_size: int) -> np.ndarray:

@@ -62,11 +62,7 @@ UNLIMITED = Lengths(max_prompt=2**31 - 1, max_length=2**31 - 1)
 
 
 def check_messages(messages: Any, field: str) -> list[Message]:
-    """Checks a conversation and cuts it after the assistant's last turn, whose content may be empty.
-
-    Raises:
-        BadRow: the conversation is malformed; the message names the field.
-    """
+    """Checks a conversation and cuts it after the assistant's last turn, which may be empty. BadRow names the field."""
     if not isinstance(messages, list | tuple) or not messages:
         found = "an empty list" if isinstance(messages, list | tuple) else type(messages).__name__
         parse = "; if the text is JSON, parse it first" if isinstance(messages, str) else ""

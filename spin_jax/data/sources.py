@@ -1,7 +1,4 @@
-"""Opens datasets as rows: files, directories, hub ids and functions.
-
-Rows of any source have a length, and each row is a dict that is found by its number.
-"""
+"""Opens files, directories, hub ids and functions as rows, which have a length and are dicts found by number."""
 
 import json
 import os
@@ -196,14 +193,13 @@ def _saved_rows(path: str, split: str) -> Any:
 
 
 def _parquet_rows(files: Sequence[str]) -> Any:
-    import datasets
-    from datasets import exceptions
+    import datasets.exceptions
 
     for file in files:
         _check_parquet(file, whole=False)
     try:
         return datasets.load_dataset("parquet", data_files=list(files), split="train")
-    except exceptions.DatasetGenerationError as error:
+    except datasets.exceptions.DatasetGenerationError as error:
         for file in files:
             _check_parquet(file, whole=True)
         reason = error.__cause__ or error
@@ -224,12 +220,11 @@ def _check_parquet(file: str, *, whole: bool) -> None:
 
 
 def _hub_rows(path: str, name: str | None, split: str, revision: str | None) -> Any:
-    import datasets
-    from datasets import exceptions
+    import datasets.exceptions
 
     try:
         return datasets.load_dataset(path, name, split=split, revision=revision)
-    except (exceptions.DatasetNotFoundError, ConnectionError) as error:
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{path} is no file or directory here, and the hub did not give it: {error}") from error
 
 
@@ -244,8 +239,7 @@ def _slice(rows: Any, split: str, path: str) -> Any:
         chosen = ReadInstruction.from_spec(split).to_absolute({base: len(rows)})
     except (ValueError, AssertionError, KeyError) as error:
         raise ValueError(f"{path}: the split {split!r} of {len(rows)} rows: {error}") from error
-    ends = [(part.from_ or 0, len(rows) if part.to is None else part.to) for part in chosen]
-    return rows.select([number for first, last in ends for number in range(first, last)])
+    return rows.select([number for part in chosen for number in range(part.from_, part.to)])
 
 
 def _data_files(path: str, split: str) -> list[str]:
@@ -257,8 +251,7 @@ def _data_files(path: str, split: str) -> list[str]:
         files = [path]
     elif os.path.isdir(path):
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-        kinds = [[n for n in names if n.endswith(suffix)] for suffix in (".parquet", ".jsonl")]
-        names = kinds[0] or kinds[1]
+        names = [n for n in names if n.endswith(".parquet")] or [n for n in names if n.endswith(".jsonl")]
         if not names:
             raise ValueError(f"{path} holds no .parquet or .jsonl file")
         chosen = [name for name in names if name.startswith(split)]

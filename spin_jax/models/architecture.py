@@ -11,44 +11,17 @@ Params = dict[str, Any]
 
 # The largest value of each whole number; the smallest is 1. No model comes near: a larger value is an error
 # in the file, and would overflow shapes or loops over layers before any check reports it.
-_LARGEST = {
-    "vocab_size": 2**24,
-    "hidden_size": 2**24,
-    "intermediate_size": 2**24,
-    "num_hidden_layers": 2**12,
-    "num_attention_heads": 2**24,
-    "num_key_value_heads": 2**24,
-    "head_dim": 2**24,
-    "sliding_window": 2**31 - 1,
-    "num_local_experts": 2**16,
-    "num_experts_per_tok": 2**16,
-    "max_position_embeddings": 2**31 - 1,
-    "original_max_position_embeddings": 2**31 - 1,
-}
-_POSITIVE = (
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "norm_eps",
-    "rope_theta",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "attention_factor",
-    "partial_rotary_factor",
-    "query_pre_attn_scalar",
-    "attention_softcap",
-    "logit_softcap",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-)
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_LENGTHS = ("sliding_window", "max_position_embeddings", "original_max_position_embeddings")
+_LARGEST = {"num_hidden_layers": 2**12, "num_local_experts": 2**16, "num_experts_per_tok": 2**16}
+_LARGEST |= dict.fromkeys(_SIZES, 2**24) | dict.fromkeys(_LENGTHS, 2**31 - 1)
+_POSITIVE = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "rope_theta", "query_pre_attn_scalar")
+_POSITIVE += ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "partial_rotary_factor")
+_POSITIVE += ("attention_softcap", "logit_softcap", "attn_logit_softcapping", "final_logit_softcapping")
 
 
 def check_constants(constants: Mapping[str, Any]) -> None:
-    """Raises ValueError for the first constant of an architecture that no model can have.
-
-    Args:
-        constants: values by Hugging Face's names. None and unknown names are ignored.
-    """
+    """Raises ValueError for the first constant, by Hugging Face's name, that no model can have; None is ignored."""
     for name, value in constants.items():
         if value is None:
             continue
@@ -83,10 +56,9 @@ class RopeScaling:
         check_constants(vars(self) if llama3 else {"factor": self.factor, "attention_factor": self.attention_factor})
         for factor in self.short_factor:
             check_constants({"factor": factor})
-        if llama3 and self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}"
-            )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if llama3 and high <= low:
+            raise ValueError(f"high_freq_factor={high} must exceed low_freq_factor={low}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,23 +103,19 @@ class ModelConfig:
         check_constants(vars(self))
         for window in self.windows:
             check_constants({"sliding_window": window})
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(f"RoPE turns pairs of dimensions: not {self.rotary_dim} of head_dim={self.head_dim}")
-        if self.rope_scaling and len(self.rope_scaling.short_factor) not in (0, self.rotary_dim // 2):
-            raise ValueError(
-                f"short_factor has {len(self.rope_scaling.short_factor)} numbers for {self.rotary_dim // 2} frequencies"
-            )
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.experts_per_token} exceeds num_local_experts={self.num_experts}"
-            )
-        if self.num_attention_heads * self.head_dim > 2**24:
-            raise ValueError(f"num_attention_heads={self.num_attention_heads} × head_dim={self.head_dim}: too many")
+        factors, frequencies = self.rope_scaling.short_factor if self.rope_scaling else (), self.rotary_dim // 2
+        if len(factors) not in (0, frequencies):
+            raise ValueError(f"short_factor has {len(factors)} numbers for {frequencies} frequencies")
+        chosen, experts = self.experts_per_token, self.num_experts
+        if chosen > experts:
+            raise ValueError(f"num_experts_per_tok={chosen} exceeds num_local_experts={experts}")
+        if heads * self.head_dim > 2**24:
+            raise ValueError(f"num_attention_heads={heads} × head_dim={self.head_dim}: too many")
 
     @property
     def longest_window(self) -> int | None:
@@ -172,7 +140,5 @@ class Model:
     def stop_tokens(self) -> tuple[int, ...]:
         """The EOS ids of the generation config together with the tokenizer's EOS."""
         ids = self.generation_config.get("eos_token_id")
-        ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-        if self.tokenizer.eos_token_id is not None:
-            ids.append(self.tokenizer.eos_token_id)
-        return tuple(sorted(set(ids)))
+        ids = [ids] if isinstance(ids, int | None) else ids
+        return tuple(sorted({*ids, self.tokenizer.eos_token_id} - {None}))

@@ -7,8 +7,7 @@ operations on single tokens use that layout. In attention an answer sees its pro
 other answer: `plain` computes a mask, `flash` the end of the queries that see each key, and `splash` gets the
 row `unshared`, as [prompt + real | prompt + generated | …], for any causal kernel with segment ids.
 
-Axes: B rows, T queries, S keys, U tokens of an unshared row, N query heads, K key/value heads, G = N / K,
-H head dim.
+Axes: B rows, T queries, S keys, U tokens of an unshared row, N query heads, K key/value heads, G = N / K, H head dim.
 """
 
 import functools
@@ -135,15 +134,7 @@ def _attend_unshared(kernel, q, k, v, positions, unshared):
 
 
 def splash(
-    q,
-    k,
-    v,
-    segments,
-    *,
-    window: int | None,
-    scale: float,
-    softcap: float | None = None,
-    interpret: bool = False,
+    q, k, v, segments, *, window: int | None, scale: float, softcap: float | None = None, interpret: bool = False
 ) -> Float[Array, "B U N H"]:
     """JAX's splash attention kernel for TPU."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -157,14 +148,8 @@ def splash(
     segments = jnp.pad(segments, ((0, 0), (0, fill)))
     shape = (U + fill, U + fill)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    sizes = kernels.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = kernels.BlockSizes(**dict.fromkeys(names, block))
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * N),
         head_shards=1,

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -27,11 +28,9 @@ class Cache(NamedTuple):
 
 
 def ring_layout(newest: Int[Array, " B"], column: Int[Array, ""], columns: int) -> Layout:
-    """The positions of the tokens in a ring's columns; columns without a token of the row are padding.
+    """The layout of a ring's columns, where `column` holds each row's newest token, whose position is `newest`.
 
-    Args:
-        newest: the position of each row's newest token.
-        column: that token's column.
+    Columns without a token of the row are padding.
     """
     back = (column - jnp.arange(columns)) % columns
     positions = newest[:, None] - back
@@ -41,13 +40,9 @@ def ring_layout(newest: Int[Array, " B"], column: Int[Array, ""], columns: int) 
 def new_cache(config: ModelConfig, rows: int, columns: int, dtype: Any) -> Cache:
     """An empty cache, laid out over the mesh in use."""
     shape = (rows, config.num_key_value_heads, columns, config.head_dim)
-    layers = range(config.num_hidden_layers)
+    layout = sharding.spec("batch", "kv_heads", None, None)
 
-    def empty(shape, dtype, *logical):
-        return jnp.zeros(shape, dtype, out_sharding=sharding.spec(*logical))
+    def empty() -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros(shape, dtype, out_sharding=layout) for _ in range(config.num_hidden_layers))
 
-    return Cache(
-        keys=tuple(empty(shape, dtype, "batch", "kv_heads", None, None) for _ in layers),
-        values=tuple(empty(shape, dtype, "batch", "kv_heads", None, None) for _ in layers),
-        column=jnp.zeros((), jnp.int32),
-    )
+    return Cache(keys=empty(), values=empty(), column=jnp.zeros((), jnp.int32))

@@ -59,10 +59,7 @@ class Decoder(nn.Module):
             self.head_bias: Any = self.param("head_bias", bias, (c.vocab_size,))
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        layout: Layout,
-        cache: Cache | None = None,
+        self, tokens: Int[Array, "B T"], layout: Layout, cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Final hidden states, and the cache with the tokens in its next T columns.
 
@@ -118,30 +115,22 @@ class Decoder(nn.Module):
         c = self.config
         blocks = [Block(c, self.dtype, window, self.kernel, parent=None) for window in c.windows]
         layers = self.variables["params"]["layers"]
-        keys, values = [], []
+        written = []
         for number, (layer, k, v) in enumerate(zip(layers, cache.keys, cache.values, strict=True)):
-            block = blocks[number % len(blocks)]
-            x, (k, v) = block.apply({"params": layer}, x, layout, (k, v, cache.column))
-            keys.append(k)
-            values.append(v)
-        return x, Cache(tuple(keys), tuple(values), (cache.column + x.shape[1]) % cache.columns)
+            x, kv = blocks[number % len(blocks)].apply({"params": layer}, x, layout, (k, v, cache.column))
+            written.append(kv)
+        keys, values = zip(*written, strict=True)
+        return x, Cache(keys, values, (cache.column + x.shape[1]) % cache.columns)
 
 
-# The trees that may stand beside the weights, and their Linen collections.
+# The trees that may stand beside the weights (of lora.py and params.py), and their Linen collections.
 _COLLECTIONS = {"adapters": "lora", "copies": "copies"}
 
 
 def forward(
-    decoder: Decoder,
-    params: Params,
-    tokens: Int[Array, "B T"],
-    layout: Layout,
-    cache: Cache | None = None,
+    decoder: Decoder, params: Params, tokens: Int[Array, "B T"], layout: Layout, cache: Cache | None = None
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """`Decoder.__call__` as a function of the parameters.
-
-    `params` may also hold "adapters" (lora.py) and "copies" (params.py).
-    """
+    """`Decoder.__call__` as a function of the parameters."""
     variables = {"params": {name: tree for name, tree in params.items() if name not in _COLLECTIONS}}
     variables |= {_COLLECTIONS[name]: tree for name, tree in params.items() if name in _COLLECTIONS}
     return decoder.apply(variables, tokens, layout, cache)  # pyright: ignore[reportReturnType]

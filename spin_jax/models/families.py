@@ -87,11 +87,10 @@ MIXTRAL = LLAMA | {
 # --- configs -------------------------------------------------------------------------------------
 
 
-def _check_options(hf: HF, **supported: Any) -> None:
-    """Raises ValueError where an option has another value than the one that this decoder supports."""
-    for key, value in supported.items():
-        if hf.get(key, value) not in (value, None):
-            raise ValueError(f"{key}={hf[key]!r} is not supported (only {value!r})")
+def _check_off(hf: HF, key: str) -> None:
+    """Raises ValueError where an option is on that this decoder does not have."""
+    if hf.get(key) not in (False, None):
+        raise ValueError(f"{key}={hf[key]!r} is not supported (only False)")
 
 
 def _options(hf: HF, *, windows: tuple = (None,), eps: str = "rms_norm_eps", act: str = "hidden_act") -> dict[str, Any]:
@@ -101,11 +100,10 @@ def _options(hf: HF, *, windows: tuple = (None,), eps: str = "rms_norm_eps", act
     rope = hf.get("rope_parameters") or {"rope_theta": hf["rope_theta"], **(hf.get("rope_scaling") or {})}
     if rope.get("rope_theta") is None:
         raise ValueError("rope_theta: missing")
-    check_constants({"rope_theta": rope["rope_theta"]})
+    part = rope.get("partial_rotary_factor") or 1.0
+    check_constants({"rope_theta": rope["rope_theta"], "partial_rotary_factor": part})
     heads = hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-    part = rope.get("partial_rotary_factor") or 1.0
-    check_constants({"partial_rotary_factor": part})
     activation = {"silu": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}.get(hf.get(act, "silu"))
     if activation is None:
         raise ValueError(f"{act}={hf[act]!r} is not supported; supported: silu, gelu_new, gelu_pytorch_tanh")
@@ -191,17 +189,9 @@ def _qwen3(hf: HF) -> ModelConfig:
 
 
 def _phi(hf: HF) -> ModelConfig:
-    _check_options(hf, qk_layernorm=False)
-    return ModelConfig(
-        **_options(hf, eps="layer_norm_eps"),
-        norm="layer",
-        parallel=True,
-        gated=False,
-        qkv_bias=True,
-        output_bias=True,
-        mlp_bias=True,
-        head_bias=True,
-    )
+    _check_off(hf, "qk_layernorm")
+    biases = dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias", "head_bias"), True)
+    return ModelConfig(**_options(hf, eps="layer_norm_eps"), **biases, norm="layer", parallel=True, gated=False)
 
 
 def _phi3(hf: HF) -> ModelConfig:
@@ -213,7 +203,7 @@ def _phi3(hf: HF) -> ModelConfig:
 
 
 def _gemma2(hf: HF) -> ModelConfig:
-    _check_options(hf, use_bidirectional_attention=False)
+    _check_off(hf, "use_bidirectional_attention")
     bias = bool(hf.get("attention_bias"))
     check_constants({"query_pre_attn_scalar": hf["query_pre_attn_scalar"]})
     return ModelConfig(
@@ -230,11 +220,8 @@ def _gemma2(hf: HF) -> ModelConfig:
 
 
 def _mixtral(hf: HF) -> ModelConfig:
-    return ModelConfig(
-        **_options(hf, windows=(hf.get("sliding_window"),)),
-        num_experts=hf["num_local_experts"],
-        experts_per_token=hf["num_experts_per_tok"],
-    )
+    options = _options(hf, windows=(hf.get("sliding_window"),))
+    return ModelConfig(**options, num_experts=hf["num_local_experts"], experts_per_token=hf["num_experts_per_tok"])
 
 
 class Family(NamedTuple):
@@ -259,29 +246,19 @@ def family(hf: HF) -> Family:
     """The family of a config.json.
 
     Raises:
-        ValueError: the family is not supported. The message names the supported families, and the first key
-            that none of them has.
+        ValueError: the family is not supported. The message names those that are, and the first key that none has.
     """
     name = hf.get("model_type")
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
-    known = _known_keys()
+    from transformers import CONFIG_MAPPING
+
+    known = {"model_type", *TRANSFORMERS_4}.union(*(CONFIG_MAPPING[each]().to_dict() for each in FAMILIES))
     unknown = [f"; the first key that none of them knows is {key!r}" for key in hf if key not in known]
     message = f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}"
     raise ValueError(message + "".join(unknown[:1]))
 
 
-def _known_keys() -> set[str]:
-    """All keys that the config.json of a supported family can have."""
-    from transformers import CONFIG_MAPPING
-
-    return {"model_type", *TRANSFORMERS_4}.union(*(CONFIG_MAPPING[name]().to_dict() for name in FAMILIES))
-
-
 def model_config(hf: HF) -> ModelConfig:
-    """The architecture in a config.json (a dict with transformers' defaults).
-
-    Raises:
-        ValueError: the family or one of its options is unsupported or impossible; the message names the key.
-    """
+    """The architecture in a config.json; ValueError names the key of what is unsupported or impossible."""
     return family(hf).config(hf)

@@ -19,6 +19,8 @@ from spin_jax.models.attention import attend, plain
 from spin_jax.models.cache import ring_layout
 from spin_jax.runtime import sharding
 
+Axes = tuple[str | None, ...]  # the logical axes of an array, as in sharding.py
+
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, " R/2"]:
     """The angle in radians by which each pair of rotated dimensions turns from one position to the next.
@@ -42,10 +44,7 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " R/2"]:
 
 
 def rope(
-    x: Float[Array, "B T N H"],
-    positions: Int[Array, "B T"],
-    frequencies: Float[Array, " R/2"],
-    factor: float = 1.0,
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], frequencies: Float[Array, " R/2"], factor: float = 1.0
 ) -> Float[Array, "B T N H"]:
     """Rotates the pairs (i, i + R/2) of the first R dimensions, in float32; the pairs are Hugging Face's."""
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
@@ -92,23 +91,17 @@ class _Projections(nn.Module):
     config: ModelConfig
     dtype: Any
 
-    def weight(self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Array:
+    def weight(self, name: str, axes: Axes, shape: tuple[int, ...]) -> Array:
         init = nn.initializers.normal(self.config.initializer_range)
         stored: Any = self.param(name, nn.with_partitioning(init, axes), shape)
         return sharding.gathered(stored.astype(self.dtype))
 
-    def bias(self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Array:
+    def bias(self, name: str, axes: Axes, shape: tuple[int, ...]) -> Array:
         stored: Any = self.param(name, nn.with_partitioning(nn.initializers.zeros, axes), shape)
         return stored.astype(self.dtype)
 
     def linear(
-        self,
-        equation: str,
-        x: Array,
-        name: str,
-        axes: tuple[str | None, ...],
-        shape: tuple[int, ...],
-        out: tuple[str | None, ...] | None = None,
+        self, equation: str, x: Array, name: str, axes: Axes, shape: tuple[int, ...], out: Axes | None = None
     ) -> Array:
         """Computes x W, or x W + (x A) B where the weight has an adapter (lora.py)."""
         y = self.einsum(equation, x, self.weight(name, axes, shape), out=out)
@@ -121,7 +114,7 @@ class _Projections(nn.Module):
         narrow = self.einsum(f"{x_axes},{inputs}r->BTr", x, sharding.gathered(a), out=("batch", None, None))
         return y + self.einsum(f"BTr,r{outputs}->{y_axes}", narrow, sharding.gathered(b), out=out)
 
-    def einsum(self, equation: str, *operands: Array, out: tuple[str | None, ...] | None = None) -> Array:
+    def einsum(self, equation: str, *operands: Array, out: Axes | None = None) -> Array:
         out_sharding = sharding.spec(*out) if out else None
         product = jnp.einsum(equation, *operands, precision=matmul_precision(self.dtype), out_sharding=out_sharding)
         return sharding.summed(product) if out else product

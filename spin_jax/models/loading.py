@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from spin_jax.config_values import nearest
 from spin_jax.models import weight_files
@@ -24,7 +25,7 @@ from spin_jax.models.architecture import Model, ModelConfig, Params, check_const
 from spin_jax.models.families import TRANSFORMERS_4, family, model_config
 from spin_jax.models.params import abstract_params
 from spin_jax.models.tokenizers import check_vocabulary, load_tokenizer
-from spin_jax.models.weight_files import Part, flatten, from_hf, parts_of, stacked_shape, unflatten
+from spin_jax.models.weight_files import Part, from_hf, parts_of
 from spin_jax.runtime import sharding
 from spin_jax.storage import files, hub, seals
 
@@ -49,9 +50,8 @@ def _read_hf_config(directory: Path) -> dict[str, Any]:
 
     path = directory / "config.json"
     if not path.exists():
-        raise FileNotFoundError(
-            weight_files.adapter(directory) or f"{path} is missing: is {directory} a Hugging Face checkpoint?"
-        )
+        missing = f"{path} is missing: is {directory} a Hugging Face checkpoint?"
+        raise FileNotFoundError(weight_files.adapter(directory) or missing)
     raw = files.read_object(path)
     with _prefix_errors(path):
         family(raw)
@@ -75,14 +75,10 @@ def _read_hf_config(directory: Path) -> dict[str, Any]:
 
 
 def _load_leaf(leaf: Any, views: np.ndarray, layout: Any, dtype: Any) -> jax.Array:
-    """Builds one parameter; every device copies only its own part out of the memory map.
+    """One parameter from the checkpoint's arrays, `views` of shape [], [layers] or [layers, experts]."""
+    dtype = jnp.dtype(dtype or jnp.result_type(*(view.dtype for view in views.flat)))
 
-    Args:
-        views: the checkpoint's arrays, as an array of shape [], [layers] or [layers, experts].
-    """
-    dtype = dtype or jnp.result_type(*(view.dtype for view in views.flat))
-
-    def part(index: Any) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:  # what one device holds; nothing else is copied out of the memory map
         stacked, within = index[: views.ndim], index[views.ndim :]
         chosen = views[stacked] if stacked else views
         out = np.empty((*chosen.shape, *chosen.flat[0][within].shape), dtype)
@@ -108,31 +104,24 @@ def _views(flat: Mapping[str, Any], stored: Mapping[str, list[Part]], tensors: M
 
 def check_weights(directory: epath.PathLike, config: ModelConfig) -> None:
     """Reads only the headers of a checkpoint's files, and raises the errors of `load_params`."""
-    stored = parts_of(flatten(sharding.unboxed(abstract_params(config))), config)
-    weight_files.locate(Path(directory), {name: stacked_shape(parts) for name, parts in stored.items()})
+    flat = flatten_dict(sharding.unboxed(abstract_params(config)), sep="/")
+    weight_files.locate(Path(directory), parts_of(flat, config))
 
 
 def load_params(directory: epath.PathLike, config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any = None) -> Params:
-    """Reads a checkpoint's weights into the mesh's layout.
+    """Reads a checkpoint's weights into the mesh's layout; with dtype None each keeps its dtype in the checkpoint.
 
-    Args:
-        directory: holds model.safetensors, or model.safetensors.index.json and its files.
-        config: the architecture that the weights must match.
-        mesh: the devices that get them.
-        dtype: the parameters' dtype; None keeps each parameter's dtype in the checkpoint.
-
-    Raises:
-        ValueError, FileNotFoundError: everything that is missing, damaged or misshapen, in one message.
+    One ValueError or FileNotFoundError names everything that is missing, damaged or misshapen.
     """
     seals.check_seal_here(directory)
     abstract = abstract_params(config)
-    flat = flatten(sharding.unboxed(abstract))
-    layouts = flatten(sharding.parameter_shardings(mesh, abstract))
+    flat = flatten_dict(sharding.unboxed(abstract), sep="/")
+    layouts = flatten_dict(sharding.parameter_shardings(mesh, abstract), sep="/")
     stored = parts_of(flat, config)
-    located = weight_files.locate(Path(directory), {name: stacked_shape(parts) for name, parts in stored.items()})
+    located = weight_files.locate(Path(directory), stored)
     views = _views(flat, stored, {name: tensor.map() for name, tensor in located.items()})
-    dtype = None if dtype is None else jnp.dtype(dtype)
-    return unflatten({path: _load_leaf(leaf, views[path], layouts[path], dtype) for path, leaf in flat.items()})
+    params = {path: _load_leaf(leaf, views[path], layouts[path], dtype) for path, leaf in flat.items()}
+    return unflatten_dict(params, sep="/")
 
 
 def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -157,10 +146,9 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
     try:
         snapshot = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=copies)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        pinned = f" at revision {revision}" if revision else ""
-        raise FileNotFoundError(
-            f"model path {path!r} is no directory here, and the hub did not give it{pinned}: {error}"
-        ) from error
+        it = f"it at revision {revision}" if revision else "it"
+        message = f"model path {path!r} is no directory here, and the hub did not give {it}: {error}"
+        raise FileNotFoundError(message) from error
     return Path(snapshot), Path(snapshot).name
 
 
@@ -193,17 +181,10 @@ def describe(
         config = model_config(hf_config)
     tokenizer = load_tokenizer(directory, chat_template)
     check_vocabulary(tokenizer, config, path)
-    model = Model(
-        config=config,
-        params={},
-        tokenizer=tokenizer,
-        dtype=jnp.dtype(dtype or hf_config["dtype"] or jnp.float32),
-        mesh=mesh or sharding.make_mesh(),
-        hf_config=hf_config,
-        generation_config=_read_generation_config(directory / "generation_config.json", config.vocab_size),
-        revision=commit,
-    )
-    return model, directory
+    generation_config = _read_generation_config(directory / "generation_config.json", config.vocab_size)
+    dtype = jnp.dtype(dtype or hf_config["dtype"] or jnp.float32)
+    mesh = mesh or sharding.make_mesh()
+    return Model(config, {}, tokenizer, dtype, mesh, hf_config, generation_config, commit), directory
 
 
 def load(
@@ -254,13 +235,10 @@ def new_model(
         options = {name: getattr(tokenizer, name) for name in names} | dict(options)
     with _prefix_errors("model.architecture"):
         model_type = check_architecture(options)
-        options = {
-            name: float(value)
-            if name in ("rms_norm_eps", "layer_norm_eps", "initializer_range") and weight_files.whole(value)
-            else value
-            for name, value in options.items()
-            if name != "model_type"
-        }
+        options = {name: value for name, value in options.items() if name != "model_type"}
+        for name in ("rms_norm_eps", "layer_norm_eps", "initializer_range"):
+            if weight_files.whole(options.get(name)):
+                options[name] = float(options[name])
         hf_config = AutoConfig.for_model(model_type, **options).to_dict()
         config = model_config(hf_config)
     if tokenizer is not None:
@@ -272,8 +250,7 @@ def new_model(
 def check_architecture(options: Mapping[str, Any]) -> str:
     """Checks an architecture that a user wrote, because transformers accepts any key; returns the model type.
 
-    Raises:
-        ValueError: a value is wrong, or the family's config class has no such key (with the nearest key).
+    It raises ValueError for a wrong value or an unknown key, with the nearest key of the family's config class.
     """
     from transformers import CONFIG_MAPPING
 

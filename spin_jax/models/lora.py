@@ -61,11 +61,11 @@ def adapters_on(params: Params, rank: int, targets: Sequence[str]) -> Params:
             f"{name}_b": on_mesh((leaf.shape[0], rank, *leaf.shape[split:]), (spec[0], None, *spec[split:])),
         }
 
-    layers = {}
+    layers: Params = {}
     for module, weights in params["layers"].items():
-        chosen = [pair(name, leaf) for name, leaf in weights.items() if name in targets]
-        if chosen:
-            layers[module] = functools.reduce(dict.__or__, chosen)
+        for name, leaf in weights.items():
+            if name in targets:
+                layers.setdefault(module, {}).update(pair(name, leaf))
     return {"layers": layers}
 
 
@@ -78,8 +78,7 @@ def init(shapes: Params, key: Array) -> Params:
             if path[-1].key.endswith("_b"):
                 return jnp.zeros(leaf.shape, leaf.dtype)
             bound = math.prod(leaf.shape[1:-1]) ** -0.5
-            leaf_key = jax.random.fold_in(key, number)
-            return jax.random.uniform(leaf_key, leaf.shape, leaf.dtype, -bound, bound)
+            return jax.random.uniform(jax.random.fold_in(key, number), leaf.shape, leaf.dtype, -bound, bound)
 
         return tree.unflatten([value(number, *leaf) for number, leaf in enumerate(leaves)])
 
@@ -122,12 +121,8 @@ def merged(params: Params, adapters: Params, scale: float) -> Params:
             w = layers[module][name]
             a, b = weights[f"{name}_a"], weights[f"{name}_b"]
             inputs, outputs = "abc"[: TARGETS[name]], "xyz"[: b.ndim - 2]
-            product = jnp.einsum(
-                f"L{inputs}r,Lr{outputs}->L{inputs}{outputs}",
-                a,
-                b,
-                precision=jax.lax.Precision.HIGHEST,
-                out_sharding=jax.typeof(w).sharding,
-            )
+            equation = f"L{inputs}r,Lr{outputs}->L{inputs}{outputs}"
+            highest, layout = jax.lax.Precision.HIGHEST, jax.typeof(w).sharding
+            product = jnp.einsum(equation, a, b, precision=highest, out_sharding=layout)
             layers[module][name] = (w.astype(jnp.float32) + scale * product).astype(w.dtype)
     return {**params, "layers": layers}

@@ -16,10 +16,9 @@ from spin_jax.runtime import sharding
 
 
 def copies(params: Params, dtype: Any) -> Params:
-    """{"copies": the layers' matrices in the compute dtype}, for `forward` beside the parameters themselves.
+    """{"copies": the layers' matrices in the compute dtype}, for `forward` beside the parameters; {} if they have it.
 
-    With them, later passes need no casts. Gradients go to the parameters, in the parameters' dtype. The
-    result is {} where the matrices have the compute dtype already.
+    With them, later passes need no casts. Gradients go to the parameters, in the parameters' dtype.
     """
     layers = params["layers"]
     if all(w.dtype == dtype for w in jax.tree.leaves(layers) if w.ndim > 2):
@@ -54,14 +53,14 @@ def _for_sampling(params: Params, config: ModelConfig, dtype: Any, fused: bool) 
 def _fuse_layer(layer: Params, config: ModelConfig) -> Params:
     """Fuses one layer's q, k and v, which are split as kv heads are, and its gate and up."""
     attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
-    for fused, names in (("wqkv", ("wq", "wk", "wv")), ("bqkv", ("bq", "bk", "bv"))):
-        if names[0] in attention:
-            q, k, v = (attention.pop(name) for name in names)
+    for kind in "wb":
+        if f"{kind}q" in attention:
+            q, k, v = (attention.pop(kind + name) for name in "qkv")
             q = sharding.grouped_weight(q, config.num_key_value_heads)
-            attention[fused] = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
-    for fused, names in (("gate_up", ("gate", "up")), ("gate_up_bias", ("gate_bias", "up_bias"))):
-        if names[0] in mlp and not config.num_experts:
-            mlp[fused] = jnp.stack([mlp.pop(name) for name in names], axis=-2)
+            attention[f"{kind}qkv"] = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+    for kind in ("", "_bias"):
+        if f"gate{kind}" in mlp and not config.num_experts:
+            mlp[f"gate_up{kind}"] = jnp.stack([mlp.pop(name + kind) for name in ("gate", "up")], axis=-2)
     return {**layer, "attention": attention, "mlp": mlp}
 
 
@@ -77,11 +76,7 @@ def params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any = jnp.flo
     """Shapes, dtypes and shardings of the parameters on a mesh; nothing is allocated."""
     boxed = abstract_params(config, dtype)
     layouts = sharding.parameter_shardings(mesh, boxed)
-    return jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-        sharding.unboxed(boxed),
-        layouts,
-    )
+    return jax.tree.map(lambda leaf, layout: leaf.update(sharding=layout), sharding.unboxed(boxed), layouts)
 
 
 def sampling_params_on(mesh: jax.sharding.Mesh, config: ModelConfig, dtype: Any) -> Params:

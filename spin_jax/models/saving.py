@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 from safetensors import numpy as safetensors_numpy
 
 from spin_jax.models.architecture import Model
 from spin_jax.models.families import FAMILIES
 from spin_jax.models.tokenizers import save_tokenizer
-from spin_jax.models.weight_files import Part, flatten, parts_of, to_hf
+from spin_jax.models.weight_files import Part, parts_of, to_hf
 from spin_jax.runtime import processes, sharding
 from spin_jax.storage import files, seals
 
@@ -27,8 +28,8 @@ def _gather(part: Part, leaf: jax.Array, dtype: Any) -> Any:
     return sharding.everywhere(leaf.astype(dtype or leaf.dtype))
 
 
-def _plan_shards(stored: Mapping[str, list[Part]], sizes: Mapping[str, int]) -> dict[str, str]:
-    """The file of each tensor; `sizes` holds each leaf's bytes per number."""
+def _plan_shards(stored: Mapping[str, list[Part]], sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """The tensors of each file; `sizes` holds each leaf's bytes per number."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, parts in stored.items():
@@ -39,12 +40,8 @@ def _plan_shards(stored: Mapping[str, list[Part]], sizes: Mapping[str, int]) -> 
         shards[-1].append(name)
         filled += size
     if len(shards) == 1:
-        return dict.fromkeys(shards[0], "model.safetensors")
-    return {
-        name: f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number, names in enumerate(shards, 1)
-        for name in names
-    }
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
 
 
 def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
@@ -72,17 +69,8 @@ def _export_generation(model: Model) -> dict[str, Any]:
     return {"eos_token_id": list(model.stop_tokens), **(model.generation_config or ids)}
 
 
-def _raise_any(errors: list[Exception]) -> None:
-    for error in errors:
-        raise error
-
-
 def save(
-    model: Model,
-    directory: epath.PathLike,
-    *,
-    dtype: Any = None,
-    on_tensor: Callable[[], None] = lambda: None,
+    model: Model, directory: epath.PathLike, *, dtype: Any = None, on_tensor: Callable[[], None] = lambda: None
 ) -> None:
     """Writes a Hugging Face checkpoint that transformers, vLLM and lm-eval open.
 
@@ -90,14 +78,15 @@ def save(
 
     Args:
         model: the model to write.
-        directory: the place to write it; created if absent.
+        directory: created if absent.
         dtype: of the weights in the files; None keeps each parameter's own (bit-equal).
         on_tensor: called before each tensor; it may raise an error to stop.
 
     Raises:
         files.NoRoom: the disk has no room for it.
     """
-    directory, flat = epath.Path(directory), flatten(model.params)
+    directory = epath.Path(directory)
+    flat: dict[str, Any] = flatten_dict(model.params, sep="/")
     dtype = None if dtype is None else jnp.dtype(dtype)
     stored = parts_of(flat, model.config)
     plan = _plan_shards(stored, {path: (dtype or leaf.dtype).itemsize for path, leaf in flat.items()})
@@ -107,35 +96,35 @@ def save(
         (directory / files.SUMS).unlink(missing_ok=True)
         (directory / "config.json").unlink(missing_ok=True)
         for stale in directory.glob("model*.safetensors*"):
-            if stale.name not in plan.values():
+            if stale.name not in plan:
                 stale.unlink()
 
     size = sum(leaf.size * (dtype or leaf.dtype).itemsize for leaf in flat.values())
     files.check_room(directory, size + 2**20, f"the model {directory}")
     processes.by_first(begin)
-    mine = {name for number, name in enumerate(dict.fromkeys(plan.values())) if processes.turn(number)}
-    pending: dict[str, np.ndarray] = {}
-    failures: list[Exception] = []  # raised after the loop: others would wait for a process that left it
-    total = 0
-    remaining = list(plan.values())
-    for name, parts in stored.items():
-        on_tensor()
-        file = plan[name]
-        arrays = [_gather(part, flat[part.path], dtype) for part in parts]
-        total += sum(array.nbytes for array in arrays)
-        remaining.remove(file)
-        if file in mine and not failures:
-            rows = [to_hf(part, np.asarray(array)) for part, array in zip(parts, arrays, strict=True)]
-            pending[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
-            if file not in remaining:
-                try:
-                    files.write_here(directory / file, safetensors_numpy.save(pending, {"format": "pt"}))
-                except Exception as error:
-                    failures.append(error)
-                pending = {}
-    processes.together(lambda: _raise_any(failures))
-    if len(set(plan.values())) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.items()))}
+    failure: Exception | None = None  # raised after the loop: others would wait for a process that left it
+    for number, (file, names) in enumerate(plan.items()):
+        tensors: dict[str, np.ndarray] = {}
+        for name in names:
+            on_tensor()
+            arrays = [_gather(part, flat[part.path], dtype) for part in stored[name]]
+            if processes.turn(number) and not failure:
+                rows = [to_hf(part, np.asarray(array)) for part, array in zip(stored[name], arrays, strict=True)]
+                tensors[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        if tensors:
+            try:
+                files.write_here(directory / file, safetensors_numpy.save(tensors, {"format": "pt"}))
+            except Exception as error:
+                failure = error
+
+    def finish() -> None:
+        if failure:
+            raise failure
+
+    processes.together(finish)
+    if len(plan) > 1:
+        places = {name: file for file, names in plan.items() for name in names}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         files.write_json(directory / "model.safetensors.index.json", index)
     save_tokenizer(model.tokenizer, directory)
     files.write_json(directory / "generation_config.json", _export_generation(model))

@@ -11,15 +11,7 @@ from spin_jax.storage import files
 
 
 def load_tokenizer(path: epath.PathLike, chat_template: str | None = None) -> Any:
-    """Loads the fast tokenizer of a checkpoint, with `chat_template` in place of its own where one is given.
-
-    Args:
-        path: a directory with tokenizer.json.
-        chat_template: Jinja text, or the path of a file with it; None keeps the tokenizer's own.
-
-    Raises:
-        ValueError, FileNotFoundError: the message names the directory, or its damaged file.
-    """
+    """Loads the fast tokenizer in a directory; the errors name the directory, or its damaged file."""
     from transformers import AutoTokenizer
 
     directory = Path(path)
@@ -62,10 +54,8 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, path: epath.PathLike) 
     if largest < 0:
         raise ValueError(f"{path}: the tokenizer's vocabulary is empty")
     if largest >= config.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer's largest id is {largest} and the embedding has {config.vocab_size} rows "
-            "(vocab_size)"
-        )
+        rows = f"{config.vocab_size} rows (vocab_size)"
+        raise ValueError(f"{path}: the tokenizer's largest id is {largest} and the embedding has {rows}")
 
 
 def save_tokenizer(tokenizer: Any, directory: epath.Path) -> None:

@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
 
-from spin_jax.models.architecture import ModelConfig, Params
+from spin_jax.models.architecture import ModelConfig
 from spin_jax.models.families import FAMILIES, Tensor
 from spin_jax.storage import files
 
@@ -46,7 +45,7 @@ class Stored(NamedTuple):
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The entries of a safetensors file, the offset of its data, and its size; or raises ValueError."""
+    """The entries of a safetensors file, the offset of its data, and its size."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -76,11 +75,7 @@ def whole(value: Any) -> bool:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
-    """A file's tensors (None for a damaged one), and the problems of the file.
-
-    Raises:
-        ValueError: the file has no readable header.
-    """
+    """A file's tensors (None for a damaged one), and its problems; ValueError where the header is not readable."""
     header, start, size = _read_header(path)
     tensors: dict[str, Stored | None] = dict.fromkeys(header)
     problems, spans = [], []
@@ -90,11 +85,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
                 all(map(whole, (*shape, first, last))) and first <= last
             ):
                 spans.append((first, last, name))
-                needed = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else last - first
-                if needed != last - first:
-                    problems.append(
-                        f"{name}: {shape} of {dtype} take {needed} bytes, and its data_offsets {last - first}"
-                    )
+                given = last - first
+                needed = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else given
+                if needed != given:
+                    problems.append(f"{name}: {shape} of {dtype} take {needed} bytes, and its data_offsets {given}")
                 elif start + last <= size:
                     tensors[name] = Stored(path, dtype, tuple(shape), start + first)
             case _:
@@ -130,14 +124,12 @@ _CONVERT = "convert it to safetensors (transformers' save_pretrained writes them
 
 def _no_weights(directory: Path) -> str:
     """A message that says, where possible, why the directory has no weights."""
-    if hint := adapter(directory):
-        return hint
-    hint = ""
-    if pickles := sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
+    hint, names = "", sorted(path.name for path in directory.iterdir())
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
         hint = f" ({pickles[0]} is a pickle, which is not read: {_CONVERT})"
-    elif parts := sorted(p.name for p in directory.glob("*.safetensors")):
+    elif parts := [name for name in names if name.endswith(".safetensors")]:
         hint = f" ({parts[0]} is there, without the model.safetensors.index.json that goes with it)"
-    return f"{directory} has no model.safetensors{hint}"
+    return adapter(directory) or f"{directory} has no model.safetensors{hint}"
 
 
 def adapter(directory: Path) -> str:
@@ -150,8 +142,8 @@ def adapter(directory: Path) -> str:
     )
 
 
-def locate(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """The place of each wanted tensor in its file; only headers are read.
+def locate(directory: Path, wanted: Mapping[str, Sequence["Part"]]) -> dict[str, Stored]:
+    """The place of each wanted tensor, which stacks these parts, in its file; only headers are read.
 
     Raises:
         ValueError: everything that is missing, damaged or misshapen, in one message.
@@ -173,18 +165,18 @@ def locate(directory: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, 
             file_problems = [str(error)]
         problems += [f"{file} {problem}" for problem in file_problems]
     located = {}
-    for name, shape in wanted.items():
-        others = [file for file, tensors in found.items() if name in tensors and file != places.get(name)]
-        if name not in places:
-            reason = f"in {others[0]}, which {index.name} does not say" if others else "missing"
-            problems.append(f"{name}: {reason}")
-        elif places[name] not in found:
-            continue  # the problems name its file already
-        elif name not in found[places[name]]:
-            reason = f"in {others[0]}; {index.name} says {places[name]}" if others else "missing"
-            problems.append(f"{name}: {reason}")
-        elif stored := found[places[name]][name]:
+    for name, parts in wanted.items():
+        file = places.get(name)
+        if file is not None and file not in found:
+            continue  # the problems name the file already
+        if file is None or name not in found[file]:
+            others = [other for other, tensors in found.items() if name in tensors]
+            says = f"; {index.name} says {file}" if file else f", which {index.name} does not say"
+            problems.append(f"{name}: in {others[0]}{says}" if others else f"{name}: missing")
+        elif stored := found[file][name]:
             located[name] = stored
+            rows, *rest = zip(*(part.stored for part in parts), strict=True)
+            shape = (sum(rows), *(sizes[0] for sizes in rest))
             if stored.dtype not in DTYPES:
                 problems.append(f"{name}: {stored.dtype}; only {', '.join(DTYPES)} are read")
             elif stored.shape != shape:
@@ -242,12 +234,6 @@ def parts_of(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, list[Par
     return found
 
 
-def stacked_shape(parts: Sequence[Part]) -> tuple[int, ...]:
-    """The shape of the tensor that stacks these parts."""
-    rows, *rest = zip(*(part.stored for part in parts), strict=True)
-    return (sum(rows), *(sizes[0] for sizes in rest))
-
-
 def from_hf(part: Part, rows: np.ndarray) -> np.ndarray:
     """A view of a checkpoint's array in our shape; nothing is copied until it is sliced."""
     if part.tensor.inputs is None:
@@ -259,19 +245,3 @@ def to_hf(part: Part, array: np.ndarray) -> np.ndarray:
     if not part.tensor.inputs:
         return array.reshape(part.stored)
     return np.ascontiguousarray(array.reshape(part.stored[::-1]).T)
-
-
-def flatten(tree: Params) -> dict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
-
-
-def unflatten(flat: Mapping[str, Any]) -> Params:
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree

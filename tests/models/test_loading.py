@@ -13,7 +13,7 @@ import pytest
 
 import spin_jax
 from spin_jax import tiny
-from spin_jax.models import loading, saving, weight_files
+from spin_jax.models import loading, saving
 from spin_jax.storage import files
 
 transformers = pytest.importorskip("transformers")
@@ -547,14 +547,8 @@ def test_a_new_model_takes_the_tokenizers_special_tokens(mesh, tmp_path):
         "head_dim": 8,
     }
     model = loading.new_model(options, tiny.tokenizer(), dtype="float32", mesh=mesh)
-    model.params = weight_files.unflatten(
-        {
-            path: np.zeros(leaf.shape, np.float32)
-            for path, leaf in weight_files.flatten(
-                loading.sharding.unboxed(loading.abstract_params(model.config))
-            ).items()
-        }
-    )
+    shapes = loading.sharding.unboxed(loading.abstract_params(model.config))
+    model.params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     spin_jax.save(model, tmp_path)
     again = reopened(tmp_path)
     assert (again.config.bos_token_id, again.config.eos_token_id, again.config.pad_token_id) == (1, 2, 0)
