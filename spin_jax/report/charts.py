@@ -8,7 +8,7 @@ import numpy as np
 
 from spin_jax.report.comparison import SeedGroup
 from spin_jax.report.drawing import COLORS, Chart, Curve
-from spin_jax.report.numbers import START, Row, finite, task_names
+from spin_jax.report.numbers import START, Row, finite, iteration_name, task_names
 from spin_jax.report.workdir import Run
 
 MAX_POINTS = 400  # of a curve: a longer one is averaged over neighbors
@@ -31,16 +31,12 @@ class Topic(NamedTuple):
 
     def split(self) -> "list[Topic]":
         """One topic for each number, for charts in which each curve is a run's."""
-        return [
-            Topic(
-                f"{self.name}_{n}",
-                self.title if len(self.labels) == 1 else label if label == key else f"{self.title}, {label}",
-                self.unit,
-                self.note,
-                {key: label},
-            )
-            for n, (key, label) in enumerate(self.labels.items())
-        ]
+        parts = []
+        for n, (key, label) in enumerate(self.labels.items()):
+            title = label if label == key else f"{self.title}, {label}"
+            title = title if len(self.labels) > 1 else self.title
+            parts.append(self._replace(name=f"{self.name}_{n}", title=title, numbers={key: label}))
+        return parts
 
 
 # --- over iterations -----------------------------------------------------------------------------
@@ -77,18 +73,17 @@ def over_iterations(rows: Sequence[Row]) -> list[Chart]:
                 curves.append(Curve(name, *zip(*control, strict=True), style=style, dash=1, marks=True))
         if curves:
             alone = f", {curves[0].label}" if len(curves) == 1 < len(topic.labels) else ""
-            charts.append(_iteration_chart(topic, f"{topic.title}{alone}", curves, places))
+            charts.append(_iteration_chart(topic._replace(title=topic.title + alone), curves, places))
     return charts
 
 
-def _iteration_chart(topic: Topic, title: str, curves: Sequence[Curve], places: Mapping[int, float]) -> Chart:
+def _iteration_chart(topic: Topic, curves: Sequence[Curve], places: Mapping[int, float]) -> Chart:
     """Its ticks name the iterations from the first to the last that a curve has, and at most 12."""
     used = [x for curve in curves for x in curve.x]
     shown = {t: place for t, place in places.items() if min(used) <= place <= max(used)}
     every = -(-len(shown) // 12)
-    names = ["start" if t == START else str(t) for t in shown]
-    ticks = {place: "" if n % every else names[n] for n, place in enumerate(shown.values())}
-    return Chart(f"by_{topic.name}", title, "iteration", topic.unit, curves, topic.note, ticks)
+    ticks = {place: "" if n % every else iteration_name(t) for n, (t, place) in enumerate(shown.items())}
+    return Chart(f"by_{topic.name}", topic.title, "iteration", topic.unit, curves, topic.note, ticks)
 
 
 def _places(iterations: Iterable[int]) -> dict[int, float]:
@@ -103,10 +98,9 @@ def _task_topics(rows: Sequence[Row]) -> list[Topic]:
     names, unit = task_names(rows), "the task's metric"
     shares = [name for name in names if all(not row.get(name) or 0 <= finite(row, name) <= 1 for row in rows)]
     groups = [shares[i : i + 6] for i in range(0, len(shares), 6)]
-    titles = ["Tasks"] if len(groups) == 1 else [f"Tasks ({n + 1})" for n in range(len(groups))]
     together = [
-        Topic(f"tasks_{n}", title, unit, "", {name: name for name in group})
-        for n, (title, group) in enumerate(zip(titles, groups, strict=True), 1)
+        Topic(f"tasks_{n}", f"Tasks ({n})" if len(groups) > 1 else "Tasks", unit, "", {name: name for name in group})
+        for n, group in enumerate(groups, 1)
     ]
     others = [name for name in names if name not in shares]
     return together + [Topic(f"task_{n}", name, unit, "", {name: name}) for n, name in enumerate(others)]
@@ -122,8 +116,8 @@ _REWARDS = {"real_reward": "human answers", "generated_reward": "generated answe
 _LOG_PROBS = {"real_logp": "human answers", "generated_logp": "generated answers"}
 _REWARDS_NOTE = "β · log of how much likelier an answer is than under the opponent. Their difference is the margin."
 _LOG_PROBS_NOTE = (
-    "The loss asks for the difference alone: log p of human answers may fall while the margin grows, as long "
-    "as that of generated ones falls faster. Where it falls far, loss.nll_weight holds it."
+    "The loss asks for the difference alone: log p of human answers may fall while the margin grows, as long as that "
+    "of generated ones falls faster. Where it falls far, loss.nll_weight holds it."
 )
 _LEARNING = (
     Topic("loss", "Training loss", "loss", "Of each step's pairs, before its update."),
@@ -164,9 +158,9 @@ def _step_chart(topic: Topic, runs: Sequence[tuple[Run, str]]) -> Chart | None:
     curves, notes = [], [topic.note]
     for n, (run, name) in enumerate(runs):
         for place, (key, label) in enumerate(topic.labels.items()):
-            if line := _join(run.series("train", key)):
-                curves.append(Curve(name or label, line.x, line.y, n + place, n // len(COLORS)))
-                notes += line.notes
+            found, said = _curve(run.series("train", key), name or label, n + place, n // len(COLORS))
+            curves += found
+            notes += said
     if not curves:
         return None
     parts = _iteration_parts(runs[0][0]) if len(runs) == 1 else []
@@ -196,21 +190,19 @@ def _iteration_parts(run: Run) -> list[tuple[float, float, str]]:
 
 
 def _sft_chart(run: Run) -> Chart | None:
-    before, control = _join(run.series("sft", "loss")), _join(run.series("control", "loss"))
-    stages = [(before, "SFT before self-play"), (control, "SFT control")]
-    curves = [Curve(name, line.x, line.y, n) for n, (line, name) in enumerate(stages) if line]
+    before, notes = _curve(run.series("sft", "loss"), "SFT before self-play", 0)
+    control, more = _curve(run.series("control", "loss"), "SFT control", 1)
+    curves, both = before + control, bool(before and control)
     if not curves:
         return None
-    notes = ["On human answers alone; the control takes as many steps as self-play." if control else ""]
-    notes += [note for line, _ in stages if line for note in line.notes]
-    both = bool(before and control)
+    about = "On human answers alone; the control takes as many steps as self-play." if control else ""
     return Chart(
         "steps_sft",
         "SFT loss",
         "optimizer steps since self-play began" if both else "optimizer steps",
         "nats a token",
         curves,
-        _joined_notes(notes),
+        _joined_notes([about, *notes, *more]),
         zero=both,
         log=_suits_log_axis(curves),
     )
@@ -226,18 +218,14 @@ def _suits_log_axis(curves: Sequence[Curve]) -> bool:
     return bool(known.min() > 0 and known.max() > 30 * known.min())
 
 
-class _Line(NamedTuple):
-    x: np.ndarray
-    y: np.ndarray
-    notes: Sequence[str]
-
-
-def _join(series: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> _Line | None:
-    """One line with a gap between iterations, averaged where it has too many points; None without numbers."""
+def _curve(
+    series: Mapping[int, tuple[np.ndarray, np.ndarray]], label: str, style: int, dash: int = 0
+) -> tuple[list[Curve], list[str]]:
+    """A curve with a gap between iterations, averaged where it has too many points, and notes; none without numbers."""
     count = sum(len(values) for _, values in series.values())
     missing = sum(int(np.isnan(values).sum()) for _, values in series.values())
     if missing == count:
-        return None
+        return [], []
     size = -(-count // MAX_POINTS)
     xs, ys = [], []
     for steps, values in series.values():
@@ -246,7 +234,7 @@ def _join(series: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> _Line | None:
     notes = [f"Each point is the mean of {size} steps."] if size > 1 else []
     if missing:
         notes.append(f"{missing} of {count} steps have no finite value, and are left out.")
-    return _Line(np.concatenate(xs[:-1]), np.concatenate(ys[:-1]), notes)
+    return [Curve(label, np.concatenate(xs[:-1]), np.concatenate(ys[:-1]), style, dash)], notes
 
 
 def mean_of_neighbors(values: np.ndarray, size: int) -> np.ndarray:
@@ -265,7 +253,7 @@ def answer_lengths(run: Run) -> list[Chart]:
     lengths = {t: run.lengths[t] for t in _evenly_chosen(list(run.lengths))}
     if not lengths:
         return []
-    edges = _bin_edges(np.concatenate([np.concatenate(both) for both in lengths.values()]), whole=True)
+    edges = _bin_edges(np.concatenate([tokens for both in lengths.values() for tokens in both]), whole=True)
     shares = {t: [_shares(tokens, edges) for tokens in both] for t, both in lengths.items()}
     top = 1.05 * max(float(share.max()) for both in shares.values() for share in both)
     return [
@@ -275,7 +263,7 @@ def answer_lengths(run: Run) -> list[Chart]:
             "tokens",
             "share of answers",
             [Curve("human", edges, real, 7, filled=True), Curve(_answerer(run, t), edges, generated, 0)],
-            f"Means: {lengths[t].real.mean():.1f} and {lengths[t].generated.mean():.1f} tokens.",
+            f"Means: {lengths[t][0].mean():.1f} and {lengths[t][1].mean():.1f} tokens.",
             ylim=(0, top),
         )
         for t, (real, generated) in shares.items()
@@ -336,8 +324,7 @@ def _bin_edges(values: np.ndarray, whole: bool) -> np.ndarray:
 
 def _shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """The share of values in each bin; the outer ones hold what lies beyond."""
-    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-    return counts / max(len(values), 1)
+    return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / max(len(values), 1)
 
 
 # --- several runs --------------------------------------------------------------------------------
@@ -352,13 +339,12 @@ def compared_iterations(groups: Sequence[SeedGroup]) -> list[Chart]:
         (key,) = topic.labels
         curves = [curve for n, group in enumerate(groups) if (curve := _mean_curve(group, key, places, n))]
         if curves:
-            charts.append(_iteration_chart(topic, topic.title, curves, places))
+            charts.append(_iteration_chart(topic, curves, places))
     return charts
 
 
 def _mean_curve(group: SeedGroup, key: str, places: Mapping[int, float], style: int) -> Curve | None:
-    found = [(place, group.values(t, key)) for t, place in places.items()]
-    found = [(place, values) for place, values in found if len(values)]
+    found = [(place, values) for t, place in places.items() if len(values := group.values(t, key))]
     if not found:
         return None
     x, means, low, high = zip(*((place, v.mean(), v.min(), v.max()) for place, v in found), strict=True)

@@ -1,7 +1,7 @@
 """Model cards: the README.md of an exported model, as the Hugging Face hub reads it.
 
-A card holds no times and no local paths, so that a run that was interrupted writes the same one. Its text is
-in templates/model_card.md; this file computes what the template shows.
+A card holds no times and no local paths, so that a run that was interrupted writes the same one. Its text is in
+templates/model_card.md; this file computes what the template shows.
 """
 
 import dataclasses
@@ -12,13 +12,12 @@ from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
 
-from spin_jax import config_values
+from spin_jax.config_values import algorithm_notes, per_iteration
 from spin_jax.losses import ROLES
-from spin_jax.report.numbers import START, Row, iteration_name
+from spin_jax.report.numbers import START, Row
 from spin_jax.runtime import secrets
 
-# Names of a summary's row that are no measurements, that two equal runs may have different values for, or
-# that the recipe tells already.
+# Names of a summary's row that are no measurements, that differ between equal runs, or that the recipe tells already.
 _LEFT_OUT = re.compile(r"iteration|beta|pairs|steps|skipped|final|stopped|.*(minutes|seconds|_s)")
 
 Revisions = str | Mapping[str, str | None] | None
@@ -45,7 +44,8 @@ def model_card(facts: Facts) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     config, t = facts.config, facts.iteration
-    model, play = config["model"], config["selfplay"]
+    model, play, loss, train = (config[section] for section in ("model", "selfplay", "loss", "train"))
+    now = max(t, 0)
     datasets = dataset_revisions(config["data"]["path"], facts.data_revision, facts.fingerprints)
     on_hub = dict.fromkeys(path for path, revision in datasets if revision)
     card = ModelCard.from_template(
@@ -54,11 +54,7 @@ def model_card(facts: Facts) -> str:
             datasets=list(on_hub) or None,
             library_name="transformers",
             pipeline_tag="text-generation",
-            tags=[
-                *(["spin", "self-play"] if facts.kind == "iteration" else ["sft"]),
-                "fine-tuning",
-                "spin_jax",
-            ],
+            tags=[*(["spin", "self-play"] if facts.kind == "iteration" else ["sft"]), "fine-tuning", "spin_jax"],
             **facts.license,
         ),
         template_str=resources.files("spin_jax.report").joinpath("templates/model_card.md").read_text("utf-8"),
@@ -66,24 +62,16 @@ def model_card(facts: Facts) -> str:
         config=config,
         model_name=source_name(model["path"], None) if model["path"] else model["architecture"]["model_type"],
         datasets=[(path, source_name(path, revision), revision) for path, revision in datasets],
-        own_objective=config["selfplay"]["restart"] or config["loss"]["name"] in ROLES,
-        loss=[
-            config["loss"]["name"],
-            f"β {_value(config['loss']['beta'], facts):g}",
-            *config_values.algorithm_notes(config),
-        ],
+        own_objective=play["restart"] or loss["name"] in ROLES,
+        loss=[loss["name"], f"β {per_iteration(loss['beta'], now):g}", *algorithm_notes(config)],
         earlier=range(max(t - play["mix_previous"], play["start"]), t),
         steps=sum(row.get("steps", 0) for row in facts.rows),
-        epochs=_value(config["train"]["epochs"], facts),
-        learning_rate=_value(config["train"]["learning_rate"], facts),
+        epochs=per_iteration(train["epochs"], now),
+        learning_rate=per_iteration(train["learning_rate"], now),
         numbers=_numbers_by_name(facts.rows),
-        headings=[_heading(row) for row in facts.rows],
+        headings=["start" if row["iteration"] == START else f"iteration {row['iteration']}" for row in facts.rows],
     )
     return secrets.redacted(f"{card}\n")
-
-
-def _value(values: Sequence[Any], facts: Facts) -> Any:
-    return config_values.per_iteration(tuple(values), max(facts.iteration, 0))
 
 
 def stated_license(readme: str | Path) -> dict[str, str]:
@@ -94,8 +82,8 @@ def stated_license(readme: str | Path) -> dict[str, str]:
         head = metadata_load(readme) or {}
     except Exception:  # there is no file, or its head may be anything
         return {}
-    values = {key: head.get(key) for key in ("license", "license_name", "license_link")}
-    stated = {key: value for key, value in values.items() if isinstance(value, str)}
+    keys = "license", "license_name", "license_link"
+    stated = {key: head[key] for key in keys if isinstance(head.get(key), str)}
     return stated if "license" in stated else {}
 
 
@@ -124,10 +112,6 @@ def source_name(path: str, revision: str | None) -> str:
 
 
 # --- numbers -------------------------------------------------------------------------------------
-
-
-def _heading(row: Row) -> str:
-    return iteration_name(row) if row["iteration"] == START else f"iteration {iteration_name(row)}"
 
 
 def _numbers_by_name(rows: Sequence[Row]) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ It imports nothing that draws: a run prints this table at its end.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]  # of summary.json, metrics.jsonl or samples.jsonl
@@ -21,16 +21,9 @@ class Number(NamedTuple):
     form: str
 
 
-class Section(NamedTuple):
-    """Numbers that stand together in a table."""
-
-    title: str
-    numbers: Sequence[Number]
-
-
-ANSWERS = Section(
-    "held-out answers",
-    (
+# {title: the numbers that stand together in a table}
+SECTIONS: Mapping[str, Sequence[Number]] = {
+    "held-out answers": (
         Number("nll", "NLL of the human's, nats a token", "{:.4f}"),
         Number("greedy_accuracy", "right, greedy", "{:.3f}"),
         Number("sampled_accuracy", "right, temperature 1", "{:.3f}"),
@@ -38,31 +31,23 @@ ANSWERS = Section(
         Number("response_tokens", "tokens", "{:.1f}"),
         Number("response_truncated", "cut at max_new_tokens", "{:.3f}"),
     ),
-)
-PAIRS = Section(
-    "held-out pairs, against the opponent",
-    (
+    "held-out pairs, against the opponent": (
         Number("margin", "margin", "{:.3f}"),
         Number("accuracy", "human answer preferred (accuracy)", "{:.3f}"),
         Number("loss", "loss", "{:.4f}"),
         Number("identical", "identical pairs", "{:.3f}"),
     ),
-)
-KL = Section(
-    "KL, nats an answer",
-    (Number("kl_opponent", "from the opponent", "{:.3f}"), Number("kl_start", "from the start", "{:.3f}")),
-)
-TRAINING = Section(
-    "training",
-    (
+    "KL, nats an answer": (
+        Number("kl_opponent", "from the opponent", "{:.3f}"),
+        Number("kl_start", "from the start", "{:.3f}"),
+    ),
+    "training": (
         Number("pairs", "pairs", "{:d}"),
         Number("steps", "steps", "{:d}"),
         Number("skipped", "skipped steps", "{:d}"),
         Number("minutes", "minutes", "{:.1f}"),
     ),
-)
-SECTIONS = ANSWERS, PAIRS, KL, TRAINING
-_SHOWN_UNLESS_ZERO = ("skipped", "response_truncated")
+}
 
 
 def finite(row: Row, key: str) -> float:
@@ -73,7 +58,7 @@ def finite(row: Row, key: str) -> float:
 
 def is_shown(row: Row, key: str) -> bool:
     """Whether the row has that number, and it says something: that no step was skipped does not."""
-    return key in row and not (key in _SHOWN_UNLESS_ZERO and row[key] == 0)
+    return key in row and not (key in ("skipped", "response_truncated") and row[key] == 0)
 
 
 def written(row: Row, number: Number) -> str:
@@ -86,19 +71,18 @@ def written(row: Row, number: Number) -> str:
     return number.form.format(int(value) if number.form == "{:d}" else value)
 
 
-def iteration_name(row: Row) -> str:
-    return "start" if row["iteration"] == START else str(row["iteration"])
+def iteration_name(t: int) -> str:
+    return "start" if t == START else str(t)
 
 
 def heading(row: Row) -> str:
     """The head of a row's column; a star marks the final model."""
-    return f"{iteration_name(row)} *" if row.get("final") else iteration_name(row)
+    return iteration_name(row["iteration"]) + (" *" if row.get("final") else "")
 
 
 def task_names(rows: Sequence[Row]) -> list[str]:
     """The names of the tasks' numbers, without their standard errors."""
-    names = dict.fromkeys(key for row in rows for key in row if "/" in key)
-    return [name for name in names if "_stderr" not in name]
+    return list(dict.fromkeys(key for row in rows for key in row if "/" in key and "_stderr" not in key))
 
 
 def summary_table(rows: Sequence[Row]) -> str:
@@ -106,37 +90,35 @@ def summary_table(rows: Sequence[Row]) -> str:
 
     It is at most 110 columns wide, except for a name that leaves no room: further iterations come below.
     """
-    headings = list(map(heading, rows))
-    tasks = Section("tasks", [Number(name, name, "{:.4g}") for name in task_names(rows)])
-    lines = [line for section in (*SECTIONS[:-1], tasks, SECTIONS[-1]) for line in _lines(rows, section)]
-    first = max(len(label) for label in ("iteration", *(label for label, _ in lines)))
-    columns = zip(headings, *(cells for _, cells in lines if cells), strict=True)
-    widths = [max(map(len, column)) for column in columns]
+    *others, training = SECTIONS.items()
+    tasks = "tasks", [Number(name, name, "{:.4g}") for name in task_names(rows)]
+    lines = [("iteration", list(map(heading, rows)))]
+    for title, shown in (*others, tasks, training):
+        lines += _lines(rows, title, shown)
+    first = max(len(label) for label, _ in lines)
+    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines if cells), strict=True)]
+    lines.insert(1, ("─" * first, ["─" * width for width in widths]))
     count = max(1, (_WIDTH - first) // (max(widths, default=0) + 2))
     blocks = []
     for begin in range(0, len(rows), count):
         chosen = range(begin, min(begin + count, len(rows)))
-
-        def line(label: str, cells: Sequence[str], chosen: range = chosen) -> str:
-            text = label.ljust(first) + "".join(f"  {cells[i].rjust(widths[i])}" for i in chosen if cells)
-            return text.rstrip()
-
-        rule = line("─" * first, ["─" * width for width in widths])
-        blocks.append("\n".join([line("iteration", headings), rule, *(line(*one) for one in lines)]))
+        block = [
+            label.ljust(first) + "".join(f"  {cells[i].rjust(widths[i])}" for i in chosen if cells)
+            for label, cells in lines
+        ]
+        blocks.append("\n".join(map(str.rstrip, block)))
     notes = ["* the final model"] if any(row.get("final") for row in rows) else []
     notes += [f"stopped early: {row['stopped']}" for row in rows if row.get("stopped")]
     return "\n\n".join([*blocks, *notes])
 
 
-def _lines(rows: Sequence[Row], section: Section) -> Iterator[tuple[str, list[str]]]:
+def _lines(rows: Sequence[Row], title: str, shown: Sequence[Number]) -> list[tuple[str, list[str]]]:
     """(label, cells) of a section's lines, its title first; nothing where no row has any of its numbers."""
     controls = [row.get("control") or {} for row in rows]
     lines = [
         (name, [written(row, number) for row in source])
-        for number in section.numbers
+        for number in shown
         for source, name in ((rows, f"  {number.label}"), (controls, "    SFT control"))
         if any(is_shown(row, number.key) for row in source)
     ]
-    if lines:
-        yield section.title, []
-        yield from lines
+    return [(title, []), *lines] if lines else []

@@ -1,14 +1,15 @@
 """The page of a report: computes what templates/run.html and templates/comparison.html show.
 
-The page is one file, which needs no script and asks for nothing outside. All that comes from data is escaped,
-and secrets in it are replaced.
+The page is one file, which needs no script and asks for nothing outside. All that comes from data is escaped, and
+secrets in it are replaced.
 """
 
 import functools
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -21,24 +22,19 @@ from spin_jax.report import charts, comparison, drawing, numbers, workdir
 from spin_jax.report.comparison import SeedGroup
 from spin_jax.report.drawing import Chart
 from spin_jax.report.model_card import dataset_revisions, source_name
-from spin_jax.report.numbers import START, Number, Row, Section, finite
+from spin_jax.report.numbers import START, Number, Row, finite
 from spin_jax.report.workdir import Run
 from spin_jax.runtime import secrets
 from spin_jax.storage import files
 
 _MAX_PROMPTS = 24
 _SHORT = 60  # characters of an answer that fits on a line
-_LOG_PROBS = Section(
-    "held-out pairs, log-probs and rewards",
-    (
-        Number("real_reward", "reward of the human answer", "{:.3f}"),
-        Number("generated_reward", "reward of the opponent's", "{:.3f}"),
-        Number("real_logp", "log p of the human answer, nats", "{:.2f}"),
-        Number("generated_logp", "log p of the opponent's, nats", "{:.2f}"),
-    ),
+_LOG_PROBS = (
+    Number("real_reward", "reward of the human answer", "{:.3f}"),
+    Number("generated_reward", "reward of the opponent's", "{:.3f}"),
+    Number("real_logp", "log p of the human answer, nats", "{:.2f}"),
+    Number("generated_logp", "log p of the opponent's, nats", "{:.2f}"),
 )
-_TILES = ("sampled_accuracy", "greedy_accuracy", "nll")
-_TILES_WITHOUT_THESE = ("accuracy", "margin", "loss")
 _NO_NUMBERS = {"iteration", "final", "stopped", "control"}
 
 
@@ -46,8 +42,6 @@ def write(workdirs: Sequence[str], output: str, png: str | None = None) -> list[
     """Writes the page of one run, or of several beside one another; returns a line on what was written.
 
     Args:
-        workdirs: the workdir of each run, one or more.
-        output: the HTML file.
         png: a folder for every chart as PNG.
 
     Raises:
@@ -61,7 +55,8 @@ def write(workdirs: Sequence[str], output: str, png: str | None = None) -> list[
         template, content = "comparison.html", _comparison_content(comparison.seed_groups(runs))
     page = _environment().get_template(template).render(content).encode(errors="replace")  # lone surrogates
     files.write_here(output, page)
-    shown = [chart for part in content.values() if isinstance(part, _Charts) for chart in part]
+    lists = [part for part in content.values() if isinstance(part, list)]
+    shown = [chart for part in lists for chart in part if isinstance(chart, Chart)]
     lines = [f"{output}: {len(shown)} charts, {len(page) / 1e6:.2g} MB"]
     if png:
         for chart in shown:
@@ -81,20 +76,13 @@ def _environment() -> jinja2.Environment:
         # What is Markup comes from our own templates and filters.
         finalize=lambda value: value if isinstance(value, Markup) else secrets.redacted(str(value)),
     )
-    environment.filters["breakable"] = _breakable
-    environment.filters["cell"] = _cell
-    environment.filters["redacted"] = secrets.redacted
-    environment.filters["image_url"] = lambda chart: Markup(drawing.svg_url(chart))
+    environment.filters.update(breakable=_breakable, cell=_cell, redacted=secrets.redacted, image_url=drawing.svg_url)
     return environment
 
 
 def _breakable(name: str) -> Markup:
     """A name that may go on in the next line after /, _ and full stop."""
     return Markup(re.sub("[/_.](?=.)", r"\g<0><wbr>", str(escape(secrets.redacted(name)))))
-
-
-class _Charts(tuple[Chart, ...]):
-    """The charts of one section."""
 
 
 # --- the page of one run -------------------------------------------------------------------------
@@ -112,13 +100,13 @@ def _run_content(name: str, run: Run) -> dict[str, Any]:
         "betas": _of_iterations(run, "loss.beta"),
         "learning_rates": _of_iterations(run, "train.learning_rate"),
         "tiles": _tiles(run),
-        "over_iterations": _Charts(charts.over_iterations(run.rows)),
+        "over_iterations": charts.over_iterations(run.rows),
         "numbers": _number_tables(run),
-        "learning": _Charts(charts.learning_curves(run)),
-        "margins": _Charts(charts.held_out_margins(run)),
-        "lengths": _Charts(charts.answer_lengths(run)),
+        "learning": charts.learning_curves(run),
+        "margins": charts.held_out_margins(run),
+        "lengths": charts.answer_lengths(run),
         "prompts": _prompts(run),
-        "optimization": _Charts(charts.optimization_curves(run)),
+        "optimization": charts.optimization_curves(run),
         "config": _config_table(run),
     }
 
@@ -150,24 +138,20 @@ def _of_iterations(run: Run, key: str) -> str:
 def _algorithm(run: Run) -> str:
     """Loss, β, what else the algorithm consists of, and the seed."""
     c = run.config
-    sections: dict[str, dict[str, Any]] = {"loss": {}, "selfplay": {}, "eval": {}}
-    for key, value in c.items():
-        sections.setdefault(key.partition(".")[0], {})[key.partition(".")[2]] = value
-    beside = config_values.algorithm_notes(sections)
-    parts = [f"{c.get('loss.name', 'loss')} loss", f"β {_of_iterations(run, 'loss.beta')}", *beside]
-    return ", ".join([*parts, f"seed {c.get('seed', '?')}"])
+    sections = {"loss": {}, "selfplay": {}, "eval": {}, **run.record["config"]}
+    loss = f"{c.get('loss.name', 'loss')} loss", f"β {_of_iterations(run, 'loss.beta')}"
+    return ", ".join([*loss, *config_values.algorithm_notes(sections), f"seed {c.get('seed', '?')}"])
 
 
 def _tiles(run: Run) -> list[Number]:
     """The numbers of the final model that come first: at most four that it has."""
     final, tasks = run.final, numbers.task_names([run.final])
-    known = {number.key: number for section in numbers.SECTIONS for number in section.numbers}
+    known = {number.key: number for section in numbers.SECTIONS.values() for number in section}
     known |= {name: _task_number([final, run.start], name) for name in tasks}
-    first, second = (
-        [known[key] for key in keys if math.isfinite(finite(final, key))]
-        for keys in ((*_TILES, *tasks), _TILES_WITHOUT_THESE)
-    )
-    return (first or second)[:4]
+    for keys in (("sampled_accuracy", "greedy_accuracy", "nll", *tasks), ("accuracy", "margin", "loss")):
+        if tiles := [known[key] for key in keys if math.isfinite(finite(final, key))]:
+            return tiles[:4]
+    return []
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -210,42 +194,56 @@ def _task_number(rows: Sequence[Row], name: str) -> Number:
     return Number(name, name, "{:.4f}" if largest <= 1 else "{:.4g}")
 
 
-def _sections(rows: Sequence[Row]) -> Iterator[Section]:
+def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Number]]]:
     """The numbers that any row has, in sections; those with no section of their own come last."""
-    tasks = Section("tasks", [_task_number(rows, name) for name in numbers.task_names(rows)])
-    training = Section(numbers.TRAINING.title, (Number("beta", "β", "{:g}"), *numbers.TRAINING.numbers))
-    sections = [numbers.ANSWERS, tasks, numbers.PAIRS, _LOG_PROBS, numbers.KL, training]
-    named = _NO_NUMBERS.union(number.key for section in sections for number in section.numbers)
+    answers, pairs, kl, (training, trained) = numbers.SECTIONS.items()
+    sections = [
+        answers,
+        ("tasks", [_task_number(rows, name) for name in numbers.task_names(rows)]),
+        pairs,
+        ("held-out pairs, log-probs and rewards", _LOG_PROBS),
+        kl,
+        (training, [Number("beta", "β", "{:g}"), *trained]),
+    ]
+    named = _NO_NUMBERS.union(number.key for _, known in sections for number in known)
     others = dict.fromkeys(key for row in rows for key in row if key not in named and "_stderr" not in key)
-    sections.append(Section("other numbers", [Number(key, key, "{:.4g}") for key in others]))
+    sections.append(("other numbers", [Number(key, key, "{:.4g}") for key in others]))
     every = [*rows, *(row.get("control") or {} for row in rows)]
     for title, known in sections:
         if shown := [number for number in known if any(numbers.is_shown(row, number.key) for row in every)]:
-            yield Section(title, shown)
+            yield title, shown
+
+
+def _number_lines(rows: Sequence[Row], columns: Mapping[str, Sequence[Any]], cell: Callable) -> dict[str, list[_Line]]:
+    """{title: lines} of the numbers that any row has: a line for each of `columns`, below the one named "" the others
+    in which any cell has the number.
+    """
+    parts: dict[str, list[_Line]] = {}
+    for title, shown in _sections(rows):
+        parts[title] = []
+        for number, (name, column) in itertools.product(shown, columns.items()):
+            cells = [cell(part, number) for part in column]
+            if not name or any(value != "–" for value, _ in cells):
+                parts[title].append(_Line(name or number.label, cells, below=bool(name)))
+    return parts
 
 
 def _number_tables(run: Run) -> _Tables | None:
     """The start and the iterations side by side; None while there are none."""
-    rows, controls = run.rows, [row.get("control") or {} for row in run.rows]
-    if not rows:
+    if not run.rows:
         return None
-    parts: dict[str, list[_Line]] = {}
-    for title, shown in _sections(rows):
-        lines = parts[title] = []
-        for number in shown:
-            lines.append(_Line(number.label, [(_cell(row, number), _error(row, number.key)) for row in rows]))
-            if any(number.key in control for control in controls):
-                lines.append(_Line("SFT control", [(_cell(row, number), "") for row in controls], below=True))
-    final = next((n for n, row in enumerate(rows) if row.get("final")), None)
-    return _Tables("iteration", list(map(numbers.heading, rows)), parts, final)
+    columns = {"": run.rows, "SFT control": [row.get("control") or {} for row in run.rows]}
+    final = next((n for n, row in enumerate(run.rows) if row.get("final")), None)
+    lines = _number_lines(run.rows, columns, _value_and_error)
+    return _Tables("iteration", list(map(numbers.heading, run.rows)), lines, final)
 
 
-def _error(row: Row, key: str) -> str:
-    """The standard error of a task's number, where lm-eval gave one."""
-    task, _, metric = key.partition("/")
+def _value_and_error(row: Row, number: Number) -> tuple[str, str]:
+    """The row's number and, of a task, its standard error, where lm-eval gave one."""
+    task, _, metric = number.key.partition("/")
     metric, slash, rest = metric.partition("/")
     error = finite(row, f"{task}/{metric}_stderr{slash}{rest}")
-    return f"± {error:.2g}" if math.isfinite(error) else ""
+    return _cell(row, number), f"± {error:.2g}" if math.isfinite(error) else ""
 
 
 # --- answers and settings of a run ---------------------------------------------------------------
@@ -254,10 +252,9 @@ def _error(row: Row, key: str) -> str:
 def _prompts(run: Run) -> dict[str, Any]:
     """The fixed prompts: for each its number, and each model's row of samples.jsonl."""
     by_number: dict[int, dict[str, Row]] = {}
-    for t, rows in sorted(run.samples.items()):
+    for t, rows in run.samples.items():
         for row in rows:
-            name = "start" if t == START else f"iteration {t}"
-            by_number.setdefault(row["prompt_id"], {})[name] = row
+            by_number.setdefault(row["prompt_id"], {})["start" if t == START else f"iteration {t}"] = row
     shown = dict(list(by_number.items())[:_MAX_PROMPTS])
     answers = [row[key] for rows in shown.values() for row in rows.values() for key in ("real", "generated")]
     return {
@@ -271,10 +268,10 @@ def _prompts(run: Run) -> dict[str, Any]:
 def _config_table(run: Run) -> _Tables:
     """The keys that have another value than the default."""
     defaults = config_values.flat(json.loads(json.dumps(config_lib.default().to_dict())))
-    changed = {k: v for k, v in run.config.items() if k not in defaults or defaults[k] != v}
     lines = [
-        _Line(key, [(_setting(value), ""), (_setting(defaults[key]) if key in defaults else "", "")])
-        for key, value in changed.items()
+        _plain_line(key, [value, defaults.get(key, "")])
+        for key, value in run.config.items()
+        if key not in defaults or defaults[key] != value
     ]
     return _Tables("key", ["this run", "default"], {"": lines}, is_config=True)
 
@@ -289,9 +286,9 @@ def _comparison_content(groups: Sequence[SeedGroup]) -> dict[str, Any]:
         "groups": [group.name for group in groups],
         "has_seeds": any(len(group.runs) > 1 for group in groups),
         "differences": _differences(groups),
-        "over_iterations": _Charts(charts.compared_iterations(groups)),
+        "over_iterations": charts.compared_iterations(groups),
         "final_models": _final_models(groups),
-        "learning": _Charts(charts.compared_learning(groups)),
+        "learning": charts.compared_learning(groups),
     }
 
 
@@ -313,21 +310,16 @@ def _differences(groups: Sequence[SeedGroup]) -> _Tables | None:
 def _final_models(groups: Sequence[SeedGroup]) -> _Tables | None:
     """The final models side by side, each number with the start's and the control's below it."""
     finals = [[run.final for run in group.runs] for group in groups]
-    starts = [[run.start for run in group.runs] for group in groups]
-    controls = [[run.final.get("control") or {} for run in group.runs] for group in groups]
+    columns = {
+        "": finals,
+        "start": [[run.start for run in group.runs] for group in groups],
+        "SFT control": [[row.get("control") or {} for row in column] for column in finals],
+    }
     rows = [row for column in finals for row in column if row]
     if not rows:
         return None
     iterations = [sorted({str(row["iteration"]) for row in column if row}) or "–" for column in finals]
-    parts: dict[str, list[_Line]] = {"final model": [_plain_line("iteration", iterations)]}
-    for title, shown in _sections(rows):
-        lines = parts[title] = []
-        for number in shown:
-            lines.append(_Line(number.label, [_mean_and_range(column, number) for column in finals]))
-            for name, source in (("start", starts), ("SFT control", controls)):
-                if any(number.key in row for column in source for row in column):
-                    cells = [_mean_and_range(column, number) for column in source]
-                    lines.append(_Line(name, cells, below=True))
+    parts = {"final model": [_plain_line("iteration", iterations)], **_number_lines(rows, columns, _mean_and_range)}
     return _Tables("run", [group.name for group in groups], parts)
 
 
@@ -335,7 +327,7 @@ def _mean_and_range(rows: Sequence[Row], number: Number) -> tuple[str, str]:
     values = [value for row in rows if math.isfinite(value := finite(row, number.key))]
     if not values:
         return _cell(next((row for row in rows if number.key in row), {}), number), ""
-    exact = number._replace(form=number.form.replace("d", ".0f"))
+    form = number.form.replace("d", ".0f")
     three = sum(values) / len(values), min(values), max(values)
-    mean, low, high = (_cell({number.key: value}, exact) for value in three)
+    mean, low, high = (form.format(value).replace("-", "−") for value in three)
     return mean, "" if low == high else f"{low} to {high}"

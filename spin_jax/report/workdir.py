@@ -1,15 +1,15 @@
 """Reads what a run has written to its workdir so far.
 
-A run that is still going on, or that an earlier version made, lacks some of the files, which is no error. A
-damaged file is an error, which names the file, the line and the field. Nothing here needs JAX.
+A run that is still going on, or that an earlier version made, lacks some of the files, which is no error. A damaged
+file is an error, which names the file, the line and the field. Nothing here needs JAX.
 """
 
 import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -18,24 +18,16 @@ from spin_jax import config_values
 from spin_jax.report.numbers import START, Row, finite
 
 
-class Lengths(NamedTuple):
-    """The number of tokens of each answer in an iteration's pairs, int [pairs]."""
-
-    real: np.ndarray
-    generated: np.ndarray
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The content of a workdir's files."""
 
-    workdir: str
     record: Mapping[str, Any]  # config.json
     rows: Sequence[Row]  # summary.json: the start and the iterations that are done
     steps: Mapping[str, Sequence[Row]]  # metrics.jsonl by phase, in order of iteration and step
     newest_step: Row  # the last row of metrics.jsonl; {} where there is none
     samples: Mapping[int, Sequence[Row]]  # samples.jsonl by iteration, of the start too
-    lengths: Mapping[int, Lengths]  # by iteration
+    lengths: Mapping[int, Sequence[np.ndarray]]  # by iteration: tokens of human and of generated answers, int [pairs]
     margins: Mapping[int, np.ndarray]  # of held-out pairs, by iteration
     held_out_prompts: int
 
@@ -66,11 +58,10 @@ class Run:
     @functools.cached_property
     def first_steps(self) -> dict[int, int]:
         """{iteration: the optimizer steps of all iterations before it}."""
-        counts: dict[int, int] = {row["iteration"]: int(row.get("steps") or 0) for row in self.iterations}
+        counts = {row["iteration"]: int(row.get("steps") or 0) for row in self.iterations}
         for row in itertools.chain(self.steps.get("train", ()), self.steps.get("control", ())):
             counts[row["iteration"]] = max(counts.get(row["iteration"], 0), row["step"] + 1)
-        ends = itertools.accumulate(count for _, count in sorted(counts.items()))
-        return dict(zip(sorted(counts), [0, *ends], strict=False))
+        return {t: sum(count for earlier, count in counts.items() if earlier < t) for t in sorted(counts)}
 
     def series(self, phase: str, key: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """{iteration: (optimizer steps since self-play began, values)} of a number of metrics.jsonl.
@@ -87,157 +78,125 @@ class Run:
 
 
 def read(workdir: str) -> Run:
-    """Reads what is there.
-
-    Raises:
-        FileNotFoundError: there is no run in the workdir.
-        ValueError: a file is damaged; the message names it, with line and field.
-    """
+    """Reads what is there. FileNotFoundError: no run is there; ValueError: a file is damaged."""
     root = epath.Path(workdir)
     path = root / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: is {workdir} a run's?")
-    record = _json(path)
+    record = _parsed(path, path.read_bytes())
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise ValueError(f"{path} was not written by spin_jax: it has no config")
-    rows = _summary(root / "summary.json")
-    metrics = _metrics(root / "metrics.jsonl")
+    metrics = _lines(root / "metrics.jsonl", _NUMBER, phase=str, iteration=int, step=int)
     ordered = sorted(metrics, key=lambda row: (row["phase"], row["iteration"], row["step"]))
-    folders = {int(p.name[10:]): p for p in root.glob("iteration_*") if p.name[10:].isdecimal()}
-    folders = dict(sorted(folders.items()))
+    found = {int(p.name[10:]): p for p in root.glob("iteration_*") if p.name[10:].isdecimal()}
+    folders = dict(sorted(found.items()))
     samples = {t: _samples(folder / "samples.jsonl") for t, folder in {START: root / "start", **folders}.items()}
+    lengths = {t: _lengths(folder / "pairs") for t, folder in folders.items()}
+    margins = {t: _margins(folder) for t, folder in folders.items()}
     return Run(
-        workdir=workdir,
         record=record,
-        rows=rows,
+        rows=_summary(root / "summary.json"),
         steps={p: list(group) for p, group in itertools.groupby(ordered, key=lambda row: row["phase"])},
         newest_step=metrics[-1] if metrics else {},
-        samples={t: found for t, found in samples.items() if found},
-        lengths={t: found for t, folder in folders.items() if (found := _lengths(folder / "pairs"))},
-        margins={t: found for t, folder in folders.items() if len(found := _margins(folder))},
+        samples={t: rows for t, rows in samples.items() if rows},
+        lengths={t: both for t, both in lengths.items() if both},
+        margins={t: values for t, values in margins.items() if len(values)},
         held_out_prompts=max((_held_out_prompts(folder / "pairs") for folder in folders.values()), default=0),
     )
 
 
 # --- files of text -------------------------------------------------------------------------------
 
+_NUMBER = int | float | None  # JSON has null where a number is not finite
 
-def _json(path: epath.Path) -> Any:
+
+def _parsed(place: object, text: bytes) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(text)
     except ValueError as error:  # UnicodeDecodeError is one
-        raise ValueError(f"{path} is damaged: no valid JSON ({error})") from error
+        raise ValueError(f"{place} is damaged: no valid JSON ({error})") from error
 
 
-def _lines(path: epath.Path) -> Iterator[tuple[str, Row]]:
-    """(place, object) of a JSONL file, if it is there, without a last line that is still being written."""
-    if not path.exists():
-        return
-    try:
-        lines = path.read_text().split("\n")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: no UTF-8 ({error})") from error
-    for count, line in enumerate(lines[:-1], 1):
-        place = f"{path}, line {count}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place} is damaged: no valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{place} is damaged: a JSON {type(row).__name__} in place of an object")
-        yield place, row
+def _check(place: str, row: Any, others: Any = object, **kinds: Any) -> None:
+    """Raises ValueError where a field is missing or of another type; `others` is the type of the unnamed fields."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is damaged: a JSON {type(row).__name__} in place of an object")
+    for name in [*kinds, *row]:
+        kind, value = kinds.get(name, others), row.get(name)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"{place} is damaged: {name} is {value!r:.60}")
 
 
-def _check_types(place: str, row: Mapping[str, Any], **kinds: Any) -> None:
-    """Raises ValueError where a field is missing or of another type."""
-    for name, kind in kinds.items():
-        if not isinstance(row.get(name), kind) or isinstance(row[name], bool):
-            raise ValueError(f"{place} is damaged: {name} is {row.get(name)!r:.60}")
-
-
-def _check_numbers(place: str, row: Mapping[str, Any], others: Sequence[str]) -> None:
-    """Raises ValueError where a field, other than those, is neither a number nor null."""
-    for name, value in row.items():
-        if name not in others and not isinstance(value, int | float | None):
-            raise ValueError(f"{place} is damaged: {name} is {value!r:.60}, and should be a number")
-
-
-def _summary(path: epath.Path) -> list[Row]:
-    rows = _json(path) if path.exists() else []
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} is damaged: no list of rows")
-    for count, row in enumerate(rows):
-        place = f"{path}, row {count}"
-        _check_types(place, row, iteration=int)
-        _check_numbers(place, row, ("control", "stopped"))
-        if "control" in row:
-            _check_types(place, row, control=dict)
-            _check_numbers(f"{place}, control", row["control"], ())
-    return sorted(rows, key=lambda row: row["iteration"])
-
-
-def _metrics(path: epath.Path) -> list[Row]:
+def _lines(path: epath.Path, others: Any = object, **kinds: Any) -> list[Row]:
+    """The objects of a JSONL file, if it is there, without a last line that is still being written."""
     rows = []
-    for place, row in _lines(path):
-        _check_types(place, row, phase=str, iteration=int, step=int)
-        _check_numbers(place, row, ("phase",))
-        rows.append(row)
+    for count, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+        place = f"{path}, line {count}"
+        rows.append(_parsed(place, line))
+        _check(place, rows[-1], others, **kinds)
     return rows
 
 
+def _summary(path: epath.Path) -> list[Row]:
+    rows = _parsed(path, path.read_bytes()) if path.exists() else []
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} is damaged: no list of rows")
+    for count, row in enumerate(rows):
+        _check(f"{path}, row {count}", row, _NUMBER, iteration=int, control=dict | None, stopped=object)
+        _check(f"{path}, row {count}, control", row.get("control") or {}, _NUMBER)
+    return sorted(rows, key=lambda row: row["iteration"])
+
+
 def _samples(path: epath.Path) -> list[Row]:
-    rows = []
-    for place, row in _lines(path):
-        _check_types(place, row, prompt_id=int, prompt=list, real=str, generated=str)
+    rows = _lines(path, prompt_id=int, prompt=list, real=str, generated=str)
+    for count, row in enumerate(rows, 1):
         for message in row["prompt"]:
-            _check_types(f"{place}, prompt", message if isinstance(message, dict) else {}, role=str, content=str)
-        rows.append(row)
+            _check(f"{path}, line {count}, prompt", message, role=str, content=str)
     return rows
 
 
 # --- files of columns ----------------------------------------------------------------------------
 
 
-def _columns(paths: Sequence[epath.Path], names: Sequence[str]) -> Mapping[str, Any]:
-    """{name: Arrow column} of parquet files one after another, for those names that they have."""
+def _columns(folder: epath.Path, files: str, names: Sequence[str]) -> Mapping[str, Any] | None:
+    """{name: Arrow column} of a folder's parquet files, for those names that they have; None without files."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     tables = []
-    for path in paths:
+    for path in sorted(folder.glob(files)):
         try:
             with path.open("rb") as opened:
                 file = pq.ParquetFile(opened, page_checksum_verification=True)
                 tables.append(file.read(columns=[n for n in names if n in file.schema_arrow.names]))
         except Exception as error:  # whatever Arrow makes of damaged bytes
             raise ValueError(f"{path} is damaged: {error}") from error
-    table = pa.concat_tables(tables) if tables else pa.table({})
-    return {name: table.column(name) for name in table.column_names}
+    if not tables:
+        return None
+    table = pa.concat_tables(tables)
+    return dict(zip(table.column_names, table.columns, strict=True))
 
 
-def _lengths(folder: epath.Path) -> Lengths | None:
-    """The lengths of training and held-out pairs together; None if there are no pairs yet."""
+def _lengths(folder: epath.Path) -> list[np.ndarray]:
+    """The tokens of human and of generated answers, of training and held-out pairs; [] if there are no pairs yet."""
     import pyarrow.compute as pc
 
-    paths = sorted(folder.glob("*.parquet")) if folder.exists() else []
-    if not paths:
-        return None
-    columns = _columns(paths, ("real_tokens", "generated_tokens"))
+    columns = _columns(folder, "*.parquet", ("real_tokens", "generated_tokens"))
+    if columns is None:
+        return []
     if len(columns) < 2:
         raise ValueError(f"{folder} is damaged: no columns real_tokens and generated_tokens")
     lengths = (pc.list_value_length(column) for column in columns.values())  # pyright: ignore
-    return Lengths(*(length.fill_null(0).to_numpy() for length in lengths))
+    return [length.fill_null(0).to_numpy() for length in lengths]
 
 
 def _held_out_prompts(folder: epath.Path) -> int:
-    paths = sorted(folder.glob("test-*.parquet")) if folder.exists() else []
-    columns = _columns(paths, ["prompt_id"])
+    columns = _columns(folder, "test-*.parquet", ["prompt_id"])
     return len(set(columns["prompt_id"].to_pylist())) if columns else 0
 
 
 def _margins(folder: epath.Path) -> np.ndarray:
     """The finite margins of held-out pairs; none where the loss has no margin, or there is no file."""
-    path = folder / "held_out.parquet"
-    columns = _columns([path] if path.exists() else [], ["margin"])
+    columns = _columns(folder, "held_out.parquet", ["margin"])
     margins = np.asarray(columns["margin"].to_numpy() if columns else [], float)
     return margins[np.isfinite(margins)]
