@@ -62,15 +62,14 @@ def table(answer: Mapping[str, Any]) -> str:
     """The answer as a table."""
     mesh = " × ".join(f"{name} {size}" for name, size in answer["mesh"].items())
     why = f" ({answer['uncompiled']})" if answer["uncompiled"] else ""
-    sampling, assumed, room = answer["sampling"], answer["assumed"], answer["hbm_limit_gib"]
-    run = answer["run"]
+    assumed, room, run, phases = answer["assumed"], answer["hbm_limit_gib"], answer["run"], answer["phases"]
+    rows, slots, tensor = answer["rows"], answer["sampling"]["slots"], answer["sampling"]["tensor"]
     lines = [
         f"{answer['topology']}: {answer['devices']}, mesh {mesh}; memory by {answer['by']}{why}",
         f"model      {answer['model']}",
-        f"training   {answer['rows']['rows']} × {answer['rows']['length']} tokens a micro-batch, "
-        f"remat {answer['remat']}",
-        f"sampling   {sampling['slots']} answers at a time, a copy of the weights for every "
-        f"{'device' if sampling['tensor'] == 1 else str(sampling['tensor']) + ' devices'}",
+        f"training   {rows['rows']} × {rows['length']} tokens a micro-batch, remat {answer['remat']}",
+        f"sampling   {slots} answers at a time, a copy of the weights for every "
+        f"{'device' if tensor == 1 else f'{tensor} devices'}",
         "",
         f"{'':7}{f'GiB of {room:.1f}':>12}  {'time':>22}  {'iteration':>9}  {'tokens/s':>9}  bound by",
     ]
@@ -78,7 +77,7 @@ def table(answer: Mapping[str, Any]) -> str:
         checkpoint = f"{saved['checkpoint_gib']:.2f} GiB instead of {saved['checkpoint_without_gib']:.1f}"
         memory = f"{saved['saved_gib']:.1f} GiB less per device; a step checkpoint has {checkpoint}"
         lines.insert(-2, f"LoRA       rank {saved['rank']}: {compact(saved['trained'])} numbers trained, {memory}")
-    for name, phase in answer["phases"].items():
+    for name, phase in phases.items():
         mark = " " if phase["hbm_gib"] <= room else "!"
         unit = f"{duration(phase['unit_s'])} a {phase['unit']}"
         lines.append(
@@ -87,11 +86,11 @@ def table(answer: Mapping[str, Any]) -> str:
         )
     for what, key in (("memory, GiB a device", "parts_gib"), ("collectives, GiB", "collective_gib")):
         lines += ["", what]
-        for name, phase in answer["phases"].items():
+        for name, phase in phases.items():
             sizes = ", ".join(f"{part} {size:.2f}" for part, size in phase[key].items() if size >= 0.005)
-            per = {"parts_gib": "", "collective_gib": f" (a {_unit_of_traffic(name)})"}[key]
-            lines.append(f"  {name:7}{sizes or 'none'}{per if sizes else ''}")
-    if offloaded := answer["phases"]["train"]["offloaded_gib"]:
+            per = f" (a {'decode step' if name == 'sample' else 'micro-batch'})" if key == "collective_gib" else ""
+            lines.append(f"  {name:7}{sizes + per if sizes else 'none'}")
+    if offloaded := phases["train"]["offloaded_gib"]:
         lines += ["", f"{offloaded:.2f} GiB of each device's optimizer state wait in the hosts' memory"]
     lines += [
         "",
@@ -117,10 +116,6 @@ def table(answer: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _unit_of_traffic(name: str) -> str:
-    return "decode step" if name == "sample" else "micro-batch"
-
-
 def read_flags() -> tuple[Any, str, int]:
     """(config, topology, pairs), from the flags."""
     config = read_config()
@@ -134,9 +129,8 @@ def read_flags() -> tuple[Any, str, int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code, which the docstring of this file explains."""
-    argv = sys.argv if argv is None else argv
     try:
-        config, topology, pairs = parse(argv, read_flags)
+        config, topology, pairs = parse(sys.argv if argv is None else argv, read_flags)
         platforms.set_compiler_flags(config)
         expect_no_device()
         jax.config.update("jax_platforms", "cpu")  # nothing runs; an accelerator here is left alone

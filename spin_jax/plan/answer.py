@@ -20,11 +20,11 @@ def plan(run: PlannedRun, assumed: Assumed) -> dict[str, Any]:
     phases, margin = estimated_phases(run), 1.0
     if run.compiles:
         guess, phases = phases, compiled_phases(run, phases)
-        # Suggestions are found by arithmetic. It errs for other settings about as much as for these, and the
-        # compiler tells how much that is.
+        # Suggestions are found by arithmetic. It errs for other settings about as much as for these, and the compiler
+        # tells how much that is.
         margin = min(0.9, *(0.97 * guess[name].memory / phase.memory for name, phase in phases.items()))
     fill_in_times(run, phases, assumed)
-    model, mesh, whole = run.model.config, run.model.mesh, fits(run, phases)
+    c, model, mesh, whole = run.config, run.model.config, run.model.mesh, fits(run, phases)
     other = None if whole else suggestion(run, margin)
     confirmed = None
     if other and other[0].compiles:
@@ -38,12 +38,9 @@ def plan(run: PlannedRun, assumed: Assumed) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "model": f"{model.model_type}, {compact(cost.all_params(model))} parameters",
         "lora": _lora_savings(run),
-        "sampling": {
-            "tensor": from_config.sampling_tensor(run.config, run.model),
-            "slots": from_config.slots(run.config, run.model),
-        },
+        "sampling": {"tensor": from_config.sampling_tensor(c, run.model), "slots": from_config.slots(c, run.model)},
         "rows": {"rows": run.shape.rows, "length": run.shape.length},
-        "remat": run.config.train.remat,
+        "remat": c.train.remat,
         "hbm_limit_gib": limit(run) / GIB,
         "phases": {
             name: {
@@ -64,8 +61,8 @@ def plan(run: PlannedRun, assumed: Assumed) -> dict[str, Any]:
         "run": run_time(run, phases),
         "assumed": {
             **assumed._asdict(),
-            "epochs": config_values.per_iteration(run.config.train.epochs, 0),
-            "lengths": list(run.config.lengths.expected),
+            "epochs": config_values.per_iteration(c.train.epochs, 0),
+            "lengths": list(c.lengths.expected),
         },
         "suggestion": None if other is None else {"flags": other[1], "compiled": confirmed},
     }
@@ -77,15 +74,13 @@ def _lora_savings(run: PlannedRun) -> dict[str, Any] | None:
     if not t.lora_rank:
         return None
     without = dataclasses.replace(run, config=run.config.changed({"train.lora_rank": None}))
-    memory = [estimated_phases(w)["train"].memory for w in (without, run)]
-    trained, each = (
-        from_config.trained_params(run.config, run.model.config),
-        4 * (1 + OPTIMIZERS[t.optimizer].moments) / GIB,
-    )
+    saved = estimated_phases(without)["train"].memory - estimated_phases(run)["train"].memory
+    trained = from_config.trained_params(run.config, run.model.config)
+    each = 4 * (1 + OPTIMIZERS[t.optimizer].moments) / GIB
     return {
         "rank": t.lora_rank,
         "trained": trained,
-        "saved_gib": (memory[0] - memory[1]) / GIB,
+        "saved_gib": saved / GIB,
         "checkpoint_gib": each * trained,
         "checkpoint_without_gib": each * cost.all_params(run.model.config),
     }

@@ -27,13 +27,12 @@ class Collective(NamedTuple):
 def find_collectives(hlo: str, node: int = 0) -> list[Collective]:
     """All collectives of a program, from its `as_text()`. All branches of a conditional count.
 
-    The compiler for TPUs writes a reduce-scatter as a fusion called all-reduce-scatter around an all-reduce.
-    It starts an asynchronous collective in one fusion and ends it in another one with the same channel, and
-    the two count once.
+    The compiler for TPUs writes a reduce-scatter as a fusion called all-reduce-scatter around an all-reduce. It starts
+    an asynchronous collective in one fusion and ends it in another one with the same channel, and the two count once.
 
     Args:
-        node: the number of devices in a node of GPUs, if there are several nodes. The program for TPUs says
-            what goes between slices, but the program for GPUs only says which devices take part.
+        node: the number of devices in a node of GPUs, if there are several nodes. The program for TPUs says what goes
+            between slices, but the program for GPUs only says which devices take part.
     """
     computations, entry = _computations(hlo)
     found: dict[tuple[str, str], Collective] = {}
@@ -58,17 +57,10 @@ def find_collectives(hlo: str, node: int = 0) -> list[Collective]:
             elif operation == "send" and "megascale" in line:
                 found[name, line] = Collective(BETWEEN_SLICES, _size(line, "send"), times)
             elif operation == "while":
-                body = re.search(r"body=%?([\w.\-]+)", line)
-                condition = re.search(r"condition=%?([\w.\-]+)", line)
-                assert body
-                assert condition
+                loop = dict(re.findall(r"(body|condition)=%?([\w.\-]+)", line))
                 known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                test = computations.get(condition[1], [])
-                test = [
-                    *test,
-                    *(x for part in test for name in _called(part) for x in computations.get(name, ())),
-                ]
-                visit(body[1], times * (int(known[1]) if known else _trips(test)), body[1])
+                turns = int(known[1]) if known else _trips(computations, loop["condition"])
+                visit(loop["body"], times * turns, loop["body"])
             else:
                 for called in _called(line):
                     visit(called, times, outer)
@@ -115,10 +107,12 @@ def _called(line: str) -> Iterator[str]:
     yield from _CALLED.findall(line)
 
 
-def _trips(condition: list[str]) -> int:
+def _trips(computations: Mapping[str, list[str]], condition: str) -> int:
     """How often a loop runs at most: the n of its condition `i < n`, and 1 for another condition."""
-    constants = [int(n) for line in condition for n in re.findall(r"s32\[\][^=]* constant\((\d+)\)", line)]
-    known = len(constants) == 1 and any("direction=LT" in line for line in condition)
+    lines = list(computations.get(condition, ()))
+    lines += [inner for line in tuple(lines) for name in _called(line) for inner in computations.get(name, ())]
+    constants = [int(n) for line in lines for n in re.findall(r"s32\[\][^=]* constant\((\d+)\)", line)]
+    known = len(constants) == 1 and any("direction=LT" in line for line in lines)
     return constants[0] if known else 1
 
 
@@ -126,7 +120,7 @@ def _size(line: str, operation: str) -> int:
     """Bytes of the result of an operation. A combined operation has several arrays, and all of them count."""
     shapes = line.split(" = ", 1)[1].split(f" {operation}", 1)[0]
     nested = shapes.startswith("((")  # ((operands), (results)) of an operation that ends in another line
-    shapes = _without_first(shapes) if nested else shapes
+    shapes = shapes.partition("), ")[2] if nested else shapes
     arrays = [
         math.prod(map(int, filter(None, dims.split(",")))) * _BYTES.get(dtype, 4)
         for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
@@ -137,21 +131,11 @@ def _size(line: str, operation: str) -> int:
     return sum(arrays)
 
 
-def _without_first(shapes: str) -> str:
-    """The rest of a tuple after its first part, which is a tuple itself."""
-    depth = 0
-    for place, letter in enumerate(shapes[1:], 1):
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if depth == 0:
-            return shapes[place + 1 :]
-    return shapes
-
-
 def _group(line: str) -> list[int]:
     """The devices of the first group.
 
-    HLO writes groups in three ways: as a list {{0,1},{2,3}}; as the reshaped count [2,2]<=[4]; and as axes of
-    a mesh, mesh['x'=2,'y'=2] {'y'}.
+    HLO writes groups in three ways: as a list {{0,1},{2,3}}; as the reshaped count [2,2]<=[4]; and as axes of a mesh,
+    mesh['x'=2,'y'=2] {'y'}.
     """
     written = line.partition("replica_groups=")[2]
     if listed := re.match(r"\{\{([\d,]*)\}", written):
@@ -162,8 +146,8 @@ def _group(line: str) -> list[int]:
         devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
         return devices.reshape(int(iota[1]), int(iota[2]))[0].tolist()
     if mesh := re.match(r"mesh\[([^\]]*)\] \{([^}]*)\}", written):
-        axes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         along = re.findall(r"'([^']+)'", mesh[2])
-        devices = np.arange(math.prod(map(int, axes.values()))).reshape([int(n) for n in axes.values()])
+        devices = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
         return devices[tuple(slice(None) if axis in along else 0 for axis in axes)].reshape(-1).tolist()
     return [0]

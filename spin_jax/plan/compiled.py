@@ -1,7 +1,7 @@
 """The programs of a run, compiled for a machine that need not be there.
 
-The compiler says how much memory each phase takes, and what the devices send each other. It is the one of a
-real run, with the same flags. The docstring of `plan/__main__.py` says what it leaves out without a GPU.
+The compiler says how much memory each phase takes, and what the devices send each other. It is the one of a real run,
+with the same flags. The docstring of `plan/__main__.py` says what it leaves out without a GPU.
 """
 
 import concurrent.futures
@@ -30,9 +30,7 @@ from spin_jax.training.batches import PairBatch, ScoredPair, pair_batches, stack
 from spin_jax.training.log_probs import score_rows
 from spin_jax.training.step import abstract_state, make_step
 
-
-def _numbers(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
+_NUMBER = jax.ShapeDtypeStruct((), jnp.float32)
 
 
 def _abstract(mesh: Any, batch: Any, axis: int = 0) -> Any:
@@ -56,7 +54,7 @@ def train_program(run: PlannedRun) -> tuple[Any, tuple]:
         params = lora.adapters_on(params, options.lora_rank, options.lora_targets)
     state = abstract_state(params, options, mesh)
     batch = stacked(batches_of(run, run.pairs[: options.batch_size]), -(-options.batch_size // run.shape.rows))
-    arguments = state, _abstract(mesh, batch, 1), _numbers(), {"beta": _numbers()}, frozen
+    arguments = state, _abstract(mesh, batch, 1), _NUMBER, {"beta": _NUMBER}, frozen
     return make_step(from_config.spin(run.config, run.model), options), arguments
 
 
@@ -96,8 +94,7 @@ def compiled(
         effort: how hard the compiler tries, from −1 to 1. A real run has 0.
 
     Raises:
-        OutOfMemory: the compiler found that the program has no room.
-        CompilerFailed: the compiler failed for another reason.
+        OutOfMemory, CompilerFailed: the program has no room, or the compiler failed for another reason.
     """
     platform = mesh.devices.flat[0].platform
     with jax.set_mesh(mesh):
@@ -123,49 +120,44 @@ def compiled_phases(
 ) -> dict[str, PhaseCost]:
     """Memory and traffic according to the compiler.
 
-    Training takes the most memory and is compiled as in a run. For TPUs the other phases are compiled with
-    little effort, which is a few times as fast and finds the same memory to some tenths of a GiB. The TPU
-    compiler refuses a program that has no room, and says how much it would need. The GPU compiler does not:
-    its result has to be compared with `limit`.
+    Training takes the most memory and is compiled as in a run. For TPUs the other phases are compiled with little
+    effort, which is a few times as fast and finds the same memory to some tenths of a GiB. The TPU compiler refuses a
+    program that has no room, and says how much it would need. The GPU compiler does not: its result has to be compared
+    with `limit`.
 
     Args:
-        guess: the phases by arithmetic. They tell how the compiler's total divides into weights, optimizer
-            and temporary memory.
+        guess: the phases by arithmetic, which tells weights, optimizer and temporary memory apart.
     """
-    mesh, node = run.model.mesh, 0
-    if run.on_gpu and run.topology.slices > 1:
-        node = mesh.size // run.topology.slices
+    mesh, slices = run.model.mesh, run.topology.slices
+    node = mesh.size // slices if run.on_gpu and slices > 1 else 0
     little_effort = 0.0 if run.on_gpu else -1.0
 
     def step(name: str, make: Callable[[PlannedRun], tuple[Any, tuple]], effort: float = 0.0) -> PhaseCost:
-        weights = guess[name].parts["weights"]
+        parts = {k: v for k, v in guess[name].parts.items() if k in ("weights", "optimizer")}
         try:
             program = compiled(mesh, *make(run), effort=effort)
         except OutOfMemory as error:
-            known = {k: v for k, v in guess[name].parts.items() if k in ("weights", "optimizer")}
-            rest = error.needed - sum(known.values())
-            return dataclasses.replace(guess[name], parts={**known, "temporary": rest})
+            parts["temporary"] = error.needed - sum(parts.values())
+            return dataclasses.replace(guess[name], parts=parts)
         state, temporary = memory_of(program)
-        parts = {"weights": weights, "optimizer": max(state - weights, 0.0), "temporary": temporary}
+        parts |= {"optimizer": max(state - parts["weights"], 0.0), "temporary": temporary}
         found = find_collectives(program.as_text(), node)
         return dataclasses.replace(guess[name], parts=parts, traffic=bytes_by_kind(found))
 
     def sample() -> PhaseCost:
         mesh = from_config.sampling_mesh(run.config, run.model)
-        temporary, found = 0.0, {}
+        parts, temporary, found = guess["sample"].parts, 0.0, {}
         for name, (program, arguments, keywords) in _sample_programs(run).items():
             try:
                 executable = compiled(mesh, program, arguments, keywords, effort=little_effort)
             except OutOfMemory as error:
-                known = guess["sample"].parts["copy"] + guess["sample"].parts["cache"]
-                temporary = max(temporary, error.needed - known)
+                temporary = max(temporary, error.needed - parts["copy"] - parts["cache"])
                 continue
             temporary = max(temporary, memory_of(executable)[1])
             if name == "decode":
                 per_call = bytes_by_kind(find_collectives(executable.as_text(), node))
                 found = {kind: size / DECODE_STEPS for kind, size in per_call.items()}
-        parts = {**guess["sample"].parts, "temporary": temporary}
-        return dataclasses.replace(guess["sample"], parts=parts, traffic=found)
+        return dataclasses.replace(guess["sample"], parts={**parts, "temporary": temporary}, traffic=found)
 
     jobs = {
         "train": lambda: step("train", train_program),

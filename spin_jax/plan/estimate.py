@@ -1,7 +1,7 @@
 """Memory and traffic of each phase by arithmetic alone.
 
-This takes a moment and works for any machine, so suggestions are found by it. Some of the numbers below were
-learned from the compilers' answers; a comment says where.
+This takes a moment and works for any machine, so suggestions are found by it. Some of the numbers below were learned
+from the compilers' answers; a comment says where.
 """
 
 import math
@@ -57,7 +57,8 @@ def _training(run: PlannedRun) -> PhaseCost:
     c, m, layer, item = run.config, run.model.config, _layer(run), run.model.dtype.itemsize
     whole = _per_device(run)
     share = from_config.trained_params(c, m) / cost.all_params(m)
-    weights, mine = item * whole if c.train.lora_rank else 4 * whole, 4 * share * whole
+    adapters, offload = bool(c.train.lora_rank), c.train.offload
+    weights, mine = item * whole if adapters else 4 * whole, 4 * share * whole
     tensor, D = sharding.tensor_shards(run.model.mesh), m.hidden_size
     kept = {  # how many numbers are kept of a token in a layer, beside the layer's input
         "full": 0,
@@ -67,29 +68,26 @@ def _training(run: PlannedRun) -> PhaseCost:
         "none": 3 * layer.heads + 14 * D + 7 * layer.wide,
     }[c.train.remat]
     moments = OPTIMIZERS[c.train.optimizer].moments * mine
-    # The sum of the gradients, to which micro-batches are added in place, and the step's copies of the
-    # weights in the dtype of the computation. With adapters there are gradients beside their sums, and the
-    # frozen weights have that dtype already.
-    gradients = 2 * mine if c.train.lora_rank else mine + (item * whole if item < 4 else 0.0)
-    # Tables: the head in both dtypes, the embedding, and their gradients. Layers: the weights of one layer,
-    # of the next one while they arrive, and a gradient. Frozen weights have no gradients.
-    tables, layers = (8, 2) if c.train.lora_rank else (14, 3)
+    # The sum of the gradients, to which micro-batches are added in place, and the step's copies of the weights in the
+    # dtype of the computation. With adapters there are gradients beside their sums, and the frozen weights have that
+    # dtype already.
+    gradients = 2 * mine if adapters else mine + (item * whole if item < 4 else 0.0)
+    # Tables: the head in both dtypes, the embedding, and their gradients. Layers: the weights of one layer, of the next
+    # one while they arrive, and a gradient. Frozen weights have no gradients.
+    tables, layers = (8, 2) if adapters else (14, 3)
     if sharding.weight_shards(run.model.mesh) == 1:  # no weights arrive from elsewhere
-        tables, layers = (4, 1) if c.train.lora_rank else (6, 2)
+        tables, layers = (4, 1) if adapters else (6, 2)
     gathered = tables * m.vocab_size * D / tensor + layers * layer.weights
     activations = m.num_hidden_layers * layer.tokens * (item * kept + 4 * D)  # a layer's input is float32
     temporary = gradients + gathered + activations + layer.working + layer.logits
-    if c.train.offload and not run.on_gpu:  # on GPUs the state arrives and leaves piece by piece
+    if offload and not run.on_gpu:  # on GPUs the state arrives and leaves piece by piece
         temporary += moments
+    optimizer = (mine if adapters else 0.0) + (0.0 if offload else moments)
     return PhaseCost(
-        {
-            "weights": weights,
-            "optimizer": (mine if c.train.lora_rank else 0.0) + (0.0 if c.train.offload else moments),
-            "temporary": temporary,
-        },
+        {"weights": weights, "optimizer": optimizer, "temporary": temporary},
         _estimated_traffic(run, layer.tokens, passes=3, gradients=share),
         "step",
-        offloaded=moments if c.train.offload else 0.0,
+        offloaded=moments if offload else 0.0,
     )
 
 
@@ -111,8 +109,8 @@ def _sampling(run: PlannedRun) -> PhaseCost:
     columns, prompt = cache_columns(m, from_config.longest(c)), c.lengths.max_prompt
     kernel = from_config.kernel(c, run.model)
     rows = prefill_rows(from_config.slots(c, run.model), prompt, copies, kernel) // copies
-    scores = 4 * m.num_attention_heads * prompt * prompt / share / 8  # for one block of queries
-    scores = 0 if kernel == "flash" else scores
+    # Of attention's scores there is one block of queries, and none in a kernel.
+    scores = 0 if kernel == "flash" else 4 * m.num_attention_heads * prompt * prompt / share / 8
     states = item * prompt * (4 * m.hidden_size + 3 * m.intermediate_size / share)
     read = rows * (scores + states + item * cost.cached_numbers(m, prompt) / share)
     return PhaseCost(
@@ -130,9 +128,8 @@ def _sampling(run: PlannedRun) -> PhaseCost:
 def _estimated_traffic(run: PlannedRun, tokens: float, passes: int, gradients: float = 1.0) -> dict[str, float]:
     """The bytes of a micro-batch. FSDP gathers weights in each pass over them, and scatters their gradients.
 
-    Args:
-        passes: 1 for a forward pass, 3 for a forward and a backward pass.
-        gradients: the share of the weights that have gradients.
+    `passes` is 1 for a forward pass, 3 for a forward and a backward pass; `gradients` is the share of the weights that
+    have gradients.
     """
     m, mesh, item = run.model.config, run.model.mesh, run.model.dtype.itemsize
     fsdp, tensor = sharding.fsdp_shards(mesh), sharding.tensor_shards(mesh)
@@ -140,12 +137,12 @@ def _estimated_traffic(run: PlannedRun, tokens: float, passes: int, gradients: f
     result = {}
     if fsdp > 1:
         result["all-gather"] = weights * min(passes, 2)
-    if passes > 1 and sharding.batch_shards(run.model.mesh) > 1:
+    if passes > 1 and sharding.batch_shards(mesh) > 1:
         result["reduce-scatter"] = gradients * weights
     replicas = math.gcd(sharding.replicas(mesh), run.topology.slices)
     between = 2 * (1 - 1 / replicas) * gradients * weights / fsdp if passes > 1 else 0.0
     if parts := run.topology.slices // replicas - 1:  # fsdp spans slices: each slice gets the parts of the others
-        mine = run.model.mesh.size / run.topology.slices
+        mine = mesh.size / run.topology.slices
         between += (min(passes, 2) + (passes > 2) * gradients) * weights * parts / (parts + 1) / mine
     if between:
         result[BETWEEN_SLICES] = between

@@ -1,11 +1,10 @@
 """The machines that `plan` knows, and devices to compile for that need not be there.
 
-A topology is FAMILY:SIZE or FAMILY:SIZE*COUNT. `v5e:8x8` is a slice of TPUs and `v5e:8x8*2` are two; `h100:8`
-is a node of eight GPUs and `h100:8*2` are two.
+A topology is FAMILY:SIZE or FAMILY:SIZE*COUNT. `v5e:8x8` is a slice of TPUs and `v5e:8x8*2` are two; `h100:8` is a node
+of eight GPUs and `h100:8*2` are two.
 
-A compiler works without the device that it compiles for. The compiler for TPUs, in libtpu, knows them by
-name. XLA's compiler for GPUs, in a plugin of JAX, needs a description of the chip. Without a compiler there
-is still arithmetic, for which a `PlanningMesh` is enough.
+A compiler works without the device that it compiles for. The compiler for TPUs, in libtpu, knows them by name. XLA's
+compiler for GPUs, in a plugin of JAX, needs a description of the chip. Without a compiler there is still arithmetic.
 """
 
 import dataclasses
@@ -13,6 +12,7 @@ import functools
 import math
 import os
 import re
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -70,16 +70,6 @@ FAMILIES = {
     "h200": Family("NVIDIA H200", _NODE, _H200),
 }
 
-_NO_DEVICE = {
-    # libtpu asks where it runs, complains if that is no TPU machine, and lets only one process in at a time.
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # JAX's plugin for CUDA looks for a driver and for libraries, which a compilation does not need.
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-}
-
 
 class Topology(NamedTuple):
     """A machine: one or several slices of TPUs, or nodes of GPUs."""
@@ -97,11 +87,7 @@ class Topology(NamedTuple):
 
 
 def parse_topology(topology: str) -> Topology:
-    """The topology with a name such as v5e:8x8*2.
-
-    Raises:
-        ValueError: no machine of that name is known.
-    """
+    """The topology with a name such as v5e:8x8*2; ValueError for a name that is not known."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*([1-9]\d*))?", topology)
     family = FAMILIES.get(found[1]) if found else None
     if not found or not family or (family.gpu and "x" in found[2]) or int(found[2].split("x")[0]) == 0:
@@ -113,14 +99,6 @@ def parse_topology(topology: str) -> Topology:
 # --- devices that need not be there --------------------------------------------------------------
 
 
-class PlanningMesh(NamedTuple):
-    """The properties of a mesh that arithmetic asks for."""
-
-    devices: np.ndarray
-    shape: Mapping[str, int]
-    size: int
-
-
 class Device(NamedTuple):
     """The properties of a device that arithmetic asks for."""
 
@@ -128,21 +106,29 @@ class Device(NamedTuple):
     platform: str
 
 
-def planning_mesh(topology: Topology, shape: Mapping[str, int]) -> PlanningMesh:
-    """A mesh of the topology for arithmetic, which needs no compiler."""
+def planning_mesh(topology: Topology, shape: Mapping[str, int]) -> Any:
+    """What arithmetic asks of a mesh of the topology; it needs no compiler."""
     family = FAMILIES[topology.family]
-    device = Device(family.device_kind, "gpu" if family.gpu else "tpu")
     devices = np.empty(topology.devices, object)
-    devices[:] = [device] * topology.devices  # this way numpy keeps each tuple as one element
-    return PlanningMesh(devices, shape, topology.devices)
+    devices[:] = [Device(family.device_kind, "gpu" if family.gpu else "tpu")] * devices.size
+    return types.SimpleNamespace(devices=devices, shape=shape, size=topology.devices)
 
 
 def expect_no_device() -> None:
     """Tells the libraries of the compilers that no device is here. Call it before JAX uses them."""
-    for name, value in _NO_DEVICE.items():
+    no_device = {
+        # libtpu asks where it runs, complains if that is no TPU machine, and lets only one process in at a time.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        # JAX's plugin for CUDA looks for a driver and for libraries, which a compilation does not need.
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    }
+    for name, value in no_device.items():
         os.environ.setdefault(name, value)
-    # XLA warns of programs that need more memory than there is, which is just what `plan` finds out. JAX has
-    # set the variable to 1, so a 1 is not the user's choice.
+    # XLA warns of programs that need more memory than there is, which is just what `plan` finds out. JAX has set the
+    # variable to 1, so a 1 is not the user's choice.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
@@ -152,42 +138,37 @@ def topology_devices(topology: Topology) -> list[Any]:
     """Devices to compile for. The devices of a node or slice stand together.
 
     Raises:
-        NoCompiler: no compiler for GPUs is installed.
-        ValueError: the compiler for TPUs is not installed, or knows no machine of that size.
+        NoCompiler, ValueError: no compiler for GPUs; none for TPUs, or it knows no machine of that size.
     """
     from jax.experimental import topologies
 
-    family, on_gpu = FAMILIES[topology.family], FAMILIES[topology.family].gpu is not None
+    family = FAMILIES[topology.family]
     expect_no_device()
+    if family.gpu:
+        # Slices × processes × devices of each process. A run has one process for each node.
+        grid = f"1x{topology.slices}x{topology.size}"
+        options: dict[str, Any] = {"platform": "cuda", "target_config": gpu_target(family), "topology": grid}
+    else:
+        name = f"{topology.family}:{topology.size}"
+        options = {"platform": "tpu", "topology_name": name, "num_slices": topology.slices}
+        # The two cores of a v4 are one device, as on Google's machines. (v5p needs no option for that.)
+        options |= {"chip_config_name": "megacore"} if topology.family == "v4" else {}
     try:
-        if on_gpu:
-            # Slices × processes × devices of each process. A run has one process for each node.
-            grid = f"1x{topology.slices}x{topology.size}"
-            description = topologies.get_topology_desc(
-                platform="cuda", topology_name="", target_config=gpu_target(family), topology=grid
-            )
-        else:
-            options = {"num_slices": topology.slices}
-            # The two cores of a v4 are one device, as on Google's machines. (v5p needs no option for that.)
-            options |= {"chip_config_name": "megacore"} if topology.family == "v4" else {}
-            name = f"{topology.family}:{topology.size}"
-            description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        return list(topologies.get_topology_desc(**options).devices)
     except Exception as error:  # of any kind: the compiler is missing, or knows no such size
-        if on_gpu:
+        if family.gpu:
             why = "" if isinstance(error, NotImplementedError) else f": {error}"
             install = f"pip install jax-cuda13-plugin=={jax.__version__}"  # this plugin is the compiler alone
             raise NoCompiler(f"to compile: {install}, no GPU is needed{why}") from error
-        raise ValueError(
-            f"--topology={topology} cannot be compiled for here (pip install 'jax[tpu]'): {error}"
-        ) from error
-    return list(description.devices)
+        advice = "cannot be compiled for here (pip install 'jax[tpu]')"
+        raise ValueError(f"--topology={topology} {advice}: {error}") from error
 
 
 def gpu_target(family: Family) -> str:
     """XLA's description of a GPU: a GpuTargetConfigProto as text."""
     gpu, name = family.gpu, family.device_kind
     assert gpu
-    (major, features) = gpu.capability
+    major, features = gpu.capability
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -204,21 +185,15 @@ gpu_device_info {{
   memory_bandwidth: {gpu.bandwidth}
   l2_cache_size: {gpu.l2}
   device_memory_size: {gpu.memory}
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024
-  thread_dim_limit_y: 1024
-  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   cuda_compute_capability {{ major: {major} feature_extension: {features} }}
   device_address_bits: 64
   pcie_bandwidth: 34359738368
   ecc_enabled: true
   device_vendor: "NVIDIA Corporation"
   name: "{name}"
-  driver_version: "13.0.0"
-  runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0"
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
   dnn_version: "9.15.0"
 }}
 platform_name: "CUDA"

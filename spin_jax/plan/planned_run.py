@@ -26,7 +26,7 @@ class PlannedRun:
 
     config: Any
     topology: Topology
-    model: Model  # without weights; its mesh is a PlanningMesh where nothing is compiled
+    model: Model  # without weights; its mesh is a `planning_mesh` where nothing is compiled
     shape: RowShape
     pairs: list[Pair]
     uncompiled: str = ""  # why nothing is compiled; empty where the programs are
@@ -41,9 +41,7 @@ class PlannedRun:
 
     @property
     def chip(self) -> chips.Chip:
-        chip = chips.chip(self.model.mesh.devices.flat[0].device_kind)
-        assert chip is not None
-        return chip
+        return chips.CHIPS[self.model.mesh.devices.flat[0].device_kind]
 
 
 @dataclasses.dataclass
@@ -66,13 +64,9 @@ class PhaseCost:
 
 
 def planned_run(config: Any, topology: str, compiles: bool = True) -> PlannedRun:
-    """Plans the run of a config on a machine.
+    """The run of a config on a machine; ValueError for an unknown machine, or a mesh that does not fit it.
 
-    Args:
-        compiles: whether programs will be compiled. False is for arithmetic, which needs no compiler.
-
-    Raises:
-        ValueError: the machine is unknown, or the config's mesh does not fit it.
+    `compiles` says whether programs will be compiled. Arithmetic needs no compiler.
     """
     machine = parse_topology(topology)
     stated = config.model.architecture.to_dict()

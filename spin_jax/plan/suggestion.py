@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+from spin_jax import config_values
 from spin_jax.plan.estimate import estimated_phases
 from spin_jax.plan.machine import FAMILIES, Topology
 from spin_jax.plan.planned_run import PlannedRun, fits, planned_run
@@ -18,10 +19,8 @@ _ANSWERS = (64, 32, 16)
 def suggestion(run: PlannedRun, margin: float = 1.0) -> tuple[PlannedRun, list[str]] | None:
     """(the run with the nearest settings that fit, the flags that change them); None if none was found.
 
-    It tries what the backward pass computes again, the size of micro-batches, the mesh, and larger machines.
-
-    Args:
-        margin: the share of the memory that the settings may fill by arithmetic.
+    It tries what the backward pass computes again, the size of micro-batches, the mesh, and larger machines. `margin`
+    is the share of the memory that the settings may fill by arithmetic.
     """
     c, own_machine, sizes = run.config, run.topology, FAMILIES[run.topology.family].sizes
     larger = sizes[sizes.index(own_machine.size) :] if own_machine.size in sizes else (own_machine.size,)
@@ -32,12 +31,12 @@ def suggestion(run: PlannedRun, margin: float = 1.0) -> tuple[PlannedRun, list[s
         "train.tokens_per_device": [n for n in _TOKENS if n < c.train.tokens_per_device],
         "train.remat": _REMATS[_REMATS.index(c.train.remat) + 1 :],
     }
-    own = [_value(c, key) for key in choices]
-    options = [[mine, *more] for mine, more in zip(own, choices.values(), strict=True)]
+    own = config_values.flat(c)
+    options = [[own[key], *more] for key, more in choices.items()]
 
     def candidate_with(machine: Topology, values: tuple) -> tuple[PlannedRun | None, dict[str, Any]]:
         """(the run with these values, or None if it does not fit; the keys that change)."""
-        keys = {k: v for k, v, mine in zip(choices, values, own, strict=True) if v != mine}
+        keys = {key: value for key, value in zip(choices, values, strict=True) if value != own[key]}
         try:
             candidate = planned_run(c.changed(keys), str(machine), run.compiles)
         except ValueError:  # for example: the mesh does not divide the heads
@@ -54,8 +53,3 @@ def suggestion(run: PlannedRun, margin: float = 1.0) -> tuple[PlannedRun, list[s
                 settings = [f"--config.{key}={str(value).lower()}" for key, value in keys.items()]
                 return candidate, [f"--topology={machine}"] * (machine != own_machine) + settings
     return None
-
-
-def _value(config: Any, key: str) -> Any:
-    section, name = key.split(".")
-    return config[section][name]

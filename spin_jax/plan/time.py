@@ -11,7 +11,6 @@ from spin_jax.plan.compiled import batches_of
 from spin_jax.plan.planned_run import PhaseCost, PlannedRun
 from spin_jax.selfplay import from_config
 from spin_jax.training import batches
-from spin_jax.training.batches import filled_tokens
 
 
 class Assumed(NamedTuple):
@@ -27,25 +26,25 @@ class Assumed(NamedTuple):
 def fill_in_times(run: PlannedRun, phases: dict[str, PhaseCost], assumed: Assumed) -> None:
     """Fills in the times, rates and bottlenecks of the phases, for the first iteration."""
     c, m, chip, mesh = run.config, run.model.config, run.chip, run.model.mesh
-    epochs = config_values.per_iteration(c.train.epochs, 0)
-    size = c.train.batch_size
+    epochs, size = config_values.per_iteration(c.train.epochs, 0), c.train.batch_size
     steps = [batches_of(run, run.pairs[first : first + size]) for first in range(0, len(run.pairs), size)]
-    microbatches = sum(map(len, steps)) / len(steps)
-    filled = sum(filled_tokens(part) for step in steps for part in step) / len(steps)
-    forward = sum(batches.rows_flops(m, part.rows) for step in steps for part in step) / len(steps)
+    parts = [part for step in steps for part in step]
+    microbatches = len(parts) / len(steps)
+    filled = sum(map(batches.filled_tokens, parts)) / len(steps)
+    forward = sum(batches.rows_flops(m, part.rows) for part in parts) / len(steps)
     padding = microbatches * run.shape.rows * run.shape.length / filled
 
     def bound(phase: PhaseCost, passes: int, per_unit: float) -> None:
         """Computation and transfers overlap, so the slowest of them is the time of a unit."""
         flops = passes * forward * per_unit / mesh.size
         phase.tflops = flops / 1e12
+        between = phase.traffic.get(BETWEEN_SLICES, 0) * microbatches * per_unit
         times = {
             "compute": flops * padding / (chip.flops * assumed.mfu),
             "collectives": received_bytes(phase.traffic) * microbatches * per_unit / chip.links,
+            "network between slices": between * 8 / (assumed.dcn_gbit_s * 1e9),
+            "host memory": 2 * phase.offloaded / (assumed.host_gb_s * 1e9),  # to the device and back
         }
-        between = phase.traffic.get(BETWEEN_SLICES, 0)
-        times["network between slices"] = between * microbatches * per_unit * 8 / (assumed.dcn_gbit_s * 1e9)
-        times["host memory"] = 2 * phase.offloaded / (assumed.host_gb_s * 1e9)  # to the device and back
         phase.bottleneck = max(times, key=lambda name: times[name])
         phase.seconds = times[phase.bottleneck]
         phase.tokens_per_s = filled * per_unit / phase.seconds
