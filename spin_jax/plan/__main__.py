@@ -102,17 +102,15 @@ def table(answer: Mapping[str, Any]) -> str:
         f"{run['device_hours']:.3g} device-hours",
         "it fits" if answer["fits"] else "it does not fit",
     ]
-    if not answer["fits"]:
-        other = answer["suggestion"]
-        if other is None:
-            lines.append("no setting was found that fits, up to the largest machine of this family")
-        else:
-            checked = {
-                True: " (training was compiled)",
-                False: " by arithmetic, though training does not when it is compiled",
-                None: " by arithmetic",
-            }[other["compiled"]]
-            lines.append(f"this would fit{checked}: {' '.join(other['flags'])}")
+    if other := answer["suggestion"]:
+        checked = {
+            True: " (training was compiled)",
+            False: " by arithmetic, though training does not when it is compiled",
+            None: " by arithmetic",
+        }[other["compiled"]]
+        lines.append(f"this would fit{checked}: {' '.join(other['flags'])}")
+    elif not answer["fits"]:
+        lines.append("no setting was found that fits, up to the largest machine of this family")
     return "\n".join(lines)
 
 

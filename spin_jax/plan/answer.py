@@ -1,15 +1,17 @@
 """The answer of `plan`: memory, traffic and time of each phase, whether all of them fit, and what would."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 from spin_jax import config_values
 from spin_jax.models import cost
 from spin_jax.plan.compiled import compiled_phases
 from spin_jax.plan.estimate import estimated_phases
-from spin_jax.plan.planned_run import GIB, PlannedRun, fits, limit
-from spin_jax.plan.suggestion import suggestion
+from spin_jax.plan.machine import FAMILIES, Topology
+from spin_jax.plan.planned_run import GIB, PlannedRun, fits, limit, planned_run
 from spin_jax.plan.time import Assumed, fill_in_times, run_time
+from spin_jax.runtime import sharding
 from spin_jax.runtime.console import compact
 from spin_jax.selfplay import from_config
 from spin_jax.training.optimizer import OPTIMIZERS
@@ -25,7 +27,7 @@ def plan(run: PlannedRun, assumed: Assumed) -> dict[str, Any]:
         margin = min(0.9, *(0.97 * guess[name].memory / phase.memory for name, phase in phases.items()))
     fill_in_times(run, phases, assumed)
     c, model, mesh, whole = run.config, run.model.config, run.model.mesh, fits(run, phases)
-    other = None if whole else suggestion(run, margin)
+    other = None if whole else _suggestion(run, margin)
     confirmed = None
     if other and other[0].compiles:
         confirmed = fits(other[0], compiled_phases(other[0], estimated_phases(other[0]), ("train",)))
@@ -84,3 +86,43 @@ def _lora_savings(run: PlannedRun) -> dict[str, Any] | None:
         "checkpoint_gib": each * trained,
         "checkpoint_without_gib": each * cost.all_params(run.model.config),
     }
+
+
+def _suggestion(run: PlannedRun, margin: float) -> tuple[PlannedRun, list[str]] | None:
+    """(the run with the nearest settings that fit, the flags that change them); None if none was found.
+
+    It tries what the backward pass computes again, the size of micro-batches, the mesh, and larger machines. `margin`
+    is the share of the memory that the settings may fill by arithmetic.
+    """
+    c, own_machine, sizes = run.config, run.topology, FAMILIES[run.topology.family].sizes
+    larger = sizes[sizes.index(own_machine.size) :] if own_machine.size in sizes else (own_machine.size,)
+    remats = ("none", "attention+mlp", "attention", "full")
+    choices = {  # the values that are tried after the config's own, in this order
+        "sampling.batch_size": [n for n in (64, 32, 16) if n < c.sampling.batch_size],
+        "train.offload": [True] * (not c.train.offload),
+        "mesh.tensor": [n for n in (2, 4, 8) if n > sharding.tensor_shards(run.model.mesh)],
+        "train.tokens_per_device": [n for n in (4096, 2048) if n < c.train.tokens_per_device],
+        "train.remat": remats[remats.index(c.train.remat) + 1 :],
+    }
+    own = config_values.flat(c)
+    options = [[own[key], *more] for key, more in choices.items()]
+
+    def candidate_with(machine: Topology, values: tuple) -> tuple[PlannedRun | None, dict[str, Any]]:
+        """(the run with these values, or None if it does not fit; the keys that change)."""
+        keys = {key: value for key, value in zip(choices, values, strict=True) if value != own[key]}
+        try:
+            candidate = planned_run(c.changed(keys), str(machine), run.compiles)
+        except ValueError:  # for example: the mesh does not divide the heads
+            return None, keys
+        return candidate if fits(candidate, estimated_phases(candidate), margin) else None, keys
+
+    for machine in [own_machine._replace(size=size) for size in larger]:
+        frugal = [values if key == "mesh.tensor" else values[-1:] for key, values in zip(choices, options, strict=True)]
+        if not any(candidate_with(machine, values)[0] for values in itertools.product(*frugal)):
+            continue
+        for values in itertools.product(*options):
+            candidate, keys = candidate_with(machine, values)
+            if candidate:
+                settings = [f"--config.{key}={str(value).lower()}" for key, value in keys.items()]
+                return candidate, [f"--topology={machine}"] * (machine != own_machine) + settings
+    return None

@@ -30,9 +30,8 @@ def find_collectives(hlo: str, node: int = 0) -> list[Collective]:
     The compiler for TPUs writes a reduce-scatter as a fusion called all-reduce-scatter around an all-reduce. It starts
     an asynchronous collective in one fusion and ends it in another one with the same channel, and the two count once.
 
-    Args:
-        node: the number of devices in a node of GPUs, if there are several nodes. The program for TPUs says what goes
-            between slices, but the program for GPUs only says which devices take part.
+    `node` is the number of devices in a node of GPUs, if there are several nodes. The program for TPUs says what goes
+    between slices, but the program for GPUs only says which devices take part.
     """
     computations, entry = _computations(hlo)
     found: dict[tuple[str, str], Collective] = {}
@@ -84,14 +83,13 @@ def received_bytes(sums: Mapping[str, float]) -> float:
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     lines: dict[str, list[str]] = {}
-    name = entry = ""
+    entry, inside = "", []
     for line in hlo.splitlines():
         if header := _HEADER.match(line):
-            name = header[2]
-            entry = name if header[1] else entry
-            lines[name] = []
-        elif " = " in line and name:
-            lines[name].append(line.strip())
+            inside = lines[header[2]] = []
+            entry = header[2] if header[1] else entry
+        elif " = " in line:
+            inside.append(line.strip())
     return lines, entry
 
 

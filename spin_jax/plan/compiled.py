@@ -7,7 +7,7 @@ with the same flags. The docstring of `plan/__main__.py` says what it leaves out
 import concurrent.futures
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,13 +88,9 @@ def _sample_programs(run: PlannedRun) -> dict[str, tuple[Any, tuple, dict[str, A
 def compiled(
     mesh: Any, program: Any, arguments: tuple, keywords: Mapping[str, Any] | None = None, effort: float = 0.0
 ) -> Any:
-    """Compiles a program for the devices of a mesh.
+    """Compiles a program for the devices of a mesh. OutOfMemory: it has no room; CompilerFailed: for another reason.
 
-    Args:
-        effort: how hard the compiler tries, from −1 to 1. A real run has 0.
-
-    Raises:
-        OutOfMemory, CompilerFailed: the program has no room, or the compiler failed for another reason.
+    `effort` says how hard the compiler tries, from −1 to 1. A real run has 0.
     """
     platform = mesh.devices.flat[0].platform
     with jax.set_mesh(mesh):
@@ -123,16 +119,14 @@ def compiled_phases(
     Training takes the most memory and is compiled as in a run. For TPUs the other phases are compiled with little
     effort, which is a few times as fast and finds the same memory to some tenths of a GiB. The TPU compiler refuses a
     program that has no room, and says how much it would need. The GPU compiler does not: its result has to be compared
-    with `limit`.
-
-    Args:
-        guess: the phases by arithmetic, which tells weights, optimizer and temporary memory apart.
+    with `limit`. The phases by arithmetic, `guess`, tell weights, optimizer and temporary memory apart.
     """
     mesh, slices = run.model.mesh, run.topology.slices
     node = mesh.size // slices if run.on_gpu and slices > 1 else 0
     little_effort = 0.0 if run.on_gpu else -1.0
 
-    def step(name: str, make: Callable[[PlannedRun], tuple[Any, tuple]], effort: float = 0.0) -> PhaseCost:
+    def step(name: str) -> PhaseCost:
+        make, effort = (train_program, 0.0) if name == "train" else (_score_program, little_effort)
         parts = {k: v for k, v in guess[name].parts.items() if k in ("weights", "optimizer")}
         try:
             program = compiled(mesh, *make(run), effort=effort)
@@ -144,26 +138,21 @@ def compiled_phases(
         found = find_collectives(program.as_text(), node)
         return dataclasses.replace(guess[name], parts=parts, traffic=bytes_by_kind(found))
 
-    def sample() -> PhaseCost:
+    def sample(name: str) -> PhaseCost:
         mesh = from_config.sampling_mesh(run.config, run.model)
-        parts, temporary, found = guess["sample"].parts, 0.0, {}
-        for name, (program, arguments, keywords) in _sample_programs(run).items():
+        parts, temporary, found = guess[name].parts, 0.0, {}
+        for part, (program, arguments, keywords) in _sample_programs(run).items():
             try:
                 executable = compiled(mesh, program, arguments, keywords, effort=little_effort)
             except OutOfMemory as error:
                 temporary = max(temporary, error.needed - parts["copy"] - parts["cache"])
                 continue
             temporary = max(temporary, memory_of(executable)[1])
-            if name == "decode":
+            if part == "decode":
                 per_call = bytes_by_kind(find_collectives(executable.as_text(), node))
                 found = {kind: size / DECODE_STEPS for kind, size in per_call.items()}
-        return dataclasses.replace(guess["sample"], parts={**parts, "temporary": temporary}, traffic=found)
+        return dataclasses.replace(guess[name], parts={**parts, "temporary": temporary}, traffic=found)
 
-    jobs = {
-        "train": lambda: step("train", train_program),
-        "score": lambda: step("score", _score_program, effort=little_effort),
-        "sample": sample,
-    }
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        running = {name: pool.submit(jobs[name]) for name in only}
+        running = {name: pool.submit(sample if name == "sample" else step, name) for name in only}
         return {name: job.result() for name, job in running.items()}

@@ -83,23 +83,17 @@ def _training(run: PlannedRun) -> PhaseCost:
     if offload and not run.on_gpu:  # on GPUs the state arrives and leaves piece by piece
         temporary += moments
     optimizer = (mine if adapters else 0.0) + (0.0 if offload else moments)
-    return PhaseCost(
-        {"weights": weights, "optimizer": optimizer, "temporary": temporary},
-        _estimated_traffic(run, layer.tokens, passes=3, gradients=share),
-        "step",
-        offloaded=moments if offload else 0.0,
-    )
+    parts = {"weights": weights, "optimizer": optimizer, "temporary": temporary}
+    traffic = _estimated_traffic(run, layer.tokens, passes=3, gradients=share)
+    return PhaseCost(parts, traffic, "step", offloaded=moments if offload else 0.0)
 
 
 def _scoring(run: PlannedRun) -> PhaseCost:
     m, layer, item = run.model.config, _layer(run), run.model.dtype.itemsize
     table = item * m.vocab_size * m.hidden_size / sharding.tensor_shards(run.model.mesh)
     temporary = layer.weights + layer.working + table + layer.logits
-    return PhaseCost(
-        {"weights": 4 * _per_device(run), "optimizer": 0.0, "temporary": temporary},
-        _estimated_traffic(run, layer.tokens, passes=1),
-        "micro-batch",
-    )
+    parts = {"weights": 4 * _per_device(run), "optimizer": 0.0, "temporary": temporary}
+    return PhaseCost(parts, _estimated_traffic(run, layer.tokens, passes=1), "micro-batch")
 
 
 def _sampling(run: PlannedRun) -> PhaseCost:
@@ -113,16 +107,13 @@ def _sampling(run: PlannedRun) -> PhaseCost:
     scores = 0 if kernel == "flash" else 4 * m.num_attention_heads * prompt * prompt / share / 8
     states = item * prompt * (4 * m.hidden_size + 3 * m.intermediate_size / share)
     read = rows * (scores + states + item * cost.cached_numbers(m, prompt) / share)
-    return PhaseCost(
-        {
-            "weights": 4 * _per_device(run),
-            "copy": item * cost.all_params(m) / share,
-            "cache": item * cost.cached_numbers(m, columns) * c.sampling.batch_size / share,
-            "temporary": 4 * c.sampling.batch_size * m.vocab_size + read,
-        },
-        {},
-        "token",
-    )
+    parts = {
+        "weights": 4 * _per_device(run),
+        "copy": item * cost.all_params(m) / share,
+        "cache": item * cost.cached_numbers(m, columns) * c.sampling.batch_size / share,
+        "temporary": 4 * c.sampling.batch_size * m.vocab_size + read,
+    }
+    return PhaseCost(parts, {}, "token")
 
 
 def _estimated_traffic(run: PlannedRun, tokens: float, passes: int, gradients: float = 1.0) -> dict[str, float]:

@@ -7,7 +7,6 @@ A compiler works without the device that it compiles for. The compiler for TPUs,
 compiler for GPUs, in a plugin of JAX, needs a description of the chip. Without a compiler there is still arithmetic.
 """
 
-import dataclasses
 import functools
 import math
 import os
@@ -26,8 +25,7 @@ _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _NODE = ("1", "2", "4", "8")
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """What XLA's compiler needs to know about a GPU: the numbers of CUDA's device properties."""
 
     cores: int  # streaming multiprocessors
@@ -41,8 +39,7 @@ class Gpu:
     capability: tuple[int, str]  # CUDA's compute capability: the major number, and the feature extension
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """Machines of one kind of chip."""
 
     device_kind: str  # JAX's name of a device
@@ -56,7 +53,7 @@ class Family:
 # PyTorch's messages name; XLA's file has a round 141.
 _A100 = Gpu(108, 64, 167936, 166912, 41943040, 1.41, 2039040000000, 85100068864, (8, "NONE"))
 _H100 = Gpu(132, 128, 233472, 232448, 52428800, 1.98, 3352320000000, 84942979072, (9, "ACCELERATED_FEATURES"))
-_H200 = dataclasses.replace(_H100, bandwidth=4800000000000, memory=int(139.8 * 2**30))
+_H200 = _H100._replace(bandwidth=4800000000000, memory=int(139.8 * 2**30))
 
 # TPU7x is the seventh generation, Ironwood: a chip has two chiplets, and each is a device.
 FAMILIES = {
@@ -94,9 +91,6 @@ def parse_topology(topology: str) -> Topology:
         machines = ", ".join(f"{name}:{known.sizes[3]}" for name, known in FAMILIES.items())
         raise ValueError(f"--topology={topology}: a machine such as {machines}; v5e:8x8*2 is two slices")
     return Topology(found[1], found[2], int(found[3] or 1))
-
-
-# --- devices that need not be there --------------------------------------------------------------
 
 
 class Device(NamedTuple):
@@ -137,8 +131,7 @@ def expect_no_device() -> None:
 def topology_devices(topology: Topology) -> list[Any]:
     """Devices to compile for. The devices of a node or slice stand together.
 
-    Raises:
-        NoCompiler, ValueError: no compiler for GPUs; none for TPUs, or it knows no machine of that size.
+    NoCompiler: no compiler for GPUs is installed; ValueError: none for TPUs, or it knows no machine of that size.
     """
     from jax.experimental import topologies
 
@@ -171,20 +164,11 @@ def gpu_target(family: Family) -> str:
     major, features = gpu.capability
     return f"""
 gpu_device_info {{
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  threads_per_core_limit: 2048
-  shared_memory_per_block: 49152
-  shared_memory_per_core: {gpu.shared}
-  shared_memory_per_block_optin: {gpu.shared_block}
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  core_count: {gpu.cores}
-  fpus_per_core: {gpu.units}
-  clock_rate_ghz: {gpu.clock}
-  memory_bandwidth: {gpu.bandwidth}
-  l2_cache_size: {gpu.l2}
-  device_memory_size: {gpu.memory}
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared} shared_memory_per_block_optin: {gpu.shared_block}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: {gpu.cores} fpus_per_core: {gpu.units} clock_rate_ghz: {gpu.clock}
+  memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2} device_memory_size: {gpu.memory}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   cuda_compute_capability {{ major: {major} feature_extension: {features} }}

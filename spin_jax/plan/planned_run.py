@@ -87,8 +87,7 @@ def planned_run(config: Any, topology: str, compiles: bool = True) -> PlannedRun
     from_config.check_mesh(config, model)
     pairs = from_config.expected_pairs(config, model.config.vocab_size, 16 * config.train.batch_size)
     longest = min(config.lengths.max_prompt, config.lengths.max_length - 1)
-    lengths = [(len(pair.prompt), len(pair.real)) for pair in pairs]
-    lengths.append((longest, config.lengths.max_length - longest))
+    lengths = [*((len(pair.prompt), len(pair.real)) for pair in pairs), (longest, config.lengths.max_length - longest)]
     shape = from_config.pair_shape_of_lengths(config, model, np.array(lengths), {})
     return PlannedRun(config, machine, model, shape, pairs, uncompiled)
 

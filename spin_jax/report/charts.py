@@ -12,7 +12,6 @@ from spin_jax.report.numbers import START, Row, finite, iteration_name, task_nam
 from spin_jax.report.workdir import Run
 
 MAX_POINTS = 400  # of a curve: a longer one is averaged over neighbors
-_MAX_HISTOGRAMS = 6  # of iterations
 _BINS = 32
 
 
@@ -59,12 +58,13 @@ _ITERATIONS = (
 def over_iterations(rows: Sequence[Row]) -> list[Chart]:
     """The numbers of the start and of each iteration, with those of the SFT control where there is one."""
     places = _places([row["iteration"] for row in rows])
+    controls = [{**(row.get("control") or {}), "iteration": row["iteration"]} for row in rows]
     charts = []
     for topic in (*_ITERATIONS, *_task_topics(rows)):
         curves = []
         for style, (key, label) in enumerate(topic.labels.items()):
-            own = _known((places[row["iteration"]], finite(row, key)) for row in rows)
-            control = _known((places[row["iteration"]], finite(row.get("control") or {}, key)) for row in rows)
+            own = [(places[row["iteration"]], y) for row in rows if math.isfinite(y := finite(row, key))]
+            control = [(places[row["iteration"]], y) for row in controls if math.isfinite(y := finite(row, key))]
             if own:
                 curves.append(Curve(label, *zip(*own, strict=True), style=style, marks=True))
             if control:  # it begins where the start is
@@ -81,8 +81,8 @@ def _iteration_chart(topic: Topic, curves: Sequence[Curve], places: Mapping[int,
     """Its ticks name the iterations from the first to the last that a curve has, and at most 12."""
     used = [x for curve in curves for x in curve.x]
     shown = {t: place for t, place in places.items() if min(used) <= place <= max(used)}
-    every = -(-len(shown) // 12)
-    ticks = {place: "" if n % every else iteration_name(t) for n, (t, place) in enumerate(shown.items())}
+    named = list(shown)[:: -(-len(shown) // 12)]
+    ticks = {place: iteration_name(t) if t in named else "" for t, place in shown.items()}
     return Chart(f"by_{topic.name}", topic.title, "iteration", topic.unit, curves, topic.note, ticks)
 
 
@@ -104,10 +104,6 @@ def _task_topics(rows: Sequence[Row]) -> list[Topic]:
     ]
     others = [name for name in names if name not in shares]
     return together + [Topic(f"task_{n}", name, unit, "", {name: name}) for n, name in enumerate(others)]
-
-
-def _known(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(y)]
 
 
 # --- over optimizer steps ------------------------------------------------------------------------
@@ -149,8 +145,7 @@ def optimization_curves(run: Run) -> list[Chart]:
     """How the optimizer fares, and the losses of SFT: of that before self-play, and of the control."""
     some_identical = any(np.nan_to_num(y).any() for _, y in run.series("train", "identical").values())
     topics = [topic for topic in _OPTIMIZATION if some_identical or topic is not _IDENTICAL]
-    charts = [_step_chart(topic, [(run, "")]) for topic in topics]
-    return list(filter(None, [*charts, _sft_chart(run)]))
+    return list(filter(None, [*(_step_chart(topic, [(run, "")]) for topic in topics), _sft_chart(run)]))
 
 
 def _step_chart(topic: Topic, runs: Sequence[tuple[Run, str]]) -> Chart | None:
@@ -164,17 +159,10 @@ def _step_chart(topic: Topic, runs: Sequence[tuple[Run, str]]) -> Chart | None:
     if not curves:
         return None
     parts = _iteration_parts(runs[0][0]) if len(runs) == 1 else []
-    return Chart(
-        f"steps_{topic.name}",
-        topic.title,
-        "optimizer steps (above: iteration)" if parts else "optimizer steps",
-        topic.unit,
-        curves,
-        _joined_notes(notes),
-        parts=parts,
-        log=topic is _GRADIENT_NORM and _suits_log_axis(curves),
-        ylim=(-0.03, 1.03) if topic.unit.startswith("share") else None,
-    )
+    xlabel = "optimizer steps (above: iteration)" if parts else "optimizer steps"
+    note, log = _joined_notes(notes), topic is _GRADIENT_NORM and _suits_log_axis(curves)
+    ylim = (-0.03, 1.03) if topic.unit.startswith("share") else None
+    return Chart(f"steps_{topic.name}", topic.title, xlabel, topic.unit, curves, note, parts=parts, log=log, ylim=ylim)
 
 
 def _iteration_parts(run: Run) -> list[tuple[float, float, str]]:
@@ -182,11 +170,8 @@ def _iteration_parts(run: Run) -> list[tuple[float, float, str]]:
     series = run.series("train", "loss")
     if len(series) < 2:
         return []
-    every = -(-len(series) // 8)
-    return [
-        (int(steps[0]), int(steps[-1]) + 1, "" if n % every else str(t))
-        for n, (t, (steps, _)) in enumerate(series.items())
-    ]
+    named = list(series)[:: -(-len(series) // 8)]
+    return [(int(steps[0]), int(steps[-1]) + 1, str(t) if t in named else "") for t, (steps, _) in series.items()]
 
 
 def _sft_chart(run: Run) -> Chart | None:
@@ -196,16 +181,9 @@ def _sft_chart(run: Run) -> Chart | None:
     if not curves:
         return None
     about = "On human answers alone; the control takes as many steps as self-play." if control else ""
-    return Chart(
-        "steps_sft",
-        "SFT loss",
-        "optimizer steps since self-play began" if both else "optimizer steps",
-        "nats a token",
-        curves,
-        _joined_notes([about, *notes, *more]),
-        zero=both,
-        log=_suits_log_axis(curves),
-    )
+    xlabel = "optimizer steps since self-play began" if both else "optimizer steps"
+    note, log = _joined_notes([about, *notes, *more]), _suits_log_axis(curves)
+    return Chart("steps_sft", "SFT loss", xlabel, "nats a token", curves, note, zero=both, log=log)
 
 
 def _joined_notes(notes: Iterable[str]) -> str:
@@ -213,7 +191,7 @@ def _joined_notes(notes: Iterable[str]) -> str:
 
 
 def _suits_log_axis(curves: Sequence[Curve]) -> bool:
-    values = np.concatenate([np.asarray(curve.y) for curve in curves])
+    values = np.concatenate([curve.y for curve in curves])
     known = values[np.isfinite(values)]
     return bool(known.min() > 0 and known.max() > 30 * known.min())
 
@@ -256,18 +234,13 @@ def answer_lengths(run: Run) -> list[Chart]:
     edges = _bin_edges(np.concatenate([tokens for both in lengths.values() for tokens in both]), whole=True)
     shares = {t: [_shares(tokens, edges) for tokens in both] for t, both in lengths.items()}
     top = 1.05 * max(float(share.max()) for both in shares.values() for share in both)
-    return [
-        Chart(
-            f"lengths_{t}",
-            f"Lengths, pairs of iteration {t}",
-            "tokens",
-            "share of answers",
-            [Curve("human", edges, real, 7, filled=True), Curve(_answerer(run, t), edges, generated, 0)],
-            f"Means: {lengths[t][0].mean():.1f} and {lengths[t][1].mean():.1f} tokens.",
-            ylim=(0, top),
-        )
-        for t, (real, generated) in shares.items()
-    ]
+    charts = []
+    for t, (real, generated) in shares.items():
+        curves = [Curve("human", edges, real, 7, filled=True), Curve(_answerer(run, t), edges, generated, 0)]
+        note = f"Means: {lengths[t][0].mean():.1f} and {lengths[t][1].mean():.1f} tokens."
+        title, unit = f"Lengths, pairs of iteration {t}", "share of answers"
+        charts.append(Chart(f"lengths_{t}", title, "tokens", unit, curves, note, ylim=(0, top)))
+    return charts
 
 
 def _answerer(run: Run, t: int) -> str:
@@ -288,28 +261,16 @@ def held_out_margins(run: Run) -> list[Chart]:
     curves = [Curve(f"iteration {t}", edges, _shares(unlike[t], edges), n, n % 4) for n, t in enumerate(chosen)]
     above = ", ".join(f"{(unlike[t] > 0).mean():.0%}" for t in chosen)
     identical = [1 - len(unlike[t]) / len(run.margins[t]) for t in chosen]
-    left_out = ", ".join(f"{share:.0%}" for share in identical)
     notes = [f"Each against the opponent of its iteration. Above 0: {above}."]
-    notes += [f"Identical pairs are left out: {left_out}."] if any(identical) else []
-    notes += ["The outermost bins hold what lies beyond."]
-    return [
-        Chart(
-            "margins",
-            "Margins of held-out pairs",
-            "margin, β · nats an answer",
-            "share of these pairs",
-            curves,
-            " ".join(notes),
-            zero=True,
-            whole=False,
-        )
-    ]
+    notes += [f"Identical pairs are left out: {', '.join(f'{share:.0%}' for share in identical)}."] * any(identical)
+    note = " ".join([*notes, "The outermost bins hold what lies beyond."])
+    title, xlabel, unit = "Margins of held-out pairs", "margin, β · nats an answer", "share of these pairs"
+    return [Chart("margins", title, xlabel, unit, curves, note, zero=True, whole=False)]
 
 
 def _evenly_chosen(iterations: Sequence[int]) -> list[int]:
-    """Of many, the first, the last, and some between."""
-    count = min(len(iterations), _MAX_HISTOGRAMS)
-    places = np.linspace(0, len(iterations) - 1, count).round().astype(int)
+    """Of more than six, the first, the last, and four between."""
+    places = np.linspace(0, len(iterations) - 1, min(len(iterations), 6)).round().astype(int)
     return [iterations[place] for place in places]
 
 

@@ -1,11 +1,10 @@
 """Runs beside one another: their names, which of them differ only in the seed, and what else differs."""
 
-import dataclasses
 import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +14,7 @@ from spin_jax.report.workdir import Run
 _NOT_COMPARED = ("mesh.", "checkpoint.", "export.", "logging.")  # they do not change what is learned
 
 
-@dataclasses.dataclass(frozen=True)
-class SeedGroup:
+class SeedGroup(NamedTuple):
     """Runs that differ in nothing but their seed."""
 
     name: str

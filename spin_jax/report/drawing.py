@@ -1,16 +1,15 @@
 """Draws charts with matplotlib: as SVG for the page, as PNG for a paper, and many in one PNG.
 
-There is one style, for a white ground: templates/charts.mplstyle. Where the reader wants a dark page, its
-style sheet inverts the SVG.
+There is one style, for a white ground: templates/charts.mplstyle. Where the reader wants a dark page, its style sheet
+inverts the SVG.
 """
 
 import base64
 import contextlib
-import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +24,7 @@ _SIZE = 3.8, 2.75  # inches of a chart
 _INK = "#1b1f23"
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """A line, or the outline of a histogram: `x` then holds the edges of its bins, one more than `y`."""
 
     label: str
@@ -61,8 +59,7 @@ class Curve:
         return f"{self.label}: from {known[0]:.4g} to {known[-1]:.4g}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """Curves on one pair of axes."""
 
     name: str  # of its PNG file: [a-z0-9_]+
@@ -84,13 +81,9 @@ class Chart:
         return f"{self.title}: {self.ylabel} over {self.xlabel}. {curves}."
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-
 def svg_url(chart: Chart) -> str:
     """The chart as a data: URL of an SVG image, without a ground, title and legend: the page adds these."""
-    with _styled():
-        figure, [axes] = _new_figure(1)
+    with _new_figure(1) as (figure, [axes]):
         _draw(axes, chart)
         image = _saved(figure, "svg", transparent=True, metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(image).decode()}"
@@ -98,46 +91,38 @@ def svg_url(chart: Chart) -> str:
 
 def png(chart: Chart) -> bytes:
     """The chart on white with its title and legend, at 300 dots per inch."""
-    with _styled():
-        figure, [axes] = _new_figure(1)
-        lines = _draw(axes, chart)
+    with _new_figure(1) as (figure, [axes]):
+        lines, labels = _draw(axes, chart)
         axes.set_title(_plain(chart.title), pad=18 if chart.parts else 6)
         if len(lines) > 1:
             figure.set_figheight(_SIZE[1] + 0.2 * -(-len(lines) // 2))
-            figure.legend(lines, _labels(chart), loc="outside lower center", ncols=2)
+            figure.legend(lines, labels, loc="outside lower center", ncols=2)
         return _saved(figure, "png", dpi=300)
 
 
 def png_grid(charts: Sequence[Chart]) -> bytes:
     """One PNG of all charts, in up to three columns."""
-    with _styled():
-        figure, grid = _new_figure(max(len(charts), 1), columns=3)
+    with _new_figure(max(len(charts), 1), columns=3) as (figure, grid):
         figure.set_figheight(1.2 * figure.get_figheight())  # room for titles
         for axes, chart in zip(grid, charts, strict=False):
-            lines = _draw(axes, chart)
+            axes.legend(*_draw(axes, chart), fontsize=8)
             axes.set_title(_plain(chart.title))
-            axes.legend(lines, _labels(chart), fontsize=8)
         for axes in grid[len(charts) :]:
             axes.set_visible(False)
         return _saved(figure, "png", dpi=150)
 
 
 @contextlib.contextmanager
-def _styled() -> Iterator[None]:
+def _new_figure(count: int, columns: int = 1) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure in the style of all charts, and its `count` pairs of axes or more, row by row."""
     import matplotlib
-
-    style = resources.files("spin_jax.report") / "templates" / "charts.mplstyle"
-    with resources.as_file(style) as path, matplotlib.rc_context(fname=path):
-        yield
-
-
-def _new_figure(count: int, columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure and its `count` pairs of axes or more, row by row."""
     from matplotlib.figure import Figure
 
     across, down = min(count, columns), -(-count // columns)
-    figure = Figure(figsize=(_SIZE[0] * across, _SIZE[1] * down))
-    return figure, list(figure.subplots(down, across, squeeze=False).flat)
+    style = resources.files("spin_jax.report") / "templates" / "charts.mplstyle"
+    with resources.as_file(style) as path, matplotlib.rc_context(fname=path):
+        figure = Figure(figsize=(_SIZE[0] * across, _SIZE[1] * down))
+        yield figure, list(figure.subplots(down, across, squeeze=False).flat)
 
 
 def _saved(figure: Any, kind: str, **options: Any) -> bytes:
@@ -146,14 +131,10 @@ def _saved(figure: Any, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-# --- drawing -------------------------------------------------------------------------------------
-
-
-def _draw(axes: Any, chart: Chart) -> list[Any]:
-    """Draws the curves and the axes; returns what a legend shows of each curve."""
+def _draw(axes: Any, chart: Chart) -> tuple[list[Any], list[str]]:
+    """Draws the curves and the axes; returns the lines and labels of a legend."""
     lines = [_draw_curve(axes, curve) for curve in chart.curves]
-    axes.set_xlabel(_plain(chart.xlabel))
-    axes.set_ylabel(_plain(chart.ylabel))
+    axes.set(xlabel=_plain(chart.xlabel), ylabel=_plain(chart.ylabel))
     if chart.zero:
         axes.axvline(0, color=_INK, linewidth=0.8)
     if chart.ticks is not None:
@@ -172,23 +153,19 @@ def _draw(axes: Any, chart: Chart) -> list[Any]:
             axes.axvline(begin, color=_INK, linewidth=0.8, dashes=(2, 2), alpha=0.6)
         place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
         axes.text((begin + end) / 2, 1.01, _plain(name), fontsize=9, **place)
-    return lines
+    return lines, [_plain(curve.label) for curve in chart.curves]
 
 
 def _draw_curve(axes: Any, curve: Curve) -> Any:
     if curve.is_histogram and curve.filled:
         return axes.stairs(curve.y, curve.x, color=curve.color, fill=True, alpha=0.35, linewidth=0)
     if curve.is_histogram:
-        dashes = (0, curve.dashes) if curve.dashes else "-"
-        return axes.stairs(curve.y, curve.x, color=curve.color, linestyle=dashes, linewidth=1.6)
+        linestyle = (0, curve.dashes) if curve.dashes else "-"
+        return axes.stairs(curve.y, curve.x, color=curve.color, linestyle=linestyle, linewidth=1.6)
     if curve.band:
         axes.fill_between(curve.x, *curve.band, color=curve.color, alpha=0.2, linewidth=0)
     marker = _MARKERS[curve.style % len(_MARKERS)] if curve.marks else ""
     return axes.plot(curve.x, curve.y, color=curve.color, marker=marker, dashes=curve.dashes)[0]
-
-
-def _labels(chart: Chart) -> list[str]:
-    return [_plain(curve.label) for curve in chart.curves]
 
 
 def _plain(text: str) -> str:

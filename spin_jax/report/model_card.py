@@ -4,13 +4,12 @@ A card holds no times and no local paths, so that a run that was interrupted wri
 templates/model_card.md; this file computes what the template shows.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from spin_jax.config_values import algorithm_notes, per_iteration
 from spin_jax.losses import ROLES
@@ -23,8 +22,7 @@ _LEFT_OUT = re.compile(r"iteration|beta|pairs|steps|skipped|final|stopped|.*(min
 Revisions = str | Mapping[str, str | None] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What a card says about an export."""
 
     kind: str  # start, iteration or control
@@ -46,6 +44,8 @@ def model_card(facts: Facts) -> str:
     config, t = facts.config, facts.iteration
     model, play, loss, train = (config[section] for section in ("model", "selfplay", "loss", "train"))
     now = max(t, 0)
+    columns = [dict(_measurements(row)) for row in facts.rows]
+    names = dict.fromkeys(name for column in columns for name in column)
     datasets = dataset_revisions(config["data"]["path"], facts.data_revision, facts.fingerprints)
     on_hub = dict.fromkeys(path for path, revision in datasets if revision)
     card = ModelCard.from_template(
@@ -68,7 +68,7 @@ def model_card(facts: Facts) -> str:
         steps=sum(row.get("steps", 0) for row in facts.rows),
         epochs=per_iteration(train["epochs"], now),
         learning_rate=per_iteration(train["learning_rate"], now),
-        numbers=_numbers_by_name(facts.rows),
+        numbers={name: [column.get(name, "") for column in columns] for name in names},
         headings=["start" if row["iteration"] == START else f"iteration {row['iteration']}" for row in facts.rows],
     )
     return secrets.redacted(f"{card}\n")
@@ -85,9 +85,6 @@ def stated_license(readme: str | Path) -> dict[str, str]:
     keys = "license", "license_name", "license_link"
     stated = {key: head[key] for key in keys if isinstance(head.get(key), str)}
     return stated if "license" in stated else {}
-
-
-# --- where model and data come from --------------------------------------------------------------
 
 
 def dataset_revisions(
@@ -109,16 +106,6 @@ def source_name(path: str, revision: str | None) -> str:
     A run records the commit of what it takes from the hub, and of nothing else.
     """
     return path if revision else PurePath(path).name
-
-
-# --- numbers -------------------------------------------------------------------------------------
-
-
-def _numbers_by_name(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """{name in summary.json: its value in each row, "" where the row has none}."""
-    columns = [dict(_measurements(row)) for row in rows]
-    names = dict.fromkeys(name for column in columns for name in column)
-    return {name: [column.get(name, "") for column in columns] for name in names}
 
 
 def _measurements(row: Row, prefix: str = "") -> Iterator[tuple[str, str]]:

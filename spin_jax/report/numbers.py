@@ -99,14 +99,11 @@ def summary_table(rows: Sequence[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines if cells), strict=True)]
     lines.insert(1, ("─" * first, ["─" * width for width in widths]))
     count = max(1, (_WIDTH - first) // (max(widths, default=0) + 2))
-    blocks = []
-    for begin in range(0, len(rows), count):
-        chosen = range(begin, min(begin + count, len(rows)))
-        block = [
-            label.ljust(first) + "".join(f"  {cells[i].rjust(widths[i])}" for i in chosen if cells)
-            for label, cells in lines
-        ]
-        blocks.append("\n".join(map(str.rstrip, block)))
+    padded = [(label.ljust(first), [c.rjust(w) for c, w in zip(cells, widths, strict=False)]) for label, cells in lines]
+    blocks = [
+        "\n".join("  ".join([label, *cells[begin : begin + count]]).rstrip() for label, cells in padded)
+        for begin in range(0, len(rows), count)
+    ]
     notes = ["* the final model"] if any(row.get("final") for row in rows) else []
     notes += [f"stopped early: {row['stopped']}" for row in rows if row.get("stopped")]
     return "\n\n".join([*blocks, *notes])

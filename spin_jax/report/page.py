@@ -39,18 +39,13 @@ _NO_NUMBERS = {"iteration", "final", "stopped", "control"}
 
 
 def write(workdirs: Sequence[str], output: str, png: str | None = None) -> list[str]:
-    """Writes the page of one run, or of several beside one another; returns a line on what was written.
+    """Writes the page of one run, or of several beside one another, and every chart as PNG to the folder `png`.
 
-    Args:
-        png: a folder for every chart as PNG.
-
-    Raises:
-        ValueError, FileNotFoundError: a workdir holds no run, or a file in it is damaged.
-        OSError: nothing can be written there.
+    Returns a line on each. ValueError, FileNotFoundError: a workdir holds no run, or a file in it is damaged.
     """
     runs = dict(zip(comparison.run_names(workdirs), map(workdir.read, workdirs), strict=True))
     if len(runs) == 1:
-        template, content = "run.html", _run_content(*next(iter(runs.items())))
+        template, content = "run.html", _run_content(*runs.popitem())
     else:
         template, content = "comparison.html", _comparison_content(comparison.seed_groups(runs))
     page = _environment().get_template(template).render(content).encode(errors="replace")  # lone surrogates
@@ -154,6 +149,22 @@ def _tiles(run: Run) -> list[Number]:
     return []
 
 
+def _prompts(run: Run) -> dict[str, Any]:
+    """The fixed prompts: for each its number, and each model's row of samples.jsonl."""
+    by_number: dict[int, dict[str, Row]] = {}
+    for t, rows in run.samples.items():
+        for row in rows:
+            by_number.setdefault(row["prompt_id"], {})["start" if t == START else f"iteration {t}"] = row
+    shown = dict(list(by_number.items())[:_MAX_PROMPTS])
+    answers = [row[key] for rows in shown.values() for row in rows.values() for key in ("real", "generated")]
+    return {
+        "shown": shown,
+        "count": len(by_number),
+        "of_start": START in run.samples,
+        "short": max(map(len, answers), default=0) <= _SHORT,
+    }
+
+
 # --- tables --------------------------------------------------------------------------------------
 
 
@@ -244,25 +255,6 @@ def _value_and_error(row: Row, number: Number) -> tuple[str, str]:
     metric, slash, rest = metric.partition("/")
     error = finite(row, f"{task}/{metric}_stderr{slash}{rest}")
     return _cell(row, number), f"± {error:.2g}" if math.isfinite(error) else ""
-
-
-# --- answers and settings of a run ---------------------------------------------------------------
-
-
-def _prompts(run: Run) -> dict[str, Any]:
-    """The fixed prompts: for each its number, and each model's row of samples.jsonl."""
-    by_number: dict[int, dict[str, Row]] = {}
-    for t, rows in run.samples.items():
-        for row in rows:
-            by_number.setdefault(row["prompt_id"], {})["start" if t == START else f"iteration {t}"] = row
-    shown = dict(list(by_number.items())[:_MAX_PROMPTS])
-    answers = [row[key] for rows in shown.values() for row in rows.values() for key in ("real", "generated")]
-    return {
-        "shown": shown,
-        "count": len(by_number),
-        "of_start": START in run.samples,
-        "short": max(map(len, answers), default=0) <= _SHORT,
-    }
 
 
 def _config_table(run: Run) -> _Tables:

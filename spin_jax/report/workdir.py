@@ -93,6 +93,7 @@ def read(workdir: str) -> Run:
     samples = {t: _samples(folder / "samples.jsonl") for t, folder in {START: root / "start", **folders}.items()}
     lengths = {t: _lengths(folder / "pairs") for t, folder in folders.items()}
     margins = {t: _margins(folder) for t, folder in folders.items()}
+    held_out = (_columns(folder / "pairs", "test-*.parquet", ["prompt_id"]) for folder in folders.values())
     return Run(
         record=record,
         rows=_summary(root / "summary.json"),
@@ -101,11 +102,9 @@ def read(workdir: str) -> Run:
         samples={t: rows for t, rows in samples.items() if rows},
         lengths={t: both for t, both in lengths.items() if both},
         margins={t: values for t, values in margins.items() if len(values)},
-        held_out_prompts=max((_held_out_prompts(folder / "pairs") for folder in folders.values()), default=0),
+        held_out_prompts=max((len(columns["prompt_id"].unique()) for columns in held_out if columns), default=0),
     )
 
-
-# --- files of text -------------------------------------------------------------------------------
 
 _NUMBER = int | float | None  # JSON has null where a number is not finite
 
@@ -155,9 +154,6 @@ def _samples(path: epath.Path) -> list[Row]:
     return rows
 
 
-# --- files of columns ----------------------------------------------------------------------------
-
-
 def _columns(folder: epath.Path, files: str, names: Sequence[str]) -> Mapping[str, Any] | None:
     """{name: Arrow column} of a folder's parquet files, for those names that they have; None without files."""
     import pyarrow as pa
@@ -167,8 +163,7 @@ def _columns(folder: epath.Path, files: str, names: Sequence[str]) -> Mapping[st
     for path in sorted(folder.glob(files)):
         try:
             with path.open("rb") as opened:
-                file = pq.ParquetFile(opened, page_checksum_verification=True)
-                tables.append(file.read(columns=[n for n in names if n in file.schema_arrow.names]))
+                tables.append(pq.ParquetFile(opened, page_checksum_verification=True).read(columns=list(names)))
         except Exception as error:  # whatever Arrow makes of damaged bytes
             raise ValueError(f"{path} is damaged: {error}") from error
     if not tables:
@@ -188,11 +183,6 @@ def _lengths(folder: epath.Path) -> list[np.ndarray]:
         raise ValueError(f"{folder} is damaged: no columns real_tokens and generated_tokens")
     lengths = (pc.list_value_length(column) for column in columns.values())  # pyright: ignore
     return [length.fill_null(0).to_numpy() for length in lengths]
-
-
-def _held_out_prompts(folder: epath.Path) -> int:
-    columns = _columns(folder, "test-*.parquet", ["prompt_id"])
-    return len(set(columns["prompt_id"].to_pylist())) if columns else 0
 
 
 def _margins(folder: epath.Path) -> np.ndarray:
