@@ -38,7 +38,9 @@ def find_collectives(hlo: str, node: int = 0) -> list[Collective]:
 
     def visit(name: str, times: int, outer: str) -> None:
         for line in computations.get(name, ()):
-            operation = _operation(line)
+            # all-gather, for `%x = bf16[8,4] all-gather-start(%y), …`
+            match = re.search(r"[\]})] ([a-z][a-z\-]*)\(", line.split(" = ", 1)[1])
+            operation = match[1].removesuffix("-start") if match else ""
             if operation in KINDS:
                 kind = "reduce-scatter" if "all-reduce-scatter" in name else operation
                 channel = re.search(r"channel_id=(\d+)", line)
@@ -56,7 +58,7 @@ def find_collectives(hlo: str, node: int = 0) -> list[Collective]:
             elif operation == "send" and "megascale" in line:
                 found[name, line] = Collective(BETWEEN_SLICES, _size(line, "send"), times)
             elif operation == "while":
-                loop = dict(re.findall(r"(body|condition)=%?([\w.\-]+)", line))
+                loop = dict(re.findall(r", (body|condition)=%?([\w.\-]+)", line))
                 known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
                 turns = int(known[1]) if known else _trips(computations, loop["condition"])
                 visit(loop["body"], times * turns, loop["body"])
@@ -91,12 +93,6 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
         elif " = " in line:
             inside.append(line.strip())
     return lines, entry
-
-
-def _operation(line: str) -> str:
-    """The name of the operation: all-gather, for `%x = bf16[8,4] all-gather-start(%y), …`."""
-    match = re.search(r"[\]})] ([a-z][a-z\-]*)\(", line.split(" = ", 1)[1])
-    return match[1].removesuffix("-start") if match else ""
 
 
 def _called(line: str) -> Iterator[str]:

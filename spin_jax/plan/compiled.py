@@ -60,8 +60,7 @@ def train_program(run: PlannedRun) -> tuple[Any, tuple]:
 
 def _score_program(run: PlannedRun) -> tuple[Any, tuple]:
     (rows, *_) = batches_of(run, run.pairs[:1])
-    params = params_on(run.model.mesh, run.model.config)
-    decoder = from_config.decoder(run.config, run.model)
+    decoder, params = from_config.decoder(run.config, run.model), params_on(run.model.mesh, run.model.config)
     return score_rows, (decoder, params, _abstract(run.model.mesh, rows.rows))
 
 

@@ -142,8 +142,7 @@ def topology_devices(topology: Topology) -> list[Any]:
         grid = f"1x{topology.slices}x{topology.size}"
         options: dict[str, Any] = {"platform": "cuda", "target_config": gpu_target(family), "topology": grid}
     else:
-        name = f"{topology.family}:{topology.size}"
-        options = {"platform": "tpu", "topology_name": name, "num_slices": topology.slices}
+        options = {"platform": "tpu", "topology_name": str(topology._replace(slices=1)), "num_slices": topology.slices}
         # The two cores of a v4 are one device, as on Google's machines. (v5p needs no option for that.)
         options |= {"chip_config_name": "megacore"} if topology.family == "v4" else {}
     try:

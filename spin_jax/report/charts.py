@@ -130,12 +130,11 @@ _OPTIMIZATION = (
     _IDENTICAL,
     Topic("speed", "Speed", "tokens a second", "Of training.", {"tokens_per_s": "tokens a second"}),
 )
-_NO_CURVE = {"phase", "iteration", "step", "skipped"}
 
 
 def learning_curves(run: Run) -> list[Chart]:
     """What self-play learns, step by step; numbers that a loss logs itself come last."""
-    known = _NO_CURVE.union(*(topic.labels for topic in (*_LEARNING, *_OPTIMIZATION)))
+    known = {"phase", "iteration", "step", "skipped"}.union(*(topic.labels for topic in (*_LEARNING, *_OPTIMIZATION)))
     logged = dict.fromkeys(key for row in run.steps.get("train", ())[-50:] for key in row)
     own = [Topic(f"own_{n}", key, "", "", {key: key}) for n, key in enumerate(logged) if key not in known]
     return list(filter(None, (_step_chart(topic, [(run, "")]) for topic in (*_LEARNING, *own))))

@@ -35,13 +35,13 @@ _LOG_PROBS = (
     Number("real_logp", "log p of the human answer, nats", "{:.2f}"),
     Number("generated_logp", "log p of the opponent's, nats", "{:.2f}"),
 )
-_NO_NUMBERS = {"iteration", "final", "stopped", "control"}
 
 
 def write(workdirs: Sequence[str], output: str, png: str | None = None) -> list[str]:
     """Writes the page of one run, or of several beside one another, and every chart as PNG to the folder `png`.
 
-    Returns a line on each. ValueError, FileNotFoundError: a workdir holds no run, or a file in it is damaged.
+    Returns a line on the page, and one on the PNG files. ValueError, FileNotFoundError: a workdir holds no run, or a
+    file in it is damaged; OSError: no file can be written.
     """
     runs = dict(zip(comparison.run_names(workdirs), map(workdir.read, workdirs), strict=True))
     if len(runs) == 1:
@@ -216,7 +216,7 @@ def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Number]]]:
         kl,
         (training, [Number("beta", "β", "{:g}"), *trained]),
     ]
-    named = _NO_NUMBERS.union(number.key for _, known in sections for number in known)
+    named = {"iteration", "final", "stopped", "control"}.union(number.key for _, known in sections for number in known)
     others = dict.fromkeys(key for row in rows for key in row if key not in named and "_stderr" not in key)
     sections.append(("other numbers", [Number(key, key, "{:.4g}") for key in others]))
     every = [*rows, *(row.get("control") or {} for row in rows)]
@@ -225,15 +225,16 @@ def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Number]]]:
             yield title, shown
 
 
-def _number_lines(rows: Sequence[Row], columns: Mapping[str, Sequence[Any]], cell: Callable) -> dict[str, list[_Line]]:
-    """{title: lines} of the numbers that any row has: a line for each of `columns`, below the one named "" the others
-    in which any cell has the number.
+def _number_lines(rows: Sequence[Row], sources: Mapping[str, Sequence[Any]], cell: Callable) -> dict[str, list[_Line]]:
+    """{title: lines} of the numbers that any row has.
+
+    `sources` has what `cell` makes a number's own line of, under "", and the lines below it, under their names.
     """
     parts: dict[str, list[_Line]] = {}
     for title, shown in _sections(rows):
         parts[title] = []
-        for number, (name, column) in itertools.product(shown, columns.items()):
-            cells = [cell(part, number) for part in column]
+        for number, (name, source) in itertools.product(shown, sources.items()):
+            cells = [cell(part, number) for part in source]
             if not name or any(value != "–" for value, _ in cells):
                 parts[title].append(_Line(name or number.label, cells, below=bool(name)))
     return parts
@@ -243,9 +244,9 @@ def _number_tables(run: Run) -> _Tables | None:
     """The start and the iterations side by side; None while there are none."""
     if not run.rows:
         return None
-    columns = {"": run.rows, "SFT control": [row.get("control") or {} for row in run.rows]}
+    sources = {"": run.rows, "SFT control": [row.get("control") or {} for row in run.rows]}
     final = next((n for n, row in enumerate(run.rows) if row.get("final")), None)
-    lines = _number_lines(run.rows, columns, _value_and_error)
+    lines = _number_lines(run.rows, sources, _value_and_error)
     return _Tables("iteration", list(map(numbers.heading, run.rows)), lines, final)
 
 
@@ -302,7 +303,7 @@ def _differences(groups: Sequence[SeedGroup]) -> _Tables | None:
 def _final_models(groups: Sequence[SeedGroup]) -> _Tables | None:
     """The final models side by side, each number with the start's and the control's below it."""
     finals = [[run.final for run in group.runs] for group in groups]
-    columns = {
+    sources = {
         "": finals,
         "start": [[run.start for run in group.runs] for group in groups],
         "SFT control": [[row.get("control") or {} for row in column] for column in finals],
@@ -311,7 +312,7 @@ def _final_models(groups: Sequence[SeedGroup]) -> _Tables | None:
     if not rows:
         return None
     iterations = [sorted({str(row["iteration"]) for row in column if row}) or "–" for column in finals]
-    parts = {"final model": [_plain_line("iteration", iterations)], **_number_lines(rows, columns, _mean_and_range)}
+    parts = {"final model": [_plain_line("iteration", iterations)], **_number_lines(rows, sources, _mean_and_range)}
     return _Tables("run", [group.name for group in groups], parts)
 
 

@@ -88,8 +88,7 @@ def read(workdir: str) -> Run:
         raise ValueError(f"{path} was not written by spin_jax: it has no config")
     metrics = _lines(root / "metrics.jsonl", _NUMBER, phase=str, iteration=int, step=int)
     ordered = sorted(metrics, key=lambda row: (row["phase"], row["iteration"], row["step"]))
-    found = {int(p.name[10:]): p for p in root.glob("iteration_*") if p.name[10:].isdecimal()}
-    folders = dict(sorted(found.items()))
+    folders = dict(sorted((int(p.name[10:]), p) for p in root.glob("iteration_*") if p.name[10:].isdecimal()))
     samples = {t: _samples(folder / "samples.jsonl") for t, folder in {START: root / "start", **folders}.items()}
     lengths = {t: _lengths(folder / "pairs") for t, folder in folders.items()}
     margins = {t: _margins(folder) for t, folder in folders.items()}
@@ -129,7 +128,8 @@ def _check(place: str, row: Any, others: Any = object, **kinds: Any) -> None:
 def _lines(path: epath.Path, others: Any = object, **kinds: Any) -> list[Row]:
     """The objects of a JSONL file, if it is there, without a last line that is still being written."""
     rows = []
-    for count, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for count, line in enumerate(lines, 1):
         place = f"{path}, line {count}"
         rows.append(_parsed(place, line))
         _check(place, rows[-1], others, **kinds)
