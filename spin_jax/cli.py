@@ -1,6 +1,7 @@
 """What all commands share: flags, help, config overrides, set-up of JAX, errors without a traceback."""
 
 import difflib
+import glob
 import inspect
 import os
 import re
@@ -20,19 +21,10 @@ from spin_jax.runtime import chips, platforms, secrets
 
 Request = TypeVar("Request")
 
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where the processes do not find each other by themselves."
-)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if the processes do not find it.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes; with --coordinator.", lower_bound=1)
-_PROCESS = flags.DEFINE_integer(
-    "process_id", None, "The number of this process, from 0; with --coordinator.", lower_bound=0
-)
-_HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_s",
-    100,
-    "A process that is silent for so many seconds is taken for dead, and the others end.",
-    lower_bound=1,
-)
+_PROCESS = flags.DEFINE_integer("process_id", None, "This process's number, from 0; with --coordinator.", lower_bound=0)
+_HEARTBEAT = flags.DEFINE_integer("heartbeat_s", 100, "Seconds of silence after which processes end.", lower_bound=1)
 
 _unparsed: list[str] = []  # the program's name, and the arguments that the flags of the command leave over
 
@@ -47,16 +39,16 @@ def parse(argv: list[str], read: Callable[[], Request]) -> Request:
         ValueError: the flags or the config file are wrong; the message is for the person who typed them.
         SystemExit: help was asked for, and has been printed.
     """
+    takes_config = "config" in flags.FLAGS
     if help_flags := {"-h", "-help", "--help", "-helpfull", "--helpfull"} & set(argv[1:]):
         print((sys.modules[read.__module__].__doc__ or "").strip())
-        if "config" in flags.FLAGS:
+        if takes_config:
             print(f"\nConfig keys, each with its default and meaning: {os.path.relpath(config_lib.__file__)}")
         print("--helpfull lists every flag, also those of libraries.")
         if any(name.endswith("full") for name in help_flags):
             print(flags.FLAGS.get_help())
         raise SystemExit(0)
     try:
-        takes_config = "config" in flags.FLAGS
         flags.FLAGS.set_gnu_getopt()  # flags may follow the value in `--config.key value`
         _unparsed[:] = flags.FLAGS(argv, known_only=takes_config)
         if _unparsed[1:] and not takes_config:
@@ -70,20 +62,11 @@ def parse(argv: list[str], read: Callable[[], Request]) -> Request:
 
 def _unknown_flag(name: str) -> str:
     """The message for a flag that does not exist; it names the nearest of our flags, not of a library's."""
-    ours = [
-        flag.name
-        for module, defined in flags.FLAGS.flags_by_module_dict().items()
-        for flag in defined
-        if not module.startswith("absl.")
-    ]
+    by_module = flags.FLAGS.flags_by_module_dict().items()
+    ours = [flag.name for module, defined in by_module if not module.startswith("absl.") for flag in defined]
     typed, dot, key = name.partition(".")
     close = difflib.get_close_matches(typed, ours, n=1)
-    return f"no flag --{name}" + (f"; did you mean --{close[0]}{dot}{key}?" if close else "; see --help")
-
-
-# --- the config -----------------------------------------------------------------------------------
-
-_WANTED = {bool: "true or false", int: "a whole number", float: "a number", ConfigDict: "a section"}
+    return f"no flag --{name}; " + (f"did you mean --{close[0]}{dot}{key}?" if close else "see --help")
 
 
 def read_config(file: str | None = None) -> Any:
@@ -133,7 +116,7 @@ def _parse_overrides(config: ConfigDict) -> dict[str, Any]:
         positional = values(_unparsed)[1:]
     except flags.IllegalFlagValueError as error:
         argument = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
-        wanted = _WANTED.get(types[argument.partition("=")[0].removeprefix("--config.")])
+        wanted = config_values.KINDS.get(types[argument.partition("=")[0].removeprefix("--config.")])
         raise ConfigError(f"{argument}: {wanted} is wanted" if wanted else str(error)) from error
     if positional:
         raise ValueError(f"unexpected argument {positional[0]!r}")
@@ -147,8 +130,7 @@ def _type_of(key: str, config: ConfigDict) -> type:
     for name in key.split("."):
         names = list(section) if isinstance(section, ConfigDict) else []
         if name not in names:
-            hint = config_values.nearest(name, names, prefix) if names else ""
-            raise ConfigError(f"config has no key {key}{hint}")
+            raise ConfigError(f"config has no key {key}{config_values.nearest(name, names, prefix)}")
         kind = section.get_type(name)
         section, prefix = section[name], f"{prefix}{name}."
     return kind
@@ -158,12 +140,8 @@ def _load(argument: str) -> ConfigDict:
     """Runs a config file, FILE or FILE:VARIANT, and returns its config; ValueError says what is wrong."""
     path, colon, variant = argument.partition(":")
     if not os.path.isfile(path):
-        folder = os.path.dirname(path)
-        others = (
-            [os.path.join(folder, name) for name in os.listdir(folder or ".")] if os.path.isdir(folder or ".") else []
-        )
-        hint = config_values.nearest(path, [name for name in others if name.endswith(".py")])
-        raise ValueError(f"no config file {path}{hint if others else ''}")
+        others = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py"))
+        raise ValueError(f"no config file {path}{config_values.nearest(path, others)}")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if not callable(get_config):
@@ -179,25 +157,16 @@ def _load(argument: str) -> ConfigDict:
             raise ValueError(f"{path}: get_config returns {config!r:.80}, and should return a ConfigDict")
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        said = f"{path}:{lines[-1]}: {kind}{error}" if lines else str(error)
         if isinstance(error, SyntaxError):
-            place, said = f"{error.filename or path}:{error.lineno}: ", f"SyntaxError: {error.msg}"
-        elif lines:
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            place, said = f"{path}:{lines[-1]}: ", f"{kind}{error}"
-        else:
-            place, said = "", str(error)
-        raise ValueError(f"{place}{said}") from error
+            said = f"{error.filename or path}:{error.lineno}: SyntaxError: {error.msg}"
+        raise ValueError(said) from error
     return config
 
 
-# --- the machine ----------------------------------------------------------------------------------
-
-
 def set_up_jax(config: Any) -> None:
-    """Sets compiler flags and the compilation cache, and connects to the other processes.
-
-    It must run before anything asks JAX for a device.
-    """
+    """Sets compiler flags and the compilation cache, and connects to the other processes, before JAX has devices."""
     platforms.skip_absent_tpu()
     platforms.set_compiler_flags(config)
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
@@ -206,9 +175,6 @@ def set_up_jax(config: Any) -> None:
 
     processes.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _HEARTBEAT.value)
     platforms.cache_compilations()
-
-
-# --- errors ---------------------------------------------------------------------------------------
 
 
 def fail(message: str, code: int = 2) -> int:
@@ -220,17 +186,11 @@ def fail(message: str, code: int = 2) -> int:
 def explain(error: Exception, work_began: bool, advice: str = "") -> int:
     """Prints what went wrong and returns the exit code.
 
-    An error that is not one of ours is a fault of the input until the work began, and is printed with its
-    traceback otherwise. `advice` is printed after the message, except where the input was bad.
+    Until the work began, a ValueError or FileNotFoundError is a fault of the input. Other errors that are not ours are
+    printed with their traceback. `advice` is printed after the message, except where the input was bad.
     """
-    if isinstance(error, errors.OtherFailed):
-        return fail(str(error), error.exit_code)
-    if isinstance(error, errors.SpinJaxError):
-        code, message = error.exit_code, str(error)
-    elif isinstance(error, ValueError | FileNotFoundError) and not work_began:
-        code, message = 2, str(error)
-    elif isinstance(error, FloatingPointError | OSError):
-        code, message = 1, str(error)
-    else:
-        code, message = 1, "".join(traceback.format_exception(error)).rstrip("\n")
-    return fail(message if code == 2 else message + advice, code)
+    bad_input = isinstance(error, ValueError | FileNotFoundError) and not work_began
+    code = getattr(error, "exit_code", 2 if bad_input else 1)
+    known = code == 2 or isinstance(error, errors.SpinJaxError | FloatingPointError | OSError)
+    message = str(error) if known else "".join(traceback.format_exception(error)).rstrip("\n")
+    return fail(message if code == 2 or isinstance(error, errors.OtherFailed) else message + advice, code)

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from spin_jax.config_values import check, is_of_kind, nearest, wanted
+from spin_jax.config_values import check, nearest, typed
 from spin_jax.errors import ConfigError
 
 
@@ -321,16 +321,16 @@ def resolve(config: Mapping[str, Any] | ConfigDict) -> Config:
         config: a ConfigDict or nested dict. A key that it does not have keeps its default.
 
     Raises:
-        ConfigError: a key is unknown (the error names the nearest one), has a wrong type, or has an
-            impossible value.
+        ConfigError: a key is unknown (the error names the nearest one), or has a wrong type or an impossible value.
     """
     if not isinstance(config, Mapping | ConfigDict):
         raise ConfigError(f"the config is {config!r}, and should be a ConfigDict, such as config.default() returns")
     given = config.to_dict() if isinstance(config, ConfigDict | Config) else dict(config)
     resolved = default()
     _lay_over(resolved, given, "")
-    check(resolved)
-    return Config(resolved.to_dict())
+    frozen = Config(resolved.to_dict())
+    check(frozen)
+    return frozen
 
 
 def _lay_over(config: Any, given: Mapping[str, Any], prefix: str) -> None:
@@ -347,16 +347,8 @@ def _lay_over(config: Any, given: Mapping[str, Any], prefix: str) -> None:
             if not isinstance(value, Mapping):
                 raise ConfigError(f"config.{name} is a section, and got {value!r}")
             _lay_over(config[key], value, f"{name}.")
-        elif isinstance(value, Mapping):
-            raise ConfigError(f"config.{name} is a value, not a section, and got {value!r}")
         elif value is not None or config[key] is not None:
-            if isinstance(config[key], tuple):
-                value = tuple(value) if isinstance(value, list | tuple) else (value,)
-                fits = all(is_of_kind(type(config[key][0]), one) for one in value)
-            else:
-                fits = is_of_kind(config.get_type(key), value)
-            if not fits:
-                raise ConfigError(f"{name}={value!r}: {wanted(config, key)}")
+            value = typed(config, key, value, name)
             try:
                 config[key] = value
             except (TypeError, ValueError, OverflowError) as error:  # 10**400 for a float

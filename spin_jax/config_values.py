@@ -5,7 +5,7 @@
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,29 +14,30 @@ from spin_jax.errors import ConfigError
 
 PER_ITERATION = ("loss.beta", "train.learning_rate", "train.epochs")
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", ConfigDict: "a section"}
 
 
-def is_of_kind(kind: type, value: Any) -> bool:
-    """Whether a value has a key's type. A whole number is a number too; True and False are not numbers."""
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float if kind is float else kind)
+def typed(section: Any, key: str, value: Any, name: str) -> Any:
+    """`value` as a key holds it: in a tuple, where its default is a tuple. ConfigError if the type is another one.
 
-
-def wanted(section: Any, key: str) -> str:
-    """A sentence on the type that the values of a key must have."""
-    if isinstance(section[key], tuple):
-        return f"{_KINDS[type(section[key][0])]} is wanted, or several: (1, 2)"
-    return f"{_KINDS[section.get_type(key)]} is wanted"
+    A whole number is a number too; True and False are not numbers.
+    """
+    several = isinstance(section[key], tuple)
+    kind = type(section[key][0]) if several else section.get_type(key)
+    values = tuple(value) if several and isinstance(value, list | tuple) else (value,)
+    result = values if several else value
+    accepted = int | float if kind is float else kind
+    if not all(isinstance(one, accepted) and isinstance(one, bool) == (kind is bool) for one in values):
+        raise ConfigError(f"{name}={result!r}: {KINDS[kind]} is wanted{', or several: (1, 2)' if several else ''}")
+    return result
 
 
 def nearest(key: str, keys: list[str], prefix: str = "") -> str:
     """The end of a message, from its semicolon on: the key nearest to a mistyped one, or all keys."""
+    if not keys:
+        return ""
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    return f"; there are {', '.join(sorted(keys))}"
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; there are {', '.join(sorted(keys))}"
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -52,42 +53,28 @@ def per_iteration(values: tuple, iteration: int) -> Any:
     return values[min(iteration, len(values) - 1)]
 
 
-# The interval of each key with a number, under the key's whole name or its last part. [ and ] include the
-# end, ( and ) exclude it. In a tuple each number is checked. The intervals of floats leave out what float32
-# would round to 0 or infinity.
+# The interval of each key with a number, under the key's whole name or its last part. [ and ] include the end, ( and )
+# exclude it. In a tuple each number is checked. The intervals of floats leave out what float32 would round to 0 or
+# infinity.
 _RANGES = {
-    "[0, 2147483647]": ("seed", "fixed_prompts"),
-    "[1, 2147483647]": (
-        "data.limit",
-        "eval.tasks_limit",
-        "expected",
-        "every_steps",
-        "lora_rank",
-        "keep",
-        "max_new_tokens",
-        "max_prompt",
-        "most_skipped",
-        "row_length",
-        "selfplay.samples",
-        "sampling.tensor",
-        "shard_size",
-        "top_k",
-    ),
-    "[2, 2147483647]": ("max_length",),  # one token for the prompt and one for the answer
-    "[1, 1048576]": ("batch_size", "tokens_per_device"),
-    "[-1, 1048576]": ("mesh.data", "mesh.fsdp", "mesh.tensor"),
-    "[0, 10000]": ("iterations", "start", "mix_previous", "sft.epochs"),
-    "[1, 10000]": ("train.epochs", "eval.samples", "patience", "schedule_epochs"),
-    "[0, 500]": ("eval.limit",),
-    "[0, 0.1]": ("eval.fraction",),
-    "[0, 1]": ("max_bad", "reference_alpha", "warmup_ratio"),
-    "[0, 1)": ("momentum", "decay"),
-    "(0, 1]": ("top_p",),
-    "[1e-37, 1]": ("eps",),
-    "[0, 1e30]": ("nll_weight", "temperature", "weight_decay"),
-    "(0, 1e30]": ("beta", "clip_norm", "control_learning_rate", "learning_rate", "lora_alpha"),
+    "[0, 2147483647]": "seed fixed_prompts",
+    "[1, 2147483647]": "data.limit eval.tasks_limit expected every_steps keep lora_rank max_new_tokens max_prompt "
+    "most_skipped row_length selfplay.samples sampling.tensor shard_size top_k",
+    "[2, 2147483647]": "max_length",  # one token for the prompt and one for the answer
+    "[1, 1048576]": "batch_size tokens_per_device",
+    "[-1, 1048576]": "mesh.data mesh.fsdp mesh.tensor",
+    "[0, 10000]": "iterations start mix_previous sft.epochs",
+    "[1, 10000]": "train.epochs eval.samples patience schedule_epochs",
+    "[0, 500]": "eval.limit",
+    "[0, 0.1]": "eval.fraction",
+    "[0, 1]": "max_bad reference_alpha warmup_ratio",
+    "[0, 1)": "momentum decay",
+    "(0, 1]": "top_p",
+    "[1e-37, 1]": "eps",
+    "[0, 1e30]": "nll_weight temperature weight_decay",
+    "(0, 1e30]": "beta clip_norm control_learning_rate learning_rate lora_alpha",
 }
-_RANGE_OF = {name: interval for interval, names in _RANGES.items() for name in names}
+_RANGE_OF = {name: interval for interval, names in _RANGES.items() for name in names.split()}
 _CHOICES = {
     "train.remat": ("none", "attention", "attention+mlp", "full"),
     "model.attention": ("plain", "splash", "flash"),
@@ -97,21 +84,18 @@ _CHOICES = {
 }
 
 
-def _check_ranges(section: Any, prefix: str = "") -> None:
-    for key, value in section.items():
-        name = f"{prefix}{key}"
-        interval = _RANGE_OF.get(name, _RANGE_OF.get(key))
-        if isinstance(value, ConfigDict):
-            if name != "model.architecture":
-                _check_ranges(value, f"{name}.")
-        elif interval and value is not None:
+def _check_each(c: Mapping[str, Any]) -> None:
+    for name, value in flat(c).items():
+        if value is None or name.startswith("model.architecture."):
+            continue
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise ConfigError(f"{name}={value!r}: one of {', '.join(_CHOICES[name])}")
+        if interval := _RANGE_OF.get(name, _RANGE_OF.get(name.rpartition(".")[2])):
             low, high = map(float, interval[1:-1].split(","))
             for number in value if isinstance(value, tuple) else (value,):
                 above = low <= number if interval[0] == "[" else low < number
                 if not (above and (number <= high if interval[-1] == "]" else number < high)):
                     raise ConfigError(f"{name}={value}: {_in_words(interval, number)}")
-        if name in _CHOICES and value is not None and value not in _CHOICES[name]:
-            raise ConfigError(f"{name}={value!r}: one of {', '.join(_CHOICES[name])}")
 
 
 def _in_words(interval: str, number: float) -> str:
@@ -123,81 +107,60 @@ def _in_words(interval: str, number: float) -> str:
 
 
 def check(c: Any) -> None:
-    """Raises ConfigError for the first value, or pair of values, that is impossible."""
-
-    def need(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(message)
-
-    _check_ranges(c)
-    iterations = c.selfplay.iterations
-    need(
-        c.selfplay.start <= iterations,
-        f"selfplay.start={c.selfplay.start}: at most selfplay.iterations={iterations}",
-    )
-    for name in PER_ITERATION:
-        section, key = name.split(".")
-        values = c[section][key]
-        need(
-            len(values) == 1 or len(values) >= max(iterations, 1),
-            f"{name} has {len(values)} values for {iterations} iterations: give one, or one for each",
-        )
-    need(
-        len(c.lengths.expected) == 3,
-        f"lengths.expected={c.lengths.expected}: three numbers (prompt, human, generated)",
-    )
-    sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
-    need(
-        0 not in sizes and sizes.count(-1) < 2,
-        f"mesh.data, mesh.fsdp, mesh.tensor = {', '.join(map(str, sizes))}: at least 1, and at most one of "
-        "them -1, which takes the devices that are left",
-    )
-    need(
-        bool(c.model.path) or bool(c.model.architecture),
-        "model.path is not set, and neither is model.architecture: give --config.model.path=DIRECTORY, or a hub id",
-    )
-    need(
-        bool(c.data.path) or bool(c.selfplay.pairs),
-        "data.path is not set: give --config.data.path=FILE, a directory or a hub id",
-    )
-    need(
-        bool(c.data.prompt_column) == bool(c.data.answer_column),
-        "data.prompt_column and data.answer_column go together: set both or neither",
-    )
-    need(
-        not c.official or c.lengths.max_prompt < c.lengths.max_length,
-        f"official: lengths.max_prompt={c.lengths.max_prompt} must be below lengths.max_length={c.lengths.max_length}",
-    )
-    need(
-        c.selfplay.patience is None or bool(c.checkpoint.best),
-        f"selfplay.patience={c.selfplay.patience} needs checkpoint.best, the number that must improve",
-    )
-    need(
-        not c.eval.include_path or bool(c.eval.tasks),
-        f"eval.include_path={c.eval.include_path!r} is of no use without eval.tasks",
-    )
-    need(
-        c.selfplay.rows == "all" or bool(c.eval.verifier),
-        f"selfplay.rows={c.selfplay.rows!r} needs eval.verifier, which says which answers are right",
-    )
-    need(
-        c.selfplay.rows == "all" or not c.selfplay.scorer,
-        f"selfplay.rows={c.selfplay.rows!r} and selfplay.scorer both judge answers: leave one of them out",
-    )
-    paths = data_paths(c.data.path)
-    need(
-        len(paths) < 2 or len(paths) >= iterations,
-        f"data.path has {len(paths)} datasets for {iterations} iterations: give one, or one for each",
-    )
+    """Raises ConfigError for the first value, or pair of values, of a Config that is impossible."""
+    _check_each(c)
+    if problem := next(_contradictions(c), None):
+        raise ConfigError(problem)
     given_pairs(c)
     task_names(c)
+
+
+def _contradictions(c: Any) -> Iterator[str]:
+    """What is wrong with values that depend on each other."""
+    play, lengths, iterations = c.selfplay, c.lengths, c.selfplay.iterations
+    if play.start > iterations:
+        yield f"selfplay.start={play.start}: at most selfplay.iterations={iterations}"
+    for name in PER_ITERATION:
+        count = len(flat(c)[name])
+        if count != 1 and count < max(iterations, 1):
+            yield f"{name} has {count} values for {iterations} iterations: give one, or one for each"
+    if len(lengths.expected) != 3:
+        yield f"lengths.expected={lengths.expected}: three numbers (prompt, human, generated)"
+    sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
+    if 0 in sizes or sizes.count(-1) > 1:
+        shown = f"mesh.data, mesh.fsdp, mesh.tensor = {', '.join(map(str, sizes))}"
+        yield f"{shown}: at least 1, and at most one of them -1, which takes the devices that are left"
+    if not c.model.path and not c.model.architecture:
+        missing = "model.path is not set, and neither is model.architecture"
+        yield f"{missing}: give --config.model.path=DIRECTORY, or a hub id"
+    if not c.data.path and not play.pairs:
+        yield "data.path is not set: give --config.data.path=FILE, a directory or a hub id"
+    if bool(c.data.prompt_column) != bool(c.data.answer_column):
+        yield "data.prompt_column and data.answer_column go together: set both or neither"
+    if c.official and lengths.max_prompt >= lengths.max_length:
+        yield f"official: lengths.max_prompt={lengths.max_prompt} must be below lengths.max_length={lengths.max_length}"
+    if play.patience is not None and not c.checkpoint.best:
+        yield f"selfplay.patience={play.patience} needs checkpoint.best, the number that must improve"
+    if c.eval.include_path and not c.eval.tasks:
+        yield f"eval.include_path={c.eval.include_path!r} is of no use without eval.tasks"
+    if play.rows != "all" and not c.eval.verifier:
+        yield f"selfplay.rows={play.rows!r} needs eval.verifier, which says which answers are right"
+    if play.rows != "all" and play.scorer:
+        yield f"selfplay.rows={play.rows!r} and selfplay.scorer both judge answers: leave one of them out"
+    paths = data_paths(c.data.path)
+    if 2 <= len(paths) < iterations:
+        yield f"data.path has {len(paths)} datasets for {iterations} iterations: give one, or one for each"
 
 
 def data_paths(path: str | None) -> list[str]:
     """data.path as a list: empty, one dataset for all iterations, or one for each."""
     if path and os.path.exists(path):  # also if there is a comma in its name
         return [path]
-    return [part.strip() for part in (path or "").split(",") if part.strip()]
+    return _parts(path)
+
+
+def _parts(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def algorithm_notes(c: Mapping[str, Any]) -> list[str]:
@@ -219,9 +182,9 @@ def algorithm_notes(c: Mapping[str, Any]) -> list[str]:
 
 def task_names(c: Any) -> list[str]:
     """eval.tasks as a list without duplicates; ConfigError for an empty name."""
-    names = [name.strip() for name in (c.eval.tasks or "").split(",")]
     if c.eval.tasks is None:
         return []
+    names = [name.strip() for name in c.eval.tasks.split(",")]
     if not all(names):
         raise ConfigError(f"eval.tasks={c.eval.tasks!r}: task names, separated by commas")
     return list(dict.fromkeys(names))
@@ -231,7 +194,7 @@ def given_pairs(c: Any) -> dict[int, str]:
     """selfplay.pairs as {iteration: path}."""
     result: dict[int, str] = {}
     position = c.selfplay.start
-    for entry in filter(None, (part.strip() for part in (c.selfplay.pairs or "").split(","))):
+    for entry in _parts(c.selfplay.pairs):
         number, equals, path = entry.partition("=")
         if equals and number.isdigit():
             result[int(number)] = path
@@ -239,8 +202,6 @@ def given_pairs(c: Any) -> dict[int, str]:
             result[position] = entry
             position += 1
     if result and max(result) >= c.selfplay.iterations:
-        raise ConfigError(
-            f"selfplay.pairs gives pairs for iteration {max(result)}, which does not exist: "
-            f"selfplay.iterations={c.selfplay.iterations}"
-        )
+        said = f"selfplay.pairs gives pairs for iteration {max(result)}, which does not exist"
+        raise ConfigError(f"{said}: selfplay.iterations={c.selfplay.iterations}")
     return result

@@ -1,7 +1,6 @@
 """The exceptions of spin_jax, and the exit code of a command that ends with one.
 
-A command prints such an error as one message, without a traceback. The exit code 2 says that its input was
-bad, 1 that it failed.
+A command prints such an error as one message, without a traceback. Exit code 2 means bad input, and 1 a failure.
 """
 
 from typing import Any
@@ -13,62 +12,46 @@ class SpinJaxError(Exception):
     exit_code = 1
 
 
-# --- bad input ------------------------------------------------------------------------------------
+class BadInput(SpinJaxError):
+    """The input of a command is bad, so the same command would fail again."""
+
+    exit_code = 2
 
 
-class ConfigError(SpinJaxError, ValueError):
+class ConfigError(BadInput, ValueError):
     """A config cannot run; the message names the key and says what to do."""
 
-    exit_code = 2
 
-
-class BadRow(SpinJaxError, ValueError):
+class BadRow(BadInput, ValueError):
     """A row of the data holds no conversation; the message says why, and the caller adds the row's number."""
-
-    exit_code = 2
 
 
 class EmptyAnswer(BadRow):
     """The answer of a row is null, empty or white space."""
 
 
-class BadTemplate(SpinJaxError, ValueError):
+class BadTemplate(BadInput, ValueError):
     """A chat template renders no conversation or takes too long; the message says why."""
 
-    exit_code = 2
 
-
-class Damaged(SpinJaxError, ValueError):
+class Damaged(BadInput, ValueError):
     """Files differ from what was written; the message names each."""
 
-    exit_code = 2
 
-
-class MissingInput(SpinJaxError, FileNotFoundError):
+class MissingInput(BadInput, FileNotFoundError):
     """An input of a phase is missing, for example because an earlier phase has not written it yet."""
 
-    exit_code = 2
 
-
-class NothingToTrainOn(SpinJaxError, RuntimeError):
+class NothingToTrainOn(BadInput, RuntimeError):
     """The setting selfplay.rows keeps none of the answers of an iteration."""
 
-    exit_code = 2
 
-
-class HarnessNotInstalled(SpinJaxError, ImportError, ValueError):
+class HarnessNotInstalled(BadInput, ImportError, ValueError):
     """lm_eval is not installed; the message says how to install it."""
 
-    exit_code = 2
 
-
-class NoCompiler(SpinJaxError):
+class NoCompiler(BadInput):
     """No compiler for the planned machine is installed; the message says what to install."""
-
-    exit_code = 2
-
-
-# --- failures -------------------------------------------------------------------------------------
 
 
 class NoRoom(SpinJaxError, OSError):
@@ -109,9 +92,6 @@ class OtherFailed(SpinJaxError, RuntimeError):
     def __init__(self, code: int):
         super().__init__("another process failed, and prints why")
         self.exit_code = code
-
-
-# --- interruptions --------------------------------------------------------------------------------
 
 
 class Interrupted(KeyboardInterrupt):
