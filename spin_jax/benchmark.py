@@ -86,13 +86,8 @@ class Workload(NamedTuple):
     prompts: list[Ids]
 
 
-def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int, count: int) -> Workload:
+def workload(config: Any) -> Workload:
     """Reads the model and the data that are given, and makes random ones in place of the others.
-
-    Args:
-        pairs: a file, or None for random pairs, enough for `steps`.
-        prompts: a file, or None for random prompts.
-        count: how many prompts.
 
     Raises:
         ValueError, FileNotFoundError: the message names the key, or the file and the row.
@@ -104,31 +99,41 @@ def workload(config: Any, *, pairs: str | None, prompts: str | None, steps: int,
         model = from_config.placed(config, model)
         params = functools.partial(init_params, model.config, jax.random.key(0), model.mesh)
     from_config.check_mesh(config, model)
-    vocab_size = model.config.vocab_size
-    if pairs:
-        rows, chat = sources.load_rows(pairs, "train"), inputs.make_chat(config, model)
-        read, _ = load_pairs(rows, chat, path=pairs, vocab_size=vocab_size)
-        read = [dataclasses.replace(pair, start=pair.generated) for pair in read]  # as long as the start's may be
+    vocab_size, count = model.config.vocab_size, _NUM_PROMPTS.value or config.sampling.batch_size
+    if path := _PAIRS.value:
+        rows, chat = sources.load_rows(path, "train"), inputs.make_chat(config, model)
+        pairs, _ = load_pairs(rows, chat, path=path, vocab_size=vocab_size)
+        pairs = [dataclasses.replace(pair, start=pair.generated) for pair in pairs]  # as long as the start's may be
     else:
-        read = from_config.expected_pairs(config, vocab_size, steps * config.train.batch_size)
-    if prompts:
-        rows, chat = sources.load_rows(prompts, "train"), inputs.make_chat(config, model)
-        examples, _ = load_examples(rows, chat, path=prompts)
-        to_answer = [chat.sampling_prompt(example) for example in examples[:count]]
+        pairs = from_config.expected_pairs(config, vocab_size, _STEPS.value * config.train.batch_size)
+    if path := _PROMPTS.value:
+        rows, chat = sources.load_rows(path, "train"), inputs.make_chat(config, model)
+        examples, _ = load_examples(rows, chat, path=path)
+        prompts = [chat.sampling_prompt(example) for example in examples[:count]]
     else:
-        to_answer = [pair.prompt for pair in from_config.expected_pairs(config, vocab_size, count)]
-    return Workload(config, model, params, read, to_answer)
+        prompts = [pair.prompt for pair in from_config.expected_pairs(config, vocab_size, count)]
+    return Workload(config, model, params, pairs, prompts)
 
 
-def measure(work: Workload, steps: int, profile: str | None = None) -> dict[str, Any]:
+def measure(work: Workload) -> dict[str, Any]:
     """Samples, scores and trains. Training comes last, so no optimizer state takes memory before."""
-    compilations = _compilation_seconds()
+    compilations: list[float] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            compilations.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)  # pyright: ignore[reportArgumentType]
     devices = list(work.model.mesh.devices.flat)
     params = work.params()
     parameters = count_params(params)
-    sample = _measure_sampling(work, params, profile)
-    score, scored = _measure_scoring(work, params)
-    train = _measure_training(work, params, scored, steps, profile)
+    sample = _measure_sampling(work, params)
+    roles = custom_loss.roles(work.config.loss)
+    groups = [pair_group(pair, roles) for pair in work.pairs]
+    sizes = group_sizes(groups)
+    shape = from_config.row_shape(work.config.train, work.config, work.model, sizes, sizes.max(axis=0))
+    score, scored = _measure_scoring(work, params, groups, shape)
+    train = _measure_training(work, params, scored, shape)
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     unit = 2**20 if sys.platform == "linux" else 2**30  # getrusage counts KiB on Linux, bytes on macOS
     return {
@@ -144,7 +149,7 @@ def measure(work: Workload, steps: int, profile: str | None = None) -> dict[str,
     }
 
 
-def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[str, Any]:
+def _measure_sampling(work: Workload, params: Any) -> dict[str, Any]:
     model, c = work.model, work.config
     mesh = from_config.sampling_mesh(c, model)
     weights = sampling_params(params, model.config, model.dtype, mesh)
@@ -165,7 +170,7 @@ def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[
 
     answer()
     seconds = _timed(answer)
-    _traced(answer, profile, "sample")
+    _traced(answer, "sample")
     tokens = new * len(work.prompts)
     chip = chips.chip(mesh.devices.flat[0].device_kind)
     tensor = from_config.sampling_tensor(c, model)
@@ -184,15 +189,13 @@ def _measure_sampling(work: Workload, params: Any, profile: str | None) -> dict[
     }
 
 
-def _measure_scoring(work: Workload, params: Any) -> tuple[dict[str, Any], list]:
-    model, c = work.model, work.config
-    groups = _groups(work)
-    shape, decoder = _shape(work), from_config.decoder(c, model)
+def _measure_scoring(work: Workload, params: Any, groups: list[Group], shape: RowShape) -> tuple[dict[str, Any], list]:
+    decoder = from_config.decoder(work.config, work.model)
     logps: Any = None
 
     def score() -> None:
         nonlocal logps
-        logps = score_groups(decoder, params, groups, shape, model.mesh)
+        logps = score_groups(decoder, params, groups, shape, work.model.mesh)
 
     score()
     seconds = _timed(score)
@@ -201,31 +204,28 @@ def _measure_scoring(work: Workload, params: Any) -> tuple[dict[str, Any], list]
     return {"real_tokens_per_s": tokens / seconds, "pairs": len(work.pairs)}, scored
 
 
-def _measure_training(work: Workload, params: Any, scored: list, steps: int, profile: str | None) -> dict[str, Any]:
-    model, c = work.model, work.config
+def _measure_training(work: Workload, params: Any, scored: list, shape: RowShape) -> dict[str, Any]:
+    model, c, steps = work.model, work.config, _STEPS.value
     options = from_config.optimization(c, 0)
-    shape = _shape(work)
     objective = from_config.spin(c, model)
     step = make_step(objective, options)
     state = init_state(params, options, model.mesh)
     scalars = {"beta": np.float32(c.loss.beta[0])}
-    source = iter(
-        batches(
-            scored,
-            lambda chosen: pair_batches(chosen, shape, roles=objective.roles),
-            options.batch_size,
-            shape,
-            seed=0,
-            epochs=-(-(steps + 1) * options.batch_size // len(scored)),
-            start=0,
-        )
+    source = batches(
+        scored,
+        lambda chosen: pair_batches(chosen, shape, roles=objective.roles),
+        options.batch_size,
+        shape,
+        seed=0,
+        epochs=-(-(steps + 1) * options.batch_size // len(scored)),
+        start=0,
     )
-    times, waits, pairs, tokens, flops, computed = [], [], [], [], [], []
+    measured = []
     with jax.set_mesh(model.mesh):
         for number in range(steps + 1):  # the first compiles
             began = time.perf_counter()
             batch = next(source)
-            waits.append(time.perf_counter() - began)
+            wait = time.perf_counter() - began
 
             def run(batch: Any = batch) -> None:
                 nonlocal state
@@ -233,41 +233,28 @@ def _measure_training(work: Workload, params: Any, scored: list, steps: int, pro
                 state, metrics = step(state, placed, np.float32(c.train.learning_rate[0]), scalars)
                 jax.block_until_ready((state, metrics))
 
-            times.append(_timed(run))
+            seconds = _timed(run)
             if number == steps:
-                _traced(run, profile, "train")
-            pairs.append(int(np.count_nonzero(batch.rows.items)))
-            tokens.append(filled_tokens(batch))
+                _traced(run, "train")
             used = int((batch.rows.items > 0).any(axis=(1, 2)).sum())
-            computed.append(used * shape.rows * shape.length)
-            flops.append(3 * rows_flops(model.config, batch.rows))
-    seconds = statistics.median(times[1:])
+            sizes = np.count_nonzero(batch.rows.items), filled_tokens(batch), used * shape.rows * shape.length
+            measured.append((seconds, wait, *sizes, 3 * rows_flops(model.config, batch.rows)))
+    seconds, waits, pairs, tokens, computed, flops = np.sum(measured[1:], axis=0)
     chip = chips.chip(model.mesh.devices.flat[0].device_kind)
-    rate = sum(flops[1:]) / sum(times[1:]) / model.mesh.size
+    rate = flops / seconds / model.mesh.size
     return {
-        "step_s": seconds,
-        "pairs_per_s": sum(pairs[1:]) / sum(times[1:]),
-        "real_tokens_per_s": sum(tokens[1:]) / sum(times[1:]),
+        "step_s": statistics.median(step[0] for step in measured[1:]),
+        "pairs_per_s": pairs / seconds,
+        "real_tokens_per_s": tokens / seconds,
         "mfu": None if chip is None else rate / chip.flops,
         "tflops_per_device": rate / 1e12,
-        "padding": 1 - sum(tokens[1:]) / sum(computed[1:]),
+        "padding": 1 - tokens / computed,
         "microbatch": f"{shape.rows} × {shape.length}",
-        "input_wait": sum(waits[1:]) / (sum(waits[1:]) + sum(times[1:])),
-        "batch_size": max(pairs),
+        "input_wait": waits / (waits + seconds),
+        "batch_size": int(max(pairs for _, _, pairs, *_ in measured)),
         "remat": c.train.remat,
         "attention": objective.decoder.kernel,
     }
-
-
-def _groups(work: Workload) -> list[Group]:
-    roles = custom_loss.roles(work.config.loss)
-    return [pair_group(pair, roles) for pair in work.pairs]
-
-
-def _shape(work: Workload) -> RowShape:
-    """The shape of the micro-batches of a run with these pairs."""
-    known = group_sizes(_groups(work))
-    return from_config.row_shape(work.config.train, work.config, work.model, known, known.max(axis=0))
 
 
 def _timed(run: Callable[[], None]) -> float:
@@ -277,23 +264,11 @@ def _timed(run: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _traced(run: Callable[[], None], folder: str | None, name: str) -> None:
-    """Runs it once more under the profiler, if there is a folder: tracing takes time of its own."""
-    if folder:
+def _traced(run: Callable[[], None], name: str) -> None:
+    """Runs it once more under the profiler, if a trace is wanted: tracing takes time of its own."""
+    if folder := _PROFILE.value:
         with jax.profiler.trace(os.path.join(folder, name)):
             run()
-
-
-def _compilation_seconds() -> list[float]:
-    """A list to which every compilation from now on adds its seconds."""
-    seconds: list[float] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            seconds.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)  # pyright: ignore[reportArgumentType]
-    return seconds
 
 
 def resolved_config() -> Any:
@@ -328,22 +303,15 @@ def resolved_config() -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0 done, 2 bad input."""
-    argv = sys.argv if argv is None else argv
     try:
-        config = parse(argv, resolved_config)
+        config = parse(sys.argv if argv is None else argv, resolved_config)
         set_up_jax(config)
-        work = workload(
-            config,
-            pairs=_PAIRS.value,
-            prompts=_PROMPTS.value,
-            steps=_STEPS.value,
-            count=_NUM_PROMPTS.value or config.sampling.batch_size,
-        )
+        work = workload(config)
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
     if warning := chips.unknown_peak(work.model.mesh.devices.flat[0]):
         processes.say(warning)
-    processes.say(json.dumps(measure(work, _STEPS.value, _PROFILE.value), ensure_ascii=False))
+    processes.say(json.dumps(measure(work), ensure_ascii=False))
     return 0
 
 
