@@ -84,8 +84,7 @@ def ipo(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Array, "
 def tspin(policy: Any, opponent: Any, *, beta: Beta, alpha: float = 1.0) -> Float[Array, " B"]:
     """T-SPIN's ℓ(α [log p(y) − log p(y')]) + β ℓ(α [log p(y') − log p(y0)]), ℓ logistic (arXiv 2601.08198).
 
-    It does not use the opponent's log-probabilities. Here β is the weight of the second term, and α scales
-    the differences.
+    It does not use the opponent's log-probabilities. β is the weight of the second term; α scales the differences.
     """
     del opponent
     current = jax.nn.softplus(-alpha * (policy.real - policy.generated))

@@ -25,7 +25,7 @@ Exit codes: 0 done, 1 failed (a full disk), 2 bad input.
 """
 
 import io
-import json
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -36,22 +36,18 @@ from absl import flags
 from spin_jax import config as config_lib
 from spin_jax.cli import fail, parse
 
-# --- pairs ---------------------------------------------------------------------------------------
-
 
 def export(workdir: str, iteration: int, output: str) -> list[str]:
-    """Writes the pairs of an iteration in the published SPIN format.
+    """Writes the pairs of an iteration in the published SPIN format, and returns a line of text about each file.
 
     Args:
-        output: a folder, which gets a file for each split; or a .parquet or .jsonl file, which gets the
-            training pairs.
-
-    Returns:
-        A line of text about each file.
+        output: a folder, which gets a file for each split; or a .parquet or .jsonl file, for the training pairs.
 
     Raises:
         ValueError, FileNotFoundError: the iteration has no pairs, or not all of them yet.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     from etils import epath
 
     from spin_jax.data import parquet
@@ -71,7 +67,9 @@ def export(workdir: str, iteration: int, output: str) -> list[str]:
         if target.suffix == ".jsonl":
             files.write_jsonl(target, rows)
         else:
-            files.write(target, _parquet(rows))
+            buffer = io.BytesIO()
+            pq.write_table(pa.Table.from_pylist(rows), buffer)
+            files.write(target, buffer.getvalue())
         lines.append(f"{target}: {len(rows)} pairs")
     return lines
 
@@ -82,26 +80,13 @@ def _shards(workdir: Any, iteration: int) -> dict[str, list[Any]]:
     found = sorted(folder.glob("*.parquet")) if folder.exists() else []
     if not found:
         raise FileNotFoundError(f"{folder} holds no pairs: has iteration {iteration} been sampled?")
-    splits: dict[str, list[Any]] = {}
-    for path in found:
-        splits.setdefault(path.name.partition("-")[0], []).append(path)
+    by_split = itertools.groupby(found, lambda path: path.name.partition("-")[0])
+    splits = {split: list(paths) for split, paths in by_split}
     for paths in splits.values():
         count = int(paths[0].stem.rpartition("-")[2])
         if len(paths) != count:
             raise ValueError(f"{folder} has {len(paths)} of {count} files: sampling has not ended")
     return dict(sorted(splits.items(), reverse=True))
-
-
-def _parquet(rows: list[dict[str, Any]]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
-
-
-# --- prompts -------------------------------------------------------------------------------------
 
 
 def write_prompts(workdir: str, output: str, iteration: int | None = None) -> str:
@@ -114,18 +99,17 @@ def write_prompts(workdir: str, output: str, iteration: int | None = None) -> st
     from spin_jax.storage import files
 
     prepared = prepare(_read_config(workdir), workdir)
-    done = [row["iteration"] for row in files.read_agreed(prepared.workdir / "summary.json") or []]
-    if prepared.config.selfplay.samples > 1:
-        raise ValueError(
-            f"selfplay.samples={prepared.config.selfplay.samples}: prompts are written for one answer to each"
-        )
-    t = max([prepared.config.selfplay.start, *(n + 1 for n in done)]) if iteration is None else iteration
+    play = prepared.config.selfplay
+    if play.samples > 1:
+        raise ValueError(f"selfplay.samples={play.samples}: prompts are written for one answer to each")
+    done = files.read_agreed(prepared.workdir / "summary.json") or []
+    t = max([play.start, *(row["iteration"] + 1 for row in done)]) if iteration is None else iteration
     answers = prepared.folder(t) / "pairs"
     if files.exists(answers):
         raise ValueError(f"iteration {t} has answers already, in {answers}")
     model = _opponent_folder(prepared, t)
-    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(prepared, t, model)]
-    files.write(output, "".join(lines).encode())
+    lines = list(_lines(prepared, t, model))
+    files.write_jsonl(output, lines)
     return f"{output}: {len(lines) - 1} prompts of iteration {t}, to be answered by {model}"
 
 
@@ -153,16 +137,14 @@ def _opponent_folder(prepared: Any, t: int) -> str:
         return c.model.path
     folder = prepared.folder(t - 1 if t > c.selfplay.start else -1) / "model"
     if not seals.sealed(folder):
-        raise FileNotFoundError(
-            f"{folder}, which will answer in iteration {t}, is not there yet: a run with "
-            f"--config.selfplay.iterations={t} ends with it"
-        )
+        what = f"{folder}, which will answer in iteration {t}, is not there yet"
+        raise FileNotFoundError(f"{what}: a run with --config.selfplay.iterations={t} ends with it")
     return str(folder)
 
 
 def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
     """The lines of the file: how to sample, then each prompt, the held-out ones last."""
-    c, chat = prepared.config, prepared.chat
+    c = prepared.config
     yield {
         "prompts_of_iteration": t,
         "model": model,
@@ -174,7 +156,7 @@ def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
         "stop_token_ids": list(prepared.model.stop_tokens),
     }
     for example in [*prepared.examples(t), *prepared.held_out]:
-        prompt = chat.sampling_prompt(example)
+        prompt = prepared.chat.sampling_prompt(example)
         yield {
             "prompt_id": example.prompt_id,
             "real": example.messages,
@@ -182,9 +164,6 @@ def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
             "real_tokens": example.real.tolist(),
             "max_tokens": min(c.sampling.max_new_tokens, max(c.lengths.max_length - len(prompt), 1)),
         }
-
-
-# --- the command ---------------------------------------------------------------------------------
 
 
 def read_flags() -> tuple[str, int | None, str | None, str | None]:

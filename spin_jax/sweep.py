@@ -68,11 +68,10 @@ def table(runs: Sequence[tuple[str, int, Mapping[str, Numbers]]], numbers: Seque
         runs: (variant, seed, `outcome`) of each run.
         numbers: the columns.
     """
-    lines: dict[str, dict[int, Numbers]] = {}
+    lines: dict[str, dict[int, Mapping[str, float]]] = {}
     for _, seed, found in runs:
         for name, values in found.items():
-            # All runs of a seed have the same start.
-            lines.setdefault(name, {}).setdefault(seed, dict(values))
+            lines.setdefault(name, {}).setdefault(seed, values)  # all runs of a seed have the same start
     text = [f"| | {' | '.join(numbers)} |", "|---" * (len(numbers) + 1) + "|"]
     for name, by_seed in lines.items():
         columns = [[values[n] for values in by_seed.values() if n in values] for n in numbers]
@@ -88,7 +87,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def read_flags() -> tuple[str, list[str], list[int], epath.Path, list[str]]:
-    """Returns (config file, variants, seeds, workdir, numbers)."""
+    """(config file, variants, seeds, workdir, numbers), from the flags."""
     given = flags.FLAGS
     # The first variant is read here for its errors only: each run reads its own.
     read_config(f"{given.config}:{given.variants[0]}" if given.config and given.variants else "")
@@ -102,20 +101,16 @@ def read_flags() -> tuple[str, list[str], list[int], epath.Path, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
-    argv = sys.argv if argv is None else argv
+    """Runs the command line and returns its exit code, which the docstring of this file explains."""
     # These are defined here because a program that imports this module may define flags of the same names.
     flags.DEFINE_string("config", None, "Config file; --config.key=value changes a key of it.")
     flags.DEFINE_string("workdir", None, "Where the runs are kept.")
     flags.DEFINE_list("variants", [], "Variants of the config file.")
     flags.DEFINE_list("seeds", ["0"], "Seeds of each variant.")
-    flags.DEFINE_list(
-        "numbers",
-        ["sampled_accuracy", "greedy_accuracy", "nll"],
-        "Numbers of summary.json that are compared.",
-    )
+    compared = ["sampled_accuracy", "greedy_accuracy", "nll"]
+    flags.DEFINE_list("numbers", compared, "Numbers of summary.json that are compared.")
     try:
-        config, variants, seeds, workdir, numbers = parse(argv, read_flags)
+        config, variants, seeds, workdir, numbers = parse(sys.argv if argv is None else argv, read_flags)
     except ValueError as error:
         return fail(str(error))
     runs = []
