@@ -169,14 +169,12 @@ def _measure_sampling(work: Workload, params: Any) -> dict[str, Any]:
         )
 
     answer()
-    seconds = _timed(answer)
+    seconds, _ = _timed(answer)
     _traced(answer, "sample")
-    tokens = new * len(work.prompts)
-    chip = chips.chip(mesh.devices.flat[0].device_kind)
+    tokens, share = new * len(work.prompts), None
     tensor = from_config.sampling_tensor(c, model)
     copies = mesh.size // tensor
-    share = None
-    if chip is not None:
+    if chip := chips.chip(mesh.devices.flat[0].device_kind):
         context = sum(map(len, work.prompts)) / len(work.prompts) + new / 2
         step = cost.decode_step_s(model.config, chip, -(-slots // copies), context, model.dtype.itemsize, tensor)
         share = tokens / seconds / (slots / step)
@@ -191,14 +189,9 @@ def _measure_sampling(work: Workload, params: Any) -> dict[str, Any]:
 
 def _measure_scoring(work: Workload, params: Any, groups: list[Group], shape: RowShape) -> tuple[dict[str, Any], list]:
     decoder = from_config.decoder(work.config, work.model)
-    logps: Any = None
-
-    def score() -> None:
-        nonlocal logps
-        logps = score_groups(decoder, params, groups, shape, work.model.mesh)
-
+    score = functools.partial(score_groups, decoder, params, groups, shape, work.model.mesh)
     score()
-    seconds = _timed(score)
+    seconds, logps = _timed(score)
     tokens = sum(len(group.prompt) + sum(map(len, group.answers)) for group in groups)
     scored = [ScoredPair(pair, tuple(row)) for pair, row in zip(work.pairs, logps, strict=True)]
     return {"real_tokens_per_s": tokens / seconds, "pairs": len(work.pairs)}, scored
@@ -223,9 +216,7 @@ def _measure_training(work: Workload, params: Any, scored: list, shape: RowShape
     measured = []
     with jax.set_mesh(model.mesh):
         for number in range(steps + 1):  # the first compiles
-            began = time.perf_counter()
-            batch = next(source)
-            wait = time.perf_counter() - began
+            wait, batch = _timed(functools.partial(next, source))
 
             def run(batch: Any = batch) -> None:
                 nonlocal state
@@ -233,7 +224,7 @@ def _measure_training(work: Workload, params: Any, scored: list, shape: RowShape
                 state, metrics = step(state, placed, np.float32(c.train.learning_rate[0]), scalars)
                 jax.block_until_ready((state, metrics))
 
-            seconds = _timed(run)
+            seconds, _ = _timed(run)
             if number == steps:
                 _traced(run, "train")
             used = int((batch.rows.items > 0).any(axis=(1, 2)).sum())
@@ -257,14 +248,14 @@ def _measure_training(work: Workload, params: Any, scored: list, shape: RowShape
     }
 
 
-def _timed(run: Callable[[], None]) -> float:
-    """The seconds that `run` takes."""
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """(the seconds that `run` takes, its result)."""
     began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+    result = run()
+    return time.perf_counter() - began, result
 
 
-def _traced(run: Callable[[], None], name: str) -> None:
+def _traced(run: Callable[[], object], name: str) -> None:
     """Runs it once more under the profiler, if a trace is wanted: tracing takes time of its own."""
     if folder := _PROFILE.value:
         with jax.profiler.trace(os.path.join(folder, name)):

@@ -154,8 +154,7 @@ def default() -> Any:
     c.selfplay.pairs = placeholder(str)
     # K: how many answers to a prompt are sampled. Each becomes a row to train on.
     c.selfplay.samples = 1
-    # Which of these rows are used: all, or those with an answer that eval.verifier accepts (right) or
-    # rejects (wrong).
+    # Which of these rows are used: all, or those with an answer that eval.verifier accepts (right) or rejects (wrong).
     c.selfplay.rows = "all"
     # module:function(messages, answers), which returns a number for each answer, for losses that take a
     # score. The last message is the human answer.

@@ -93,7 +93,7 @@ def plain(
     """Computes every score under a mask: the kernels' reference. It also reads caches: heads come first."""
     seen = visible(queries, keys, window)
     precision = matmul_precision(q.dtype)
-    q = sharding.grouped_heads(q, k.shape[1])
+    q = sharding.grouped(q, k.shape[1])
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32)
     scores *= q.shape[-1] ** -0.5 if scale is None else scale
     if softcap is not None:

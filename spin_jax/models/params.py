@@ -53,14 +53,14 @@ def _for_sampling(params: Params, config: ModelConfig, dtype: Any, fused: bool) 
 def _fuse_layer(layer: Params, config: ModelConfig) -> Params:
     """Fuses one layer's q, k and v, which are split as kv heads are, and its gate and up."""
     attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
-    for kind in "wb":
-        if f"{kind}q" in attention:
-            q, k, v = (attention.pop(kind + name) for name in "qkv")
-            q = sharding.grouped_weight(q, config.num_key_value_heads)
-            attention[f"{kind}qkv"] = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
-    for kind in ("", "_bias"):
-        if f"gate{kind}" in mlp and not config.num_experts:
-            mlp[f"gate_up{kind}"] = jnp.stack([mlp.pop(name + kind) for name in ("gate", "up")], axis=-2)
+    for fused, names in (("wqkv", ("wq", "wk", "wv")), ("bqkv", ("bq", "bk", "bv"))):
+        if names[0] in attention:
+            q, k, v = (attention.pop(name) for name in names)
+            q = sharding.grouped(q, config.num_key_value_heads)
+            attention[fused] = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+    for fused, names in (("gate_up", ("gate", "up")), ("gate_up_bias", ("gate_bias", "up_bias"))):
+        if names[0] in mlp and not config.num_experts:
+            mlp[fused] = jnp.stack([mlp.pop(name) for name in names], axis=-2)
     return {**layer, "attention": attention, "mlp": mlp}
 
 

@@ -123,14 +123,14 @@ def _estimated_traffic(run: PlannedRun, tokens: float, passes: int, gradients: f
     have gradients.
     """
     m, mesh, item = run.model.config, run.model.mesh, run.model.dtype.itemsize
-    fsdp, tensor = sharding.fsdp_shards(mesh), sharding.tensor_shards(mesh)
+    data, fsdp, tensor = mesh.axis_sizes
     weights = item * cost.all_params(m) / tensor
     result = {}
     if fsdp > 1:
         result["all-gather"] = weights * min(passes, 2)
     if passes > 1 and sharding.batch_shards(mesh) > 1:
         result["reduce-scatter"] = gradients * weights
-    replicas = math.gcd(sharding.replicas(mesh), run.topology.slices)
+    replicas = math.gcd(data, run.topology.slices)
     between = 2 * (1 - 1 / replicas) * gradients * weights / fsdp if passes > 1 else 0.0
     if parts := run.topology.slices // replicas - 1:  # fsdp spans slices: each slice gets the parts of the others
         mine = mesh.size / run.topology.slices

@@ -54,7 +54,5 @@ def unknown_peak(device: Any) -> str:
     """A note that the MFU of this device is unknown; "" for a listed device and for a CPU."""
     if device.platform == "cpu" or chip(device.device_kind):
         return ""
-    return (
-        f"spin_jax.runtime.chips.CHIPS has no {device.device_kind!r}: "
-        "MFU and the share of the roofline are unknown (null)"
-    )
+    missing = f"spin_jax.runtime.chips.CHIPS has no {device.device_kind!r}"
+    return f"{missing}: MFU and the share of the roofline are unknown (null)"

@@ -45,17 +45,15 @@ def set_compiler_flags(config: Any) -> None:
 def skip_absent_tpu() -> None:
     """Keeps JAX from loading libtpu, which takes seconds and prints errors, on a machine without a TPU.
 
-    JAX loads libtpu wherever it is installed. Where there is neither a sign of a TPU nor a plugin for another
-    accelerator, this sets the platform to the CPU. It changes nothing where the user or JAX has named the
-    platforms (JAX does where it finds the PCI device of a TPU). A program that uses spin_jax as a library
-    may call it before it asks for a device.
+    It sets the platform to the CPU where there is neither a sign of a TPU nor a plugin for another accelerator, unless
+    the user or JAX has named the platforms (JAX does where it finds the PCI device of a TPU). A program that uses
+    spin_jax as a library may call it before it asks for a device.
     """
     import jax
 
     if jax.config.values["jax_platforms"] or "JAX_FORCE_TPU_INIT" in os.environ:
         return
-    has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
-    has_tpu = has_tpu or any(name in os.environ for name in TPU_VARIABLES)
+    has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*") or os.environ.keys() & set(TPU_VARIABLES)
     has_plugin = metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins")
     if not has_tpu and not has_plugin:
         jax.config.update("jax_platforms", "cpu")

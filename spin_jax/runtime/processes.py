@@ -6,7 +6,6 @@ depends on it. Process 0 does all writing and printing. With one process all of 
 """
 
 import base64
-import functools
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -35,21 +35,16 @@ def connect(coordinator: str | None, processes: int | None, process_id: int | No
         ValueError: some of the arguments are given and some are not.
     """
     given = [coordinator, processes, process_id]
-    if given != [None] * 3:
-        if None in given:
-            raise ValueError("--coordinator, --num_processes and --process_id go together")
-        jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=heartbeat_s)
-        return
-    if jax.distributed.is_initialized():
+    if None in given and given != [None] * 3:
+        raise ValueError("--coordinator, --num_processes and --process_id go together")
+    if coordinator is None and jax.distributed.is_initialized():
         return
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_s)
-    except ValueError as error:
-        if "coordinator_address" not in str(error):
-            raise
-        return  # there are no others
-    except RuntimeError as error:
-        if "before any JAX" not in str(error):  # a notebook, for example, has used JAX before: it is the only process
+        jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=heartbeat_s)
+    except (ValueError, RuntimeError) as error:
+        # This is the only process if JAX finds no coordinator, or has been used before, as in a notebook.
+        alone = "coordinator_address" in str(error) or "before any JAX" in str(error)
+        if coordinator is not None or not alone:
             raise
 
 
@@ -71,13 +66,6 @@ def say(text: str) -> None:
 def by_first(action: Callable[[], object]) -> None:
     """Process 0 runs `action()`; all processes return when it is done, and all fail if it fails."""
     together(lambda: action() if first() else None)
-
-
-def agreed(value: Any) -> np.ndarray:
-    """Returns process 0's value: numbers of at most 32 bits, with the same shape and dtype everywhere."""
-    if jax.process_count() == 1:
-        return np.asarray(value)
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def exchanged(value: Any) -> list[Any]:
@@ -107,24 +95,13 @@ def most(number: int) -> Any:
     """The largest number of all processes: an int, or an array on the devices that `int` waits for."""
     if jax.process_count() == 1:
         return int(number)
-    mesh, count = _all_devices(), jax.device_count()
+    mesh, count = Mesh(np.array(jax.devices()), ("all",)), jax.device_count()
+    layout, mine = NamedSharding(mesh, PartitionSpec("all")), np.full(count, number, np.int32)
     with jax.set_mesh(mesh):
-        numbers = jax.make_array_from_callback(
-            (count,),
-            NamedSharding(mesh, PartitionSpec("all")),
-            lambda index: np.full(count, number, np.int32)[index],
-        )
-        return _most(numbers)
+        return _largest(jax.make_array_from_callback((count,), layout, lambda index: mine[index]))
 
 
-@functools.cache
-def _all_devices() -> Mesh:
-    return Mesh(np.array(jax.devices()), ("all",))
-
-
-@functools.partial(jax.jit, out_shardings=PartitionSpec())
-def _most(numbers: jax.Array) -> jax.Array:
-    return numbers.max()
+_largest = jax.jit(jnp.max, out_shardings=PartitionSpec())
 
 
 def together(make: Callable[[], Result]) -> Result:
@@ -136,13 +113,11 @@ def together(make: Callable[[], Result]) -> Result:
     """
     if jax.process_count() == 1:
         return make()
-    error, made = None, None
+    error, made, code = None, None, 0
     try:
         made = make()
     except Exception as raised:  # any error counts: the others must not wait for this process
         error = raised
-    code = 0
-    if error is not None:
         code = getattr(error, "exit_code", 2 if isinstance(error, ValueError | FileNotFoundError) else 1)
     if code := int(most(code)):
         failure = error or OtherFailed(code)
@@ -154,11 +129,8 @@ def together(make: Callable[[], Result]) -> Result:
 def leave(error: Exception, code: int) -> int:
     """`code`, to exit with; but where only this process failed it ends here: the others would wait for it."""
     if jax.process_count() > 1 and not getattr(error, "of_all", False):
-        print(
-            "this process cannot go on (another that ended may be why): end all, and start all again",
-            file=sys.stderr,
-            flush=True,
-        )
+        said = "this process cannot go on (another that ended may be why): end all, and start all again"
+        print(said, file=sys.stderr, flush=True)
         if first():
             time.sleep(3)  # with it the others lose their coordinator: first let them say what they know
         os._exit(code)
@@ -169,12 +141,11 @@ def check_same(what: str, content: Callable[[], bytes]) -> None:
     """Raises ValueError if `content` differs between processes: they would run different programs."""
     if jax.process_count() == 1:
         return
-    digest = np.frombuffer(hashlib.sha256(together(content)).digest(), np.int32)
-    differs = not np.array_equal(agreed(digest), digest)
-    if bool(most(differs)):
-        mine = ": this process differs from process 0" if differs else ""
-        together(lambda: _refuse(f"{what} differ between processes{mine}"))
+    digests = exchanged(together(lambda: hashlib.sha256(content()).hexdigest()))
 
+    def compare() -> None:
+        if len(set(digests)) > 1:
+            mine = "" if digests[jax.process_index()] == digests[0] else ": this process differs from process 0"
+            raise ValueError(f"{what} differ between processes{mine}")
 
-def _refuse(message: str) -> None:
-    raise ValueError(message)
+    together(compare)

@@ -11,7 +11,7 @@ tracing, and whatever is derived from a parameter (gradient, optimizer state) is
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,16 +94,6 @@ def batch_shards(mesh: Mesh | None = None) -> int:
     return shape.get("data", 1) * shape.get("fsdp", 1)
 
 
-def replicas(mesh: Mesh) -> int:
-    """How many copies of the model the mesh holds."""
-    return mesh.shape["data"]
-
-
-def fsdp_shards(mesh: Mesh) -> int:
-    """Into how many parts the fsdp axis splits the parameters and, beside the replicas, the batch."""
-    return mesh.shape["fsdp"]
-
-
 def tensor_shards(mesh: Mesh) -> int:
     """Into how many parts the tensor axis splits heads, the MLP and the vocabulary."""
     return mesh.shape["tensor"]
@@ -111,7 +101,7 @@ def tensor_shards(mesh: Mesh) -> int:
 
 def weight_shards(mesh: Mesh) -> int:
     """Into how many parts the stored parameters of one replica are split."""
-    return fsdp_shards(mesh) * tensor_shards(mesh)
+    return mesh.shape["fsdp"] * mesh.shape["tensor"]
 
 
 def spec(*logical: str | None) -> PartitionSpec | None:
@@ -122,49 +112,38 @@ def spec(*logical: str | None) -> PartitionSpec | None:
 
 
 def reshard(x: jax.Array, *logical: str | None) -> jax.Array:
-    """`x` laid out by logical axes; outside of a mesh, `x` itself.
+    """`x` laid out by logical axes; outside of a mesh, `x` itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.sharding.reshard(x, _divided(x.shape, logical, mesh.shape))
 
-    As with parameters, a dimension that its one mesh axis does not divide stays whole.
+
+def _divided(shape: Sequence[int], logical: Sequence[str | None], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The PartitionSpec of logical axes.
+
+    A dimension that its one mesh axis does not divide stays whole: a vocabulary of 32,003 is legal.
     """
-    target = spec(*logical)
-    if target is None:
-        return x
-    sizes = jax.sharding.get_abstract_mesh().shape
-    whole = [isinstance(a, str) and n % sizes[a] != 0 for n, a in zip(x.shape, target, strict=True)]
-    return jax.sharding.reshard(x, PartitionSpec(*(None if w else a for a, w in zip(target, whole, strict=True))))
+    axes = [RULES[name] if name else None for name in logical]
+    split = zip(shape, axes, strict=True)
+    return PartitionSpec(*(None if isinstance(axis, str) and size % sizes[axis] else axis for size, axis in split))
 
 
 def _heads_axis(kv_heads: int) -> str | None:
     """The mesh axis that splits key/value heads and their queries; None if it does not divide them."""
-    axis = RULES["kv_heads"]
-    assert isinstance(axis, str)
-    return axis if kv_heads % jax.sharding.get_abstract_mesh().shape[axis] == 0 else None
+    return "tensor" if kv_heads % jax.sharding.get_abstract_mesh().shape["tensor"] == 0 else None
 
 
-def grouped_heads(q: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, T, N, H] queries → [B, T, K, N / K, H], split over tensor as keys and values are."""
-    B, T, N, H = q.shape
-    shape = (B, T, kv_heads, N // kv_heads, H)
+def grouped(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[..., N, H] queries, or their weights → [..., K, N / K, H], split over tensor as keys and values are."""
+    shape = (*x.shape[:-2], kv_heads, x.shape[-2] // kv_heads, x.shape[-1])
     if jax.sharding.get_abstract_mesh().empty:
-        return q.reshape(shape)
-    tensor = _heads_axis(kv_heads)
-    q = jax.sharding.reshard(q, PartitionSpec(RULES["batch"], None, tensor, None))
-    grouped = PartitionSpec(RULES["batch"], None, tensor, None, None)
-    return jax.lax.reshape(q, shape, out_sharding=grouped)
-
-
-def grouped_weight(w: jax.Array, kv_heads: int) -> jax.Array:
-    """[..., N, H] weights of queries → [..., K, N / K, H], split over tensor as the weights of keys are."""
-    shape = (*w.shape[:-2], kv_heads, w.shape[-2] // kv_heads, w.shape[-1])
-    if jax.sharding.get_abstract_mesh().empty:
-        return w.reshape(shape)
-    first = (*jax.typeof(w).sharding.spec[:-2], _heads_axis(kv_heads))
-    w = jax.sharding.reshard(w, PartitionSpec(*first, None))
-    return jax.lax.reshape(w, shape, out_sharding=PartitionSpec(*first, None, None))
+        return x.reshape(shape)
+    first = (*jax.typeof(x).sharding.spec[:-2], _heads_axis(kv_heads))
+    x = jax.sharding.reshard(x, PartitionSpec(*first, None))
+    return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(*first, None, None))
 
 
 def merged_heads(x: jax.Array) -> jax.Array:
-    """[B, T, K, G, H] → [B, T, K · G, H]: the inverse of `grouped_heads`."""
+    """[B, T, K, G, H] → [B, T, K · G, H]: the inverse of `grouped`."""
     B, T, K, G, H = x.shape
     if jax.sharding.get_abstract_mesh().empty:
         return x.reshape(B, T, K * G, H)
@@ -270,19 +249,12 @@ def summed(x: jax.Array) -> jax.Array:
 
 
 def parameter_shardings(mesh: Mesh, abstract: Any) -> Any:
-    """NamedShardings for a tree of Linen-boxed abstract parameters (`jax.eval_shape` of `init`).
-
-    A dimension that its mesh axis does not divide stays whole: a vocabulary of 32,003 is legal.
-    """
+    """NamedShardings for a tree of Linen-boxed abstract parameters (`jax.eval_shape` of `init`)."""
 
     def sharding(leaf: Any) -> NamedSharding:
-        names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
-        shape = nn.unbox(leaf).shape
-        entries = []
-        for size, name in zip(shape, names, strict=False):
-            axis = RULES[name] if name else None
-            entries.append(axis if isinstance(axis, str) and size % mesh.shape[axis] == 0 else None)
-        return NamedSharding(mesh, PartitionSpec(*entries))
+        if not isinstance(leaf, nn.Partitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, _divided(leaf.value.shape, leaf.names, mesh.shape))
 
     return jax.tree.map(sharding, abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
@@ -351,8 +323,7 @@ def in_host_memory(abstract: Any) -> Any:
     """The shapes and shardings that arrays have after `to_host_memory`."""
 
     def moved(x: Any) -> Any:
-        layout = x.sharding.with_memory_kind("pinned_host") if x.ndim else x.sharding
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+        return x.update(sharding=x.sharding.with_memory_kind("pinned_host")) if x.ndim else x
 
     return jax.tree.map(moved, abstract)
 
@@ -360,8 +331,7 @@ def in_host_memory(abstract: Any) -> Any:
 def free(tree: Any) -> None:
     """Frees the device memory of arrays at once, even if references to them remain."""
     for leaf in jax.tree.leaves(tree):
-        if not leaf.is_deleted():
-            leaf.delete()
+        leaf.delete()
 
 
 def bucket(length: int) -> int:

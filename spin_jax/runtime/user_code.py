@@ -39,5 +39,5 @@ def called(path: str) -> Any:
         return function()
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
-        raise ValueError(f"{path!r} failed: {reason}") from error
+        place = f"{frame.filename}:{frame.lineno}"
+        raise ValueError(f"{path!r} failed: {type(error).__name__}: {error} ({place})") from error

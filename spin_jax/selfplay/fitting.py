@@ -23,7 +23,7 @@ from spin_jax.runtime.console import compact, progress
 from spin_jax.selfplay import from_config
 from spin_jax.selfplay.engine import Engine
 from spin_jax.selfplay.prepare import Prepared
-from spin_jax.storage import checkpoints, files
+from spin_jax.storage import checkpoints, files, seals
 from spin_jax.storage.checkpoints import StepCheckpoints
 from spin_jax.storage.metrics import Metrics
 from spin_jax.training.batches import PairBatch, ScoredPair, as_npz, batches, pair_batches, training_steps
@@ -125,7 +125,7 @@ class Fitting:
         """The weights in the folder's final checkpoint; where there is no good one, `make` makes them."""
         path, params = folder / "checkpoint", None
         abstract = params_on(self._run.model.mesh, self._run.model.config)
-        if checkpoints.exists(path):
+        if seals.sealed(path):
             try:
                 params = checkpoints.restore(path, abstract)
             except Damaged as error:

@@ -32,11 +32,6 @@ def size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) + _SLACK
 
 
-def exists(path: epath.PathLike) -> bool:
-    """Whether `path` holds a complete checkpoint."""
-    return seals.sealed(path)
-
-
 def save(path: epath.PathLike, tree: Any) -> None:
     """Writes a tree of arrays, in place of what `path` holds.
 
@@ -89,25 +84,20 @@ def _reasons(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__
 
 
-def _name(key: Any) -> str:
-    """A leaf's path, the same for a named tuple and for the dict that orbax stores in its place."""
-    return jax.tree_util.keystr(key, simple=True, separator="/")
-
-
 def _check(stored: Any, like: Any) -> None:
     """Raises ValueError for another shape or dtype, which orbax would cast without an error."""
 
-    def leaves(tree: Any) -> dict[str, Any]:
-        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return {_name(key): (tuple(x.shape), str(x.dtype)) for key, x in flat}
+    def leaves(tree: Any) -> dict[str, Any]:  # a named tuple has the same names as the dict that orbax stores for it
+        named = [
+            (jax.tree_util.keystr(key, simple=True, separator="/"), x) for key, x in jax.tree.leaves_with_path(tree)
+        ]
+        return {name: (tuple(x.shape), str(x.dtype)) for name, x in named}
 
     ours, theirs = leaves(like), leaves(stored)
-    if ours != theirs:
-        names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        raise ValueError(
-            f"it does not fit this run: {names[0]} is {theirs.get(names[0])} there and "
-            f"{ours.get(names[0])} here{f'; {len(names) - 1} more differ' if len(names) > 1 else ''}"
-        )
+    if names := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        first, more = names[0], f"; {len(names) - 1} more differ" if len(names) > 1 else ""
+        there = f"{first} is {theirs.get(first)} there and {ours.get(first)} here"
+        raise ValueError(f"it does not fit this run: {there}{more}")
 
 
 class StepCheckpoints:
@@ -119,14 +109,14 @@ class StepCheckpoints:
         self._keep = keep
         self._on_save = on_save
 
-    def _steps(self) -> list[tuple[int, bool]]:
-        """(step, whether it is complete) of each checkpoint, as process 0 sees them."""
+    def _steps(self) -> list[list[int]]:
+        """[step, whether it is complete] of each checkpoint, as process 0 sees them."""
 
         def steps() -> list[list[int]]:
             there = self._path.iterdir() if processes.first() and self._path.exists() else []
             return sorted([int(p.name), (p / files.SUMS).exists()] for p in there if p.name.isdigit())
 
-        return [(step, bool(whole)) for step, whole in processes.exchanged(processes.together(steps))[0]]
+        return processes.exchanged(processes.together(steps))[0]
 
     def steps_done(self) -> int:
         """The number of steps before the newest undamaged checkpoint; 0 if there is none.
@@ -139,9 +129,8 @@ class StepCheckpoints:
                     seals.check_seal(self._path / str(step))
                     return step
             except errors.Damaged as error:
-                processes.say(
-                    f"\nWARNING: {error}\nIt is removed; the one before it is used, or the phase begins anew.\n"
-                )
+                used = "the one before it is used, or the phase begins anew"
+                processes.say(f"\nWARNING: {error}\nIt is removed; {used}.\n")
             files.remove(self._path / str(step))
         return 0
 

@@ -4,8 +4,7 @@ Everything that a run writes for itself goes through this file, so that a reader
 disk the bytes are written to a temporary file, synced, and renamed. An object store shows an object only when
 it is complete. Of several processes only process 0 writes, and all wait until the file is there.
 
-A folder of several files is complete once it is sealed: SHA256SUMS is written last and holds each file's
-digest.
+A folder of several files is complete once it is sealed: SHA256SUMS is written last and holds each file's digest.
 """
 
 import contextlib
@@ -21,7 +20,6 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from spin_jax.errors import NoRoom
@@ -38,7 +36,7 @@ def exists(path: epath.PathLike) -> bool:
 def existing(paths: Sequence[epath.PathLike]) -> list[bool]:
     """Calls `exists` for several paths at once."""
     here = processes.together(lambda: [processes.first() and epath.Path(path).exists() for path in paths])
-    return processes.agreed(np.array(here, bool)).tolist()
+    return processes.exchanged(here)[0]
 
 
 def read_agreed(path: epath.PathLike) -> Any:
@@ -62,25 +60,20 @@ def write_if_changed(path: epath.PathLike, data: bytes) -> None:
 
 
 def remove(folder: epath.PathLike) -> None:
-    """Process 0 removes a folder and its content, if the folder exists; every process calls this."""
+    """Process 0 calls `remove_here`; every process calls this."""
     processes.by_first(lambda: remove_here(folder))
 
 
 def remove_here(folder: epath.PathLike) -> None:
-    """Removes a folder and its content in this process."""
-    # The seal goes first, so that an interrupted removal leaves no sealed folder.
-    (epath.Path(folder) / SUMS).unlink(missing_ok=True)
-    if epath.Path(folder).exists():
-        epath.Path(folder).rmtree()
+    """Removes a folder and its content, if it exists. The seal goes first: half a folder is never sealed."""
+    folder = epath.Path(folder)
+    (folder / SUMS).unlink(missing_ok=True)
+    if folder.exists():
+        folder.rmtree()
 
 
 def write_here(path: epath.PathLike, data: bytes) -> None:
-    """Writes `data` to `path` atomically, making its folder.
-
-    Args:
-        path: a local path or a URL that etils.epath knows (`gs://…`).
-        data: the whole content.
-    """
+    """Writes a whole file atomically, and makes its folder; `path` is local, or a URL that etils.epath knows."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if "://" in str(path):
@@ -103,14 +96,14 @@ def write_here(path: epath.PathLike, data: bytes) -> None:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically; a number that is not finite becomes null."""
+    """Writes `as_json`, atomically."""
     write(path, as_json(value))
 
 
 def as_json(value: Any) -> bytes:
-    """The bytes that `write_json` writes for `value`."""
+    """`value` as indented JSON; a number that is not finite becomes null."""
     text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode()
+    return f"{text}\n".encode()
 
 
 def without_nan(value: Any) -> Any:
@@ -154,9 +147,6 @@ def write_jsonl(path: epath.PathLike, rows: Sequence[Any]) -> None:
     write(path, "".join(lines).encode())
 
 
-# --- a workdir -----------------------------------------------------------------------------------
-
-
 def check_room(folder: epath.PathLike, size: float, what: str) -> None:
     """Raises NoRoom where a disk has less than `size` bytes free; an object store is not checked."""
     processes.by_first(lambda: check_room_here(folder, size, what))
@@ -165,10 +155,8 @@ def check_room(folder: epath.PathLike, size: float, what: str) -> None:
 def check_room_here(folder: epath.PathLike, size: float, what: str) -> None:
     room = free(folder)
     if room is not None and room < size:
-        raise NoRoom(
-            errno.ENOSPC,
-            f"{what} takes {size / 2**30:.3g} GiB, and {room / 2**30:.3g} GiB are free: make room",
-        )
+        said = f"{what} takes {size / 2**30:.3g} GiB, and {room / 2**30:.3g} GiB are free: make room"
+        raise NoRoom(errno.ENOSPC, said)
 
 
 def free(folder: epath.PathLike) -> int | None:
@@ -181,11 +169,7 @@ def free(folder: epath.PathLike) -> int | None:
 
 @contextlib.contextmanager
 def held(workdir: epath.PathLike) -> Iterator[None]:
-    """Locks a workdir on a disk against other runs; the system releases the lock when the process ends.
-
-    Raises:
-        ValueError: another run holds the lock.
-    """
+    """Locks a workdir on a disk until the block or the process ends; ValueError where another run holds the lock."""
     taken: list[int] = []
     try:
         processes.by_first(lambda: taken.append(_lock(epath.Path(workdir))) if "://" not in str(workdir) else None)

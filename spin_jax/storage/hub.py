@@ -4,11 +4,9 @@ A push that fails does not end the run: it prints a warning, and the next push, 
 end or when the run starts again, repeats it. `hub.json` in the workdir records what the hub has.
 """
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
@@ -31,9 +29,9 @@ def is_hub_id(path: str) -> bool:
 
 
 def check(repo: str) -> None:
-    """Asks the hub, before anything is computed, whether the user's token may write to `repo`.
+    """Asks the hub in process 0, before anything is computed, whether the user's token may write to `repo`.
 
-    Process 0 asks. A hub that cannot be reached leads to a warning only.
+    A hub that cannot be reached leads to a warning only.
 
     Raises:
         ValueError: the token may not write there, or `repo` is not owner/name.
@@ -42,13 +40,7 @@ def check(repo: str) -> None:
 
 
 def _check(repo: str) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors
 
     key = f"export.push_to={repo!r}"
     if "/" not in repo or not is_hub_id(repo):
@@ -57,14 +49,14 @@ def _check(repo: str) -> None:
         try:
             HfApi().auth_check(repo, write=True)
             return
-        except RepositoryNotFoundError:
+        except errors.RepositoryNotFoundError:
             # `push` will create it. The hub also says this where there is no token.
             user = HfApi().whoami()
-    except LocalTokenNotFoundError as error:
+    except errors.LocalTokenNotFoundError as error:
         raise ValueError(f"{key}: there is no token: run `hf auth login`, or set HF_TOKEN") from error
-    except OfflineModeIsEnabled as error:
+    except errors.OfflineModeIsEnabled as error:
         raise ValueError(f"{key}: HF_HUB_OFFLINE is set, and nothing can be pushed") from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise ValueError(f"{key}: the hub refuses the token: {error}") from error
         processes.say(f"WARNING: {key}: the hub does not say who may write there; the run goes on: {error}")
@@ -72,23 +64,15 @@ def _check(repo: str) -> None:
     except Exception as error:  # from any library on the way to the hub
         processes.say(f"WARNING: {key}: the hub cannot be reached; the run goes on: {error}")
         return
-    _check_owner(key, repo.partition("/")[0], user)
-
-
-def _check_owner(key: str, owner: str, user: Mapping[str, Any]) -> None:
-    """Raises ValueError where the user of the token may not create a repository of `owner`."""
     owners = [user["name"], *(group["name"] for group in user.get("orgs", []))]
-    if owner not in owners:
+    if repo.partition("/")[0] not in owners:
         raise ValueError(f"{key}: the token belongs to {user['name']}, and may write to {', '.join(owners)} only")
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(f"{key}: the token may only read, and a token that may write is wanted")
 
 
 def readme(path: str | None, revision: str | None) -> Path:
-    """Returns the path of a model's README.md, in its directory or among the downloaded files.
-
-    The path does not exist where the model has none.
-    """
+    """The path of a model's README.md in its directory or among downloaded files; it may not exist."""
     from huggingface_hub import try_to_load_from_cache
 
     if path and not Path(path).is_dir():
@@ -120,11 +104,9 @@ def _push(record: epath.Path, repo: str, exports: Mapping[str, epath.Path], priv
             seals.check_seal_here(folder)
             _upload(repo, branch, folder, private)
         except Exception as error:  # from the hub, the network or a disk: the run matters more than its copy
-            processes.say(
-                f"\nWARNING: {folder} was not pushed to {repo} ({branch}): {type(error).__name__}: {error}\n"
-                "The run goes on, and tries again after the next iteration, at its end, and when it is "
-                "started again.\n"
-            )
+            said = f"WARNING: {folder} was not pushed to {repo} ({branch}): {type(error).__name__}: {error}"
+            later = "after the next iteration, at its end, and when it is started again"
+            processes.say(f"\n{said}\nThe run goes on, and tries again {later}.\n")
             continue
         seals_there[branch] = seal
         files.write_here(record, files.as_json(pushed))
@@ -138,7 +120,11 @@ def _upload(repo: str, branch: str, folder: epath.Path, private: bool) -> None:
     api.create_repo(repo, private=private, exist_ok=True)
     if branch != "main":
         api.create_branch(repo, branch=branch, exist_ok=True)
-    with _on_disk(folder) as local:
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(folder)
+        if "://" in str(folder):  # an object store
+            local = Path(scratch) / "model"
+            seals.copy_here(folder, local)
         api.upload_folder(
             repo_id=repo,
             folder_path=local,
@@ -146,14 +132,3 @@ def _upload(repo: str, branch: str, folder: epath.Path, private: bool) -> None:
             commit_message=f"{branch}, by spin_jax",
             delete_patterns="model*.safetensors*",  # deletes those that this export does not have
         )
-
-
-@contextlib.contextmanager
-def _on_disk(folder: epath.Path) -> Iterator[Path]:
-    """Yields the folder, or a local copy of a folder in an object store."""
-    if "://" not in str(folder):
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        seals.copy_here(folder, Path(scratch) / "model")
-        yield Path(scratch) / "model"

@@ -36,31 +36,27 @@ class Metrics:
         wandb_project: str | None = None,
         config: Mapping[str, Any] | None = None,
     ):
-        self.path = epath.Path(workdir) / "metrics.jsonl"
+        workdir = epath.Path(workdir)
+        self.path = workdir / "metrics.jsonl"
         self._rows: list[Row] = []
-        self._file = self._wandb = None
         self._writes = processes.first()
         if not self._writes:
             return
         self._remote = "://" in str(workdir)
-        self._written = time.monotonic()
         text = self.path.read_text() if self.path.exists() else ""
         lines = text.splitlines()
         whole = lines if text.endswith("\n") else lines[:-1]  # a kill cuts off in the middle of a line
         self._rows = [json.loads(line) for line in whole]
         if whole != lines:
             self._rewrite()
-        self._rows_of_phase = Counter(row["phase"] for row in self._rows)
-        self._file = self._open()
+        self._file, self._written = self._open(), time.monotonic()
         self._curves: dict[str, _Curves] = {}  # by phase
-        self._tensorboard = epath.Path(workdir) / "tensorboard"
-        self._uses_tensorboard = tensorboard
-        if wandb_project:
-            self._wandb = _wandb_run(epath.Path(workdir), wandb_project, config or {})
-            counts: Counter = Counter()
-            for number, row in enumerate(self._rows):  # sends the rows that W&B does not have yet
-                self._to_wandb(number, counts[row["phase"]], row)
-                counts[row["phase"]] += 1
+        self._tensorboard = workdir / "tensorboard" if tensorboard else None
+        self._wandb = _wandb_run(workdir, wandb_project, config or {}) if wandb_project else None
+        self._rows_of_phase: Counter = Counter()
+        for number, row in enumerate(self._rows):  # sends the rows that W&B does not have yet
+            self._to_wandb(number, self._rows_of_phase[row["phase"]], row)
+            self._rows_of_phase[row["phase"]] += 1
 
     def write(self, phase: str, iteration: int, step: int, values: Mapping[str, float]) -> None:
         """Appends a row; a value that is not finite is written as null."""
@@ -75,7 +71,7 @@ class Metrics:
             self._rewrite()
         count = self._rows_of_phase[phase]
         self._rows_of_phase[phase] += 1
-        if self._uses_tensorboard:
+        if self._tensorboard is not None:
             if phase not in self._curves:  # these steps replace older ones
                 self._curves[phase] = _Curves(self._tensorboard / phase, count)
             self._curves[phase].write(count, _curve_values(row))
@@ -83,14 +79,12 @@ class Metrics:
 
     def rewind(self, phase: str, iteration: int, repeated: Callable[[int], bool] = lambda step: True) -> None:
         """Drops the rows of an interrupted run whose steps will be repeated."""
-        if not self._writes:
-            return
 
         def stays(row: Row) -> bool:
             return (row["phase"], row["iteration"]) != (phase, iteration) or not repeated(row["step"])
 
         kept = list(filter(stays, self._rows))
-        if len(kept) == len(self._rows):
+        if len(kept) == len(self._rows):  # also where another process writes, which has no rows here
             return
         self._rows = kept
         self._rows_of_phase = Counter(row["phase"] for row in kept)
@@ -125,8 +119,8 @@ class Metrics:
 
     def count(self, phase: str, iteration: int, counted: Callable[[Row], object]) -> int:
         """How many rows of a phase `counted` accepts; the same number in every process."""
-        of_phase = (row for row in self._rows if (row["phase"], row["iteration"]) == (phase, iteration))
-        return int(processes.agreed(sum(1 for row in of_phase if counted(row))))
+        of_phase = [row for row in self._rows if (row["phase"], row["iteration"]) == (phase, iteration)]
+        return processes.exchanged(len(list(filter(counted, of_phase))))[0]
 
     def _to_wandb(self, number: int, count: int, row: Row) -> None:
         """Logs the number-th row of the file, the count-th of its phase, unless W&B has it."""
@@ -152,18 +146,14 @@ class _Curves:
     def __init__(self, folder: epath.Path, first: int):
         """TensorBoard drops the steps from `first` on in older files of the folder."""
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         folder.mkdir(parents=True, exist_ok=True)
         self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{first}")
-        self._event(first, session_log=SessionLog(status=SessionLog.START))
+        self._event(first, session_log={"status": "START"})
         self._flushed = time.monotonic()
 
     def write(self, step: int, values: Row) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
-        shown = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._event(step, summary=Summary(value=shown))
+        self._event(step, summary={"value": [{"tag": name, "simple_value": x} for name, x in values.items()]})
         if time.monotonic() - self._flushed > _REWRITE_S:
             self.flush()
 

@@ -6,7 +6,7 @@ A sealed folder holds SHA256SUMS, which is written last and has the digest of ea
 
 import errno
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
@@ -17,10 +17,7 @@ from spin_jax.storage.files import SUMS, check_room_here, exists, remove_here, w
 
 
 def seal(folder: epath.PathLike) -> None:
-    """Writes SHA256SUMS for all files of a folder; its first line is the digest of the other lines.
-
-    Every process calls this.
-    """
+    """Writes SHA256SUMS for all files of a folder; every process calls this."""
     folder = epath.Path(folder)
     names = processes.exchanged(processes.together(lambda: _names(folder) if processes.first() else None))[0]
     digests = _digests(folder, names)
@@ -67,16 +64,14 @@ def check_seal(folder: epath.PathLike) -> None:
     """
     folder = epath.Path(folder)
     text = processes.exchanged(processes.together(lambda: _sums(folder) if processes.first() else ""))[0]
-    recorded = _recorded(folder, text)
-    _compare(folder, recorded, _digests(folder, sorted(recorded)))
+    _compare(folder, text, _digests)
 
 
 def check_seal_here(folder: epath.PathLike) -> None:
     """Checks a folder in this process alone; a folder without a seal of `seal` passes."""
     folder = epath.Path(folder)
-    if (folder / SUMS).exists() and _sums(folder).startswith("# "):
-        recorded = _recorded(folder, _sums(folder))
-        _compare(folder, recorded, _digests_here(folder, sorted(recorded)))
+    if (folder / SUMS).exists() and (text := _sums(folder)).startswith("# "):
+        _compare(folder, text, _digests_here)
 
 
 def _sums(folder: epath.Path) -> str:
@@ -91,7 +86,9 @@ def _recorded(folder: epath.Path, text: str) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
 
 
-def _compare(folder: epath.Path, recorded: dict[str, str], found: dict[str, str | None]) -> None:
+def _compare(folder: epath.Path, text: str, digests: Callable[..., dict[str, str | None]]) -> None:
+    recorded = _recorded(folder, text)
+    found = digests(folder, sorted(recorded))
     if bad := [name for name, digest in recorded.items() if found[name] != digest]:
         how = ", ".join(f"{name} {'is not what was written' if found[name] else 'is missing'}" for name in bad)
         raise Damaged(f"{folder} is damaged: {how} (by its {SUMS}; remove that if the change was meant)")

@@ -143,10 +143,10 @@ def test_a_checkpoint_without_its_seal_does_not_count(copy, finished):
     (copy / "iteration_0" / "checkpoint" / files.SUMS).unlink()
     (copy / "iteration_0" / "model" / files.SUMS).unlink()
     forget(copy)
-    assert not checkpoints.exists(copy / "iteration_0" / "checkpoint")
+    assert not seals.sealed(copy / "iteration_0" / "checkpoint")
     spin_jax.run(tiny(), str(copy))
     assert weights(copy) == weights(finished)
-    assert checkpoints.exists(copy / "iteration_0" / "checkpoint")
+    assert seals.sealed(copy / "iteration_0" / "checkpoint")
 
 
 def test_orbax_reasons_come_to_the_surface(finished):

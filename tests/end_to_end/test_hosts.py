@@ -223,7 +223,7 @@ def test_alone_nothing_is_asked():
     assert hosts.first()
     assert hosts.turn(5)
     assert hosts.most(15) == 15
-    assert hosts.agreed([1, 2]).tolist() == [1, 2]
+    assert hosts.exchanged([1, 2]) == [[1, 2]]
     hosts.check_same("anything", lambda: b"")
     with pytest.raises(ValueError, match="mine"):
         hosts.together(lambda: int("mine"))
