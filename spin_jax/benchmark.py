@@ -178,13 +178,8 @@ def _measure_sampling(work: Workload, params: Any) -> dict[str, Any]:
         context = sum(map(len, work.prompts)) / len(work.prompts) + new / 2
         step = cost.decode_step_s(model.config, chip, -(-slots // copies), context, model.dtype.itemsize, tensor)
         share = tokens / seconds / (slots / step)
-    return {
-        "tokens_per_s": tokens / seconds,
-        "roofline": share,
-        "prompts": len(work.prompts),
-        "new_tokens": new,
-        "slots": slots,
-    }
+    sizes = {"prompts": len(work.prompts), "new_tokens": new, "slots": slots}
+    return {"tokens_per_s": tokens / seconds, "roofline": share, **sizes}
 
 
 def _measure_scoring(work: Workload, params: Any, groups: list[Group], shape: RowShape) -> tuple[dict[str, Any], list]:

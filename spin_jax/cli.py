@@ -32,12 +32,9 @@ _unparsed: list[str] = []  # the program's name, and the arguments that the flag
 def parse(argv: list[str], read: Callable[[], Request]) -> Request:
     """Parses the command line and returns what `read` makes of the flags.
 
-    The docstring of the module that defines `read` is the help of the command. A command that takes a config
-    defines a flag `config`, which is the name of a file, and its `read` calls `read_config`.
-
-    Raises:
-        ValueError: the flags or the config file are wrong; the message is for the person who typed them.
-        SystemExit: help was asked for, and has been printed.
+    The docstring of the module that defines `read` is the help of the command; SystemExit follows it. A command that
+    takes a config defines a flag `config`, which is the name of a file, and its `read` calls `read_config`. ValueError
+    says what is wrong with the flags or the config file.
     """
     takes_config = "config" in flags.FLAGS
     if help_flags := {"-h", "-help", "--help", "-helpfull", "--helpfull"} & set(argv[1:]):
@@ -72,13 +69,8 @@ def _unknown_flag(name: str) -> str:
 def read_config(file: str | None = None) -> Any:
     """Returns the ConfigDict of a config file, with each --config.key=value of the command line laid over it.
 
-    Its values are not checked yet: `config.resolve` does that.
-
-    Args:
-        file: FILE or FILE:VARIANT; None stands for the value of --config, "" for no file.
-
-    Raises:
-        ValueError: the file, the name of a key or the type of a value is wrong, or a flag is unknown.
+    `file` is FILE or FILE:VARIANT; None stands for the value of --config, "" for no file. `config.resolve` checks the
+    values. ValueError says that the file, the name of a key or the type of a value is wrong, or a flag is unknown.
     """
     given = flags.FLAGS["config"].value
     file = given if file is None else file

@@ -60,7 +60,7 @@ class Config(Mapping[str, Any]):
 
 def default() -> Any:
     """The recipe of the paper, where the paper states it, without a model and without data."""
-    c = _section()
+    c: Any = ConfigDict()
 
     # The seed decides the order of the data, the sampling, and the initialization of new weights.
     c.seed = 42
@@ -74,7 +74,7 @@ def default() -> Any:
     c.official = False
 
     # --- the model that training starts from ---
-    c.model = _section()
+    c.model = ConfigDict()
     # The SFT model: a Hugging Face directory or a hub id.
     c.model.path = placeholder(str)
     # The branch, tag or commit of a hub id.
@@ -83,14 +83,14 @@ def default() -> Any:
     c.model.dtype = "bfloat16"
     # The keys of a config.json. Without a path they describe a new model with random weights. With a path
     # the checkpoint's own values win, and a note names those that differ.
-    c.model.architecture = _section()
+    c.model.architecture = ConfigDict()
     # How attention is computed: plain, splash (TPU) or flash (CUDA). Unset: platform and dtype decide.
     c.model.attention = placeholder(str)
     # The tokenizer of a model without a path: a directory, or module:function, which returns one.
     c.model.tokenizer = placeholder(str)
 
     # --- the prompts and their human answers ---
-    c.data = _section()
+    c.data = ConfigDict()
     # A hub id, a .jsonl, .json or .parquet file, a directory, or module:function. Several, separated by
     # commas, give one dataset to each iteration; held-out rows then come from the first one.
     c.data.path = placeholder(str)
@@ -117,7 +117,7 @@ def default() -> Any:
     c.data.max_bad = 0.1
 
     # --- lengths, in tokens ---
-    c.lengths = _section()
+    c.lengths = ConfigDict()
     # Longer prompts are dropped and counted.
     c.lengths.max_prompt = 512
     # The most for a prompt with one answer. Longer answers are cut and counted.
@@ -130,14 +130,13 @@ def default() -> Any:
     c.sft = _optimization(epochs=0, learning_rate=2e-5)
     c.sft.optimizer = "adamw"
     c.sft.decay = 0.999
-    # A control continues the SFT of the start for as many steps as self-play takes. Its numbers are reported
-    # beside those of self-play.
+    # A control continues the start's SFT for as many steps as self-play takes. Its numbers are reported as well.
     c.sft.control = False
     # The peak learning rate of the control. Unset: sft.learning_rate.
     c.sft.control_learning_rate = placeholder(float)
 
     # --- self-play ---
-    c.selfplay = _section()
+    c.selfplay = ConfigDict()
     # T of the paper: self-play runs the iterations start, …, T − 1.
     c.selfplay.iterations = 3
     # The first iteration. If it is not 0, model.path is the model of the iteration before.
@@ -149,8 +148,7 @@ def default() -> Any:
     c.selfplay.mix_previous = 1
     # The split of a hub dataset of pairs.
     c.selfplay.pairs_split = "train"
-    # Pairs that are trained on in place of sampled ones: path[,path…] for the iterations start, start + 1, …;
-    # or k=path for iteration k.
+    # Pairs to train on in place of sampled ones: path[,path…] for iterations start, start + 1, …; or k=path for k.
     c.selfplay.pairs = placeholder(str)
     # K: how many answers to a prompt are sampled. Each becomes a row to train on.
     c.selfplay.samples = 1
@@ -163,7 +161,7 @@ def default() -> Any:
     c.selfplay.restart = False
 
     # --- sampling ---
-    c.sampling = _section()
+    c.sampling = ConfigDict()
     # The most tokens of an answer.
     c.sampling.max_new_tokens = 256
     # 0 is greedy.
@@ -181,7 +179,7 @@ def default() -> Any:
     c.sampling.shard_size = 1024
 
     # --- the loss ---
-    c.loss = _section()
+    c.loss = ConfigDict()
     # logistic, hinge, exponential, correlation, ipo, tspin, likelihood or sppo, which spin_jax/losses.py
     # explains; or module:function.
     c.loss.name = "logistic"
@@ -207,7 +205,7 @@ def default() -> Any:
     c.train.remat = "full"
 
     # --- devices: data × fsdp × tensor, where −1 takes the devices that are left ---
-    c.mesh = _section()
+    c.mesh = ConfigDict()
     # Replicas of the weights. Unset: one for each TPU slice or GPU node, and 1 where there is only one.
     c.mesh.data = placeholder(int)
     # Splits the weights and the batch.
@@ -217,7 +215,7 @@ def default() -> Any:
     c.mesh.tensor = placeholder(int)
 
     # --- evaluation on held-out rows ---
-    c.eval = _section()
+    c.eval = ConfigDict()
     # This share of the rows is held out from training, and at most `limit` rows.
     c.eval.fraction = 0.1
     c.eval.limit = 500
@@ -240,7 +238,7 @@ def default() -> Any:
     c.eval.fixed_prompts = 8
 
     # --- checkpoints and the final model ---
-    c.checkpoint = _section()
+    c.checkpoint = ConfigDict()
     # The training steps between two checkpoints of an iteration.
     c.checkpoint.every_steps = 200
     # How many of these checkpoints are kept. When the iteration is done, they are deleted.
@@ -250,7 +248,7 @@ def default() -> Any:
     c.checkpoint.best = placeholder(str)
 
     # --- exported models ---
-    c.export = _section()
+    c.export = ConfigDict()
     # owner/name on the Hugging Face hub. Each exported model goes to a branch there (start, iteration_0, …,
     # control), and main is the newest one, or the best by checkpoint.best.
     c.export.push_to = placeholder(str)
@@ -258,7 +256,7 @@ def default() -> Any:
     c.export.private = True
 
     # --- logs ---
-    c.logging = _section()
+    c.logging = ConfigDict()
     # Metrics are also written for TensorBoard.
     c.logging.tensorboard = True
     # Metrics are also logged to this project of Weights & Biases.
@@ -268,13 +266,9 @@ def default() -> Any:
     return c
 
 
-def _section() -> Any:  # a type checker does not know which keys it has
-    return ConfigDict()
-
-
 def _optimization(epochs: Any, learning_rate: Any) -> Any:
     """The keys that `train` and `sft` share."""
-    train = _section()
+    train: Any = ConfigDict()
     # A name in OPTIMIZERS of training/optimizer.py: rmsprop (in PyTorch's form), adamw or adafactor.
     train.optimizer = "rmsprop"
     # The peak of the schedule.
@@ -314,10 +308,7 @@ def _optimization(epochs: Any, learning_rate: Any) -> Any:
 
 
 def resolve(config: Mapping[str, Any] | ConfigDict) -> Config:
-    """A complete, checked config: `config` laid over the defaults.
-
-    Args:
-        config: a ConfigDict or nested dict. A key that it does not have keeps its default.
+    """A complete, checked config: `config`, a ConfigDict or nested dict, laid over the defaults.
 
     Raises:
         ConfigError: a key is unknown (the error names the nearest one), or has a wrong type or an impossible value.

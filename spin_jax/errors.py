@@ -102,5 +102,4 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int):
         super().__init__()
-        self.number = number  # the number of the signal
-        self.exit_code = 128 + number
+        self.exit_code = 128 + number  # the number of the signal

@@ -40,11 +40,8 @@ from spin_jax.cli import fail, parse
 def export(workdir: str, iteration: int, output: str) -> list[str]:
     """Writes the pairs of an iteration in the published SPIN format, and returns a line of text about each file.
 
-    Args:
-        output: a folder, which gets a file for each split; or a .parquet or .jsonl file, for the training pairs.
-
-    Raises:
-        ValueError, FileNotFoundError: the iteration has no pairs, or not all of them yet.
+    `output` is a folder, which gets a file for each split; or a .parquet or .jsonl file, for the training pairs.
+    ValueError or FileNotFoundError says that the iteration has no pairs, or not all of them yet.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -92,8 +89,7 @@ def _shards(workdir: Any, iteration: int) -> dict[str, list[Any]]:
 def write_prompts(workdir: str, output: str, iteration: int | None = None) -> str:
     """Writes the prompts of an iteration, by default of the next one; returns a line of text about them.
 
-    Raises:
-        ValueError, FileNotFoundError: the model that will answer is not there yet, or the answers are.
+    ValueError or FileNotFoundError says that the model that will answer is not there yet, or that the answers are.
     """
     from spin_jax.selfplay.prepare import prepare
     from spin_jax.storage import files

@@ -62,11 +62,9 @@ def outcome(rows: Sequence[Mapping[str, Any]], variant: str, numbers: Sequence[s
 
 
 def table(runs: Sequence[tuple[str, int, Mapping[str, Numbers]]], numbers: Sequence[str]) -> str:
-    """Returns a Markdown table: a line for each model, with the mean over seeds and (smallest, largest).
+    """Returns a Markdown table of runs, (variant, seed, `outcome`).
 
-    Args:
-        runs: (variant, seed, `outcome`) of each run.
-        numbers: the columns.
+    Each model has a line, with the mean over the seeds and (smallest, largest) of each number.
     """
     lines: dict[str, dict[int, Mapping[str, float]]] = {}
     for _, seed, found in runs:

@@ -61,13 +61,13 @@ def attend(
     options: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap, "interpret": on_cpu()}
     if kernel == "splash":
         run = functools.partial(_attend_unshared, functools.partial(splash, **options))
-        return sharding.by_rows_and_heads(run)(q, k, v, layout.positions, layout.unshared)
+        return sharding.by_rows_and_heads(run, q, k, v, layout.positions, layout.unshared)
     from spin_jax.kernels import flash
 
     def local(q, k, v, *rows):
         return flash.attend(q, k, v, Layout(*rows), **options)
 
-    return sharding.by_rows_and_heads(local)(q, k, v, *(x for x in layout[:3] if x is not None))
+    return sharding.by_rows_and_heads(local, q, k, v, *(x for x in layout[:3] if x is not None))
 
 
 def visible(queries: Layout, keys: Layout, window: int | None) -> Bool[Array, "B T S"]:

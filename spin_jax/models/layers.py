@@ -172,7 +172,7 @@ class Attention(_Projections):
         lengths = jnp.minimum(newest + 1, min(window or S, S))
         lengths = jnp.where(layout.segments[:, -1] > 0, lengths, 0)
         read = functools.partial(flash_decode.attend, scale=scale, softcap=softcap, interpret=on_cpu())
-        return sharding.by_slots_and_heads(read)(q[:, 0], k, v, column, lengths)[:, None]
+        return sharding.by_slots_and_heads(read, q[:, 0], k, v, column, lengths)[:, None]
 
 
 class MLP(_Projections):
@@ -214,7 +214,7 @@ class Experts(_Projections):
         probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
         wide, narrow = (None, "embed", "mlp"), (None, "mlp", "embed")
         weights = [self.weight(name, wide, (E, D, F)) for name in ("gate", "up")]
-        return sharding.by_rows(self._run_experts)(x, probabilities, *weights, self.weight("down", narrow, (E, F, D)))
+        return sharding.by_rows(self._run_experts, x, probabilities, *weights, self.weight("down", narrow, (E, F, D)))
 
     def _run_experts(self, x, probabilities, gate, up, down):
         """The output for one device's tokens, with all experts or a slice of the width of each."""

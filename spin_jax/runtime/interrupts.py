@@ -57,8 +57,7 @@ class Interrupts:
         self.asked = True
         return self.number
 
-    def _handle(self, number: int, frame: Any) -> None:
-        del number, frame  # the thread reads the number from the pipe
+    def _handle(self, *_: Any) -> None:  # the thread reads the number from the pipe
         if self._raises:
             self._raises = False
             raise KeyboardInterrupt

@@ -30,9 +30,6 @@ def connect(coordinator: str | None, processes: int | None, process_id: int | No
     """Connects to the other processes: the given ones, or those that JAX finds (TPU pods, SLURM, Open MPI).
 
     Call it before any code asks for a device. All processes end when one is silent for `heartbeat_s` seconds.
-
-    Raises:
-        ValueError: some of the arguments are given and some are not.
     """
     given = [coordinator, processes, process_id]
     if None in given and given != [None] * 3:

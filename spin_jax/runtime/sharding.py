@@ -39,10 +39,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def mesh_sizes(data: int | None, fsdp: int, tensor: int, devices: int, slices: int = 1) -> tuple[int, int, int]:
-    """The sizes of the mesh's axes. One may be -1, and is then computed from the number of devices.
-
-    Args:
-        data: None for one replica for each slice.
+    """The sizes of the mesh's axes. One may be -1: the devices that are left. `data` None: a replica for each slice.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices, or do not suit the slices.
@@ -55,10 +52,8 @@ def mesh_sizes(data: int | None, fsdp: int, tensor: int, devices: int, slices: i
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(devices // known, 1)
     if math.prod(sizes) != devices:
-        raise ValueError(
-            f"mesh {wanted} asks for {math.prod(sizes)} devices and there are {devices}: "
-            f"set config.mesh.* so that the product is {devices}"
-        )
+        asked = f"mesh {wanted} asks for {math.prod(sizes)} devices and there are {devices}"
+        raise ValueError(f"{asked}: set config.mesh.* so that the product is {devices}")
     if (devices // slices) % sizes[2]:
         raise ValueError(f"mesh {wanted}: tensor does not divide the {devices // slices} devices of a slice")
     return sizes[0], sizes[1], sizes[2]
@@ -154,9 +149,7 @@ def merged_heads(x: jax.Array) -> jax.Array:
 def merged_rows(x: jax.Array) -> jax.Array:
     """[N, G] → [N · G], split over the batch as the rows are."""
     target = spec("batch")
-    if target is None:
-        return x.reshape(-1)
-    return jax.lax.reshape(x, (x.size,), out_sharding=target)
+    return x.reshape(-1) if target is None else jax.lax.reshape(x, (x.size,), out_sharding=target)
 
 
 def put_rows(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
@@ -173,56 +166,43 @@ def put_rows(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
     return jax.shard_map(put, in_specs=specs, out_specs=target, check_vma=False)(old, index, new)
 
 
-def by_rows_and_heads(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """f(q, k, v, *rows) run on each device's own rows and heads, as a kernel needs it."""
+def by_rows_and_heads(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """run(q, k, v, *rows) on each device's own rows and heads, as a kernel of attention needs it."""
     if jax.sharding.get_abstract_mesh().empty:
-        return attention
-    rows = PartitionSpec(RULES["batch"])
-
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, *others: jax.Array) -> jax.Array:
-        heads = PartitionSpec(RULES["batch"], None, _heads_axis(k.shape[2]), None)
-        q, k, v = (jax.sharding.reshard(x, heads) for x in (q, k, v))
-        specs = (heads, heads, heads, *[rows] * len(others))
-        return jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, *others)
-
-    return run
+        return run(*operands)
+    q, k, v, *others = operands
+    heads = PartitionSpec(RULES["batch"], None, _heads_axis(k.shape[2]), None)
+    q, k, v = (jax.sharding.reshard(x, heads) for x in (q, k, v))
+    specs = (heads, heads, heads, *[PartitionSpec(RULES["batch"])] * len(others))
+    return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, *others)
 
 
-def by_slots_and_heads(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """f(q [B, N, H], k, v [B, K, S, H], column, lengths [B]) run on each device's own slots and heads."""
+def by_slots_and_heads(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """run(q [B, N, H], k, v [B, K, S, H], column, lengths [B]) on each device's own slots and heads."""
     if jax.sharding.get_abstract_mesh().empty:
-        return attention
-
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, column: jax.Array, lengths: jax.Array) -> jax.Array:
-        batch, heads = RULES["batch"], _heads_axis(k.shape[1])
-        queries, cache = PartitionSpec(batch, heads, None), PartitionSpec(batch, heads, None, None)
-        q, k, v = jax.sharding.reshard(q, queries), *(jax.sharding.reshard(x, cache) for x in (k, v))
-        specs = (queries, cache, cache, PartitionSpec(), PartitionSpec(batch))
-        local = jax.shard_map(attention, in_specs=specs, out_specs=queries, check_vma=False)
-        return local(q, k, v, column, lengths)
-
-    return run
+        return run(*operands)
+    q, k, v, column, lengths = operands
+    batch, heads = RULES["batch"], _heads_axis(k.shape[1])
+    queries, cache = PartitionSpec(batch, heads, None), PartitionSpec(batch, heads, None, None)
+    q, k, v = jax.sharding.reshard(q, queries), *(jax.sharding.reshard(x, cache) for x in (k, v))
+    specs = (queries, cache, cache, PartitionSpec(), PartitionSpec(batch))
+    return jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, column, lengths)
 
 
-def by_rows(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """f(x, y, *weights) run on each device's own rows of x and y, and its part of gathered weights.
+def by_rows(run: Callable[..., jax.Array], x: jax.Array, y: jax.Array, *weights: jax.Array) -> jax.Array:
+    """run(x, y, *weights) on each device's own rows of x and y, and its part of gathered weights.
 
     If the weights are split over tensor, the results of the devices are summed.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return run
+        return run(x, y, *weights)
+    rows, parts = PartitionSpec(RULES["batch"]), [jax.typeof(w).sharding.spec for w in weights]
+    split = any("tensor" in part.partitions for part in parts)
 
-    def summed(x: jax.Array, y: jax.Array, *weights: jax.Array) -> jax.Array:
-        rows, parts = PartitionSpec(RULES["batch"]), [jax.typeof(w).sharding.spec for w in weights]
-        split = any("tensor" in part.partitions for part in parts)
+    def local(*arguments: jax.Array) -> jax.Array:
+        return jax.lax.psum(run(*arguments), "tensor") if split else run(*arguments)
 
-        def local(*arguments: jax.Array) -> jax.Array:
-            return jax.lax.psum(run(*arguments), "tensor") if split else run(*arguments)
-
-        specs = (rows, rows, *parts)
-        return jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)(x, y, *weights)
-
-    return summed
+    return jax.shard_map(local, in_specs=(rows, rows, *parts), out_specs=rows, check_vma=False)(x, y, *weights)
 
 
 def gathered(x: jax.Array) -> jax.Array:
@@ -321,11 +301,8 @@ def laid_out(mesh: Mesh, abstract: Any) -> Any:
 
 def in_host_memory(abstract: Any) -> Any:
     """The shapes and shardings that arrays have after `to_host_memory`."""
-
-    def moved(x: Any) -> Any:
-        return x.update(sharding=x.sharding.with_memory_kind("pinned_host")) if x.ndim else x
-
-    return jax.tree.map(moved, abstract)
+    kind = "pinned_host"
+    return jax.tree.map(lambda x: x.update(sharding=x.sharding.with_memory_kind(kind)) if x.ndim else x, abstract)
 
 
 def free(tree: Any) -> None:

@@ -18,8 +18,6 @@ from spin_jax import errors
 from spin_jax.runtime import processes
 from spin_jax.storage import files, seals
 
-_SLACK = 2**20  # bytes of a checkpoint beyond its arrays
-
 
 def _context() -> ocp.Context:
     context = ocp.Context()
@@ -28,16 +26,12 @@ def _context() -> ocp.Context:
 
 
 def size(tree: Any) -> int:
-    """The most bytes that a checkpoint of a tree of arrays takes on disk."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) + _SLACK
+    """The most bytes that a checkpoint of a tree of arrays takes on disk: those of the arrays, and 1 MiB."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) + 2**20
 
 
 def save(path: epath.PathLike, tree: Any) -> None:
-    """Writes a tree of arrays, in place of what `path` holds.
-
-    Raises:
-        NoRoom: the disk is full, or too small for the checkpoint.
-    """
+    """Writes a tree of arrays, in place of what `path` holds; NoRoom where the disk is too small or full."""
     path = epath.Path(path)
     files.remove(path)
     files.check_room(path, size(tree), f"the checkpoint {path}")

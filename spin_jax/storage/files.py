@@ -3,8 +3,6 @@
 Everything that a run writes for itself goes through this file, so that a reader never sees half a file. On a
 disk the bytes are written to a temporary file, synced, and renamed. An object store shows an object only when
 it is complete. Of several processes only process 0 writes, and all wait until the file is there.
-
-A folder of several files is complete once it is sealed: SHA256SUMS is written last and holds each file's digest.
 """
 
 import contextlib
@@ -25,7 +23,7 @@ from etils import epath
 from spin_jax.errors import NoRoom
 from spin_jax.runtime import processes
 
-SUMS = "SHA256SUMS"
+SUMS = "SHA256SUMS"  # the seal of a folder: seals.py
 
 
 def exists(path: epath.PathLike) -> bool:

@@ -31,10 +31,7 @@ def is_hub_id(path: str) -> bool:
 def check(repo: str) -> None:
     """Asks the hub in process 0, before anything is computed, whether the user's token may write to `repo`.
 
-    A hub that cannot be reached leads to a warning only.
-
-    Raises:
-        ValueError: the token may not write there, or `repo` is not owner/name.
+    ValueError says why it may not. A hub that cannot be reached leads to a warning only.
     """
     processes.by_first(lambda: _check(repo))
 
@@ -82,13 +79,9 @@ def readme(path: str | None, revision: str | None) -> Path:
 
 
 def push(workdir: epath.Path, repo: str, exports: Mapping[str, epath.Path], *, private: bool) -> None:
-    """Pushes the exports that the hub does not have yet. Process 0 pushes, and prints what failed.
+    """Pushes the exports {branch: sealed folder} that the hub does not have yet.
 
-    Args:
-        workdir: where `hub.json` is kept.
-        repo: owner/name; created where it does not exist.
-        exports: {branch: sealed folder}.
-        private: whether a repository that is created is private.
+    Process 0 pushes, and prints what failed. It creates `repo`, private or not, where it does not exist.
     """
     processes.by_first(lambda: _push(workdir / RECORD, repo, exports, private))
 

@@ -23,9 +23,6 @@ class Metrics:
     Curves in TensorBoard and W&B continue from one iteration to the next: their step counts the rows of a
     phase. After an interruption they continue in the same run without duplicates: TensorBoard is asked to
     drop the steps that are repeated, and W&B, where a step is a row of the file, gets no row a second time.
-
-    Raises:
-        OSError: from any method, where a file cannot be written.
     """
 
     def __init__(

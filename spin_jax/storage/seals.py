@@ -59,8 +59,7 @@ def sealed(folder: epath.PathLike) -> bool:
 def check_seal(folder: epath.PathLike) -> None:
     """Compares a sealed folder's files with its SHA256SUMS; every process calls this.
 
-    Raises:
-        Damaged: a file is missing or differs from what was written; the message names each.
+    Damaged names each file that is missing or differs from what was written.
     """
     folder = epath.Path(folder)
     text = processes.exchanged(processes.together(lambda: _sums(folder) if processes.first() else ""))[0]
