@@ -123,7 +123,7 @@ def _estimated_traffic(run: PlannedRun, tokens: float, passes: int, gradients: f
     have gradients.
     """
     m, mesh, item = run.model.config, run.model.mesh, run.model.dtype.itemsize
-    data, fsdp, tensor = mesh.axis_sizes
+    data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
     weights = item * cost.all_params(m) / tensor
     result = {}
     if fsdp > 1:
