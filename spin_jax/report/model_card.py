@@ -17,7 +17,7 @@ from spin_jax.report.numbers import START, Row
 from spin_jax.runtime import secrets
 
 # Names of a summary's row that are no measurements, that differ between equal runs, or that the recipe tells already.
-_LEFT_OUT = re.compile(r"iteration|beta|pairs|steps|skipped|final|stopped|.*(minutes|seconds|_s)")
+_LEFT_OUT = re.compile(r"iteration|beta|pairs|steps|skipped|final|stopped|.*(minutes|seconds|_s|_stderr)")
 
 Revisions = str | Mapping[str, str | None] | None
 

@@ -30,6 +30,8 @@ SECTIONS: Mapping[str, Sequence[Number]] = {
         Number("response_identical", "identical to the human one", "{:.3f}"),
         Number("response_tokens", "tokens", "{:.1f}"),
         Number("response_truncated", "cut at max_new_tokens", "{:.3f}"),
+        Number("response_distinct_2", "different pairs of neighbouring tokens", "{:.3f}"),
+        Number("classifier_accuracy", "told from human ones by a classifier", "{:.3f}"),
     ),
     "held-out pairs, against the opponent": (
         Number("margin", "margin", "{:.3f}"),
@@ -62,13 +64,17 @@ def is_shown(row: Row, key: str) -> bool:
 
 
 def written(row: Row, number: Number) -> str:
-    """The row's number as text: "–" where it has none, "NaN" where it is not finite (JSON has null there)."""
+    """The row's number as text, with its standard error if the row has that.
+
+    It is "–" where the row has no such number, and "NaN" where it is not finite (JSON has null there).
+    """
     if number.key not in row:
         return "–"
-    value = finite(row, number.key)
+    value, error = finite(row, number.key), finite(row, f"{number.key}_stderr")
     if math.isnan(value):
         return "NaN"
-    return number.form.format(int(value) if number.form == "{:d}" else value)
+    text = number.form.format(int(value) if number.form == "{:d}" else value)
+    return text if math.isnan(error) else f"{text} ± {number.form.format(error)}"
 
 
 def iteration_name(t: int) -> str:

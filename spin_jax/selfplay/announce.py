@@ -23,7 +23,8 @@ def length_table(prepared: Prepared) -> str:
     most = 2**31 - 1
     unlimited = prepared.config.changed({"lengths.max_prompt": most, "lengths.max_length": most})
     read = processes.together(lambda: read_inputs(unlimited, prepared.began, prepared.today))
-    prompts, answers = lengths_of(datasets_of(read)).T
+    datasets, held_out = datasets_of(read)
+    prompts, answers = lengths_of([*datasets, held_out]).T
     columns = {"prompt": prompts, "answer": answers, "both": prompts + answers}
     lines = [f"{'tokens':<10}" + "".join(f"{name:>10}" for name in columns)]
     for title, share in (("median", 50), ("90%", 90), ("99%", 99), ("longest", 100)):

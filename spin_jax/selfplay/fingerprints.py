@@ -27,7 +27,7 @@ from spin_jax.runtime import secrets
 Identity = Mapping[str, Mapping[str, str]]
 
 # These sections, and these keys of others, may change when a run continues; any other change makes another run. The
-# contents of data.path, model.path and selfplay.pairs are compared in place of their names.
+# contents of data.path, eval.path, model.path and selfplay.pairs are compared in place of their names.
 _FREE_SECTIONS = ("mesh", "checkpoint", "export", "logging")
 _FREE = {
     "": ("resume_anyway", "compiler_flags"),
@@ -37,13 +37,18 @@ _FREE = {
     "sampling": ("batch_size", "tensor"),
     "train": ("remat", "offload", "most_skipped"),
     "sft": ("offload", "control", "control_learning_rate"),
-    "eval": ("verifier", "samples", "fixed_prompts", "kl", "tasks", "include_path", "tasks_limit"),
+    "eval": ("path", "verifier", "samples", "fixed_prompts", "kl", "tasks", "include_path", "tasks_limit"),
 }
 _PACKAGES = ["spin_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "datasets", "grain"]
 
 
 def digests(
-    config: Any, model: Model, datasets: Sequence[list[Example]], given: Mapping[int, Sequence[Pair]], weights: str
+    config: Any,
+    model: Model,
+    datasets: Sequence[list[Example]],
+    held_out: list[Example],
+    given: Mapping[int, Sequence[Pair]],
+    weights: str,
 ) -> Identity:
     """The fingerprints of data, tokenizer, chat template, weights and code, and the versions of libraries.
 
@@ -53,6 +58,7 @@ def digests(
     tokenizer = model.tokenizer
     fingerprints = {
         **{f"data {t}" if t else "data": _data_digest(examples) for t, examples in enumerate(datasets)},
+        "held-out data": _data_digest(held_out),
         "tokenizer": _digest([tokenizer.backend_tokenizer.to_str().encode()]),
         "chat template": _digest([_json(tokenizer.chat_template)]),
         "model": _digest([_json(dataclasses.asdict(model.config)), _json(list(model.stop_tokens))]),

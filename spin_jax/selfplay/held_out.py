@@ -73,26 +73,24 @@ class Evaluation:
         return {**self._measure_answers(params, sampled), **self._run_tasks(folder, params)}
 
     def _measure_answers(self, params: Params, sampled: Sequence[Ids]) -> Row:
-        """NLL of human answers, length of sampled ones and, with a verifier, the share that is right."""
+        """NLL of human answers, statistics of sampled ones and, with a verifier, the share that is right."""
         run = self._run
         if not run.held_out:
             return {}
-        row: Row = {
-            "nll": measures.nll(
-                run.decoder,
-                params,
-                run.held_out,
-                mesh=run.model.mesh,
-                shape=run.example_shape,
-                unattended=run.chat.unattended,
-                on_batch=lambda scored: self._engine.stop_if_asked(),
-            )
-        }
+        row: Row = measures.likelihood(
+            run.decoder,
+            params,
+            run.held_out,
+            mesh=run.model.mesh,
+            shape=run.example_shape,
+            unattended=run.chat.unattended,
+            on_batch=lambda scored: self._engine.stop_if_asked(),
+        )
         if run.verifier:
             greedy = self._answer_held_out(params, 0.0, 1)
             for name, answers in (("greedy_accuracy", greedy), ("sampled_accuracy", sampled)):
                 texts = [run.chat.decode(answer) for answer in answers]
-                row[name] = verifiers.share_correct(run.verifier, run.held_out, texts)
+                row |= measures.accuracy(name, verifiers.verdicts(run.verifier, run.held_out, texts))
         return row | measures.response_statistics(run.chat, run.held_out, sampled)
 
     def _run_tasks(self, folder: epath.Path, params: Params) -> Row:

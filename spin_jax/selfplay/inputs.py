@@ -40,6 +40,7 @@ class Inputs:
     judge: Judge | None  # scores sampled answers
     verifier: verifiers.Verifier | None  # says which held-out answers are right
     rows: dict[str, Any]  # datasets by path; empty where the given pairs are the data
+    held_out_rows: Any  # those of eval.path; None where it is not set
     data_revision: str | dict[str, str | None] | None  # the commit of a hub dataset; of several, by path
     weights_digest: str  # of the checkpoint that the run starts from; "" for new weights
     notes: list[str]  # what was dropped, cut, left out or assumed
@@ -71,13 +72,18 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
     chat = make_chat(config, model, today)
     given = _read_given_pairs(config, chat, model.config.vocab_size, notes)
     c = config.data
-    rows, revisions = {}, {}
-    recorded = _recorded_data_revisions(config, began)
-    for path in dict.fromkeys(config_values.data_paths(c.path)):
+    recorded, revisions = _recorded_data_revisions(config, began), {}
+
+    def load(path: str, split: str) -> Any:
         revisions[path] = sources.pinned(path, recorded.get(path) or c.revision)
-        rows[path] = sources.load_rows(path, c.split, name=c.name, revision=revisions[path])
+        return sources.load_rows(path, split, name=c.name, revision=revisions[path])
+
+    rows = {path: load(path, c.split) for path in dict.fromkeys(config_values.data_paths(c.path))}
+    held_out = load(config.eval.path, config.eval.split) if config.eval.path else None
     pinned = revisions if len(revisions) > 1 else next(iter(revisions.values()), None)
-    return Inputs(config, model, initial_params, chat, given, judge, verifier, rows, pinned, weights_digest, notes)
+    return Inputs(
+        config, model, initial_params, chat, given, judge, verifier, rows, held_out, pinned, weights_digest, notes
+    )
 
 
 def _recorded_revision(config: Config, began: Mapping[str, Any]) -> str | None:
@@ -101,7 +107,7 @@ def shared_content(read: Inputs) -> bytes:
     pairs = [ids for pairs in read.given.values() for p in pairs for ids in (p.prompt, p.real, p.generated)]
     some = [
         (len(rows), [_row(rows, number) for number in range(0, len(rows), max(len(rows) // 64, 1))])
-        for rows in read.rows.values()
+        for rows in (*read.rows.values(), read.held_out_rows or [])
     ]
     m = read.model
     alike = read.config, m.hf_config, m.generation_config, m.stop_tokens, m.revision, some
@@ -172,27 +178,31 @@ def _read_given_pairs(config: Config, chat: Chat, vocab_size: int, notes: list[s
 _NEXT_DATASET = 2**40
 
 
-def datasets_of(read: Inputs) -> list[list[Example]]:
-    """Prompts with their human answers: one dataset for all iterations, or one for each."""
+def datasets_of(read: Inputs) -> tuple[list[list[Example]], list[Example]]:
+    """Prompts with their human answers: one dataset for all iterations, or one for each; and those of eval.path."""
     config = read.config
-    if not read.rows:  # then the given pairs are the data
-        iterations = range(config.selfplay.start, config.selfplay.iterations)
-        if absent := [t for t in iterations if t not in read.given]:
-            raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")
-        unique = {prompt_turns(p.real_messages): p for t in sorted(read.given, reverse=True) for p in read.given[t]}
-        pairs = sorted(unique.values(), key=lambda pair: pair.prompt_id)
-        return [[Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs]]
-    keys = "prompt_column", "answer_column", "limit", "bad_rows", "max_bad"
-    options = {key: config.data[key] for key in keys}
-    loaded: dict[str, list[Example]] = {}
-    for number, (path, rows) in enumerate(read.rows.items()):
-        examples, counts = load_examples(rows, read.chat, path=path, seed=config.seed, **options)
+    keys = "prompt_column", "answer_column", "bad_rows", "max_bad"
+    options = {"seed": config.seed, **{key: config.data[key] for key in keys}}
+
+    def load(number: int, path: str, rows: Any, limit: int | None) -> list[Example]:
+        examples, counts = load_examples(rows, read.chat, path=path, limit=limit, **options)
         read.notes.extend(_count_notes(path, counts))
         if number and max(example.prompt_id for example in examples) >= _NEXT_DATASET:
             raise ValueError(f"{path}: with several datasets, each prompt_id must be below {_NEXT_DATASET}")
-        offset = number * _NEXT_DATASET
-        loaded[path] = [dataclasses.replace(e, prompt_id=e.prompt_id + offset) for e in examples]
-    return [loaded[path] for path in config_values.data_paths(config.data.path)]
+        return [dataclasses.replace(e, prompt_id=e.prompt_id + number * _NEXT_DATASET) for e in examples]
+
+    held_out = []
+    if read.held_out_rows is not None:
+        held_out = load(max(len(read.rows), 1), config.eval.path, read.held_out_rows, config.eval.limit)
+    if read.rows:
+        loaded = {p: load(n, p, rows, config.data.limit) for n, (p, rows) in enumerate(read.rows.items())}
+        return [loaded[path] for path in config_values.data_paths(config.data.path)], held_out
+    iterations = range(config.selfplay.start, config.selfplay.iterations)  # the given pairs are the data
+    if absent := [t for t in iterations if t not in read.given]:
+        raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")
+    unique = {prompt_turns(p.real_messages): p for t in sorted(read.given, reverse=True) for p in read.given[t]}
+    pairs = sorted(unique.values(), key=lambda pair: pair.prompt_id)
+    return [[Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs]], held_out
 
 
 def lengths_of(datasets: Sequence[list[Example]]) -> np.ndarray:
@@ -201,20 +211,30 @@ def lengths_of(datasets: Sequence[list[Example]]) -> np.ndarray:
     return np.array([(len(example.prompt), len(example.real)) for dataset in different for example in dataset])
 
 
-def split(config: Config, datasets: Sequence[list[Example]]) -> tuple[list[list[Example]], list[Example]]:
-    """The datasets to train on, and the examples of the first that are held out, chosen by the seed.
+def split(
+    config: Config, datasets: Sequence[list[Example]], held_out: list[Example]
+) -> tuple[list[list[Example]], list[Example]]:
+    """The datasets to train on, and the held-out examples: those of eval.path, or some of the first dataset.
 
-    Later datasets are also without the prompts that are held out.
+    The seed chooses among the first dataset. Other datasets are also without the prompts that are held out.
+
+    Raises:
+        ValueError: every prompt of a dataset is held out.
     """
-    ids = split_held_out(
-        [e.prompt_id for e in datasets[0]], fraction=config.eval.fraction, limit=config.eval.limit, seed=config.seed
-    )
-    held_out = [example for example in datasets[0] if example.prompt_id in ids]
+    ids: set[int] = set()
+    if not config.eval.path:
+        options = {key: config.eval[key] for key in ("fraction", "limit")}
+        ids = split_held_out([e.prompt_id for e in datasets[0]], seed=config.seed, **options)
+        held_out = [example for example in datasets[0] if example.prompt_id in ids]
     prompts = {prompt_turns(example.messages) for example in held_out}
 
     def rest(examples: list[Example]) -> list[Example]:
-        kept = [example for example in examples if example.prompt_id not in ids]
-        return kept if examples is datasets[0] else [e for e in kept if prompt_turns(e.messages) not in prompts]
+        if ids and examples is datasets[0]:
+            return [example for example in examples if example.prompt_id not in ids]
+        kept = [example for example in examples if prompt_turns(example.messages) not in prompts]
+        if examples and not kept:
+            raise ValueError("nothing is left to train on: every prompt of a dataset is among the held-out ones")
+        return kept
 
     return list(map(rest, datasets)), held_out
 

@@ -32,7 +32,7 @@ class Prepared(Inputs):
 
     workdir: epath.Path
     datasets: list[list[Example]]  # to train on: one for all iterations, or one for each
-    held_out: list[Example]  # from the first dataset
+    held_out: list[Example]  # from the first dataset, or from eval.path
     pair_shape: RowShape  # of micro-batches of pairs, the same for all iterations
     example_shape: RowShape  # of micro-batches of examples
     identity: fingerprints.Identity  # fingerprints and versions, by which a run knows its workdir
@@ -106,17 +106,17 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
     _check_tasks(config, read.model)
     processes.check_same("config or data", lambda: shared_content(read))
     model, given, notes = read.model, read.given, read.notes
-    datasets = datasets_of(read)
-    lengths = lengths_of(datasets)
-    to_train_on, held_out = split(config, datasets)
+    datasets, held_out = datasets_of(read)
+    lengths = lengths_of([*datasets, held_out])
+    to_train_on, held_out = split(config, datasets, held_out)
     positions = model.config.max_position_embeddings
     if config.lengths.max_length > positions:
         notes.append(f"lengths.max_length={config.lengths.max_length} exceeds the model's {positions} positions")
-    found = fingerprints.digests(config, model, datasets, given, read.weights_digest)
+    found = fingerprints.digests(config, model, datasets, held_out, given, read.weights_digest)
     processes.check_same("model, tokenizer, data or code", lambda: repr(found).encode())
     notes += fingerprints.check(root, config, found, began)
     _check_given(root, given, began)
-    read.rows.clear()  # the examples are made of them; they only take up memory now
+    read.rows, read.held_out_rows = {}, None  # the examples are made of them; they only take up memory now
     prepared = Prepared(
         **vars(read),
         workdir=root,

@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small_model(folder):
     """The first notebook, on the tiny model; it leaves its run where the last one looks."""
-    return Executed("spin_small_model", folder, TINY="smoke", WORKDIR="runs/tiny")
+    return Executed("spin_small_model", folder, WITHOUT_HUB="tiny:smoke", WORKDIR="runs/tiny")
 
 
 def read_rows(path):
@@ -115,7 +115,8 @@ def test_the_set_up_cell_works_without_an_installation(tmp_path):
 def test_a_silent_hub_is_not_waited_for(tmp_path):
     notebook = source_of("spin_small_model")
     cell = tmp_path / "cell.py"
-    cell.write_text("MODEL, DATA = 'some/model', 'some/data'\n" + notebook.cells[tagged(notebook, "network")].source)
+    settings = "MODEL, DATA, WITHOUT_HUB = 'some/model', 'some/data', 'tiny'"
+    cell.write_text(f"{settings}\n{notebook.cells[tagged(notebook, 'network')].source}")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers
         environment = {
             **os.environ,
@@ -173,3 +174,13 @@ def test_inspect_a_run(small_model, folder):
     assert len(executed.tables) == 5
     sums = read_rows(folder / "runs/tiny/iteration_0/samples.jsonl")
     assert f">{sums[0]['prompt'][0]['content']}</td>" in executed.tables[3]
+
+
+@pytest.mark.long
+def test_spin_small_model_without_a_hub(folder):
+    """SmolLM2 from the package, on sums because GSM8K is not here either."""
+    found = Executed("spin_small_model", folder, ROWS=40, WORKDIR="runs/package")
+    if "cannot be downloaded" in found.text:
+        pytest.skip(found.text)
+    assert "smollm2-135m-instruct on spin_jax.tiny:problems" in found.text
+    assert "held-out pairs, against the opponent" in found.text

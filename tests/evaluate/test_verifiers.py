@@ -35,13 +35,14 @@ def test_exact_ignores_white_space_around_the_answer_only():
 
 def test_answers_go_round_the_examples():
     examples = [SimpleNamespace(messages=[{"role": "assistant", "content": text}]) for text in ("x", "y")]
-    assert verifiers.share_correct(verifiers.exact, examples, ["x", "y", "y", "y"]) == 0.75
-    assert verifiers.share_correct(verifiers.exact, examples, ["y", "x"]) == 0
+    assert verifiers.verdicts(verifiers.exact, examples, ["x", "y", "y", "y"]).tolist() == [[True, True], [False, True]]
+    assert verifiers.verdicts(verifiers.exact, examples, ["y", "x"]).tolist() == [[False, False]]
 
 
 def test_a_verifier_may_return_any_truth_value():
     examples = [SimpleNamespace(messages=[{"role": "assistant", "content": "x"}])]
-    assert verifiers.share_correct(lambda _, answer: re.match("x", answer), examples, ["x", "y"]) == 0.5
+    found = verifiers.verdicts(lambda _, answer: re.match("x", answer), examples, ["x", "y"])
+    assert found.tolist() == [[True], [False]]
 
 
 def test_a_verifier_that_does_not_exist():
