@@ -74,7 +74,8 @@ def written(row: Row, number: Number) -> str:
     if math.isnan(value):
         return "NaN"
     text = number.form.format(int(value) if number.form == "{:d}" else value)
-    return text if math.isnan(error) else f"{text} ± {number.form.format(error)}"
+    # Where no answer, or every one, is right, the estimated error is 0, which says nothing.
+    return f"{text} ± {number.form.format(error)}" if error > 0 else text
 
 
 def iteration_name(t: int) -> str:
