@@ -7,6 +7,7 @@ part is copied out of the map, so host memory never holds the model twice.
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -252,12 +253,12 @@ def check_architecture(options: Mapping[str, Any]) -> str:
 
     It raises ValueError for a wrong value or an unknown key, with the nearest key of the family's config class.
     """
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     family(options)
     model_type = options["model_type"]
-    fields = [field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])]
-    known = [*fields, "model_type", *TRANSFORMERS_4]
+    classes = CONFIG_MAPPING[model_type], PreTrainedConfig  # in older versions a class states only the keys of its own
+    known = [name for kind in classes for name in inspect.signature(kind).parameters] + ["model_type", *TRANSFORMERS_4]
     for name in options:
         # A whole config.json names the transformers that wrote it, and may have other keys of that version.
         if name not in known and "transformers_version" not in options:

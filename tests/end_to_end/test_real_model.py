@@ -8,6 +8,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import real_model
@@ -20,6 +21,7 @@ from spin_jax.kernels.layout import Layout
 from spin_jax.models import lora
 from spin_jax.models.decoder import Decoder, forward, output_head, project
 from spin_jax.models.params import params_on, sampling_params
+from spin_jax.runtime import sharding
 from spin_jax.sampling import slots
 from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import Sampling, draw, prompt_keys
@@ -170,7 +172,8 @@ def test_log_probs_of_sampled_answers_as_they_were_drawn(model, conversations, m
 
     def recording_draw(logits, keys, sampling):
         token = draw(logits, keys, sampling)
-        logps = jax.nn.log_softmax(logits)[np.arange(len(token)), token]
+        logits = sharding.reshard(logits, "batch", None)
+        logps = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
 
         def record(keys, tokens, logps):
             drawn.update({(*map(int, key), int(t)): float(p) for key, t, p in zip(keys, tokens, logps, strict=True)})
@@ -227,10 +230,11 @@ def test_adapters(model, conversations, tmp_path, reference):
     tokens = np.array([ids], np.int32)
     layout = Layout(np.arange(len(ids), dtype=np.int32)[None], np.ones_like(tokens))
     with jax.set_mesh(model.mesh):
-        params = lora.joined(model.params, adapters, 0.5)
+        weights = jax.tree.map(jnp.copy, model.params)  # `merged` takes over the memory of what it gets
+        params = lora.joined(weights, adapters, 0.5)
         hidden, _ = forward(decoder, params, tokens, layout)
         joined = np.asarray(project(hidden, output_head(decoder, params)))[0]
-        merged = dataclasses.replace(model, params=lora.merged(model.params, adapters, 0.5))
+        merged = dataclasses.replace(model, params=lora.merged(weights, adapters, 0.5))
     assert np.abs(joined - spin_jax.logits(model, tokens)[0]).max() > 0.1
     np.testing.assert_allclose(np.asarray(spin_jax.logits(merged, tokens))[0], joined, atol=LOGITS)
     spin_jax.save(merged, str(tmp_path))
@@ -240,14 +244,28 @@ def test_adapters(model, conversations, tmp_path, reference):
 
 
 @pytest.mark.long
-def test_answers_of_eight_devices(directory, model, conversations, mesh8):
-    """Sampled answers of one device and of eight (2 × 2 × 2) are equal in every token."""
+def test_answers_of_eight_devices(directory, model, conversations):
+    """Sampled answers of one device and of eight, each with a copy of the weights as in a run, are equal.
+
+    A product of one row adds up in another order than one of eight rows. So a token may differ where the random number
+    hits, within 1e-5, the edge between two tokens: most of 49,152 tokens have less than 1e-7, so edges are close there.
+    """
     chat = Chat(model.tokenizer, model.stop_tokens)
     prompts = [chat.encode_prompt(messages[:-1]) for messages in conversations[:8]]
-    split = spin_jax.load(str(directory), dtype="float32", mesh=mesh8)
+    split = spin_jax.load(str(directory), dtype="float32", mesh=sharding.make_mesh(8, 1, 1))
     answers = (answers_of(each, prompts, Sampling(24)) for each in (model, split))
-    for one, eight in zip(*answers, strict=True):
-        assert one.tolist() == eight.tolist()
+    differing = 0
+    for prompt, key, one, eight in zip(prompts, prompt_keys(0, 0, range(8)), *answers, strict=True):
+        if one.tolist() == eight.tolist():
+            continue
+        differing += 1
+        number = next(i for i, (a, b) in enumerate(zip(one, eight, strict=False)) if a != b)
+        logits = spin_jax.logits(model, np.concatenate([prompt, one[:number]])[None])[0, -1]
+        edges = np.cumsum(np.exp(np.float64(logits) - np.logaddexp.reduce(np.float64(logits))))
+        point = float(jax.random.uniform(jax.random.fold_in(key, number)))
+        low, high = sorted((one[number], eight[number]))
+        np.testing.assert_allclose(edges[low:high], point, atol=1e-5)
+    assert differing <= 2
 
 
 @pytest.mark.long
