@@ -428,9 +428,17 @@ def test_the_table_is_not_wide_and_holds_everything(iterations):
     for t in range(iterations):
         assert text.count(f" {t} ") + text.count(f" {t}\n") >= 1
     if iterations:
-        assert text.count("-123.46") + text.count("-123.45") == iterations * 11
+        assert text.count("-123.46") + text.count("-123.45") == iterations * 13
         assert "leaderboard_musr_murder_mysteries/exact_match,strict-match" in text
     assert ("SFT control" in text) == bool(iterations)
+
+
+def test_a_standard_error_stands_beside_its_number():
+    """Where no answer is right the estimate is 0, which says nothing."""
+    row = {"iteration": -1, "nll": 0.1, "nll_stderr": 0.02, "greedy_accuracy": 0.0, "greedy_accuracy_stderr": 0.0}
+    text = numbers.summary_table([row | {"sampled_accuracy": 0.5, "sampled_accuracy_stderr": None}])
+    assert "0.1000 ± 0.0200" in text
+    assert text.count("±") == 1
 
 
 def test_the_table_leaves_out_what_nobody_has():
