@@ -63,19 +63,26 @@ def is_shown(row: Row, key: str) -> bool:
     return key in row and not (key in ("skipped", "response_truncated") and row[key] == 0)
 
 
-def written(row: Row, number: Number) -> str:
-    """The row's number as text, with its standard error if the row has that.
+def value_and_error(row: Row, number: Number) -> tuple[str, str]:
+    """The row's number as text, and "± …" with its standard error, or "".
 
-    It is "–" where the row has no such number, and "NaN" where it is not finite (JSON has null there).
+    The number is "–" where the row has none, and "NaN" where it is not finite (JSON has null there). An error of 0 says
+    nothing: it is estimated so where no answer, or every one, is right.
     """
     if number.key not in row:
-        return "–"
-    value, error = finite(row, number.key), finite(row, f"{number.key}_stderr")
+        return "–", ""
+    value = finite(row, number.key)
     if math.isnan(value):
-        return "NaN"
+        return "NaN", ""
+    name, slash, rest = number.key.partition("/")  # nll; or of a task: task/metric, task/metric/filter
+    metric, *filters = rest.split("/")
+    error = finite(row, "/".join([name, f"{metric}_stderr", *filters]) if slash else f"{name}_stderr")
     text = number.form.format(int(value) if number.form == "{:d}" else value)
-    # Where no answer, or every one, is right, the estimated error is 0, which says nothing.
-    return f"{text} ± {number.form.format(error)}" if error > 0 else text
+    return text, f"± {error:.2g}" if error > 0 else ""
+
+
+def written(row: Row, number: Number) -> str:
+    return " ".join(filter(None, value_and_error(row, number)))
 
 
 def iteration_name(t: int) -> str:

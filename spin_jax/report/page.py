@@ -185,7 +185,12 @@ class _Tables(NamedTuple):
 
 
 def _cell(row: Row, number: Number) -> str:
-    return numbers.written(row, number).replace("-", "−")
+    return _value_and_error(row, number)[0]
+
+
+def _value_and_error(row: Row, number: Number) -> tuple[str, str]:
+    value, error = numbers.value_and_error(row, number)
+    return value.replace("-", "−"), error
 
 
 def _plain_line(label: str, values: Sequence[Any]) -> _Line:
@@ -248,14 +253,6 @@ def _number_tables(run: Run) -> _Tables | None:
     final = next((n for n, row in enumerate(run.rows) if row.get("final")), None)
     lines = _number_lines(run.rows, sources, _value_and_error)
     return _Tables("iteration", list(map(numbers.heading, run.rows)), lines, final)
-
-
-def _value_and_error(row: Row, number: Number) -> tuple[str, str]:
-    """The row's number and, of a task, its standard error, where lm-eval gave one."""
-    task, _, metric = number.key.partition("/")
-    metric, slash, rest = metric.partition("/")
-    error = finite(row, f"{task}/{metric}_stderr{slash}{rest}")
-    return _cell(row, number), f"± {error:.2g}" if math.isfinite(error) else ""
 
 
 def _config_table(run: Run) -> _Tables:

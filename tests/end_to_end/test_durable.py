@@ -406,7 +406,9 @@ def test_code_and_versions_count_and_places_do_not(copy, tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(str(tmp_path))
     spin_jax.run(tiny(data={"path": "elsewhere:problems"}), str(copy))
     kept = json.loads((copy / "config.json").read_text())
-    assert {"data", "tokenizer", "chat template", "model", "weights", "code"} == set(kept["fingerprints"])
+    assert {"data", "held-out data", "tokenizer", "chat template", "model", "weights", "code"} == set(
+        kept["fingerprints"]
+    )
     changed = {**kept, "fingerprints": {**kept["fingerprints"], "code": "older"}}
     (copy / "config.json").write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=r"there fingerprints.code is 'older', and now "):

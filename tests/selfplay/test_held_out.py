@@ -437,7 +437,7 @@ def test_a_standard_error_stands_beside_its_number():
     """Where no answer is right the estimate is 0, which says nothing."""
     row = {"iteration": -1, "nll": 0.1, "nll_stderr": 0.02, "greedy_accuracy": 0.0, "greedy_accuracy_stderr": 0.0}
     text = numbers.summary_table([row | {"sampled_accuracy": 0.5, "sampled_accuracy_stderr": None}])
-    assert "0.1000 ± 0.0200" in text
+    assert "0.1000 ± 0.02" in text
     assert text.count("±") == 1
 
 
