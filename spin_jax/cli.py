@@ -181,8 +181,7 @@ def explain(error: Exception, work_began: bool, advice: str = "") -> int:
     Until the work began, a ValueError or FileNotFoundError is a fault of the input. Other errors that are not ours are
     printed with their traceback. `advice` is printed after the message, except where the input was bad.
     """
-    bad_input = isinstance(error, ValueError | FileNotFoundError) and not work_began
-    code = getattr(error, "exit_code", 2 if bad_input else 1)
+    code = errors.exit_code(error, work_began)
     known = code == 2 or isinstance(error, errors.SpinJaxError | FloatingPointError | OSError)
     message = str(error) if known else "".join(traceback.format_exception(error)).rstrip("\n")
     return fail(message if code == 2 or isinstance(error, errors.OtherFailed) else message + advice, code)

@@ -117,11 +117,11 @@ def check(c: Any) -> None:
 
 def _contradictions(c: Any) -> Iterator[str]:
     """What is wrong with values that depend on each other."""
-    play, lengths, iterations = c.selfplay, c.lengths, c.selfplay.iterations
+    play, lengths, iterations, values = c.selfplay, c.lengths, c.selfplay.iterations, flat(c)
     if play.start > iterations:
         yield f"selfplay.start={play.start}: at most selfplay.iterations={iterations}"
     for name in PER_ITERATION:
-        count = len(flat(c)[name])
+        count = len(values[name])
         if count != 1 and count < max(iterations, 1):
             yield f"{name} has {count} values for {iterations} iterations: give one, or one for each"
     if len(lengths.expected) != 3:

@@ -12,6 +12,12 @@ class SpinJaxError(Exception):
     exit_code = 1
 
 
+def exit_code(error: Exception, work_began: bool = False) -> int:
+    """The exit code of an error. Until the work began, a ValueError or FileNotFoundError is a fault of the input."""
+    bad_input = isinstance(error, ValueError | FileNotFoundError) and not work_began
+    return getattr(error, "exit_code", 2 if bad_input else 1)
+
+
 class BadInput(SpinJaxError):
     """The input of a command is bad, so the same command would fail again."""
 

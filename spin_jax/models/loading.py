@@ -258,10 +258,10 @@ def check_architecture(options: Mapping[str, Any]) -> str:
     family(options)
     model_type = options["model_type"]
     classes = CONFIG_MAPPING[model_type], PreTrainedConfig  # in older versions a class states only the keys of its own
-    known = [name for kind in classes for name in inspect.signature(kind).parameters] + ["model_type", *TRANSFORMERS_4]
+    known = {"model_type", *TRANSFORMERS_4}.union(*(inspect.signature(kind).parameters for kind in classes))
     for name in options:
         # A whole config.json names the transformers that wrote it, and may have other keys of that version.
         if name not in known and "transformers_version" not in options:
-            raise ValueError(f"{model_type} has no {name!r}{nearest(str(name), known)}")
+            raise ValueError(f"{model_type} has no {name!r}{nearest(str(name), sorted(known))}")
     check_constants(options)
     return model_type

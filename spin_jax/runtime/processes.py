@@ -6,6 +6,7 @@ depends on it. Process 0 does all writing and printing. With one process all of 
 """
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spin_jax.errors import OtherFailed
+from spin_jax.errors import OtherFailed, exit_code
 from spin_jax.runtime.secrets import redacted
 
 Result = TypeVar("Result")
@@ -92,10 +93,15 @@ def most(number: int) -> Any:
     """The largest number of all processes: an int, or an array on the devices that `int` waits for."""
     if jax.process_count() == 1:
         return int(number)
-    mesh, count = Mesh(np.array(jax.devices()), ("all",)), jax.device_count()
+    mesh, count = _all_devices(), jax.device_count()
     layout, mine = NamedSharding(mesh, PartitionSpec("all")), np.full(count, number, np.int32)
     with jax.set_mesh(mesh):
         return _largest(jax.make_array_from_callback((count,), layout, lambda index: mine[index]))
+
+
+@functools.cache
+def _all_devices() -> Mesh:  # `most` is called between units of work
+    return Mesh(np.array(jax.devices()), ("all",))
 
 
 _largest = jax.jit(jnp.max, out_shardings=PartitionSpec())
@@ -115,7 +121,7 @@ def together(make: Callable[[], Result]) -> Result:
         made = make()
     except Exception as raised:  # any error counts: the others must not wait for this process
         error = raised
-        code = getattr(error, "exit_code", 2 if isinstance(error, ValueError | FileNotFoundError) else 1)
+        code = exit_code(error)
     if code := int(most(code)):
         failure = error or OtherFailed(code)
         failure.__dict__["of_all"] = True  # `leave` asks

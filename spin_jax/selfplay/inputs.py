@@ -107,7 +107,7 @@ def shared_content(read: Inputs) -> bytes:
     pairs = [ids for pairs in read.given.values() for p in pairs for ids in (p.prompt, p.real, p.generated)]
     some = [
         (len(rows), [_row(rows, number) for number in range(0, len(rows), max(len(rows) // 64, 1))])
-        for rows in (*read.rows.values(), read.held_out_rows or [])
+        for rows in filter(None, (*read.rows.values(), read.held_out_rows))
     ]
     m = read.model
     alike = read.config, m.hf_config, m.generation_config, m.stop_tokens, m.revision, some
