@@ -165,6 +165,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         extensions = [type(extension) for extension in theirs.extensions.values()]
         super().__init__(trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks, extensions=extensions)
         self.globals.update(theirs.globals)
+        if self.globals["dict"] is dict:  # transformers before 5.23: with dict.update a template changes the messages
+            self.globals.update(dict=lambda *items, **named: dict(*items, **named), namespace=_Namespace)
         self.filters.update(theirs.filters)
         self.filters.update({name: _bounded(name, f) for name, f in theirs.filters.items() if name in self.growing})
 
@@ -184,6 +186,20 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             args = _without_generators(args)
             _check_growth(method.__name__, owner, *args, *kwargs.values())
         return super().call(__context, __obj, *args, **kwargs)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """A namespace without private names, which could lead a template into the internals of Python."""
+
+    def __init__(*args: Any, **named: Any):  # `self` may be one of the names
+        jinja2.utils.Namespace.__init__(args[0])
+        for name, value in dict(*args[1:], **named).items():
+            args[0][name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a namespace takes no private name such as {name!r}")
+        super().__setitem__(name, value)
 
 
 def _bounded(name: str, function: Callable) -> Callable:
