@@ -4,7 +4,7 @@ To read another form of row, edit `conversation` and `_columns_to_read`.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,20 @@ import numpy as np
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
 from spin_jax.data.findings import Findings, merge_findings
-from spin_jax.data.records import Example, Message, check_messages, check_text, list_names, read_integer
+from spin_jax.data.records import (
+    Example,
+    Ids,
+    Message,
+    check_messages,
+    check_text,
+    list_names,
+    prompt_turns,
+    read_integer,
+)
 from spin_jax.errors import BadRow
 from spin_jax.runtime import processes
 
+CONVERSATION_COLUMNS = ("conversations", "conversation", "dialog", "dialogue")  # besides `real` and `messages`
 PROMPT_ANSWER_COLUMNS = (
     ("question", "answer"),
     ("instruction", "output"),
@@ -24,37 +34,81 @@ PROMPT_ANSWER_COLUMNS = (
     ("prompt", "response"),
     ("prompt", "answer"),
 )
+SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "function_response"), "tool"),
+    "system": "system",
+}
 
 
 def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> list[Message]:
     """One row as messages that end with the assistant's last turn, which may be empty.
 
     It reads the first of these that the row has: the two columns that the config names; `real` (SPIN pairs);
-    `messages`; one of PROMPT_ANSWER_COLUMNS. Alpaca's `input` is appended to its instruction. It raises
-    BadRow, which names the field, for a malformed row.
+    `messages`; one of PROMPT_ANSWER_COLUMNS, each text or a list of turns; one of CONVERSATION_COLUMNS. Alpaca's
+    `input` and Dolly's `context` are appended to the instruction. It raises BadRow, which names the field, for a
+    malformed row.
     """
     columns = _columns_to_read(row, prompt_column, answer_column)
     if not columns or not row.keys() >= set(columns[:2]):
+        if row.keys() >= {"chosen", "rejected"} and not prompt_column:
+            raise BadRow("a row of preferences (chosen, rejected): give it as config.selfplay.pairs, not as data.path")
         wanted = f" {' and '.join(columns)}" if columns else " real, messages, or a prompt and an answer"
-        raise BadRow(f"no field{wanted} among {list_names(row)}: set config.data.prompt_column and .answer_column")
+        raise BadRow(
+            f"no field{wanted} among {list_names(row)}: set config.data.prompt_column and .answer_column, or write one "
+            "of the forms that configs/README.md lists under Data"
+        )
     if len(columns) == 1:
-        return check_messages(row[columns[0]], columns[0])
-    prompt = check_text(row[columns[0]], columns[0])
-    answer = "" if row[columns[1]] is None else check_text(row[columns[1]], columns[1])
+        return check_messages(_sharegpt_as_messages(row[columns[0]], columns[0]), columns[0])
+    prompt = _turns(row[columns[0]], columns[0], "user")
+    answer = _turns("" if row[columns[1]] is None else row[columns[1]], columns[1], "assistant")
     if columns[2:] and row.get(columns[2]):
-        prompt = f"{prompt}\n\n{check_text(row[columns[2]], columns[2])}"
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        if not isinstance(row[columns[0]], str):
+            raise BadRow(f"{columns[2]} would follow {columns[0]}, and that is no text but a list of turns")
+        prompt[0]["content"] += f"\n\n{check_text(row[columns[2]], columns[2])}"
+    if not any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in answer):
+        raise BadRow(f"{columns[1]}: no assistant turn in it")
+    return check_messages([*prompt, *answer], " + ".join(columns[:2]))
 
 
 def _columns_to_read(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> tuple[str, ...]:
-    """The columns that `conversation` reads: one of messages; prompt, answer and perhaps input; or none."""
+    """The columns that `conversation` reads: one of turns; prompt, answer and perhaps input; or none."""
     if prompt_column and answer_column:
         columns = (prompt_column, answer_column)
-    elif whole := [name for name in ("real", "messages") if row.get(name) is not None]:
-        return (whole[0],)
     else:
-        columns = next((c for c in PROMPT_ANSWER_COLUMNS if c[0] in row and c[1] in row), ())
-    return (*columns, "input") if columns[:1] == ("instruction",) else columns
+        has = {name for name, value in row.items() if value is not None}
+        found = [(name,) for name in ("real", "messages") if name in has]
+        found += [pair for pair in PROMPT_ANSWER_COLUMNS if row.keys() >= set(pair)]
+        columns = next(iter([*found, *((name,) for name in CONVERSATION_COLUMNS if name in has)]), ())
+    context = {("instruction", "response"): "context"}.get(columns, "input")
+    return (*columns, context) if columns[:1] == ("instruction",) else columns
+
+
+def _turns(value: Any, field: str, role: str) -> list[dict[str, Any]]:
+    """The turns of a prompt or an answer: a list of them as it is, text as one turn of this role."""
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return _sharegpt_as_messages(value, field)
+    return [{"role": role, "content": check_text(value, field)}]
+
+
+def _sharegpt_as_messages(turns: Any, field: str) -> Any:
+    """Turns of `from` and `value` with `role` and `content` in their place; anything else as it is."""
+    if not isinstance(turns, list | tuple) or not any(isinstance(turn, dict) and turn.get("from") for turn in turns):
+        return turns
+    messages = []
+    for number, turn in enumerate(turns):
+        name = f"{field}[{number}]"
+        if not isinstance(turn, dict) or not turn.keys() >= {"from", "value"}:
+            raise BadRow(f"{name}: expected from and value, as in the turns beside it")
+        role = SHAREGPT_ROLES.get(str(turn["from"]).lower())
+        if role is None:
+            raise BadRow(f"{name}.from is {turn['from']!r:.40}: expected one of {', '.join(SHAREGPT_ROLES)}")
+        no_answer = role == "assistant" and turn["value"] is None
+        content = "" if no_answer else check_text(turn["value"], f"{name}.value")
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
+        messages.append({**rest, "role": role, "content": content})
+    return messages
 
 
 def load_examples(
@@ -115,8 +169,44 @@ def load_examples(
     return examples, counts
 
 
-def split_held_out(ids: Sequence[int], *, fraction: float, limit: int, seed: int) -> set[int]:
-    """The ids of the examples kept from training: a random choice, at most `limit` and a share `fraction`."""
-    count = min(int(len(ids) * fraction), limit)
-    order = np.random.default_rng([seed, 1]).permutation(len(ids))[:count]
-    return {int(ids[i]) for i in order}
+def prompt_keys(messages: Sequence[Message], prompt: Ids) -> tuple[Hashable, Hashable]:
+    """What two conversations with equal prompts share one of: the turns before the answer, or their token ids."""
+    return prompt_turns(messages), prompt.tobytes()
+
+
+def group_by_prompt(examples: Sequence[Example]) -> list[int]:
+    """For each example, the place of the first one with an equal prompt, so that equal prompts have equal numbers."""
+    first = list(range(len(examples)))
+    places: dict[Hashable, int] = {}
+
+    def find(place: int) -> int:
+        while first[place] != place:
+            place = first[place]
+        return place
+
+    for number, example in enumerate(examples):
+        for key in prompt_keys(example.messages, example.prompt):
+            low, high = sorted((find(places.setdefault(key, number)), find(number)))
+            first[high] = low
+    return [find(number) for number in range(len(examples))]
+
+
+def split_held_out(prompts: Sequence[int], *, fraction: float, limit: int, seed: int) -> set[int]:
+    """The prompts kept from training; `prompts` has the number of each example's prompt.
+
+    They are a random choice. Their examples are at most `limit` and a share `fraction` of all; where no prompt has so
+    few examples, they are those of the prompt that has the fewest.
+    """
+    sizes = Counter(prompts)
+    room = most = min(int(len(prompts) * fraction), limit)
+    names = list(sizes)
+    order = [names[number] for number in np.random.default_rng([seed, 1]).permutation(len(names))]
+    chosen: set[int] = set()
+    for prompt in order:
+        if sizes[prompt] <= room:
+            chosen.add(prompt)
+            room -= sizes[prompt]
+    smallest = min(order, key=sizes.__getitem__)
+    if most and not chosen and len(order) > 1 and sizes[smallest] <= limit:
+        chosen.add(smallest)
+    return chosen

@@ -1,8 +1,10 @@
 """Writes and reads the parquet files of pairs, scores and held-out numbers. Damaged files raise an error."""
 
+import glob
 import hashlib
 import io
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +47,15 @@ def pairs_from_parquet(content: bytes, path: epath.PathLike | None = None) -> li
     for row, name in itertools.product(rows, ("prompt_tokens", "real_tokens", "generated_tokens")):
         row[name] = np.asarray(row[name], np.int32)
     return [Pair(*row.values()) for row in rows]
+
+
+def holds_pairs_of_a_run(folder: str) -> bool:
+    """Whether a local folder is the `pairs/` of a run, which has training and held-out pairs in files of their own."""
+    try:
+        schemas = [pq.read_schema(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.parquet"))]
+    except (pa.ArrowException, OSError):
+        return False  # reading the rows will name the damaged file
+    return bool(schemas) and all(_DIGEST in (schema.metadata or {}) for schema in schemas)
 
 
 def scores_to_parquet(

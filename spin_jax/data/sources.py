@@ -1,31 +1,38 @@
 """Opens files, directories, hub ids and functions as rows, which have a length and are dicts found by number."""
 
-import json
+import glob
 import os
 import re
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin_jax.data import folders
+from spin_jax.data.json_lines import JsonLines
 from spin_jax.runtime.user_code import called
 
 
 def load_rows(
-    path: str, split: str = "train", *, name: str | None = None, revision: str | None = None, all_files: bool = False
+    path: str,
+    split: str = "train",
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    all_files: bool = False,
+    notes: list[str] | None = None,
 ) -> Any:
     """Opens a dataset.
 
     Args:
-        path: a hub id; a .jsonl, .json or .parquet file; a directory of .jsonl or .parquet files or
-            one that `save_to_disk` wrote; or `module:function`, which returns a list of dicts.
-        split: in the syntax of `datasets` (`train`, `train[:1000]`). In a directory it selects the files whose
-            names begin with it; if none begins with `train`, this split has all files. A single file is one split.
-        name: the configuration of a hub dataset, as `revision` is its revision.
+        path: a hub id; a file of rows; a directory of such files, such as a clone of a hub dataset, or one that
+            `save_to_disk` wrote; or `module:function`, which returns a list of dicts.
+        split: in the syntax of `datasets` (`train`, `train[:1000]`, `train+test`). `folders.split_files` says which
+            files of a directory have it. A single file is one split.
+        name: the configuration of a dataset of the hub or of a clone; `revision` is the revision on the hub.
         all_files: whether to read every file of a directory, whatever the split.
+        notes: gets a sentence on the files that were chosen in a directory.
 
     Raises:
         ValueError, FileNotFoundError: the dataset cannot be read; the message names the path and, if known, the row.
@@ -36,7 +43,7 @@ def load_rows(
             rows = _function_rows(path)
         elif any(os.path.exists(os.path.join(path, known)) for known in ("state.json", "dataset_dict.json")):
             rows = _saved_rows(path, base)
-        elif files := _data_files(path, "" if all_files else base):
+        elif files := _data_files(path, None if all_files else base, name, [] if notes is None else notes):
             rows = _parquet_rows(files) if files[0].endswith(".parquet") else JsonLines.of(files)
         elif ".." in path or path.startswith(("/", ".")) or path.count("/") > 1:
             raise FileNotFoundError(f"{path}: no such file or directory")
@@ -50,119 +57,6 @@ def load_rows(
     if len(rows) == 0:
         raise ValueError(f"{path}: 0 rows")
     return rows
-
-
-class JsonLines:
-    """The rows of JSON files. Only the position of each row is kept; a row is parsed when it is needed.
-
-    A file has one JSON object on each line (blank lines are skipped). A .json file may also be one
-    list of objects. A row's number is the number of its line in its file, or its number in the list.
-    """
-
-    def __init__(self, files: Sequence[str], places: np.ndarray):
-        self._files = files
-        self._opened: tuple[int, Any] = -1, None  # the file that was read last
-        self._places = places  # int64 [rows, (file, number, first byte, bytes)]
-
-    @classmethod
-    def of(cls, files: Sequence[str]) -> "JsonLines":
-        """All rows of the files. ValueError names a file without rows, or with a list that does not parse."""
-        places = array("q")
-        for index, file in enumerate(files):
-            count = len(places)
-            for number, start, size in _row_places(file):
-                places.extend((index, number, start, size))
-            if len(places) == count:
-                raise ValueError(f"{file} is empty: 0 rows")
-        return cls(files, np.frombuffer(places, np.int64).reshape(-1, 4))
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The row; ValueError, which names the place, if it is no JSON object."""
-        file, _, start, size = map(int, self._places[index])
-        try:
-            if self._opened[0] != file:
-                self._opened = file, open(self._files[file], "rb")  # noqa: SIM115
-            line = os.pread(self._opened[1].fileno(), size, start)
-            if len(line) < size:
-                raise ValueError("the file has become shorter")
-            row = json.loads(line.rstrip().decode())
-            if not isinstance(row, dict):
-                raise ValueError(f"not a JSON object but {type(row).__name__}")
-            if line.count(b"[") + line.count(b"{") > _DEEPEST and _depth(row) > _DEEPEST:
-                raise RecursionError
-        except json.JSONDecodeError as error:
-            where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} of it"
-            raise ValueError(f"{self.place(index)}: {error.msg}: {where}") from error
-        except RecursionError:
-            raise ValueError(f"{self.place(index)}: nested more than {_DEEPEST} levels deep") from None
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.place(index)}: {error}") from error
-        return row
-
-    def place(self, index: int) -> str:
-        file, number, *_ = self._places[index]
-        return f"{self._files[file]}, row {number}"
-
-    def select(self, indices: Iterable[int]) -> "JsonLines":
-        return JsonLines(self._files, self._places[np.fromiter(indices, np.int64)])
-
-
-_DEEPEST = 100  # levels of JSON; recursive code can walk a row of this depth
-_BOM = b"\xef\xbb\xbf"
-
-
-def _row_places(file: str) -> Iterator[tuple[int, int, int]]:
-    """(number, first byte, bytes) of each row of a file."""
-    with open(file, "rb") as lines:
-        begin = lines.read(4096)
-        first = begin.removeprefix(_BOM)
-        if file.endswith(".json") and first.lstrip()[:1] == b"[":
-            yield from _item_places(file, begin + lines.read())
-            return
-        start = len(begin) - len(first)
-        lines.seek(start)
-        for number, line in enumerate(lines, 1):
-            if not line.isspace():
-                yield number, start, len(line)
-            start += len(line)
-
-
-def _item_places(file: str, content: bytes) -> Iterator[tuple[int, int, int]]:
-    """(number, first byte, bytes) of each item of a JSON list."""
-    text = content.decode("latin-1")  # one character for each byte: positions are those in the file
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s\xef\xbb\xbf]*")  # a BOM counts as space
-
-    def after_space(at: int) -> int:
-        return space.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
-
-    at, number = after_space(after_space(0) + 1), 0
-    ends = text[at : at + 1] == "]"
-    while not ends:
-        number += 1
-        try:
-            _, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, row {number}: {error}") from error
-        yield number, at, end - at
-        at = after_space(end)
-        ends = text[at : at + 1] == "]"
-        if not ends and text[at : at + 1] != ",":
-            raise ValueError(f"{file}, row {number}: neither a comma nor the list's end follows it")
-        at = at if ends else after_space(at + 1)
-    if text[at + 1 :].strip():
-        raise ValueError(f"{file}: something follows the list's end")
-
-
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        inner = [item for item in level if isinstance(item, dict | list)]
-        level = [child for item in inner for child in (item.values() if isinstance(item, dict) else item)]
-    return depth
 
 
 def _function_rows(path: str) -> Any:
@@ -198,7 +92,7 @@ def _parquet_rows(files: Sequence[str]) -> Any:
     for file in files:
         _check_parquet(file, whole=False)
     try:
-        return datasets.load_dataset("parquet", data_files=list(files), split="train")
+        return datasets.Dataset.from_parquet(list(map(glob.escape, files)))  # unlike load_dataset, it asks no server
     except datasets.exceptions.DatasetGenerationError as error:
         for file in files:
             _check_parquet(file, whole=True)
@@ -242,26 +136,28 @@ def _slice(rows: Any, split: str, path: str) -> Any:
     return rows.select([number for part in chosen for number in range(part.from_, part.to)])
 
 
-def _data_files(path: str, split: str) -> list[str]:
-    """The file itself, or a directory's files of this split; [] if nothing has this path."""
-    suffixes = (".jsonl", ".json", ".parquet")
+def _data_files(path: str, split: str | None, name: str | None, notes: list[str]) -> list[str]:
+    """The file itself, or a directory's files of this split or of all; [] if nothing has this path."""
     if os.path.isfile(path):
-        if not path.endswith(suffixes):
-            raise ValueError(f"{path}: expected a file that ends in {', '.join(suffixes)}")
+        if not folders.file_format(path):
+            raise ValueError(f"{path}: expected a file that ends in {folders.FORMATS}")
         files = [path]
     elif os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-        names = [n for n in names if n.endswith(".parquet")] or [n for n in names if n.endswith(".jsonl")]
-        if not names:
-            raise ValueError(f"{path} holds no .parquet or .jsonl file")
-        chosen = [name for name in names if name.startswith(split)]
-        if not chosen and split != "train":
-            raise ValueError(f"{path} has no file of a split {split!r}; it has {', '.join(names[:9])}")
-        files = [os.path.join(path, name) for name in chosen or names]
+        for parent, inner, names in os.walk(path):
+            for name_of_file in filter(folders.file_format, (*names, *inner)):
+                if not os.path.isfile(file := os.path.join(parent, name_of_file)):
+                    raise ValueError(f"{file} is not a regular file, or is a link to a missing one")
+        chosen = [] if split else folders.all_files(path)
+        for one in split.split("+") if split else ():
+            found, left = folders.split_files(path, one, name)
+            notes.append(f"{path}: the split {one} is {folders.shown(found)}")
+            notes += [f"{path}: datasets counts {file} to {one} too; it is not read" for file in left]
+            chosen += found
+        files = [os.path.join(path, file) for file in chosen]
+        if len({folders.file_format(file) for file in files}) > 1:
+            raise ValueError(f"{path}: files of several formats: {folders.shown(chosen)}")
     else:
         return []
-    if strange := [file for file in files if not os.path.isfile(file)]:
-        raise ValueError(f"{strange[0]} is not a regular file, or is a link to a missing one")
     if empty := [file for file in files if os.path.getsize(file) == 0]:
         raise ValueError(f"{empty[0]} is empty: 0 rows")
     return files

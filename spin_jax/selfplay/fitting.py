@@ -147,6 +147,7 @@ class Fitting:
             NotFinite: too many steps in a row were not finite; the last batch is in a file of the folder.
         """
         run, options, t = self._run, phase.options, phase.iteration
+        options.check_schedule("train" if phase.name == "train" else "sft", phase.steps, phase.schedule_steps)
         self._engine.release()
         c, most_skipped = run.config.checkpoint, run.config.train.most_skipped
         step_checkpoints = StepCheckpoints(phase.folder / "train", c.keep, self._metrics.flush)

@@ -12,9 +12,9 @@ import numpy as np
 
 from spin_jax import config_values
 from spin_jax.config import Config
-from spin_jax.data import sources
+from spin_jax.data import parquet, sources
 from spin_jax.data.chat import Chat
-from spin_jax.data.examples import load_examples, split_held_out
+from spin_jax.data.examples import group_by_prompt, load_examples, prompt_keys, split_held_out
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Example, Lengths, Pair, prompt_turns
@@ -76,7 +76,7 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
 
     def load(path: str, split: str) -> Any:
         revisions[path] = sources.pinned(path, recorded.get(path) or c.revision)
-        return sources.load_rows(path, split, name=c.name, revision=revisions[path])
+        return sources.load_rows(path, split, name=c.name, revision=revisions[path], notes=notes)
 
     rows = {path: load(path, c.split) for path in dict.fromkeys(config_values.data_paths(c.path))}
     held_out = load(config.eval.path, config.eval.split) if config.eval.path else None
@@ -164,7 +164,9 @@ def _read_given_pairs(config: Config, chat: Chat, vocab_size: int, notes: list[s
     given, play = {}, config.selfplay
     options = {"bad_rows": config.data.bad_rows, "max_bad": config.data.max_bad, "scored": bool(play.scorer)}
     for t, path in config_values.given_pairs(config).items():
-        rows = sources.load_rows(path, play.pairs_split, all_files=True)
+        # This run holds out its own prompts, of whichever file of another run's.
+        of_a_run = parquet.holds_pairs_of_a_run(path)
+        rows = sources.load_rows(path, play.pairs_split, all_files=of_a_run, notes=notes)
         given[t], counts = load_pairs(rows, chat, path=path, vocab_size=vocab_size, **options)
         notes += _count_notes(path, counts)
     for t in range(max(0, play.start - play.mix_previous), play.start):
@@ -186,6 +188,8 @@ def datasets_of(read: Inputs) -> tuple[list[list[Example]], list[Example]]:
 
     def load(number: int, path: str, rows: Any, limit: int | None) -> list[Example]:
         examples, counts = load_examples(rows, read.chat, path=path, limit=limit, **options)
+        if repeated := len(examples) - len(set(group_by_prompt(examples))):
+            counts["rows with the prompt of an earlier row"] = repeated
         read.notes.extend(_count_notes(path, counts))
         if number and max(example.prompt_id for example in examples) >= _NEXT_DATASET:
             raise ValueError(f"{path}: with several datasets, each prompt_id must be below {_NEXT_DATASET}")
@@ -216,22 +220,20 @@ def split(
 ) -> tuple[list[list[Example]], list[Example]]:
     """The datasets to train on, and the held-out examples: those of eval.path, or some of the first dataset.
 
-    The seed chooses among the first dataset. Other datasets are also without the prompts that are held out.
+    The seed chooses among the prompts of the first dataset. No dataset keeps a prompt that is held out.
 
     Raises:
         ValueError: every prompt of a dataset is held out.
     """
-    ids: set[int] = set()
     if not config.eval.path:
         options = {key: config.eval[key] for key in ("fraction", "limit")}
-        ids = split_held_out([e.prompt_id for e in datasets[0]], seed=config.seed, **options)
-        held_out = [example for example in datasets[0] if example.prompt_id in ids]
-    prompts = {prompt_turns(example.messages) for example in held_out}
+        prompts = group_by_prompt(datasets[0])
+        chosen = split_held_out(prompts, seed=config.seed, **options)
+        held_out = [example for example, prompt in zip(datasets[0], prompts, strict=True) if prompt in chosen]
+    keys = {key for example in held_out for key in prompt_keys(example.messages, example.prompt)}
 
     def rest(examples: list[Example]) -> list[Example]:
-        if ids and examples is datasets[0]:
-            return [example for example in examples if example.prompt_id not in ids]
-        kept = [example for example in examples if prompt_turns(example.messages) not in prompts]
+        kept = [example for example in examples if keys.isdisjoint(prompt_keys(example.messages, example.prompt))]
         if examples and not kept:
             raise ValueError("nothing is left to train on: every prompt of a dataset is among the held-out ones")
         return kept

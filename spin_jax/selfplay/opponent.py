@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from spin_jax.data import parquet
-from spin_jax.data.records import Example, Ids, Pair, prompt_turns
+from spin_jax.data.records import Example, Ids, Pair
 from spin_jax.errors import MissingInput
 from spin_jax.models.architecture import Params
 from spin_jax.runtime.console import compact, progress
@@ -66,10 +66,8 @@ class Opponent:
         """
         run = self._run
         train, test = run.examples(t), run.held_out
-        if t in run.given:  # their ids may belong to another dataset, so a prompt is known by its text
-            held_out = {prompt_turns(example.messages) for example in run.held_out}
-            train = [pair for pair in run.given[t] if prompt_turns(pair.real_messages) not in held_out]
-            test = [pair for pair in run.given[t] if prompt_turns(pair.real_messages) in held_out]
+        if t in run.given:
+            train, test = run.given_pairs(t)
         size = run.config.sampling.shard_size
         result = []
         for split, items in (("train", train), ("test", test)):
@@ -175,12 +173,6 @@ class Opponent:
                 result.append(ScoredPair(pair, logps))
         return result
 
-    def _sources(self, t: int) -> list[int]:
-        """The iterations whose pairs iteration t trains on: earlier ones that are mixed in, and its own."""
-        c = self._run.config.selfplay
-        earlier = range(max(0, t - c.mix_previous), t)
-        return [*(s for s in earlier if s >= c.start or s in self._run.given), t]
-
     @property
     def _answers_of_start(self) -> int:
         """The iteration that holds the answers of the very first model, which is the role `start`."""
@@ -189,7 +181,7 @@ class Opponent:
     def _needed(self, t: int) -> list[int]:
         """The iterations whose answers must exist before iteration t is scored; t comes last."""
         first = [self._answers_of_start] if "start" in self._run.roles else []
-        return list(dict.fromkeys([*first, *self._sources(t)[:-1], t]))
+        return list(dict.fromkeys([*first, *self._run.sources(t)[:-1], t]))
 
     def _score_files(self, t: int) -> list[ScoreFile]:
         """The score files of iteration t. Earlier held-out pairs are left out."""
@@ -203,7 +195,7 @@ class Opponent:
                 total=len(items if source in self._run.given else self._requests(path, items)),
             )
             for by in variants.reference_weights(self._run.config, t)
-            for source in self._sources(t)
+            for source in self._run.sources(t)
             for path, items in self._pair_files(source)
             if source == t or path.name.startswith("train")
         ]

@@ -14,15 +14,18 @@ from etils import epath
 
 from spin_jax import config_values
 from spin_jax.config import Config
+from spin_jax.data.examples import prompt_keys
 from spin_jax.data.records import Example, Pair, prompt_turns
 from spin_jax.models import lora
 from spin_jax.models.architecture import Model
 from spin_jax.models.decoder import Decoder
+from spin_jax.report.numbers import START
 from spin_jax.runtime import processes
 from spin_jax.selfplay import best, fingerprints, from_config
 from spin_jax.selfplay.inputs import Inputs, datasets_of, lengths_of, read_inputs, shared_content, split
 from spin_jax.storage import files, hub
 from spin_jax.training import custom_loss
+from spin_jax.training.batches import training_steps
 from spin_jax.training.packing import RowShape
 
 
@@ -71,6 +74,24 @@ class Prepared(Inputs):
         if place >= len(self.datasets):
             raise ValueError(f"data.path names {len(self.datasets)} datasets, and none for iteration {t}")
         return self.datasets[place]
+
+    def given_pairs(self, t: int) -> tuple[list[Pair], list[Pair]]:
+        """The pairs given for iteration t: to train on, and held out. Their ids may belong to another dataset."""
+        keys = {key for example in self.held_out for key in prompt_keys(example.messages, example.prompt)}
+        split: tuple[list[Pair], list[Pair]] = [], []
+        for pair in self.given[t]:
+            split[not keys.isdisjoint(prompt_keys(pair.real_messages, pair.prompt))].append(pair)
+        return split
+
+    def most_pairs(self, t: int) -> int:
+        """The number of pairs that iteration t makes for training, before selfplay.rows leaves any out."""
+        return len(self.given_pairs(t)[0]) if t in self.given else len(self.examples(t)) * self.config.selfplay.samples
+
+    def sources(self, t: int) -> list[int]:
+        """The iterations whose pairs iteration t trains on: earlier ones that are mixed in, and its own."""
+        play = self.config.selfplay
+        earlier = range(max(0, t - play.mix_previous), t)
+        return [*(s for s in earlier if s >= play.start or s in self.given), t]
 
     def folder(self, t: int) -> epath.Path:
         """The folder of iteration t, or of the START."""
@@ -169,12 +190,26 @@ def _check_options(prepared: Prepared) -> None:
     if c.selfplay.scorer is None and custom_loss.takes_score(c.loss):
         raise ValueError(f"loss.name={c.loss.name!r} takes a score: set selfplay.scorer")
     from_config.sampling(c)
-    from_config.sft_optimization(c)
-    for t in prepared.iterations:
-        from_config.optimization(c, t)
+    prepared.notes += dict.fromkeys(_schedule_notes(prepared))
     for section in (c.train, c.sft):
         if section.lora_rank:
             lora.check(prepared.model.config, section.lora_targets)
+
+
+def _schedule_notes(prepared: Prepared) -> Iterator[str]:
+    """Notes on steps that a schedule leaves without effect; ValueError where it leaves none with one."""
+    c = prepared.config
+    options = from_config.sft_optimization(c)
+    if options.epochs:
+        steps = training_steps(len(prepared.examples(START)), options.batch_size, options.epochs)
+        yield from options.check_schedule("sft", steps)
+    for t in prepared.iterations:
+        options = from_config.optimization(c, t)
+        pairs = sum(map(prepared.most_pairs, prepared.sources(t)))
+        steps = training_steps(pairs, options.batch_size, options.epochs)
+        yield from options.check_schedule("train", steps)
+        if c.sft.control:
+            yield from from_config.sft_optimization(c, control=True).check_schedule("sft", steps, steps)
 
 
 def _check_start_answers(prepared: Prepared) -> None:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from spin_jax.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimization:
@@ -40,7 +42,10 @@ class Optimization:
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ValueError(f"schedule={self.schedule!r}: choose from linear, cosine, constant")
         if self.schedule_epochs is not None and self.schedule_epochs < self.epochs:
-            raise ValueError(f"schedule_epochs={self.schedule_epochs} is shorter than epochs={self.epochs}")
+            raise ValueError(
+                f"schedule_epochs={self.schedule_epochs} is shorter than epochs={self.epochs}: the rest of the data "
+                "would be trained on at learning rate 0. Set it to epochs or more, or leave it unset"
+            )
 
     @property
     def lora_scale(self) -> float:
@@ -63,6 +68,27 @@ class Optimization:
         }[self.schedule]
         schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
         return np.asarray(jax.vmap(schedule)(jnp.arange(total)), np.float32).reshape(-1)
+
+    def check_schedule(self, section: str, steps: int, schedule_steps: int | None = None) -> list[str]:
+        """Notes on steps that learn nothing: one where a tenth of `steps` or more has the learning rate 0.
+
+        Args:
+            section: the section of the config that has these options, for the message.
+            schedule_steps: the length of the schedule; unset, the options say it.
+
+        Raises:
+            ConfigError: every step has the learning rate 0.
+        """
+        rates = self.learning_rates(schedule_steps or self.schedule_steps(steps))[:steps]
+        idle, all_steps = int(np.sum(rates == 0)), f"{steps} optimizer step{'s' * (steps != 1)}"
+        advice = f"Set {section}.warmup_ratio=0, a smaller {section}.batch_size, or more {section}.epochs"
+        if steps and idle == steps:
+            raise ConfigError(
+                f"{section}: the learning rate is 0 in all of {all_steps}, so nothing would be trained. {advice}"
+            )
+        if idle and 10 * idle >= steps:
+            return [f"{section}: the learning rate is 0 in {idle} of {all_steps}, which train nothing. {advice}"]
+        return []
 
 
 # --- the optimizers ------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Datasets are opened as rows, whatever their format."""
 
+import gzip
 import json
 
+import pyarrow as pa
 import pytest
 from dataset_rows import write_jsonl
 
@@ -53,8 +55,10 @@ def test_splits(tmp_path):
     write_jsonl(folder / "test.jsonl", list(rows)[:3])
     assert len(sources.load_rows(str(folder))) == 20
     assert len(sources.load_rows(str(folder), "test")) == 3
-    assert len(sources.load_rows(str(folder), all_files=True)) == 23
-    with pytest.raises(ValueError, match="no file of a split 'dev'"):
+    assert (
+        len(sources.load_rows(str(folder), all_files=True)) == len(sources.load_rows(str(folder), "train+test")) == 23
+    )
+    with pytest.raises(ValueError, match=r"no split 'dev'; it has train \(train.jsonl\); test \(test.jsonl\)"):
         sources.load_rows(str(folder), "dev")
     assert len(sources.load_rows("spin_jax.tiny:problems", "train[:7]")) == 7
 
@@ -81,3 +85,72 @@ def test_a_revision_tells_that_a_dataset_is_the_hubs(tmp_path, monkeypatch):
     assert sources.pinned("org/sums", "v1") == "v1"
     assert sources.pinned("local/sums", "v1") is None
     assert sources.pinned("spin_jax.tiny:problems", None) is None
+
+
+DOCUMENTS = {
+    "a list in a .jsonl": lambda rows: json.dumps(rows, indent=1),
+    "wrapped": lambda rows: json.dumps({"data": rows}),
+    "wrapped and indented": lambda rows: "\n" + json.dumps({"a [ key": rows}, indent=2) + "\n",
+    "objects over several lines": lambda rows: "\n".join(json.dumps(row, indent=1) for row in rows),
+    "one object over several lines": lambda rows: json.dumps(rows[0], indent=1),
+    "one line": lambda rows: json.dumps(rows[0]),
+    "lines of one key": lambda rows: "".join(json.dumps({"conversations": row["x"]}) + "\n" for row in rows),
+    "one line of one key": lambda rows: json.dumps({"conversations": rows[0]["x"]}),
+}
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_json_documents(tmp_path, kind, suffix):
+    """A list, wrapped or not, and objects over several lines are the rows that they hold, as one line of each is."""
+    turns = [{"from": "human", "value": "é {[\n"}, {"from": "gpt", "value": "b"}]
+    rows = [{"question": f"q{i}]", "answer": "a", "x": turns} for i in range(3)]
+    text = DOCUMENTS[kind](rows)
+    expected = rows[:1] if kind.startswith("one") else rows
+    if "of one key" in kind:
+        expected = [{"conversations": row["x"]} for row in expected]
+    for bom in ("", "\ufeff"):
+        (tmp_path / f"rows.{suffix}").write_text(bom + text, encoding="utf-8")
+        assert list(sources.load_rows(str(tmp_path / f"rows.{suffix}"))) == expected
+
+
+def test_broken_documents(tmp_path):
+    for name, content, message in (
+        ("wrapped", '{\n"data": [\n{"a": 1},\n{"a" 1}\n]}', "row 1: Expecting ':' delimiter: line 4"),
+        ("indented", '{\n"a": 1\n}\n{\n"b": 2', "row 2: Expecting ',' delimiter: line 5"),
+        ("cut", '[\n{"a": 1},\n{"a"', "row 2: Expecting ':' delimiter"),
+        ("empty", '{"data": []}', "is empty: 0 rows"),
+    ):
+        path = tmp_path / f"{name}.json"
+        path.write_text(content)
+        with pytest.raises(ValueError, match=rf"{name}\.json(, | ){message}"):
+            sources.load_rows(str(path))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "jsonl.gz", "json.gz", "jsonl.zst", "json.zst"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_compressed_files_and_encodings(tmp_path, suffix, encoding):
+    """They give the same rows, also in a folder, and errors name the file and the row."""
+    rows = [{"question": f"é🙂 {i}", "answer": "x" * i} for i in range(40)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = json.dumps(rows, indent=1) if suffix.startswith("json.") else lines
+
+    def write(content):
+        content = gzip.compress(content) if suffix.endswith("gz") else content
+        content = pa.Codec("zstd").compress(content, asbytes=True) if suffix.endswith("zst") else content
+        path.write_bytes(content)
+        return content
+
+    path = tmp_path / f"train.{suffix}"
+    content = write(text.encode(encoding))
+    assert list(sources.load_rows(str(path))) == list(sources.load_rows(str(tmp_path))) == rows
+    assert sources.load_rows(str(path), "train[30:]")[0] == rows[30]
+    assert sources.load_rows(str(path)).place(1) == f"{path}, row 2"
+    write((lines + "{").encode(encoding))
+    if not suffix.startswith("json."):
+        with pytest.raises(ValueError, match=rf"train\.{suffix}, row 41: Expecting property name"):
+            list(sources.load_rows(str(path)))
+    if suffix.endswith(("gz", "zst")):
+        path.write_bytes(content[:-9])
+        with pytest.raises(ValueError, match=rf"train\.{suffix} cannot be unpacked: "):
+            sources.load_rows(str(path))
