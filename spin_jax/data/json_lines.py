@@ -82,7 +82,7 @@ def _row_places(file: str) -> Iterator[tuple[int, int, int]]:
         start = len(_BOM) if lines.read(len(_BOM)) == _BOM else 0
         lines.seek(start)
         first = next((line for line in lines if not line.isspace()), b"")
-        if _is_document(first, any(not line.isspace() for line in lines)):
+        if first and _is_document(first, any(not line.isspace() for line in lines)):
             lines.seek(0)
             yield from _document_places(file, lines.read())
             return

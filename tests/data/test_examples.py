@@ -10,9 +10,15 @@ from runs import SHARED
 from spin_jax import tiny
 from spin_jax.data import examples as examples_lib
 from spin_jax.data import sources
-from spin_jax.data.examples import load_examples, split_held_out
+from spin_jax.data.examples import group_by_prompt, load_examples, split_held_out
 from spin_jax.data.records import Example
 from spin_jax.errors import BadRow
+
+
+def said(speaker, text):
+    """A turn in ShareGPT's form."""
+    return {"from": speaker, "value": text}
+
 
 ROWS = [
     ({"question": "q", "answer": "a"}, ["q", "a"]),
@@ -22,6 +28,22 @@ ROWS = [
     ({"messages": [turn("user", "q"), turn("assistant", "a"), turn("user", "more")]}, ["q", "a"]),
     ({"real": [turn("user", "q"), turn("assistant", "a")], "generated": []}, ["q", "a"]),
     ({"prompt": "ignored", "messages": [turn("user", "q"), turn("assistant", "a")]}, ["q", "a"]),
+    ({"instruction": "q", "input": "", "output": "a"}, ["q", "a"]),
+    ({"instruction": "q", "context": "x", "response": "a", "category": "c"}, ["q\n\nx", "a"]),
+    ({"conversations": [said("human", "q"), said("gpt", "a")]}, ["q", "a"]),
+    (
+        {"conversation": [said("system", "s"), said("user", "q"), said("assistant", "a"), said("human", "x")]},
+        list("sqa"),
+    ),
+    ({"messages": [said("human", "q"), said("chatgpt", None)]}, ["q", ""]),
+    ({"dialog": [turn("user", "q"), turn("assistant", "a")]}, ["q", "a"]),
+    ({"conversation": "some text", "prompt": "q", "response": "a"}, ["q", "a"]),
+    ({"prompt": [turn("system", "s"), turn("user", "q")], "completion": [turn("assistant", "a")]}, ["s", "q", "a"]),
+    ({"prompt": [turn("user", "q")], "completion": "a"}, ["q", "a"]),
+    ({"prompt": "q", "completion": [turn("assistant", "a"), turn("user", "r"), turn("assistant", "b")]}, list("qarb")),
+    # Arrow's tables have every field in every turn.
+    ({"conversations": [{**turn(None, None), **said("human", "q")}, said("gpt", "a")]}, ["q", "a"]),
+    ({"messages": [{**said(None, None), **turn("user", "q")}, turn("assistant", "a")]}, ["q", "a"]),
 ]
 
 
@@ -47,11 +69,38 @@ def test_named_columns():
         ({"messages": [turn("user", 3), turn("assistant", "a")]}, r"messages\[0\].content is int"),
         ({"messages": [turn("user", "q")] + [turn("assistant", "a")] * 2}, "two assistant turns"),
         ({"question": None, "answer": "a"}, "question is NoneType"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, r"preferences .*: give it as config\.selfplay\.pairs"),
+        ({"conversations": [said("human", "q"), said("function_call", "{}")]}, r"\[1\]\.from is 'function_call'"),
+        ({"conversations": [said("human", 3), said("gpt", "a")]}, r"conversations\[0\]\.value is int"),
+        ({"conversations": [said("human", None), said("gpt", "a")]}, r"conversations\[0\]\.value is NoneType"),
+        (
+            {"conversations": [said("human", "q"), turn("assistant", "a")]},
+            r"conversations\[1\]: expected from and value",
+        ),
+        ({"conversations": [said("gpt", "a")]}, "conversations: no assistant turn with a prompt before it"),
+        ({"conversations": "[]"}, "conversations: .*if the text is JSON, parse it first"),
+        (
+            {"prompt": [turn("user", "q"), turn("assistant", "a")], "completion": [turn("user", "r")]},
+            "completion: no assi",
+        ),
+        ({"prompt": [turn("user", "q"), turn("assistant", "a")], "completion": "b"}, "two assistant turns in a row"),
+        ({"instruction": [turn("user", "q")], "input": "x", "output": "a"}, "input would follow instruction"),
+        ({"instruction": "q", "context": 3, "response": "a"}, "context is int: expected text"),
     ],
 )
 def test_bad_rows_name_the_field(row, message):
     with pytest.raises(BadRow, match=message):
         examples_lib.conversation(row, None, None)
+
+
+def test_roles_of_sharegpt():
+    """What a tool says is no answer, whatever its name."""
+    names = ["system", "Human", "gpt", "observation", "bing", "tool", "function_response", "model"]
+    turns = examples_lib._sharegpt_as_messages([{**said(name, name), "id": None} for name in names], "conversations")
+    assert [turn["role"] for turn in turns] == [
+        *("system", "user", "assistant", "tool", "assistant", "tool", "tool", "assistant")
+    ]
+    assert turns[0] == {"role": "system", "content": "system"}
 
 
 def test_examples_name_path_and_row(chat, tmp_path):
@@ -79,6 +128,37 @@ def test_held_out():
     assert chosen < set(ids)
     assert chosen != split_held_out(ids, fraction=0.1, limit=500, seed=1)
     assert len(split_held_out(list(range(100_000)), fraction=0.1, limit=500, seed=0)) == 500
+    # Without repeated prompts they are the first ones of this order, as they always were.
+    assert chosen == set(100 + np.random.default_rng([0, 1]).permutation(200)[:20])
+
+
+@pytest.mark.parametrize(
+    ("copies", "prompts", "limit", "expected"),
+    [
+        (4, 50, 500, [4] * 5),  # a tenth of 200 rows are 5 prompts
+        (3, 50, 10, [3, 3, 3]),  # a fourth prompt would be more than 10 rows
+        (20, 5, 500, [20]),  # no prompt is within a tenth of the rows
+        (20, 5, 19, []),  # or within the limit
+        (1, 9, 500, []),  # a tenth of 9 rows is none
+        (50, 1, 500, []),  # nothing would be left
+    ],
+)
+def test_held_out_prompts(copies, prompts, limit, expected):
+    numbers = [number for number in range(prompts) for _ in range(copies)]
+    chosen = split_held_out(numbers, fraction=0.1, limit=limit, seed=0)
+    assert [numbers.count(number) for number in chosen] == expected
+
+
+def test_equal_prompts_have_one_number():
+    """Equal turns or equal token ids, also through a third example."""
+    ids = {"a": [1], "a ": [1], "b": [2], "c": [3]}
+
+    def example(text, tokens=None):
+        prompt = np.array(tokens or ids[text], np.int32)
+        return Example(0, [turn("user", text), turn("assistant", "x")], prompt, prompt)
+
+    assert group_by_prompt(list(map(example, ["a", "b", "a ", "c", "b"]))) == [0, 1, 0, 3, 1]
+    assert group_by_prompt([example("b"), example("c"), example("a"), example("b", [3])]) == [0, 0, 2, 0]
 
 
 def test_gsm8k(chat):

@@ -7,12 +7,15 @@ import pytest
 from runs import ROOT
 
 from spin_jax import config, tiny
+from spin_jax.data import parquet
 from spin_jax.selfplay.prepare import prepare
 
 
 @pytest.fixture
 def tiny_config():
-    return runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]("smoke")
+    c = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]("smoke")
+    c.train.warmup_ratio = c.sft.warmup_ratio = 0.0  # a single step of 30 rows trains something
+    return c
 
 
 def write_rows(path, rows):
@@ -54,3 +57,64 @@ def test_other_held_out_rows_are_another_run(tiny_config, tmp_path):
         tiny_config.eval.path = write_rows(tmp_path / name, chosen)
         names.append(prepare(config.resolve(tiny_config), None).identity["fingerprints"]["held-out data"])
     assert names[0] == names[1] != names[2]
+
+
+def test_equal_prompts_are_held_out_together(tiny_config, tmp_path):
+    """Five prompts with twenty answers each: one prompt is held out, and trained on by no dataset."""
+    questions = [f"{n}+1" for n in range(5)]
+    rows = [{"question": question, "answer": str(n)} for n in range(20) for question in questions]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    tiny_config.data.path = f"{path},{write_rows(tmp_path / 'b.jsonl', rows[:7])}"
+    prepared = prepare(config.resolve(tiny_config), None)
+    (held_out,) = prompts(prepared.held_out)
+    assert len(prepared.held_out) == 20
+    for dataset, size in zip(prepared.datasets, (80, 7 - questions[:2].count(held_out) - 1), strict=True):
+        assert prompts(dataset) == {*questions} - {held_out}
+        assert len(dataset) == size
+    assert f"{path}: rows with the prompt of an earlier row: 95" in prepared.notes
+
+
+def test_a_run_that_cannot_learn(tiny_config, tmp_path):
+    """An iteration of one step, whose learning rate the warm-up makes 0, is refused; few steps are noted."""
+    tiny_config.data.path = write_rows(tmp_path / "train.jsonl", tiny.problems()[:40])
+    tiny_config.train.warmup_ratio = 0.1
+    with pytest.raises(ValueError, match=r"train: the learning rate is 0 in all of 1 optimizer step, .*batch_size"):
+        prepare(config.resolve(tiny_config), None)
+    tiny_config.train.batch_size = 10  # 36 pairs are 4 steps, and 8 with those of the iteration before
+    tiny_config.sft.warmup_ratio = 0.2
+    notes = [note for note in prepare(config.resolve(tiny_config), None).notes if "learning rate" in note]
+    assert [note.partition(" optimizer")[0] for note in notes] == [
+        "sft: the learning rate is 0 in 1 of 2",
+        "train: the learning rate is 0 in 1 of 4",
+        "sft: the learning rate is 0 in 1 of 4",
+        "train: the learning rate is 0 in 1 of 8",
+        "sft: the learning rate is 0 in 1 of 8",
+    ]
+
+
+def test_given_pairs_of_a_split(tiny_config, tmp_path):
+    """selfplay.pairs_split chooses in a local folder too; a run's own folder of pairs is read whole."""
+    pairs = [
+        {
+            "real": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}],
+            "generated": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": "9"}],
+        }
+        for row in tiny.problems()[:28]
+    ]
+    for split, chosen in (("train", pairs[:20]), ("test", pairs[20:])):
+        write_rows(tmp_path / f"{split}-00000-of-00001.jsonl", chosen)
+    tiny_config.data.path = None
+    tiny_config.sft.epochs, tiny_config.sft.control, tiny_config.selfplay.iterations = 0, False, 1
+    tiny_config.selfplay.pairs = str(tmp_path)
+    for split, count in (("train", 20), ("test", 8), ("train+test", 28)):
+        tiny_config.selfplay.pairs_split = split
+        assert len(prepare(config.resolve(tiny_config), None).given[0]) == count
+    prepared = prepare(config.resolve(tiny_config), None)
+    folder = tmp_path / "run" / "pairs"
+    folder.mkdir(parents=True)
+    train, test = prepared.given_pairs(0)
+    assert {pair.prompt_id for pair in test} == {example.prompt_id for example in prepared.held_out}
+    for split, chosen in (("train", train), ("test", test)):
+        (folder / f"{split}-00000-of-00001.parquet").write_bytes(parquet.pairs_to_parquet(chosen))
+    tiny_config.selfplay.pairs, tiny_config.selfplay.pairs_split = str(folder), "train"
+    assert len(prepare(config.resolve(tiny_config), None).given[0]) == 28
