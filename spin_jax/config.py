@@ -91,10 +91,10 @@ def default() -> Any:
 
     # --- the prompts and their human answers ---
     c.data = ConfigDict()
-    # A hub id, a .jsonl, .json or .parquet file, a directory, or module:function. Several, separated by
+    # A hub id, a .jsonl, .json or .parquet file, a directory of them, or module:function. Several, separated by
     # commas, give one dataset to each iteration; held-out rows then come from the first one.
     c.data.path = placeholder(str)
-    # The configuration of a hub dataset (gsm8k has main and socratic).
+    # The configuration of a dataset of the hub, or of a clone of one (gsm8k has main and socratic).
     c.data.name = placeholder(str)
     # The branch, tag or commit of a hub dataset.
     c.data.revision = placeholder(str)
@@ -146,7 +146,7 @@ def default() -> Any:
     c.selfplay.patience = placeholder(int)
     # The pairs of this many earlier iterations are trained on as well.
     c.selfplay.mix_previous = 1
-    # The split of a hub dataset of pairs.
+    # The split of the pairs, if they are a dataset of the hub or a directory: train, train_prefs, train+test.
     c.selfplay.pairs_split = "train"
     # Pairs to train on in place of sampled ones: path[,path…] for iterations start, start + 1, …; or k=path for k.
     c.selfplay.pairs = placeholder(str)
@@ -221,7 +221,7 @@ def default() -> Any:
     c.eval.path = placeholder(str)
     # The split of eval.path, where it is a hub dataset or a directory.
     c.eval.split = "test"
-    # This share of the rows of data.path is held out, and at most `limit` rows.
+    # This share of the rows of data.path is held out, and at most `limit` rows; rows with equal prompts go together.
     c.eval.fraction = 0.1
     c.eval.limit = 500
     # exact, gsm8k, or module:function(reference, answer) -> bool. It adds the accuracy of held-out answers,

@@ -63,26 +63,24 @@ def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: 
         return check_messages(_sharegpt_as_messages(row[columns[0]], columns[0]), columns[0])
     prompt = _turns(row[columns[0]], columns[0], "user")
     answer = _turns("" if row[columns[1]] is None else row[columns[1]], columns[1], "assistant")
-    if columns[2:] and row.get(columns[2]):
+    for name in filter(row.get, columns[2:]):
         if not isinstance(row[columns[0]], str):
-            raise BadRow(f"{columns[2]} would follow {columns[0]}, and that is no text but a list of turns")
-        prompt[0]["content"] += f"\n\n{check_text(row[columns[2]], columns[2])}"
-    if not any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in answer):
+            raise BadRow(f"{name} would follow {columns[0]}, and that is no text but a list of turns")
+        prompt[0]["content"] += f"\n\n{check_text(row[name], name)}"
+    if not any(turn.get("role") == "assistant" for turn in answer):
         raise BadRow(f"{columns[1]}: no assistant turn in it")
     return check_messages([*prompt, *answer], " + ".join(columns[:2]))
 
 
 def _columns_to_read(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> tuple[str, ...]:
-    """The columns that `conversation` reads: one of turns; prompt, answer and perhaps input; or none."""
+    """The columns that `conversation` reads: one of turns; prompt, answer and what may follow the prompt; or none."""
     if prompt_column and answer_column:
         columns = (prompt_column, answer_column)
     else:
+        forms = [("real",), ("messages",), *PROMPT_ANSWER_COLUMNS, *((name,) for name in CONVERSATION_COLUMNS)]
         has = {name for name, value in row.items() if value is not None}
-        found = [(name,) for name in ("real", "messages") if name in has]
-        found += [pair for pair in PROMPT_ANSWER_COLUMNS if row.keys() >= set(pair)]
-        columns = next(iter([*found, *((name,) for name in CONVERSATION_COLUMNS if name in has)]), ())
-    context = {("instruction", "response"): "context"}.get(columns, "input")
-    return (*columns, context) if columns[:1] == ("instruction",) else columns
+        columns = next((c for c in forms if (has if len(c) == 1 else row.keys()) >= set(c)), ())
+    return (*columns, "input", "context") if columns[:1] == ("instruction",) else columns
 
 
 def _turns(value: Any, field: str, role: str) -> list[dict[str, Any]]:

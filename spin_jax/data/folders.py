@@ -26,7 +26,7 @@ def split_files(folder: str, split: str, name: str | None = None) -> tuple[list[
     Raises:
         ValueError: there is no such split, or it would mix several splits or formats; the message says what there is.
     """
-    splits, everything = _card_splits(folder, name), _matching(folder, ["**"])
+    splits, everything = _card_splits(folder, name), _listed(folder)
     if not everything:
         raise ValueError(f"{folder} holds no file that ends in {FORMATS}")
     if splits is not None:
@@ -50,6 +50,8 @@ def split_files(folder: str, split: str, name: str | None = None) -> tuple[list[
         if rest := sorted(set(everything).difference(*splits.values())):
             has.append(f"{shown(rest)} in no split")
         raise ValueError(f"{folder} has no split {split!r}; it has {'; '.join(has)}")
+    if strange := [path for path in (os.path.join(folder, file) for file in same) if not os.path.isfile(path)]:
+        raise ValueError(f"{strange[0]} is not a regular file, or is a link to a missing one")
     if len({file_format(file) for file in same}) > 1:
         raise ValueError(f"{folder}: the split {split!r} mixes formats: {shown(same)}. Give one file as the path")
     return chosen, [file for file in splits.get(split, ()) if file not in chosen]
@@ -93,6 +95,18 @@ def _named_splits(folder: str) -> dict[str, list[str]]:
         return {}
     splits = {str(split): _matching(folder, found) for split, found in patterns.items()}
     return {split: files for split, files in splits.items() if files}
+
+
+def _listed(folder: str) -> list[str]:
+    """What has the name of a data file, be it a regular file or not, sorted; names within the folder."""
+    from datasets.data_files import FILES_TO_IGNORE
+
+    found = []
+    for parent, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if not name.startswith((".", "__"))]
+        candidates = [name for name in (*names, *inner) if file_format(name) and name not in FILES_TO_IGNORE]
+        found += [os.path.relpath(os.path.join(parent, n), folder) for n in candidates if not n.startswith(".")]
+    return sorted(found)
 
 
 def _matching(folder: str, patterns: Iterable[str]) -> list[str]:

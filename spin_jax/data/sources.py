@@ -143,10 +143,6 @@ def _data_files(path: str, split: str | None, name: str | None, notes: list[str]
             raise ValueError(f"{path}: expected a file that ends in {folders.FORMATS}")
         files = [path]
     elif os.path.isdir(path):
-        for parent, inner, names in os.walk(path):
-            for name_of_file in filter(folders.file_format, (*names, *inner)):
-                if not os.path.isfile(file := os.path.join(parent, name_of_file)):
-                    raise ValueError(f"{file} is not a regular file, or is a link to a missing one")
         chosen = [] if split else folders.all_files(path)
         for one in split.split("+") if split else ():
             found, left = folders.split_files(path, one, name)

@@ -190,26 +190,27 @@ def _check_options(prepared: Prepared) -> None:
     if c.selfplay.scorer is None and custom_loss.takes_score(c.loss):
         raise ValueError(f"loss.name={c.loss.name!r} takes a score: set selfplay.scorer")
     from_config.sampling(c)
-    prepared.notes += dict.fromkeys(_schedule_notes(prepared))
+    prepared.notes += _schedule_notes(prepared)
     for section in (c.train, c.sft):
         if section.lora_rank:
             lora.check(prepared.model.config, section.lora_targets)
 
 
-def _schedule_notes(prepared: Prepared) -> Iterator[str]:
-    """Notes on steps that a schedule leaves without effect; ValueError where it leaves none with one."""
-    c = prepared.config
-    options = from_config.sft_optimization(c)
-    if options.epochs:
-        steps = training_steps(len(prepared.examples(START)), options.batch_size, options.epochs)
-        yield from options.check_schedule("sft", steps)
+def _schedule_notes(prepared: Prepared) -> list[str]:
+    """The first note of each section on steps that learn nothing; ConfigError for a phase that has no other steps."""
+    c, notes = prepared.config, {}
+    sft, control = (from_config.sft_optimization(c, control) for control in (False, True))
+    if sft.epochs:
+        steps = training_steps(len(prepared.examples(START)), sft.batch_size, sft.epochs)
+        notes["sft"] = sft.check_schedule("sft", steps)
     for t in prepared.iterations:
         options = from_config.optimization(c, t)
         pairs = sum(map(prepared.most_pairs, prepared.sources(t)))
         steps = training_steps(pairs, options.batch_size, options.epochs)
-        yield from options.check_schedule("train", steps)
+        notes["train"] = notes.get("train") or options.check_schedule("train", steps)
         if c.sft.control:
-            yield from from_config.sft_optimization(c, control=True).check_schedule("sft", steps, steps)
+            notes["sft"] = notes.get("sft") or control.check_schedule("sft", steps, steps)
+    return [note for found in notes.values() for note in found]
 
 
 def _check_start_answers(prepared: Prepared) -> None:

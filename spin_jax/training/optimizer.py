@@ -80,14 +80,13 @@ class Optimization:
             ConfigError: every step has the learning rate 0.
         """
         rates = self.learning_rates(schedule_steps or self.schedule_steps(steps))[:steps]
-        idle, all_steps = int(np.sum(rates == 0)), f"{steps} optimizer step{'s' * (steps != 1)}"
+        idle = int(np.sum(rates == 0))
         advice = f"Set {section}.warmup_ratio=0, a smaller {section}.batch_size, or more {section}.epochs"
         if steps and idle == steps:
-            raise ConfigError(
-                f"{section}: the learning rate is 0 in all of {all_steps}, so nothing would be trained. {advice}"
-            )
+            which = f"all {steps} optimizer steps" if steps > 1 else "the only optimizer step"
+            raise ConfigError(f"{section}: the learning rate is 0 in {which}, so nothing would be trained. {advice}")
         if idle and 10 * idle >= steps:
-            return [f"{section}: the learning rate is 0 in {idle} of {all_steps}, which train nothing. {advice}"]
+            return [f"{section}: the learning rate is 0 in {idle} of {steps} optimizer steps. {advice}"]
         return []
 
 

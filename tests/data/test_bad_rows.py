@@ -281,6 +281,9 @@ def test_files_that_are_none(tmp_path, monkeypatch):
     for name in ("inside", "dangling"):
         with pytest.raises(ValueError, match=r"b\.jsonl is not a regular file"):
             sources.load_rows(str(tmp_path / name))
+    (tmp_path / "dangling" / "b.jsonl").rename(tmp_path / "dangling" / "test.jsonl")
+    (tmp_path / "dangling" / "a.jsonl").rename(tmp_path / "dangling" / "train.jsonl")
+    assert len(sources.load_rows(str(tmp_path / "dangling"))) == 1
     path = str(tmp_path / "inside" / "a.jsonl")
 
     def refuse(file, *args, **kwargs):

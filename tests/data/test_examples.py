@@ -29,6 +29,7 @@ ROWS = [
     ({"real": [turn("user", "q"), turn("assistant", "a")], "generated": []}, ["q", "a"]),
     ({"prompt": "ignored", "messages": [turn("user", "q"), turn("assistant", "a")]}, ["q", "a"]),
     ({"instruction": "q", "input": "", "output": "a"}, ["q", "a"]),
+    ({"instruction": "q", "input": "x", "context": "", "response": "a"}, ["q\n\nx", "a"]),
     ({"instruction": "q", "context": "x", "response": "a", "category": "c"}, ["q\n\nx", "a"]),
     ({"conversations": [said("human", "q"), said("gpt", "a")]}, ["q", "a"]),
     (

@@ -78,7 +78,7 @@ def test_a_run_that_cannot_learn(tiny_config, tmp_path):
     """An iteration of one step, whose learning rate the warm-up makes 0, is refused; few steps are noted."""
     tiny_config.data.path = write_rows(tmp_path / "train.jsonl", tiny.problems()[:40])
     tiny_config.train.warmup_ratio = 0.1
-    with pytest.raises(ValueError, match=r"train: the learning rate is 0 in all of 1 optimizer step, .*batch_size"):
+    with pytest.raises(ValueError, match=r"train: the learning rate is 0 in the only optimizer step, .*batch_size"):
         prepare(config.resolve(tiny_config), None)
     tiny_config.train.batch_size = 10  # 36 pairs are 4 steps, and 8 with those of the iteration before
     tiny_config.sft.warmup_ratio = 0.2
@@ -86,9 +86,6 @@ def test_a_run_that_cannot_learn(tiny_config, tmp_path):
     assert [note.partition(" optimizer")[0] for note in notes] == [
         "sft: the learning rate is 0 in 1 of 2",
         "train: the learning rate is 0 in 1 of 4",
-        "sft: the learning rate is 0 in 1 of 4",
-        "train: the learning rate is 0 in 1 of 8",
-        "sft: the learning rate is 0 in 1 of 8",
     ]
 
 
