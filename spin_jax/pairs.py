@@ -11,7 +11,8 @@
                       gets the training pairs alone.
   --prompts=FILE      writes what launch/vllm_answers.py reads: how to sample, and the prompts as token ids
 
-datasets.load_dataset opens a folder of pairs. --config.selfplay.pairs takes a folder or a file.
+datasets.load_dataset opens a folder of pairs. --config.selfplay.pairs takes a file, or a folder
+and of it the split selfplay.pairs_split.
 
 Examples. The last three answer the prompts of iteration 0 with vLLM, which has an environment of its own:
 

@@ -105,14 +105,30 @@ FOLDERS = {
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_splits_of_a_folder(tmp_path, kind):
+    """Where `datasets` gives the split, its files are ours; but of names that only begin like it, it takes all."""
+    import datasets
+
     names, splits = FOLDERS[kind]
-    folder = fill(tmp_path / "[odd] name", names)
+    folder = fill(tmp_path / "rows", names)
+    try:
+        theirs = datasets.load_dataset_builder(folder, cache_dir=str(tmp_path / "cache")).config.data_files
+    except ValueError:  # it wants one format for all splits
+        theirs = {}
     for split, expected in splits.items():
         if isinstance(expected, str):
             with pytest.raises(ValueError, match=expected):
                 sources.load_rows(folder, split)
         else:
             assert found(folder, split) == expected
+            if split in theirs and "only begin" not in kind:
+                assert sorted(theirs[split]) == [f"{folder}/{name}" for name in expected]
+
+
+def test_odd_names_of_folders(tmp_path):
+    """A folder's name is no pattern."""
+    folder = fill(tmp_path / "[a]*", ["train/a.jsonl", f"test/a{SHARD}.parquet"])
+    assert found(folder, "train") == ["train/a.jsonl"]
+    assert found(folder, "test") == [f"test/a{SHARD}.parquet"]
 
 
 CARD = """configs:
