@@ -115,6 +115,9 @@ def default() -> Any:
     c.data.bad_rows = "error"
     # The run ends if more than this share of the rows is dropped as bad or for an empty answer.
     c.data.max_bad = 0.1
+    # The run ends if a smaller share of the human answers ends in a stop token: the model would not learn to end.
+    # Answers that are cut at lengths.max_length do not count.
+    c.data.min_ended = 0.5
 
     # --- lengths, in tokens ---
     c.lengths = ConfigDict()

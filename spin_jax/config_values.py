@@ -67,7 +67,7 @@ _RANGES = {
     "[1, 10000]": "train.epochs eval.samples patience schedule_epochs",
     "[0, 500]": "eval.limit",
     "[0, 0.1]": "eval.fraction",
-    "[0, 1]": "max_bad reference_alpha warmup_ratio",
+    "[0, 1]": "max_bad min_ended reference_alpha warmup_ratio",
     "[0, 1)": "momentum decay",
     "(0, 1]": "top_p",
     "[1e-37, 1]": "eps",

@@ -52,21 +52,26 @@ def export(workdir: str, iteration: int, output: str) -> list[str]:
     from spin_jax.storage import files
 
     one_file = re.search(r"\.(parquet|jsonl)$", output)
-    lines = []
+    lines, rows_of = [], {}
+    schema = pa.schema([parquet.PAIR_SCHEMA.field(name) for name in ("real", "generated")])
     for split, paths in _shards(epath.Path(workdir), iteration).items():
         if one_file and split != "train":
             continue
         pairs = [pair for path in paths for pair in parquet.pairs_from_parquet(path.read_bytes(), path)]
-        rows = [{"real": pair.real_messages, "generated": pair.generated_messages} for pair in pairs]
+        rows_of[split] = [{"real": pair.real_messages, "generated": pair.generated_messages} for pair in pairs]
         if any(pair.sample_id or pair.score is not None for pair in pairs):  # several answers to a prompt, or scores
-            for row, pair in zip(rows, pairs, strict=True):
+            for row, pair in zip(rows_of[split], pairs, strict=True):
                 row |= {"prompt_id": pair.prompt_id, "sample_id": pair.sample_id, "score": pair.score}
+    more_fields = parquet.has_more_fields(row[n] for rows in rows_of.values() for row in rows for n in schema.names)
+    for split, rows in rows_of.items():
         target = epath.Path(output) if one_file else epath.Path(output) / f"{split}-00000-of-00001.parquet"
         if target.suffix == ".jsonl":
             files.write_jsonl(target, rows)
         else:
             buffer = io.BytesIO()
-            pq.write_table(pa.Table.from_pylist(rows), buffer)
+            more = [("prompt_id", pa.int64()), ("sample_id", pa.int64()), ("score", pa.float64())]
+            columns = pa.schema([*schema, *more]) if "score" in rows[0] else schema
+            pq.write_table(parquet.messages_table(rows, columns, more_fields), buffer)
             files.write(target, buffer.getvalue())
         lines.append(f"{target}: {len(rows)} pairs")
     return lines

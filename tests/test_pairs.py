@@ -9,6 +9,7 @@ from collections import Counter
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from runs import ROOT
 
@@ -70,6 +71,27 @@ def test_the_published_format(workdir, tmp_path, chat):
     }
     again, counts = load_pairs(sources.load_rows(str(out), all_files=True), chat, path="x", vocab_size=272)
     assert (len(again), counts) == (4, {})
+
+
+def test_fields_of_messages_are_exported(workdir, tmp_path, chat):
+    """Both splits have the same columns, though only training messages have more fields than role and content."""
+    folder, call = workdir / "iteration_1" / "pairs", {"function": {"name": "f", "arguments": {"x": None}}}
+    asked = [QUESTION | {"tools": [{"name": "f"}]}, answer("") | {"tool_calls": [call]}]
+    messages = [*asked, {"role": "tool", "content": "3", "name": "f"}, answer("3")]
+    tokenizer = tiny.tokenizer()
+    said = "message['content'] + (message.tool_calls | default('') | string)"
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", said) + "{# tools, name #}"
+    longer = Chat(tokenizer, [2])
+    pair = longer.pair(longer.example(9, messages, Counter()), 0, np.array([40, 2], np.int32))
+    (folder / "train-00001-of-00002.parquet").write_bytes(parquet.pairs_to_parquet([pair]))
+    out = tmp_path / "published"
+    pairs.export(str(workdir), 1, str(out))
+    assert len({str(pq.read_schema(path)) for path in out.iterdir()}) == 1
+    (last,) = list(sources.load_rows(str(out / "train-00000-of-00001.parquet")))[2:]
+    (again,), _ = load_pairs([last], longer, path="x", vocab_size=272)
+    assert again.real_messages == messages
+    pairs.export(str(workdir), 1, str(tmp_path / "x.jsonl"))
+    assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[2])["real"] == messages
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

@@ -9,14 +9,32 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from spin_jax.data.chat_template import Template
-from spin_jax.data.records import UNLIMITED, Example, Ids, Lengths, Message, Pair, check_messages, prompt_turns
+from spin_jax.data.records import (
+    UNLIMITED,
+    Example,
+    Ids,
+    Lengths,
+    Message,
+    Pair,
+    changed_texts,
+    check_messages,
+    is_empty,
+    prompt_turns,
+    texts_of,
+    with_tools,
+)
 from spin_jax.errors import BadRow, EmptyAnswer
+
+# What `Chat.encode` notes of the boundary between prompt and answer, as `Chat.example` counts it.
+ACROSS = "tokens across the boundary"
+SPACE_LOST = "answers whose leading white space a control token takes in, so that it is lost"
+READ_OTHERWISE = "prompts with a control token that is read otherwise when the answer follows"
 
 
 class Chat:
@@ -42,16 +60,20 @@ class Chat:
                 "(Jinja text or a file of it)"
             )
         if not stop_tokens:
-            raise ValueError("neither generation_config.json nor the tokenizer names an EOS token")
+            raise ValueError("neither generation_config.json nor config.json nor the tokenizer names an EOS token")
         tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json come with limits switched on
         tokenizer.backend_tokenizer.no_padding()
         self.tokenizer = tokenizer
-        self.render = Template(tokenizer, today).render
+        template = Template(tokenizer, today)
+        self.render, self._names = template.render, template.names
         self.stop_tokens = tuple(stop_tokens)
         self.lengths = lengths
         self.system_message = system_message
-        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        ordered = sorted(special, key=len, reverse=True)
+        self._added: Mapping[int, Any] = tokenizer.added_tokens_decoder
+        # Where such a token ends, and whether there is one, depends on the text beside it.
+        self._depends = any(t.lstrip or t.rstrip or t.single_word for t in self._added.values())
+        self._control_texts = {t.content for i, t in self._added.items() if t.special or i in self.stop_tokens}
+        ordered = sorted(self._control_texts, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered)) or "(?!)")  # without any, it never matches
 
     # --- conversations ---
@@ -62,11 +84,28 @@ class Chat:
             return messages
         return [{"role": "system", "content": self.system_message}, *messages]
 
-    def encode(self, messages: list[Message]) -> tuple[Ids, Ids, bool]:
-        """The token ids of the prompt and of the answer, and whether a token straddles the two.
+    def with_fields(self, messages: list[Message], row: dict[str, Any]) -> tuple[list[Message], set[str]]:
+        """The messages of a row, with its tools and the fields that the template names; and the names of other fields.
 
-        Such a token belongs to the answer. The answer ends with its first stop token; what the template writes after
-        that is left out. It raises BadRow where the rendered conversation does not begin with the rendered prompt.
+        Many datasets keep dates, weights and ids in messages. BadRow says that the template cannot render tool calls.
+        """
+        messages = with_tools(messages, row)
+        others = {name for message in messages for name in message if name not in self._names}
+        if "tool_calls" in others:
+            raise BadRow(
+                "a turn calls tools, and the chat template renders no tool_calls: set data.chat_template to another"
+            )
+        return [{name: value for name, value in each.items() if name not in others} for each in messages], others
+
+    def encode(self, messages: list[Message]) -> tuple[Ids, Ids, str]:
+        """The token ids of the prompt and of the answer, and a note on the boundary between them, or "".
+
+        A token of text that lies across the boundary belongs to the answer. A control token never does: where one takes
+        in the white space beside it, the prompt has the ids that `encode_prompt` gives the sampler. The answer ends
+        with its first stop token; what the template writes after that is left out.
+
+        It raises BadRow where the rendered conversation does not begin with the rendered prompt, where no boundary
+        can be drawn, and where nothing of an answer but a stop token is left.
         """
         messages = self.with_system(messages)
         guard = self._needs_guard(messages)
@@ -77,12 +116,36 @@ class Chat:
                 "the chat template renders the prompt otherwise when the answer follows it: "
                 f"…{before[-60:]!r} does not begin {text[:200]!r}"
             )
+        prompt, answer, note = self._split(text, before, guard)
+        stops = np.flatnonzero(np.isin(answer, self.stop_tokens))
+        answer = answer[: stops[0] + 1] if len(stops) else answer
+        if len(stops) and len(answer) == 1 and not is_empty(messages[-1]):
+            raise BadRow(
+                "nothing but a stop token is left of the answer: the chat template or the tokenizer leaves out "
+                f"{messages[-1].get('content', '')!r:.60}"
+            )
+        return prompt, answer, note
+
+    def _split(self, text: str, before: str, guard: bool) -> tuple[Ids, Ids, str]:
+        """The ids of a text, cut where `before` ends, and the note of `encode`."""
         ids, (starts, ends) = self._tokenize(text, guard)
-        cut = int(np.searchsorted(np.maximum.accumulate(ends), len(before), side="right"))
-        straddled = cut < len(ids) and starts[cut] < len(before)
-        stops = np.flatnonzero(np.isin(ids[cut:], self.stop_tokens))
-        end = cut + stops[0] + 1 if len(stops) else len(ids)
-        return ids[:cut], ids[cut:end], bool(straddled)
+        size = len(before)
+        cut = int(np.searchsorted(np.maximum.accumulate(ends), size, side="right"))
+        straddles = cut < len(ids) and starts[cut] < size
+        token = self._added.get(int(ids[cut])) if straddles else None
+        if not self._depends and not (token and token.special):
+            return ids[:cut], ids[cut:], ACROSS if straddles else ""
+        asked = self._tokenize(before, guard)[0]
+        if np.array_equal(ids[: len(asked)], asked):
+            lost = len(asked) and ends[len(asked) - 1] > size
+            return asked, ids[len(asked) :], SPACE_LOST if lost else ""
+        takes_in_prompt = token and token.lstrip and not text[starts[cut] : size].strip()
+        if not straddles or takes_in_prompt:
+            return asked, ids[cut:], READ_OTHERWISE
+        if (token and token.special) or not np.array_equal(ids[:cut], asked[:cut]):
+            name = self.tokenizer.convert_ids_to_tokens(int(ids[cut]))
+            raise BadRow(f"the tokenizer makes one token {name!r} of the prompt's end and the answer's beginning")
+        return ids[:cut], ids[cut:], ACROSS
 
     def encode_checked(self, messages: list[Message], number: int) -> tuple[Ids, Ids]:
         """The token ids (prompt, response) of a user's conversation; ValueError names its `number`."""
@@ -102,7 +165,10 @@ class Chat:
         return self._tokenize(self._text(messages, guard, prompt=True), guard)[0]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+        """The text of an answer, without special tokens, and without the control token that stops it."""
+        ids = list(map(int, ids))
+        stop = ids and ids[-1] in self.stop_tokens and ids[-1] in self._added
+        return self.tokenizer.decode(ids[:-1] if stop else ids, skip_special_tokens=True)
 
     def stopped(self, response: Ids) -> bool:
         """Whether a response ends with a stop token, which means that the model finished it."""
@@ -110,9 +176,9 @@ class Chat:
 
     def _needs_guard(self, messages: list[Message]) -> bool:
         """Whether a message has a control token's text; BadRow if it also has characters that the guard needs."""
-        if not any(self._control.search(m["content"]) for m in messages):
+        if not any(map(self._control.search, texts_of(messages))):
             return False
-        if any(max(m["content"], default="") >= _PRIVATE for m in messages):
+        if any(max(text, default="") >= _PRIVATE for text in texts_of(messages)):
             raise BadRow("a message has a control token's text and characters for private use (plane 15 or 16)")
         return True
 
@@ -130,7 +196,7 @@ class Chat:
         def insert_mark(match: re.Match) -> str:
             return match[0][0] + mark + match[0][1:]
 
-        safe = [{**m, "content": self._control.sub(insert_mark, m["content"])} for m in messages]
+        safe = changed_texts(messages, functools.partial(self._control.sub, insert_mark))
         text = self._control.sub(lambda match: _private_name(match[0]), self.render(safe, prompt=prompt))
         return text.replace(mark, "")
 
@@ -146,10 +212,9 @@ class Chat:
         from tokenizers import Tokenizer
 
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        control = {token["content"] for token in state["added_tokens"] if token["special"]}
 
         def rename(piece: str) -> str:
-            return _private_name(piece) if piece in control else piece
+            return _private_name(piece) if piece in self._control_texts else piece
 
         for token in state["added_tokens"]:
             token["content"] = rename(token["content"])
@@ -170,12 +235,12 @@ class Chat:
 
         It raises EmptyAnswer where there is no answer, and BadRow for a malformed conversation.
         """
-        if not messages[-1]["content"].strip():
+        if is_empty(messages[-1]):
             raise EmptyAnswer("the answer is empty")
         if self._far_too_long(messages):
             counts["dropped: prompt too long"] += 1
             return None
-        prompt, response, straddled = self.encode(messages)
+        prompt, response, note = self.encode(messages)
         if not len(prompt):
             raise BadRow("the chat template makes no token of the prompt: an answer needs one before it")
         if not len(response):
@@ -184,7 +249,8 @@ class Chat:
         if len(prompt) > self.lengths.max_prompt or room < 1:
             counts["dropped: prompt too long"] += 1
             return None
-        counts["tokens across the boundary"] += straddled
+        if note:
+            counts[note] += 1
         counts["cut: answer too long"] += len(response) > room
         return Example(prompt_id, messages, prompt, response[:room])
 
@@ -194,7 +260,7 @@ class Chat:
         Tokenizing the whole of a prompt of megabytes would take seconds, only to drop it.
         """
         limit = self.lengths.max_prompt
-        if sum(len(m["content"]) for m in messages[:-1]) <= 100 * limit:
+        if sum(map(len, texts_of(messages[:-1]))) <= 100 * limit:
             return False
         beginning = self.render(self.with_system(messages)[:-1], prompt=True)[: 100 * limit]
         return len(self.tokenizer.backend_tokenizer.encode(beginning, add_special_tokens=False)) > 2 * limit
@@ -237,6 +303,31 @@ class Chat:
         real_ids, generated_ids = (np.concatenate([each.prompt[shared:], each.real]) for each in (first, second))
         truncated = not self.stopped(second.real)
         return Pair(prompt_id, sample_id, real, generated, first.prompt[:shared], real_ids, generated_ids, truncated)
+
+
+def end_of_turn(tokenizer: Any, stop_tokens: Collection[int]) -> int | None:
+    """The added token that the chat template writes after every answer, where it writes no stop token there.
+
+    A model that is trained on such answers ends with this token. The result is None where there is no such token, and
+    where a template renders no conversation.
+    """
+    if tokenizer is None or tokenizer.chat_template is None:
+        return None
+    found, added = set(), tokenizer.added_tokens_decoder
+    try:
+        render = Template(tokenizer).render
+        for answer in ("Yes, it is", "No: 7"):
+            messages = [{"role": "user", "content": "Is it"}, {"role": "assistant", "content": answer}]
+            text = render(messages, prompt=False)
+            encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            begin = text.rindex(answer) + len(answer)
+            after = [token for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > begin]
+            control = next((token for token in after if token in added and added[token].content.strip()), None)
+            blank = control is None or not tokenizer.decode(after[: after.index(control)]).strip()
+            found.add(control if blank and not {*after} & {*stop_tokens} else None)
+    except ValueError:  # the template refuses this conversation, leaves the answer out, or is broken
+        return None
+    return found.pop() if len(found) == 1 else None
 
 
 _PRIVATE = chr(0xF0000)  # the first character of planes 15 and 16, which are for private use

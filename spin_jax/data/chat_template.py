@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from spin_jax.data.records import Message
+from spin_jax.data.records import Message, tools_of
 from spin_jax.errors import BadRow, BadTemplate
 
 RENDER_SECONDS = 5.0  # for one conversation, which usually takes microseconds
@@ -36,11 +36,16 @@ class Template:
 
     def __init__(self, tokenizer: Any, today: datetime.date | None = None):
         """Compiles the template and tries it; `today` is the date that it may print, by default today's."""
-        text = tokenizer.get_chat_template()
+        texts = [tokenizer.get_chat_template(tools=tools) for tools in (None, [])]  # some have another one with tools
         now = datetime.datetime.combine(today or datetime.date.today(), datetime.time())
-        self._variables = dict(tokenizer.special_tokens_map, tools=None, documents=None, strftime_now=now.strftime)
+        self.names = {"role", "content", *re.findall(r"\w+", " ".join(texts))}  # the fields that it may read, and more
+        if not self.names.isdisjoint(_REASONING):
+            self.names.update(_REASONING)
+        self._variables = dict(tokenizer.special_tokens_map, documents=None, strftime_now=now.strftime)
         try:
-            self._compiled = _WATCHDOG.run(lambda: _Sandbox().from_string(text))
+            plain = _WATCHDOG.run(lambda: _Sandbox().from_string(texts[0]))
+            with_tools = _WATCHDOG.run(lambda: _Sandbox().from_string(texts[1])) if texts[1] != texts[0] else plain
+            self._compiled = {False: plain, True: with_tools}
         except BadTemplate:
             raise
         except jinja2.TemplateSyntaxError as error:
@@ -54,18 +59,44 @@ class Template:
 
         It raises BadRow where the template refuses the conversation, and BadTemplate where it takes too long.
         """
-        try:
-            return self._rendered(messages, prompt)
-        except BadTemplate:
-            raise
-        except jinja2.TemplateError as error:
-            raise BadRow(f"the chat template refuses the conversation: {error}") from error
-        except Exception as error:  # a template can raise any kind
-            raise BadRow(f"the chat template fails on the conversation: {_described(error)}") from error
+        variants, failure = [messages], None
+        if any("content" not in message for message in messages):
+            # transformers leaves out the null content of a turn that calls tools. Some templates want null, some "".
+            variants += [[{"content": content, **message} for message in messages] for content in (None, "")]
+        for variant in variants:
+            try:
+                text = self._rendered(variant, prompt)
+            except BadTemplate:
+                raise
+            except Exception as error:  # a template can raise any kind
+                failure = error
+                continue
+            if not self._leaves_out_calls(variant, prompt, text):
+                return text
+            failure = failure or jinja2.TemplateError("it leaves out the tool_calls of a turn without text")
+        if isinstance(failure, jinja2.TemplateError):
+            raise BadRow(f"the chat template refuses the conversation: {failure}") from failure
+        raise BadRow(f"the chat template fails on the conversation: {_described(failure)}") from failure
 
     def _rendered(self, messages: list[Message], prompt: bool) -> str:
-        render, variables = self._compiled.render, self._variables
-        return _WATCHDOG.run(lambda: render(variables, messages=messages, add_generation_prompt=prompt))
+        tools, variables = tools_of(messages), self._variables
+        render, messages = self._compiled[tools is not None].render, list(map(_with_reasoning, messages))
+        return _WATCHDOG.run(lambda: render(variables, messages=messages, tools=tools, add_generation_prompt=prompt))
+
+    def _leaves_out_calls(self, messages: list[Message], prompt: bool, text: str) -> bool:
+        """Whether turns that only call tools render to the same text without the calls: they would be empty."""
+        if not any("tool_calls" in message for message in messages):
+            return False
+        bare = [
+            {name: value for name, value in m.items() if name != "tool_calls" or (m.get("content") or "").strip()}
+            for m in messages
+        ]
+        try:
+            return bare != messages and self._rendered(bare, prompt) == text
+        except BadTemplate:
+            raise
+        except Exception:  # a template can raise any kind
+            return False
 
     def _try(self) -> None:
         """Raises BadTemplate where no conversation renders; a template may refuse by raise_exception."""
@@ -84,7 +115,16 @@ class Template:
         raise BadTemplate(f"the chat template fails: {_described(failure)}") from failure
 
 
-def _described(error: Exception) -> str:
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # its names in datasets and in templates
+
+
+def _with_reasoning(message: Message) -> Message:
+    """The message with its reasoning under each name that a template reads, as transformers hands it over."""
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _described(error: Exception | None) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 

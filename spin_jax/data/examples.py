@@ -140,9 +140,9 @@ def load_examples(
         findings = Findings(bad_rows)
         for number in (n for turn, n in enumerate(chosen.tolist()) if processes.turn(turn)):
             with findings.reading(number, sources.place(rows, number, path)):
-                row = rows[number]
-                messages = conversation(row, prompt_column, answer_column)
-                findings.note_unused_columns(row, _columns_to_read(row, prompt_column, answer_column))
+                row = sources.row(rows, number)
+                messages, others = chat.with_fields(conversation(row, prompt_column, answer_column), row)
+                findings.note_unused_columns(row, _columns_to_read(row, prompt_column, answer_column), others)
                 prompt_id = read_integer(row, "prompt_id", number, 2**63)
                 if example := chat.example(prompt_id, messages, findings.counts):
                     encoded.append([number, *vars(example).values()])

@@ -36,12 +36,16 @@ class Findings:
             else:
                 self.problem = [number, reason]
 
-    def note_unused_columns(self, row: dict[str, Any], used: Iterable[str]) -> None:
-        """Counts the columns of a row that nothing reads. The columns of a file of pairs belong together."""
-        used = {*used, "prompt_id"}
+    def note_unused_columns(self, row: dict[str, Any], used: Iterable[str], fields: Iterable[str] = ()) -> None:
+        """Counts the columns of a row that nothing reads, and such fields of its messages.
+
+        The columns of a file of pairs belong together.
+        """
+        used = {*used, "prompt_id", "tools"}
         if "real" in used:
             used.update(PAIR_SCHEMA.names)
         unused = [name for name, value in row.items() if name not in used and value is not None]
+        unused += [f"{name} (in messages)" for name in fields]
         self.unused_columns.update(unused)
         self.rows_with_unused += bool(unused)
 

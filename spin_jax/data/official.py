@@ -81,5 +81,5 @@ class OfficialChat(Chat):
 
 def _first_turn(messages: list[Message]) -> list[Message]:
     """The first two messages as prompt and answer; the quirk is that the first may be a system message."""
-    first, second = (message["content"] for message in messages[:2])
+    first, second = (message.get("content", "") for message in messages[:2])
     return [{"role": "user", "content": first}, {"role": "assistant", "content": second}]

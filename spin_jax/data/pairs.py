@@ -41,10 +41,11 @@ def load_pairs(
     pairs: dict[tuple[int, int], Pair] = {}
     for number in range(len(rows)):
         with findings.reading(number, sources.place(rows, number, path)):
-            row = _preference_as_pair(rows[number])
+            row = _preference_as_pair(sources.row(rows, number))
             score = _score(row) if scored else None
-            pair = _load_pair(row, number, chat, vocab_size, findings.counts, answers)
-            findings.note_unused_columns(row, ("real", "score") if scored else ("real",))
+            others: set[str] = set()  # fields of its messages that the template does not name
+            pair = _load_pair(row, number, chat, vocab_size, findings.counts, answers, others)
+            findings.note_unused_columns(row, ("real", "score") if scored else ("real",), others)
             if pair is not None:
                 if (pair.prompt_id, pair.sample_id) in pairs:
                     raise BadRow(f"prompt_id {pair.prompt_id}, sample_id {pair.sample_id} came before")
@@ -58,7 +59,13 @@ def load_pairs(
 
 
 def _load_pair(
-    row: dict[str, Any], number: int, chat: Chat, vocab_size: int, counts: Counter, answers: Counter
+    row: dict[str, Any],
+    number: int,
+    chat: Chat,
+    vocab_size: int,
+    counts: Counter,
+    answers: Counter,
+    others: set[str],
 ) -> Pair | None:
     """The pair of one row, or None when it is dropped as too long, and `counts` says so."""
     has_ids = row.get("generated_tokens") is not None
@@ -67,8 +74,12 @@ def _load_pair(
     prompt_id = read_integer(row, "prompt_id", number, 2**63)
     sample_id = read_integer(row, "sample_id", answers[prompt_id], 2**31)
     answers[prompt_id] += 1
-    real = check_messages(row["real"], "real")
-    generated = None if row.get("generated") is None else check_messages(row["generated"], "generated")
+    real, unread = chat.with_fields(check_messages(row["real"], "real"), row)
+    others |= unread
+    generated = None
+    if row.get("generated") is not None:
+        generated, unread = chat.with_fields(check_messages(row["generated"], "generated"), row)
+        others |= unread
     if generated is not None and not has_ids:
         return chat.given_pair(prompt_id, sample_id, real, generated, counts)
     if generated is not None and prompt_turns(generated) != prompt_turns(real):

@@ -5,7 +5,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from spin_jax import errors
-from spin_jax.data.records import Pair
+from spin_jax.data.records import MORE_FIELDS, Message, Pair, fold, unfold
 from spin_jax.losses import PAIR
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_FIELDS = [("role", pa.string()), ("content", pa.string())]
+_MESSAGES = pa.list_(pa.struct(_FIELDS))
+_WHOLE_MESSAGES = pa.list_(pa.struct([*_FIELDS, (MORE_FIELDS, pa.string())]))
 PAIR_SCHEMA = pa.schema(  # the first fields of a Pair, in its order; `score` follows where there are any
     [
         ("prompt_id", pa.int64()),
@@ -33,12 +35,34 @@ PAIR_SCHEMA = pa.schema(  # the first fields of a Pair, in its order; `score` fo
 )
 
 
-def pairs_to_parquet(pairs: Sequence[Pair]) -> bytes:
-    """A parquet file of pairs: the published SPIN columns, the token ids and, where there are any, scores."""
+def pairs_to_parquet(pairs: Sequence[Pair], more_fields: bool = False) -> bytes:
+    """A parquet file of pairs: the published SPIN columns, the token ids and, where there are any, scores.
+
+    `more_fields` says that messages of other files of this folder have more fields than role and content.
+    """
     scored = any(pair.score is not None for pair in pairs)
     schema = PAIR_SCHEMA.append(pa.field("score", pa.float64())) if scored else PAIR_SCHEMA
     rows = [dict(zip(schema.names, vars(pair).values(), strict=False)) for pair in pairs]
-    return _parquet(pa.Table.from_pylist(rows, schema=schema))
+    return _parquet(messages_table(rows, schema, more_fields))
+
+
+def has_more_fields(conversations: Iterable[Sequence[Message]]) -> bool:
+    """Whether a message has another field than role and content, or lacks one of these."""
+    return any(message.keys() != {"role", "content"} for messages in conversations for message in messages)
+
+
+def messages_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, more_fields: bool = False) -> pa.Table:
+    """A table of rows with the conversations `real` and `generated`.
+
+    If a message has more fields than role and content, each message keeps these as one text: Arrow would give it
+    the fields of all others, and refuses fields of two types.
+    """
+    columns = ("real", "generated")
+    if more_fields or has_more_fields(row[name] for row in rows for name in columns):
+        rows = [{**row, **{name: list(map(fold, row[name])) for name in columns}} for row in rows]
+        for name in columns:
+            schema = schema.set(schema.get_field_index(name), pa.field(name, _WHOLE_MESSAGES))
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def pairs_from_parquet(content: bytes, path: epath.PathLike | None = None) -> list[Pair]:
@@ -46,6 +70,8 @@ def pairs_from_parquet(content: bytes, path: epath.PathLike | None = None) -> li
     rows = _rows_of(content, path or "a file of pairs")
     for row, name in itertools.product(rows, ("prompt_tokens", "real_tokens", "generated_tokens")):
         row[name] = np.asarray(row[name], np.int32)
+    for row, name in itertools.product(rows, ("real", "generated")):
+        row[name] = list(map(unfold, row[name]))
     return [Pair(*row.values()) for row in rows]
 
 

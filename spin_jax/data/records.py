@@ -2,22 +2,67 @@
 
 import dataclasses
 import itertools
+import json
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from spin_jax.errors import BadRow
 
-Message = dict[str, str]
+# role and content, and any other field that a template may render: reasoning_content, tool_calls, name, … The first
+# message of a conversation also has its tools. A turn that only calls tools has no content.
+Message = dict[str, Any]
 
 Ids = np.ndarray  # int32 [n]
 
 
-def prompt_turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    """The turns before the last one, as tuples that can be compared."""
-    return tuple((message["role"], message["content"]) for message in messages[:-1])
+def prompt_turns(messages: Sequence[Message]) -> tuple[str, ...]:
+    """The turns before the last one, with all their fields, as texts that can be compared."""
+    return tuple(json.dumps(message, sort_keys=True, default=str) for message in messages[:-1])
+
+
+MORE_FIELDS = "other_fields"  # in files of pairs: the fields of a message beside role and content, as JSON text
+
+
+def fold(message: Message) -> Message:
+    """A message of three texts, for a file of pairs."""
+    more = {name: value for name, value in message.items() if name not in ("role", "content")}
+    folded = {"role": message["role"], "content": message.get("content")}
+    return {**folded, MORE_FIELDS: json.dumps(more, ensure_ascii=False, default=str) if more else None}
+
+
+def unfold(message: dict[str, Any]) -> Message:
+    """The message that `fold` had, and any other message, without its null fields; ValueError for a damaged text."""
+    fields = {name: value for name, value in message.items() if value is not None}
+    return {**json.loads(fields.pop(MORE_FIELDS, "{}")), **fields}
+
+
+def tools_of(messages: Sequence[Message]) -> list[Any] | None:
+    """The tools that a conversation describes to the model; None where it has none."""
+    return next((message["tools"] for message in messages if message.get("tools")), None)
+
+
+def is_empty(answer: Message) -> bool:
+    """Whether an answer has neither text nor a call of a tool."""
+    return not (answer.get("content", "").strip() or answer.get("tool_calls"))
+
+
+def changed_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a message, or of a part of one, in which `change` was applied to every text, however deep it is."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {changed_texts(key, change): changed_texts(item, change) for key, item in value.items()}
+    return [changed_texts(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
+def texts_of(value: Any) -> list[str]:
+    """Every text in messages, or in a part of one, however deep it is; names of fields are among them."""
+    texts: list[str] = []
+    changed_texts(value, lambda text: texts.append(text) or text)
+    return texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +108,18 @@ UNLIMITED = Lengths(max_prompt=2**31 - 1, max_length=2**31 - 1)
 
 def check_messages(messages: Any, field: str) -> list[Message]:
     """Checks a conversation and cuts it after the assistant's last turn, which may be empty. BadRow names the field."""
+    result = check_turns(messages, field)
+    while result and result[-1]["role"] != "assistant":
+        result.pop()
+    if len(result) < 2:
+        raise BadRow(f"{field}: no assistant turn with a prompt before it")
+    if any(a["role"] == b["role"] == "assistant" for a, b in itertools.pairwise(result)):
+        raise BadRow(f"{field}: two assistant turns in a row")
+    return result
+
+
+def check_turns(messages: Any, field: str) -> list[Message]:
+    """Copies of messages with all their fields that are not null, and with text as content. BadRow names the field."""
     if not isinstance(messages, list | tuple) or not messages:
         found = "an empty list" if isinstance(messages, list | tuple) else type(messages).__name__
         parse = "; if the text is JSON, parse it first" if isinstance(messages, str) else ""
@@ -73,18 +130,63 @@ def check_messages(messages: Any, field: str) -> list[Message]:
         if not isinstance(message, dict):
             raise BadRow(f"{name} is {type(message).__name__}: expected a role and content")
         role = message.get("role")
-        if role not in ("system", "user", "assistant"):
-            raise BadRow(f"{name}.role is {reprlib.repr(role)}: expected system, user or assistant")
-        no_answer = role == "assistant" and message.get("content") is None
-        content = "" if no_answer else check_text(message.get("content"), f"{name}.content")
-        result.append({"role": role, "content": content})
-    while result and result[-1]["role"] != "assistant":
-        result.pop()
-    if len(result) < 2:
-        raise BadRow(f"{field}: no assistant turn with a prompt before it")
-    if any(a["role"] == b["role"] == "assistant" for a, b in itertools.pairwise(result)):
-        raise BadRow(f"{field}: two assistant turns in a row")
+        if role not in ("system", "user", "assistant", "tool"):
+            raise BadRow(f"{name}.role is {reprlib.repr(role)}: expected system, user, assistant or tool")
+        if role == "tool" and not result:
+            raise BadRow(f"{name}.role is 'tool': a conversation does not begin with what a tool returned")
+        try:
+            fields = unfold(message)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BadRow(f"{name}.{MORE_FIELDS} is no JSON text of fields: {error}") from error
+        if role != "assistant" or "content" in fields:
+            fields["content"] = _read_content(message.get("content"), f"{name}.content")
+        elif not fields.get("tool_calls"):
+            fields["content"] = ""
+        for key, value in fields.items():
+            for text in texts_of(value) if key != "content" else ():
+                check_text(text, f"{name}.{key}")
+        result.append({"role": role, **fields})
     return result
+
+
+def _read_content(content: Any, field: str) -> str:
+    """The text of a message. A list of parts of text is joined; BadRow names a part of another kind."""
+    if not isinstance(content, list | tuple):
+        return check_text(content, field)
+    texts = []
+    for number, part in enumerate(content):
+        kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if kind != "text" or not isinstance(text, str):
+            shown = f"of type {reprlib.repr(kind)}" if isinstance(part, dict) else f"no dict but {type(part).__name__}"
+            raise BadRow(f"{field} is list: expected text, or parts of type 'text', and part {number} is {shown}")
+        texts.append(check_text(text, f"{field}[{number}].text"))
+    return "".join(texts)
+
+
+def with_tools(messages: list[Message], row: dict[str, Any]) -> list[Message]:
+    """The messages, the first one with the tools of their row; BadRow where these are no list, nor JSON text of one."""
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools or "null") if isinstance(tools, str) else tools
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools or []]
+        if not all(isinstance(tool, dict) for tool in tools):
+            raise ValueError("a tool is no object")
+        for text in texts_of(tools):
+            check_text(text, "a tool")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadRow(f"tools: expected a list of JSON objects, or JSON text of one: {error}") from error
+    return [{**messages[0], "tools": tools}, *messages[1:]] if tools else messages
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table without the null fields of its structs, which are there only because others have them."""
+
+    def pruned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: pruned(item) for key, item in value.items() if item is not None}
+        return [pruned(item) for item in value] if isinstance(value, list) else value
+
+    return {name: pruned(value) for name, value in row.items()}
 
 
 def check_text(value: Any, field: str) -> str:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from spin_jax.data import folders
 from spin_jax.data.json_lines import JsonLines
+from spin_jax.data.records import without_nulls
 from spin_jax.runtime.user_code import called
 
 
@@ -157,6 +158,11 @@ def _data_files(path: str, split: str | None, name: str | None, notes: list[str]
     if empty := [file for file in files if os.path.getsize(file) == 0]:
         raise ValueError(f"{empty[0]} is empty: 0 rows")
     return files
+
+
+def row(rows: Any, number: int) -> dict[str, Any]:
+    """A row by its number."""
+    return rows[number] if isinstance(rows, JsonLines) else without_nulls(rows[number])
 
 
 def place(rows: Any, number: int, path: str) -> str:

@@ -53,6 +53,6 @@ def verdicts(
         examples: each ends with the reference answer.
         answers: the first answer to every example in order, then the second answer to every example, …
     """
-    references = [example.messages[-1]["content"] for example in examples]
+    references = [example.messages[-1].get("content", "") for example in examples]
     accepted = [bool(verifier(references[i % len(examples)], answer)) for i, answer in enumerate(answers)]
     return np.array(accepted).reshape(-1, len(examples))

@@ -1,10 +1,13 @@
 """The architecture of a checkpoint as numbers, and the model that users hold."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+
+from spin_jax.data.chat import end_of_turn
 
 Params = dict[str, Any]
 
@@ -133,12 +136,20 @@ class Model:
     dtype: Any  # the dtype of its computations
     mesh: jax.sharding.Mesh
     hf_config: dict[str, Any]  # config.json with transformers' defaults filled in
-    generation_config: dict[str, Any]
+    generation_config: dict[str, Any]  # generation_config.json, with the EOS of config.json where it has none
     revision: str | None = None  # the hub's commit; None for a local directory
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """The EOS ids of the generation config together with the tokenizer's EOS."""
+        """The EOS ids of the checkpoint, the tokenizer's EOS, and the chat template's `end_of_turn`."""
+        return tuple(sorted({*self._eos_tokens, self.end_of_turn} - {None}))
+
+    @functools.cached_property
+    def end_of_turn(self) -> int | None:
+        """The token that the chat template writes after every answer, where the checkpoint names no EOS there."""
+        return end_of_turn(self.tokenizer, self._eos_tokens)
+
+    @property
+    def _eos_tokens(self) -> set[int]:
         ids = self.generation_config.get("eos_token_id")
-        ids = [ids] if isinstance(ids, int | None) else ids
-        return tuple(sorted({*ids, self.tokenizer.eos_token_id} - {None}))
+        return {*([ids] if isinstance(ids, int | None) else ids), self.tokenizer.eos_token_id} - {None}

@@ -153,18 +153,28 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
     return Path(snapshot), Path(snapshot).name
 
 
-def _read_generation_config(path: Path, vocab_size: int) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    content = files.read_object(path)
+def _read_generation_config(directory: Path, vocab_size: int) -> dict[str, Any]:
+    """generation_config.json; where it names no EOS, that of config.json or of its text_config is added."""
+    path, config = directory / "generation_config.json", files.read_object(directory / "config.json")
+    content = files.read_object(path) if path.exists() else {}
+    if content.get("eos_token_id") is None:
+        return content | (_eos_of(config, vocab_size) or _eos_of(config.get("text_config") or {}, vocab_size))
     stops = content.get("eos_token_id")
     for stop in stops if isinstance(stops, list) else [] if stops is None else [stops]:
         if not weight_files.whole(stop) or stop >= vocab_size:
             raise ValueError(
                 f"{path}: eos_token_id={stops!r}: an id, or a list of ids, below vocab_size={vocab_size} is "
-                "wanted; without the key, the tokenizer's EOS counts"
+                "wanted; without the key, that of config.json and the tokenizer's EOS count"
             )
     return content
+
+
+def _eos_of(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The key eos_token_id of a config.json, or {}. The default of the model's class may lie beyond the vocabulary."""
+    stops = config.get("eos_token_id")
+    known = [stop for stop in (stops if isinstance(stops, list) else [stops]) if weight_files.whole(stop)]
+    known = [stop for stop in known if stop < vocab_size]
+    return {"eos_token_id": known} if known else {}
 
 
 def describe(
@@ -182,7 +192,7 @@ def describe(
         config = model_config(hf_config)
     tokenizer = load_tokenizer(directory, chat_template)
     check_vocabulary(tokenizer, config, path)
-    generation_config = _read_generation_config(directory / "generation_config.json", config.vocab_size)
+    generation_config = _read_generation_config(directory, config.vocab_size)
     dtype = jnp.dtype(dtype or hf_config["dtype"] or jnp.float32)
     mesh = mesh or sharding.make_mesh()
     return Model(config, {}, tokenizer, dtype, mesh, hf_config, generation_config, commit), directory
@@ -245,7 +255,7 @@ def new_model(
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, "model.tokenizer")
     mesh = mesh or sharding.make_mesh()
-    return Model(config, {}, tokenizer, jnp.dtype(dtype), mesh, hf_config, generation_config={})
+    return Model(config, {}, tokenizer, jnp.dtype(dtype), mesh, hf_config, _eos_of(options, config.vocab_size))
 
 
 def check_architecture(options: Mapping[str, Any]) -> str:

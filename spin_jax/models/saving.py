@@ -63,10 +63,14 @@ def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
 
 
 def _export_generation(model: Model) -> dict[str, Any]:
-    """generation_config.json: the checkpoint's own, or a new one with its special tokens."""
+    """generation_config.json: the checkpoint's own, or a new one with its special tokens; and all stop tokens."""
+    content, stops = model.generation_config, list(model.stop_tokens)
     special = {name: model.hf_config.get(name) for name in ("bos_token_id", "pad_token_id")}
-    ids = {name: token for name, token in special.items() if token is not None}
-    return {"eos_token_id": list(model.stop_tokens), **(model.generation_config or ids)}
+    if content.keys() <= {"eos_token_id"}:
+        content = {**{name: token for name, token in special.items() if token is not None}, **content}
+    eos = content.get("eos_token_id")
+    complete = sorted(eos if isinstance(eos, list) else [eos], key=str) == sorted(stops, key=str)
+    return {**content, "eos_token_id": eos if complete else stops}
 
 
 def save(

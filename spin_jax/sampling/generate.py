@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array
 
 from spin_jax.data.chat import Chat
-from spin_jax.data.records import Ids, Message
+from spin_jax.data.records import Ids, Message, check_turns
 from spin_jax.models.architecture import Model
 from spin_jax.models.attention import kernel_for
 from spin_jax.models.decoder import Decoder
@@ -33,7 +33,8 @@ def generate(
 
     Args:
         model: from `spin_jax.load`.
-        conversations: lists of {"role", "content"}.
+        conversations: lists of {"role", "content"}; other fields of a message that the chat template renders are
+            allowed, and `tools` in the first message.
         max_new_tokens: the most tokens of an answer. Where a prompt leaves fewer positions of the model
             (max_position_embeddings), answers are cut there, and a warning says so.
         temperature: 0 is greedy.
@@ -43,10 +44,11 @@ def generate(
         batch_size: prompts answered at a time.
 
     Raises:
-        ValueError: a prompt takes all of the model's positions.
+        ValueError: a conversation is malformed, or a prompt takes all of the model's positions.
     """
     chat = Chat(model.tokenizer, model.stop_tokens)
-    prompts = [chat.encode_prompt(messages) for messages in conversations]
+    turns = [check_turns(messages, f"conversation {n}") for n, messages in enumerate(conversations)]
+    prompts = list(map(chat.encode_prompt, turns))
     if not prompts:
         return []
     longest, positions = max(map(len, prompts)), model.config.max_position_embeddings

@@ -75,8 +75,8 @@ def check(config: Mapping[str, Any], workdir: str | None = None) -> None:
     prepared = prepare(resolved, workdir)
     lines = announce.run_overview(prepared, 0).splitlines()
     shown = [line for line in lines if workdir or not line.startswith(("workdir", "disk"))]
-    lengths = announce.length_table(prepared)
-    processes.say("\n".join([*shown, "", lengths, "", "everything that can be checked is in order"]))
+    rows, lengths = announce.example_rows(prepared), announce.length_table(prepared)
+    processes.say("\n".join([*shown, "", rows, "", lengths, "", "everything that can be checked is in order"]))
 
 
 class SelfPlay:

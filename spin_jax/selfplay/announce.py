@@ -1,5 +1,6 @@
 """What a run prints before it begins: its config, the lengths of the data, and an overview of the run."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,6 +36,33 @@ def length_table(prepared: Prepared) -> str:
     lines.append(f"prompts longer than lengths.max_prompt={limits.max_prompt}, dropped: {long} of {count}")
     lines.append(f"answers cut at lengths.max_length={limits.max_length}: {cut} of {count}")
     return "\n".join(lines)
+
+
+def example_rows(prepared: Prepared, count: int = 3) -> str:
+    """Some examples as the model sees them: the prompt, the tokens of the answer, which are trained on, and its end."""
+    examples, chat = prepared.datasets[0], prepared.chat
+    lines = []
+    for example in examples[:: -(-len(examples) // count)]:
+        prompt, real = example.prompt.tolist(), example.real.tolist()
+        tokens = [_piece(chat.tokenizer, *two) for two in itertools.pairwise([prompt[-1], *real])]
+        last = f"{tokens[-1]} (id {real[-1]}), {'a stop token' if chat.stopped(example.real) else 'NO stop token'}"
+        lines += [
+            f"row with prompt_id {example.prompt_id}",
+            f"  prompt   {len(prompt)} tokens: {_shortened(repr(chat.tokenizer.decode(prompt)))}",
+            f"  answer   {len(real)} tokens, which are trained on: {_shortened(' '.join(tokens))}",
+            f"  its end  {last}",
+        ]
+    return "\n".join(lines)
+
+
+def _piece(tokenizer: Any, before: int, token: int) -> str:
+    """The text that a token adds to the one before it: alone, some tokenizers leave out its space."""
+    return repr(tokenizer.decode([before, token]).removeprefix(tokenizer.decode([before])))
+
+
+def _shortened(text: str, most: int = 300) -> str:
+    """The text, without its middle where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 def run_overview(prepared: Prepared, finished: int) -> str:

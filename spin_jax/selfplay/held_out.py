@@ -150,7 +150,7 @@ class Evaluation:
             {
                 "prompt_id": example.prompt_id,
                 "prompt": example.messages[:-1],
-                "real": example.messages[-1]["content"],
+                "real": example.messages[-1].get("content", ""),
                 "generated": run.chat.decode(answer),
             }
             for example, answer in zip(chosen, answers, strict=True)

@@ -17,7 +17,7 @@ from spin_jax.data.chat import Chat
 from spin_jax.data.examples import group_by_prompt, load_examples, prompt_keys, split_held_out
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.pairs import load_pairs
-from spin_jax.data.records import Example, Lengths, Pair, prompt_turns
+from spin_jax.data.records import Example, Lengths, Pair, list_names, prompt_turns
 from spin_jax.evaluate import verifiers
 from spin_jax.models import loading, tokenizers, weight_files
 from spin_jax.models.architecture import Model, Params
@@ -69,6 +69,11 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
     notes = []
     if differing:
         notes += [f"the checkpoint differs from model.architecture, and counts: it differs in {', '.join(differing)}"]
+    if model.end_of_turn is not None:
+        name = model.tokenizer.convert_ids_to_tokens(model.end_of_turn)
+        notes.append(
+            f"{name} is a stop token: the chat template ends answers with it, and the checkpoint names another"
+        )
     chat = make_chat(config, model, today)
     given = _read_given_pairs(config, chat, model.config.vocab_size, notes)
     c = config.data
@@ -168,7 +173,7 @@ def _read_given_pairs(config: Config, chat: Chat, vocab_size: int, notes: list[s
         of_a_run = parquet.holds_pairs_of_a_run(path)
         rows = sources.load_rows(path, play.pairs_split, all_files=of_a_run, notes=notes)
         given[t], counts = load_pairs(rows, chat, path=path, vocab_size=vocab_size, **options)
-        notes += _count_notes(path, counts)
+        notes += [*_count_notes(path, counts), *_check_ends(config, chat, path, given[t])]
     for t in range(max(0, play.start - play.mix_previous), play.start):
         if t not in given:
             notes.append(f"the pairs of iteration {t} are not mixed in: --config.selfplay.pairs={t}=PATH gives them")
@@ -190,7 +195,7 @@ def datasets_of(read: Inputs) -> tuple[list[list[Example]], list[Example]]:
         examples, counts = load_examples(rows, read.chat, path=path, limit=limit, **options)
         if repeated := len(examples) - len(set(group_by_prompt(examples))):
             counts["rows with the prompt of an earlier row"] = repeated
-        read.notes.extend(_count_notes(path, counts))
+        read.notes.extend([*_count_notes(path, counts), *_check_ends(config, read.chat, path, examples)])
         if number and max(example.prompt_id for example in examples) >= _NEXT_DATASET:
             raise ValueError(f"{path}: with several datasets, each prompt_id must be below {_NEXT_DATASET}")
         return [dataclasses.replace(e, prompt_id=e.prompt_id + number * _NEXT_DATASET) for e in examples]
@@ -239,6 +244,25 @@ def split(
         return kept
 
     return list(map(rest, datasets)), held_out
+
+
+def _check_ends(config: Config, chat: Chat, path: str, read: Sequence[Example | Pair]) -> list[str]:
+    """A note on human answers that end in no stop token; ValueError where too few end in one."""
+    ended = sum(chat.stopped(each.real) for each in read)
+    room = chat.lengths.max_length
+    endless = [e for e in read if not chat.stopped(e.real) and len(e.prompt) + len(e.real) < room]  # not the cut ones
+    if not endless or config.official:  # there each answer gets EOS, and loses it only where it is cut
+        return []
+    names = chat.tokenizer.convert_ids_to_tokens(list(chat.stop_tokens))
+    what = f"{len(endless)} of {ended + len(endless)} human answers end in no stop token ({list_names(names)})"
+    if ended < config.data.min_ended * (ended + len(endless)):
+        last = chat.tokenizer.decode(endless[0].real[-3:].tolist())
+        raise ValueError(
+            f"{path}: {what}, and a model that is trained on them does not learn to end: the first such answer ends "
+            f"in {last!r}. Set data.chat_template to a template that writes a stop token after each answer, or "
+            f"data.min_ended (now {config.data.min_ended:g}) to 0 if this is as it should be"
+        )
+    return [f"{path}: {what}"]
 
 
 def _count_notes(path: str, counts: Counter) -> list[str]:

@@ -109,7 +109,7 @@ class Opponent:
                     # The row is written first, because a file that exists is never made again.
                     metrics.write("sample", t, number, {**_statistics(pairs), "tokens_per_s": rate})
                     metrics.flush()
-                    files.write(shards[number][0], parquet.pairs_to_parquet(pairs))
+                    files.write(shards[number][0], parquet.pairs_to_parquet(pairs, self._more_fields))
                 self._engine.stop_if_asked()
         return params
 
@@ -119,7 +119,16 @@ class Opponent:
         for (path, pairs), exists in zip(shards, done, strict=True):
             scored = list(itertools.islice(remaining, len(pairs)))
             if not exists:
-                files.write(path, parquet.pairs_to_parquet(scored))
+                files.write(path, parquet.pairs_to_parquet(scored, self._more_fields))
+
+    @functools.cached_property
+    def _more_fields(self) -> bool:
+        """Whether messages of the run have more fields than role and content: its files of pairs then have one more."""
+        examples = (example.messages for example in itertools.chain(*self._run.datasets, self._run.held_out))
+        given = itertools.chain(*self._run.given.values())
+        return parquet.has_more_fields(examples) or parquet.has_more_fields(
+            messages for pair in given for messages in (pair.real_messages, pair.generated_messages)
+        )
 
     def _requests(self, path: epath.Path, examples: Sequence[Example]) -> list[tuple[Example, int]]:
         """(example, sample_id) of each answer in a file. Held-out prompts have one, unless a scorer compares them."""

@@ -34,7 +34,7 @@ def find_judge(config: Config) -> Judge | None:
     verifier = verifiers.find_verifier(config.eval.verifier)
 
     def verdicts(messages: list[Message], answers: list[str]) -> list[float]:
-        return [float(bool(verifier(messages[-1]["content"], answer))) for answer in answers]
+        return [float(bool(verifier(messages[-1].get("content", ""), answer))) for answer in answers]
 
     return verdicts
 

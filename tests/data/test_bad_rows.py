@@ -78,7 +78,7 @@ MALFORMED = [
     (said(QUESTION), "messages: no assistant turn with a prompt before it"),
     (said(("assistant", "3")), "messages: no assistant turn with a prompt before it"),
     (said(QUESTION, ("assistant", "3"), ("assistant", "4")), "messages: two assistant turns in a row"),
-    (said(("human", "1+2"), ("gpt", "3")), "messages[0].role is 'human': expected system, user or assistant"),
+    (said(("human", "1+2"), ("gpt", "3")), "messages[0].role is 'human': expected system, user, assistant or tool"),
     (said((None, "1+2"), ("assistant", "3")), "messages[0].role is None"),
     (said(({"a": "b"}, "1+2"), ("assistant", "3")), "messages[0].role is {'a': 'b'}"),
     (said(("user", None), ("assistant", "3")), "messages[0].content is NoneType: expected text"),

@@ -299,6 +299,45 @@ def test_stop_tokens_join_generation_config_and_tokenizer(generation, expected, 
     assert model.stop_tokens == expected
 
 
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, {"eos_token_id": 5}, (2, 5)),
+        (None, {"eos_token_id": [7, 5]}, (2, 5, 7)),
+        ({"temperature": 0.5}, {"eos_token_id": [5, 2]}, (2, 5)),
+        ({"eos_token_id": 7}, {"eos_token_id": 5}, (2, 7)),
+        (None, {"eos_token_id": None, "text_config": {"eos_token_id": [6]}}, (2, 6)),
+        (None, {"eos_token_id": 32000}, (2,)),  # the default of a model's class, beyond this vocabulary
+    ],
+)
+def test_stop_tokens_of_config_json(generation, config, expected, tiny_dir, tmp_path):
+    """They count where generation_config.json names none, as in transformers; an export names all stop tokens."""
+    directory = edited(tiny_dir, tmp_path, **config)
+    (directory / "generation_config.json").unlink()
+    if generation is not None:
+        files.write_json(directory / "generation_config.json", generation)
+    model, _ = loading.describe(str(directory))
+    assert model.stop_tokens == expected
+    exported = saving._export_generation(model)
+    assert sorted({2, *np.atleast_1d(exported["eos_token_id"]).tolist()}) == list(expected)
+    if generation is None and expected != (2,):
+        theirs = transformers.GenerationConfig.from_model_config(files.read_json(directory / "config.json"))
+        assert {2, *np.atleast_1d(theirs.eos_token_id).tolist()} == {*expected}
+        assert exported["pad_token_id"] == model.hf_config["pad_token_id"]
+
+
+def test_the_token_that_ends_a_turn_stops(tiny_dir, tmp_path, mesh):
+    """A template that ends answers with a token that the checkpoint does not name: in sampling, scores and exports."""
+    model = spin_jax.load(
+        str(tiny_dir), mesh=mesh, chat_template=tiny.CHAT_TEMPLATE.replace("eos_token", "'<|system|>'")
+    )
+    token = model.tokenizer.convert_tokens_to_ids("<|system|>")
+    assert model.stop_tokens == (2, token)
+    spin_jax.save(model, tmp_path / "saved")
+    assert reopened(tmp_path / "saved").generation_config.eos_token_id == [2, token]
+    assert spin_jax.load(str(tmp_path / "saved"), mesh=mesh).stop_tokens == (2, token)
+
+
 def test_generation_config_survives(tiny_dir, mesh, tmp_path):
     directory = copied(tiny_dir, tmp_path)
     written = {"eos_token_id": [2, 5], "temperature": 0.5, "do_sample": True}

@@ -8,6 +8,7 @@ from runs import ROOT
 
 from spin_jax import config, tiny
 from spin_jax.data import parquet
+from spin_jax.selfplay import announce
 from spin_jax.selfplay.prepare import prepare
 
 
@@ -46,6 +47,63 @@ def test_nothing_left_to_train_on(tiny_config, tmp_path):
     tiny_config.data.path = tiny_config.eval.path = write_rows(tmp_path / "train.jsonl", tiny.problems()[:20])
     with pytest.raises(ValueError, match="nothing is left to train on"):
         prepare(config.resolve(tiny_config), None)
+
+
+ENDLESS = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + END }}{% endfor %}" + (
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_answers_without_a_stop_token(tiny_config, tmp_path):
+    """An error where most are, which says what to set; a note where some are. Answers that were cut do not count."""
+    rows = tiny.problems()[:20]
+    tiny_config.data.path = write_rows(tmp_path / "train.jsonl", rows)
+    tiny_config.data.chat_template = ENDLESS.replace(" + END", "")
+    message = (
+        r"train.jsonl: 20 of 20 human answers end in no stop token \(</s>\).* Set data.chat_template .* data.min_ended"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(config.resolve(tiny_config), None)
+    tiny_config.data.min_ended = 0.0
+    (note,) = prepare(config.resolve(tiny_config), None).notes
+    assert "20 of 20 human answers end in no stop token (</s>)" in note
+    tiny_config.data.min_ended = 0.5
+    some = "(eos_token if m.content != '" + rows[0]["answer"] + "' else '')"
+    tiny_config.data.chat_template = ENDLESS.replace("END", some)
+    few = sum(row["answer"] == rows[0]["answer"] for row in rows)
+    (note,) = prepare(config.resolve(tiny_config), None).notes
+    assert f"{few} of 20 human answers end in no stop token" in note
+    tiny_config.data.path = write_rows(tmp_path / "long.jsonl", [row | {"answer": "1" * 99} for row in rows])
+    (note,) = prepare(config.resolve(tiny_config), None).notes
+    assert "cut: answer too long: 20" in note
+
+
+def test_the_token_that_ends_answers_is_said(tiny_config):
+    tiny_config.data.chat_template = ENDLESS.replace("END", "'<|system|>'")
+    prepared = prepare(config.resolve(tiny_config), None)
+    assert prepared.notes == [
+        "<|system|> is a stop token: the chat template ends answers with it, and the checkpoint names another"
+    ]
+    assert all(example.real[-1] == 3 for example in (*prepared.datasets[0], *prepared.held_out))
+
+
+def test_rows_as_the_model_sees_them(tiny_config, tmp_path):
+    """Three of them, for --check: where the answer begins, the tokens that are trained on, and how it ends."""
+    rows = [{"question": "1+2", "answer": "3"}, *[{"question": "é", "answer": "1" * 99}] * 2, *tiny.problems()[:18]]
+    tiny_config.data.path = write_rows(tmp_path / "train.jsonl", rows)
+    tiny_config.eval.fraction = 0.0
+    shown = announce.example_rows(prepare(config.resolve(tiny_config), None)).splitlines()
+    assert shown[:4] == [
+        "row with prompt_id 0",
+        "  prompt   6 tokens: '<|user|>1+2</s><|assistant|>'",
+        "  answer   2 tokens, which are trained on: '3' '</s>'",
+        "  its end  '</s>' (id 2), a stop token",
+    ]
+    assert len(shown) == 12
+    tiny_config.data.path = write_rows(tmp_path / "long.jsonl", rows[1:3])
+    *_, answer, end = announce.example_rows(prepare(config.resolve(tiny_config), None)).splitlines()
+    assert answer.endswith("'1' '1'")
+    assert end == "  its end  '1' (id 22), NO stop token"
 
 
 def test_other_held_out_rows_are_another_run(tiny_config, tmp_path):
