@@ -135,6 +135,7 @@ class Model:
     hf_config: dict[str, Any]  # config.json with transformers' defaults filled in
     generation_config: dict[str, Any]
     revision: str | None = None  # the hub's commit; None for a local directory
+    notes: list[str] = dataclasses.field(default_factory=list)  # what was assumed when the checkpoint was read
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
