@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from spin_jax.config_values import nearest
 from spin_jax.models import weight_files
 from spin_jax.models.architecture import Model, ModelConfig, Params, check_constants
-from spin_jax.models.families import TRANSFORMERS_4, family, model_config
+from spin_jax.models.families import TRANSFORMERS_4, family, model_config, text_part
 from spin_jax.models.params import abstract_params
 from spin_jax.models.tokenizers import check_vocabulary, load_tokenizer
 from spin_jax.models.weight_files import Part, from_hf, parts_of
@@ -47,30 +47,32 @@ def _prefix_errors(place: object) -> Iterator[None]:
 
 
 def _read_hf_config(directory: Path) -> dict[str, Any]:
-    """Reads config.json; transformers fills in defaults and converts the keys of other versions."""
+    """Reads config.json, of a multimodal model its text part; transformers fills in defaults and converts old keys."""
     from transformers import AutoConfig
 
     path = directory / "config.json"
     if not path.exists():
         missing = f"{path} is missing: is {directory} a Hugging Face checkpoint?"
         raise FileNotFoundError(weight_files.adapter(directory) or missing)
-    raw = files.read_object(path)
+    whole = files.read_object(path)
     with _prefix_errors(path):
+        raw = text_part(whole)
         family(raw)
-        if absent := [name for name in _SIZES if raw.get(name) is None]:
+        if raw is whole and (absent := [name for name in _SIZES if raw.get(name) is None]):
             raise ValueError(f"{', '.join(absent)}: missing")
         check_constants({name: value for name, value in raw.items() if name != "sliding_window"})
-        dtype = raw.get("dtype", raw.get("torch_dtype"))
+        dtype = next((each.get(key) for each in (whole, raw) for key in ("dtype", "torch_dtype") if key in each), None)
         known = [dtype.name for dtype in weight_files.DTYPES.values()]
         if dtype not in (None, *known):
             raise ValueError(f"dtype={dtype!r}: one of {', '.join(known)}")
-        full = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+        full = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        full = (full if raw is whole else full.get_text_config()).to_dict()
     # transformers drops a window that `use_sliding_window: false` switches off; the file's value is kept.
     if "sliding_window" in raw:
         full["sliding_window"] = raw["sliding_window"]
-    full["dtype"] = dtype
-    full["architectures"] = raw.get("architectures")
-    return full
+    outside = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+    full |= {name: whole[name] for name in outside if raw is not whole and whole.get(name) is not None}
+    return full | {"dtype": dtype, "architectures": raw.get("architectures")}
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ import warnings
 
 import numpy as np
 import pytest
+from architectures import SMALL
 from safetensors.numpy import load_file, save_file
 
 import spin_jax
+from spin_jax import tiny
 from spin_jax.models import loading
 from spin_jax.storage import files
 
@@ -166,6 +168,32 @@ def test_tensors_that_nobody_reads_are_named(rewritten, mesh):
         spin_jax.load(str(directory), mesh=mesh)
 
 
+def test_the_text_part_of_a_multimodal_checkpoint(torch_logits, mesh, tmp_path):
+    """Gemma 3 with a vision tower: other names, sizes in text_config, token ids outside of it."""
+    text = SMALL | {
+        "sliding_window": 6,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    del text["rope_parameters"], text["eos_token_id"]
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, eos_token_id=[2, 5])
+    torch.manual_seed(0)
+    reference = transformers.Gemma3ForConditionalGeneration(config).eval()
+    reference.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match="tensors are not part of this model.*multi_modal_projector"):
+        model = spin_jax.load(str(tmp_path / "model"), mesh=mesh)
+    expected = torch_logits(reference, TOKENS)
+    np.testing.assert_allclose(np.asarray(spin_jax.logits(model, TOKENS)), expected, atol=1e-4)
+    spin_jax.save(model, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert type(again).__name__ == "Gemma3ForCausalLM"
+    assert again.config.eos_token_id == [2, 5]
+    np.testing.assert_allclose(torch_logits(again, TOKENS), expected, atol=1e-5)
+
+
 # --- tokenizers ------------------------------------------------------------------------------------
 
 TEXTS = ["Two ducks,  three\n\neggs", " 12345\t", "e\u0301 é 你", "a</s> b", "<s>x\n"]
@@ -225,8 +253,6 @@ def test_tokenizer_json_counts(family, named, noted, hf_model_dir, tmp_path):
     ],
 )
 def test_a_padding_token_may_lie_beyond_the_embedding(beyond, template, opens, hf_model_dir, mesh, tmp_path):
-    from spin_jax import tiny
-
     directory = shutil.copytree(hf_model_dir("llama", vocab_size=262)[0], tmp_path / "copy")
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(beyond, special_tokens=True)
