@@ -249,6 +249,7 @@ def test_an_export_speaks_to_readers_of_transformers_4(case, loaded, tmp_path):
     saving.save(loaded, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     rope = written["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     assert written["rope_theta"] == rope["rope_theta"]
     assert written.get("partial_rotary_factor", 1.0) == rope.get("partial_rotary_factor", 1.0)
     kind, scaling = rope.get("rope_type", "default"), written["rope_scaling"]
