@@ -328,7 +328,9 @@ def _mixtral(hf: HF) -> ModelConfig:
 def _qwen3_moe(hf: HF) -> ModelConfig:
     _check_off(hf, "decoder_sparse_step", 1)  # a layer without experts would need another tree of parameters
     _check_off(hf, "mlp_only_layers", [])
-    check_constants({"num_local_experts": hf["num_local_experts"], "moe_intermediate_size": hf["moe_intermediate_size"]})
+    check_constants(
+        {"num_local_experts": hf["num_local_experts"], "moe_intermediate_size": hf["moe_intermediate_size"]}
+    )
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
     return dataclasses.replace(
         _qwen3({**hf, "sliding_window": window}),

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _follow_file(tokenizer: Any, directory: Path, notes: list[str]) -> Any:
         differing = [text for text in texts if _pieces(tokenizer, text) != _pieces(own, text)]
         if not differing and tokenizer.get_added_vocab() == own.get_added_vocab():
             return tokenizer
-        example = f", for example of {differing[0]!r}" if differing else ""
+        example = f", for example for {differing[0]!r}" if differing else ""
         notes.append(
             f"{directory}: transformers' {type(tokenizer).__name__} makes other tokens than tokenizer.json{example}. "
             "Here tokenizer.json counts; check that the software that trained and serves this model does the same"
@@ -106,26 +107,29 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, path: epath.PathLike, 
         raise ValueError(f"{path}: the tokenizer's vocabulary is empty")
     if not beyond:
         return
-    used = {token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     pad, templates = tokenizer.pad_token, str(tokenizer.chat_template)
-    if beyond.keys() != {pad} or pad in used or pad in templates or "pad_token" in templates:
+    used = {str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    used |= {token for token in beyond if token in templates or (token == pad and "pad_token" in templates)}
+    padding = {token for token in tokenizer.get_added_vocab() if token == pad or "pad" in token.lower()}
+    if not beyond.keys() <= padding - used:
         rows = f"{config.vocab_size} rows (vocab_size)"
         raise ValueError(f"{path}: the tokenizer's largest id is {max(beyond.values())} and the embedding has {rows}")
-    _remove_padding(tokenizer)
+    _remove(tokenizer, beyond)
     if notes is not None:
         notes.append(
-            f"{path}: the padding token {pad!r} has the id {beyond[pad]}, for which the embedding has no row. It is "
-            "left out of the tokenizer and of exports, and is plain text where a text has it"
+            f"{path}: the embedding has no row for {', '.join(sorted(beyond))}. Padding was never trained: it is left "
+            "out of the tokenizer and of exports, and is plain text where a text has it"
         )
 
 
-def _remove_padding(tokenizer: Any) -> None:
-    """Takes the padding token, an added one, out of a tokenizer."""
+def _remove(tokenizer: Any, tokens: Collection[str]) -> None:
+    """Takes added tokens, the padding token perhaps among them, out of a tokenizer."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["added_tokens"] = [entry for entry in backend["added_tokens"] if entry["content"] != tokenizer.pad_token]
+    backend["added_tokens"] = [entry for entry in backend["added_tokens"] if entry["content"] not in tokens]
     backend["padding"] = None
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
-    tokenizer.pad_token = None
+    if tokenizer.pad_token in tokens:
+        tokenizer.pad_token = None
 
 
 def save_tokenizer(tokenizer: Any, directory: epath.Path) -> None:

@@ -276,7 +276,10 @@ def test_checkpoint_dtype_is_kept_without_a_name_for_it(hf_model_dir, mesh, tmp_
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 2}, "layer_types"),
         ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "exceeds num_local"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported"),
-        ({"model_type": "qwen3_next"}, r"no attention \(linear_conv_kernel_dim\): linear attention or Mamba"),
+        (
+            {"model_type": "qwen3_next", "linear_conv_kernel_dim": 4},
+            r"no attention \(linear_conv_kernel_dim\): linear attention or Mamba",
+        ),
         ({"model_type": "mixtral", "num_local_experts": 0}, "num_local_experts=0: a whole number"),
     ],
 )

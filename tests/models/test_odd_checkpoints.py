@@ -1,5 +1,6 @@
 """Checkpoints as people really have them: read as transformers reads them, or refused in one sentence."""
 
+import re
 import shutil
 import warnings
 
@@ -245,28 +246,30 @@ def test_tokenizer_json_counts(family, named, noted, hf_model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("beyond", "template", "opens"),
+    ("beyond", "pad", "template", "opens"),
     [
-        (["[PAD]"], "{{ messages[0]['content'] }}", True),
-        (["[PAD]"], "{{ messages[0]['content'] + '[PAD]' }}", False),
-        (["[PAD]", "<|im_start|>"], "{{ messages[0]['content'] }}", False),
+        (["[PAD]"], "[PAD]", "{{ messages[0]['content'] }}", True),
+        (["<|pad|>"], None, "{{ messages[0]['content'] }}", True),
+        (["[PAD]"], "[PAD]", "{{ messages[0]['content'] + '[PAD]' }}", False),
+        (["[PAD]"], "[PAD]", "{{ messages[0]['content'] + pad_token }}", False),
+        (["[PAD]", "<|im_start|>"], "[PAD]", "{{ messages[0]['content'] }}", False),
     ],
 )
-def test_a_padding_token_may_lie_beyond_the_embedding(beyond, template, opens, hf_model_dir, mesh, tmp_path):
+def test_a_padding_token_may_lie_beyond_the_embedding(beyond, pad, template, opens, hf_model_dir, mesh, tmp_path):
     directory = shutil.copytree(hf_model_dir("llama", vocab_size=262)[0], tmp_path / "copy")
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(beyond, special_tokens=True)
-    tokenizer.pad_token = "[PAD]"
+    tokenizer.pad_token = pad
     tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
     if not opens:
         with pytest.raises(ValueError, match="and the embedding has 262 rows"):
             spin_jax.load(str(directory), mesh=mesh)
         return
-    with pytest.warns(UserWarning, match=r"the padding token '\[PAD\]' has the id 262"):
+    with pytest.warns(UserWarning, match=rf"the embedding has no row for {re.escape(beyond[0])}\. Padding"):
         model = spin_jax.load(str(directory), mesh=mesh)
-    plain = tiny.tokenizer()
-    assert model.tokenizer("a [PAD] b</s>").input_ids == plain("a [PAD] b</s>").input_ids
+    plain, text = tiny.tokenizer(), f"a {beyond[0]} b</s>"
+    assert model.tokenizer(text).input_ids == plain(text).input_ids
     spin_jax.save(model, tmp_path / "out")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert max(again.get_vocab().values()) == 261
