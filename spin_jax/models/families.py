@@ -305,7 +305,7 @@ def _ministral3(hf: HF) -> ModelConfig:
 
 def _olmo2(hf: HF) -> ModelConfig:
     bias = bool(hf.get("attention_bias"))
-    norms = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}
+    norms: dict[str, Any] = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}
     windows = _windows(hf) if hf.get("layer_types") else (None,)
     return ModelConfig(**_options(hf, windows=windows), qkv_bias=bias, output_bias=bias, **norms)
 
@@ -374,8 +374,9 @@ FAMILIES: dict[str, Family] = {
 def text_part(hf: HF) -> HF:
     """The config of a multimodal model's language model, if its family is supported; else `hf` itself."""
     text = hf.get("text_config")
-    is_known = isinstance(text, Mapping) and text.get("model_type") in FAMILIES
-    return text if is_known and hf.get("model_type") not in FAMILIES else hf
+    if isinstance(text, Mapping) and text.get("model_type") in FAMILIES and hf.get("model_type") not in FAMILIES:
+        return text
+    return hf
 
 
 def family(hf: HF) -> Family:
@@ -388,8 +389,9 @@ def family(hf: HF) -> Family:
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
     message = f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}"
-    both = {**hf, **(hf.get("text_config") if isinstance(hf.get("text_config"), Mapping) else {})}
-    if recurrent := [key for key in both if key.startswith(_RECURRENT) and both[key]]:
+    text = hf.get("text_config")
+    keys = [*hf, *(text if isinstance(text, Mapping) else ())]
+    if recurrent := [key for key in keys if key.startswith(_RECURRENT)]:
         raise ValueError(f"{message}. It has layers that are no attention ({recurrent[0]}): linear attention or Mamba")
     from transformers import CONFIG_MAPPING
 
