@@ -306,8 +306,13 @@ def _ministral3(hf: HF) -> ModelConfig:
 def _olmo2(hf: HF) -> ModelConfig:
     bias = bool(hf.get("attention_bias"))
     norms: dict[str, Any] = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}
-    windows = _windows(hf) if hf.get("layer_types") else (None,)
-    return ModelConfig(**_options(hf, windows=windows), qkv_bias=bias, output_bias=bias, **norms)
+    return ModelConfig(**_options(hf), qkv_bias=bias, output_bias=bias, **norms)
+
+
+def _olmo3(hf: HF) -> ModelConfig:
+    config = _olmo2(hf)
+    local = config.rope_local_theta or config.rope_theta  # transformers 5.0 has one RoPE, and scales it without windows
+    return dataclasses.replace(config, windows=_windows(hf), rope_local_theta=local)
 
 
 def _seed_oss(hf: HF) -> ModelConfig:
@@ -328,14 +333,13 @@ def _mixtral(hf: HF) -> ModelConfig:
 def _qwen3_moe(hf: HF) -> ModelConfig:
     _check_off(hf, "decoder_sparse_step", 1)  # a layer without experts would need another tree of parameters
     _check_off(hf, "mlp_only_layers", [])
-    check_constants(
-        {"num_local_experts": hf["num_local_experts"], "moe_intermediate_size": hf["moe_intermediate_size"]}
-    )
+    experts = hf.get("num_local_experts", hf.get("num_experts"))  # transformers 5.0 has the second name
+    check_constants({"num_local_experts": experts, "moe_intermediate_size": hf["moe_intermediate_size"]})
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
     return dataclasses.replace(
         _qwen3({**hf, "sliding_window": window}),
         intermediate_size=hf["moe_intermediate_size"],
-        num_experts=hf["num_local_experts"],
+        num_experts=experts,
         experts_per_token=hf["num_experts_per_tok"],
         normed_shares=bool(hf["norm_topk_prob"]),
     )
@@ -360,7 +364,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("MistralForCausalLM", _mistral, LLAMA),
     "mixtral": Family("MixtralForCausalLM", _mixtral, MIXTRAL),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, OLMO2),
-    "olmo3": Family("Olmo3ForCausalLM", _olmo2, OLMO2),
+    "olmo3": Family("Olmo3ForCausalLM", _olmo3, OLMO2),
     "phi": Family("PhiForCausalLM", _phi, PHI),
     "phi3": Family("Phi3ForCausalLM", _phi3, PHI3),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, LLAMA),
@@ -395,7 +399,9 @@ def family(hf: HF) -> Family:
         raise ValueError(f"{message}. It has layers that are no attention ({recurrent[0]}): linear attention or Mamba")
     from transformers import CONFIG_MAPPING
 
-    known = {"model_type", *TRANSFORMERS_4}.union(*(CONFIG_MAPPING[each]().to_dict() for each in FAMILIES))
+    known = {"model_type", *TRANSFORMERS_4}.union(
+        *(CONFIG_MAPPING[each]().to_dict() for each in FAMILIES if each in CONFIG_MAPPING)
+    )
     unknown = [f"; the first key that none of them knows is {key!r}" for key in hf if key not in known]
     raise ValueError(message + "".join(unknown[:1]))
 
