@@ -392,17 +392,18 @@ def family(hf: HF) -> Family:
     name = hf.get("model_type")
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
-    message = f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}"
     text = hf.get("text_config")
-    keys = [*hf, *(text if isinstance(text, Mapping) else ())]
-    if recurrent := [key for key in keys if key.startswith(_RECURRENT)]:
+    text = text if isinstance(text, Mapping) else {}
+    part = f" with the text part {text.get('model_type')!r}" if text else ""
+    message = f"model_type {name!r}{part} is not supported; supported: {', '.join(FAMILIES)}"
+    if recurrent := [key for key in (*hf, *text) if key.startswith(_RECURRENT)]:
         raise ValueError(f"{message}. It has layers that are no attention ({recurrent[0]}): linear attention or Mamba")
     from transformers import CONFIG_MAPPING
 
     known = {"model_type", *TRANSFORMERS_4}.union(
         *(CONFIG_MAPPING[each]().to_dict() for each in FAMILIES if each in CONFIG_MAPPING)
     )
-    unknown = [f"; the first key that none of them knows is {key!r}" for key in hf if key not in known]
+    unknown = [f"; the first key that none of them knows is {key!r}" for key in text or hf if key not in known]
     raise ValueError(message + "".join(unknown[:1]))
 
 

@@ -165,7 +165,7 @@ def _read_headers(directory: Path) -> _Headers:
     places, notes = {}, []
     if whole_file.exists():
         names = [whole_file.name]
-        if index.exists():
+        if index.exists() and f'"{whole_file.name}"' not in index.read_text(errors="replace"):
             notes = [
                 f"{directory} has both {whole_file.name} and {index.name}: {whole_file.name} is read, as transformers "
                 "does. Remove the one that is out of date"
@@ -193,27 +193,27 @@ def _read_headers(directory: Path) -> _Headers:
     return _Headers(places, tensors, problems, notes)
 
 
-def _prefixes(stored: Collection[str], wanted: Collection[str]) -> dict[str, dict[str, str]]:
-    """For each prefix that a checkpoint may have instead of "model.", the wanted tensors' names in the checkpoint."""
+def _stored_names(stored: Collection[str], wanted: Collection[str]) -> tuple[str, dict[str, str]]:
+    """How a checkpoint names the wanted tensors and a head.
+
+    They may all have another prefix than "model.". It counts if only one leaves so few tensors missing.
+
+    Returns:
+        The prefix, and the checkpoint's name of each tensor.
+    """
     stem = next(name for name in wanted if name.startswith(f"{_PREFIX}layers.0.")).removeprefix(_PREFIX)
-    prefixes = {name.removesuffix(stem) for name in stored if name == stem or name.endswith(f".{stem}")}
 
-    def stored_name(name: str, prefix: str) -> str:
-        if name.startswith(_PREFIX):
-            return prefix + name.removeprefix(_PREFIX)
-        outside = prefix.removesuffix(_PREFIX) + name  # the output head stands beside the decoder, or around it
-        return outside if outside in stored else name
+    def names(prefix: str) -> dict[str, str]:
+        outside = prefix.removesuffix(_PREFIX)  # the head stands beside the decoder, or outside of what holds both
+        others = {name: outside + name if outside + name in stored else name for name in (*wanted, _HEAD)}
+        return others | {name: prefix + name.removeprefix(_PREFIX) for name in wanted if name.startswith(_PREFIX)}
 
-    return {prefix: {name: stored_name(name, prefix) for name in wanted} for prefix in sorted(prefixes | {_PREFIX})}
-
-
-def _stored_names(places: Mapping[str, str], wanted: Collection[str]) -> dict[str, str]:
-    """The name in the checkpoint of each wanted tensor: its own, or with another prefix if only one is possible."""
-    candidates = _prefixes(places.keys(), wanted)
-    missing = {prefix: sum(name not in places for name in names.values()) for prefix, names in candidates.items()}
-    fewest = min(missing.values())
-    best = [prefix for prefix, count in missing.items() if count == fewest]
-    return candidates[best[0] if len(best) == 1 else _PREFIX]
+    prefixes = {_PREFIX, *(name.removesuffix(stem) for name in stored if f".{name}".endswith(f".{stem}"))}
+    candidates = {prefix: names(prefix) for prefix in sorted(prefixes)}
+    missing = {prefix: sum(each[name] not in stored for name in wanted) for prefix, each in candidates.items()}
+    best = [prefix for prefix, count in missing.items() if count == min(missing.values())]
+    chosen = best[0] if len(best) == 1 else _PREFIX
+    return chosen, candidates[chosen]
 
 
 def _one_reason(stored: Collection[str], wanted: Collection[str], located: int) -> str:
@@ -240,9 +240,9 @@ def has_own_head(directory: Path, wanted: Collection[str]) -> bool:
         headers = _read_headers(directory)
     except (ValueError, FileNotFoundError):  # reading the weights will say so
         return False
-    names = _stored_names(headers.places, wanted)
+    _, names = _stored_names(headers.places, wanted)
     head, embedding = (headers.tensors.get(headers.places.get(n, ""), {}).get(n) for n in (names[_HEAD], names[_EMBED]))
-    if head is None or embedding is None:
+    if head is None or embedding is None or not {head.dtype, embedding.dtype} <= DTYPES.keys():
         return False
     if head.shape != embedding.shape:
         return True
@@ -258,10 +258,9 @@ def locate(directory: Path, wanted: Mapping[str, Sequence["Part"]]) -> tuple[dic
         FileNotFoundError: there are no weights.
     """
     places, found, problems, notes = _read_headers(directory)
-    names = _stored_names(places, wanted)
-    if _HEAD not in wanted and names[_EMBED] not in places:  # a tied embedding may be stored as the head
-        head = _prefixes(places.keys(), [*wanted, _HEAD])
-        names[_EMBED] = next((each[_HEAD] for each in head.values() if each[_HEAD] in places), names[_EMBED])
+    prefix, names = _stored_names(places, wanted)
+    if _HEAD not in wanted and names[_EMBED] not in places and names[_HEAD] in places:
+        names[_EMBED] = names[_HEAD]  # a tied embedding may be stored as the head
     located, missing = {}, []
     for name, parts in wanted.items():
         name_there = names[name]
@@ -287,22 +286,12 @@ def locate(directory: Path, wanted: Mapping[str, Sequence["Part"]]) -> tuple[dic
         shown = "\n  ".join(problem[:300] for problem in problems[:20])
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{directory}: the weights cannot be loaded:\n  {shown}{more}")
-    return located, [*notes, *_reading_notes(directory, places, names)]
-
-
-def _reading_notes(directory: Path, places: Collection[str], names: Mapping[str, str]) -> list[str]:
-    """What a reader should know about tensors with other names, and about those that the model does not use."""
-    notes = []
-    anchor = next(name for name in names if name.startswith(f"{_PREFIX}layers."))
-    prefix = names[anchor].removesuffix(anchor.removeprefix(_PREFIX))
     if prefix != _PREFIX:
         notes.append(f"{directory}: the tensors' names begin with {prefix!r} instead of {_PREFIX!r}, and are read so")
-    used = {*names.values(), prefix.removesuffix(_PREFIX) + _HEAD, _HEAD}
-    unused = sorted(name for name in places if name not in used and not name.endswith(_BUFFERS))
-    if unused:
+    if unused := sorted(name for name in places.keys() - names.values() if not name.endswith(_BUFFERS)):
         shown = ", ".join(unused[:3]) + ", …" * (len(unused) > 3)
         notes.append(f"{directory}: {len(unused)} tensors are not part of this model, and are not read: {shown}")
-    return notes
+    return located, notes
 
 
 def digest(directory: epath.PathLike) -> str:
