@@ -201,7 +201,8 @@ class Attention(_Projections):
             q, k = turn(q), turn(k)
         if c.query_growth:
             beta, length = c.query_growth
-            q = (q * (1 + beta * jnp.log1p(positions // length))[:, :, None, None]).astype(q.dtype)
+            growth = 1 + beta * jnp.log1p(jnp.maximum(positions, 0) // length)
+            q = (q * growth[:, :, None, None]).astype(q.dtype)
         return q, k
 
     def _attend_ring(self, q, k, v, layout: Layout, column, *, window, scale, softcap) -> Array:
