@@ -15,12 +15,15 @@ Params = dict[str, Any]
 # The largest value of each whole number; the smallest is 1. No model comes near: a larger value is an error
 # in the file, and would overflow shapes or loops over layers before any check reports it.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_SIZES += ("moe_intermediate_size",)
 _LENGTHS = ("sliding_window", "max_position_embeddings", "original_max_position_embeddings")
 _LARGEST = {"num_hidden_layers": 2**12, "num_local_experts": 2**16, "num_experts_per_tok": 2**16}
 _LARGEST |= dict.fromkeys(_SIZES, 2**24) | dict.fromkeys(_LENGTHS, 2**31 - 1)
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "rope_theta", "query_pre_attn_scalar")
 _POSITIVE += ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "partial_rotary_factor")
 _POSITIVE += ("attention_softcap", "logit_softcap", "attn_logit_softcapping", "final_logit_softcapping")
+_POSITIVE += ("beta_fast", "beta_slow", "rope_local_theta", "embedding_scale", "residual_scale", "logit_scale")
+_POSITIVE += ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 
 
 def check_constants(constants: Mapping[str, Any]) -> None:
@@ -46,17 +49,21 @@ def _finite(value: Any) -> bool:
 class RopeScaling:
     """How a checkpoint stretches RoPE beyond the length it was first trained at."""
 
-    rope_type: str  # "linear", "llama3" or "longrope"
+    rope_type: str  # "linear", "llama3", "longrope" or "yarn"
     factor: float = 1.0
     low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
     original_max_position_embeddings: int = 0
     short_factor: tuple[float, ...] = ()  # longrope: divisors of the frequencies below that length
-    attention_factor: float = 1.0  # longrope: multiplies sines and cosines
+    attention_factor: float = 1.0  # longrope, yarn: multiplies sines and cosines
+    beta_fast: float = 32.0  # yarn keeps waves that turn more often than this within that length,
+    beta_slow: float = 1.0  # and stretches those that turn less often than this
+    truncate: bool = True  # yarn: the two limits are whole numbers of frequencies
 
     def __post_init__(self):
         llama3 = self.rope_type == "llama3"
-        check_constants(vars(self) if llama3 else {"factor": self.factor, "attention_factor": self.attention_factor})
+        some = ("factor", "attention_factor", "beta_fast", "beta_slow")
+        check_constants(vars(self) if llama3 else {name: getattr(self, name) for name in some})
         for factor in self.short_factor:
             check_constants({"factor": factor})
         low, high = self.low_freq_factor, self.high_freq_factor
@@ -87,9 +94,15 @@ class ModelConfig:
     max_position_embeddings: int
     initializer_range: float
     norm: str = "rms"  # "rms+1" multiplies by 1 + scale; "layer" subtracts the mean, and has a bias
+    rope_local_theta: float | None = None  # of layers with a window, whose RoPE is then not scaled; None: rope_theta
+    rope_layers: tuple[bool, ...] = ()  # which layers of the pattern have RoPE; (): all
+    rope_interleaved: bool = False  # RoPE turns the pairs (2i, 2i + 1), and not (i, i + R/2)
+    query_growth: tuple[float, int] | None = None  # (β, n): queries at position p times 1 + β ln(1 + ⌊p / n⌋)
     parallel: bool = False  # attention and MLP read the same norm, and both are added to the residual
+    pre_norms: bool = True  # the inputs of attention and MLP are normed
     post_norms: bool = False  # outputs of attention and MLP are normed before they are added
     qk_norm: bool = False  # queries and keys are normed, head by head
+    qk_norm_whole: bool = False  # with qk_norm: over all heads together
     qkv_bias: bool = False
     output_bias: bool = False  # of attention's output projection
     mlp_bias: bool = False
@@ -97,9 +110,12 @@ class ModelConfig:
     gated: bool = True  # True: down(act(gate) · up); False: down(act(up))
     num_experts: int = 0  # MLPs that the router chooses from; 0: one MLP, no router
     experts_per_token: int = 0
-    scale_embedding: bool = False  # embeddings are multiplied by √D
+    normed_shares: bool = True  # the weights of the chosen experts sum to 1
+    embedding_scale: float | None = None  # multiplies embeddings
+    residual_scale: float | None = None  # multiplies the outputs of attention and MLP
     query_scale: float | None = None  # multiplies scores; None: H^−½
     attention_softcap: float | None = None  # tanh keeps scores within ± this number
+    logit_scale: float | None = None  # multiplies logits
     logit_softcap: float | None = None
 
     def __post_init__(self):
@@ -121,6 +137,11 @@ class ModelConfig:
             raise ValueError(f"num_attention_heads={heads} × head_dim={self.head_dim}: too many")
 
     @property
+    def pattern(self) -> tuple[tuple[int | None, bool], ...]:
+        """(window, whether it has RoPE) of the layers, which repeat this pattern."""
+        return tuple(zip(self.windows, self.rope_layers or (True,) * len(self.windows), strict=True))
+
+    @property
     def longest_window(self) -> int | None:
         """How many tokens back the farthest-seeing layer sees; None where a layer sees all of them."""
         return None if None in self.windows else max(w for w in self.windows if w)
@@ -138,6 +159,7 @@ class Model:
     hf_config: dict[str, Any]  # config.json with transformers' defaults filled in
     generation_config: dict[str, Any]  # generation_config.json, with the EOS of config.json where it has none
     revision: str | None = None  # the hub's commit; None for a local directory
+    notes: list[str] = dataclasses.field(default_factory=list)  # what was assumed when the checkpoint was read
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ H head dim, R rotary dim, F mlp, L layers, E experts, M fused matrices. The lett
 A `Layout` (attention.py) says where in its sequence each token stands, and which tokens see each other.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -68,8 +67,8 @@ class Decoder(nn.Module):
         """
         out_sharding = sharding.spec("batch", None, None)
         x = sharding.gathered(self.embed).at[tokens].get(out_sharding=out_sharding).astype(self.dtype)
-        if self.config.scale_embedding:
-            x *= jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
+        if self.config.embedding_scale:
+            x *= jnp.asarray(self.config.embedding_scale, self.dtype)
         x = x.astype(jnp.float32)
         if self.is_initializing():
             x, _ = self.layers(x, layout)
@@ -80,15 +79,15 @@ class Decoder(nn.Module):
         return self.final_norm(x), cache
 
     def _scan_layers(self, x, layout: Layout):
-        """Runs one layer after the other; one step of the scan runs the whole pattern of windows once."""
+        """Runs one layer after the other; one step of the scan runs the whole pattern of layers once."""
         c = self.config
 
-        def layer_with(window: int | None):
-            block = Block(c, self.dtype, window, self.kernel, parent=None)
+        def layer_with(window: int | None, rotates: bool):
+            block = Block(c, self.dtype, window, self.kernel, rotates, parent=None)
 
             def layer(number, variables, x):
                 # The slice is taken inside, because a checkpointed function keeps its arguments.
-                if len(c.windows) > 1:
+                if len(c.pattern) > 1:
                     variables = jax.tree.map(lambda w: w[number], variables)
                 if copies := variables.pop("copies", None):
                     variables["params"] = jax.tree.map(copy_for, variables["params"], copies)
@@ -99,7 +98,7 @@ class Decoder(nn.Module):
             keep = jax.checkpoint_policies.save_only_these_names(*REMAT[self.remat])
             return jax.checkpoint(layer, prevent_cse=False, policy=keep, static_argnums=0)
 
-        pattern = [layer_with(window) for window in c.windows]
+        pattern = [layer_with(*kind) for kind in c.pattern]
 
         def run_pattern(x, layers):
             for number, layer in enumerate(pattern):
@@ -113,7 +112,7 @@ class Decoder(nn.Module):
 
     def _decode(self, x, layout: Layout, cache: Cache):
         c = self.config
-        blocks = [Block(c, self.dtype, window, self.kernel, parent=None) for window in c.windows]
+        blocks = [Block(c, self.dtype, window, self.kernel, rotates, parent=None) for window, rotates in c.pattern]
         layers = self.variables["params"]["layers"]
         written = []
         for number, (layer, k, v) in enumerate(zip(layers, cache.keys, cache.values, strict=True)):
@@ -142,6 +141,7 @@ class Head:
 
     weight: Float[Array, "D V"]
     bias: Float[Array, " V"] | None
+    scale: float | None = struct.field(pytree_node=False)
     softcap: float | None = struct.field(pytree_node=False)
 
     def astype(self, dtype: Any) -> "Head":
@@ -155,7 +155,7 @@ def output_head(decoder: Decoder, params: Params) -> Head:
     # A tied head is split otherwise: the mesh axis `tensor` splits the model's dimension.
     head = sharding.gathered(sharding.reshard(head.astype(decoder.dtype), "embed", "vocab"))
     bias = params["head_bias"].astype(decoder.dtype) if c.head_bias else None
-    return Head(head, bias, c.logit_softcap)
+    return Head(head, bias, c.logit_scale, c.logit_softcap)
 
 
 def project(hidden: Float[Array, "B T D"], head: Head) -> Float[Array, "B T V"]:
@@ -164,4 +164,6 @@ def project(hidden: Float[Array, "B T D"], head: Head) -> Float[Array, "B T V"]:
     logits = jnp.einsum("BTD,DV->BTV", hidden, head.weight, precision=precision, preferred_element_type=jnp.float32)
     if head.bias is not None:
         logits += head.bias.astype(jnp.float32)
+    if head.scale is not None:
+        logits *= head.scale
     return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)

@@ -22,59 +22,80 @@ from spin_jax.runtime import sharding
 Axes = tuple[str | None, ...]  # the logical axes of an array, as in sharding.py
 
 
-def rope_frequencies(config: ModelConfig) -> Float[Array, " R/2"]:
+def rope_frequencies(config: ModelConfig, window: int | None = None) -> Float[Array, " R/2"]:
     """The angle in radians by which each pair of rotated dimensions turns from one position to the next.
 
-    RoPE: arXiv 2104.09864; llama3: Llama 3.1's rule; longrope: arXiv 2402.13753, with the short factors only.
+    RoPE: arXiv 2104.09864; llama3: Llama 3.1's rule; longrope: arXiv 2402.13753, with the short factors only;
+    yarn: arXiv 2309.00071. `window` is the layer's.
     """
-    half = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / config.rotary_dim
-    frequencies = 1.0 / config.rope_theta**half
-    scaling = config.rope_scaling
+    local = window is not None and config.rope_local_theta
+    R, theta, scaling = config.rotary_dim, local or config.rope_theta, None if local else config.rope_scaling
+    frequencies = 1.0 / theta ** (jnp.arange(0, R, 2, dtype=jnp.float32) / R)
     if scaling is None:
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
     if scaling.rope_type == "longrope":
         return frequencies / jnp.array(scaling.short_factor, jnp.float32)
-    # Llama 3.1 stretches long waves by the factor, keeps short ones, and interpolates between the two.
-    waves_in_context = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    keep = (waves_in_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    # The other two stretch long waves by the factor, keep short ones, and interpolate between the two.
+    length = scaling.original_max_position_embeddings
+    if scaling.rope_type == "yarn":  # it interpolates by the numbers of the frequencies
+        low, high = (
+            R * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )
+        low, high = (math.floor(low), math.ceil(high)) if scaling.truncate else (low, high)
+        low, high = max(low, 0), min(high, R - 1)
+        keep = 1 - (jnp.arange(R // 2, dtype=jnp.float32) - low) / (high - low if high != low else 0.001)
+    else:
+        waves_in_context = length * frequencies / (2 * math.pi)
+        keep = (waves_in_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = jnp.clip(keep, 0.0, 1.0)
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
 def rope(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], frequencies: Float[Array, " R/2"], factor: float = 1.0
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    frequencies: Float[Array, " R/2"],
+    factor: float = 1.0,
+    interleaved: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Rotates the pairs (i, i + R/2) of the first R dimensions, in float32; the pairs are Hugging Face's."""
+    """Rotates the pairs (i, i + R/2), or if interleaved (2i, 2i + 1), of the first R dimensions, in float32."""
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     if factor != 1:
         sin, cos = factor * sin, factor * cos
     R = 2 * frequencies.shape[0]
-    first, second = jnp.split(x[..., :R].astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    x32 = x[..., :R].astype(jnp.float32)
+    first, second = (x32[..., ::2], x32[..., 1::2]) if interleaved else jnp.split(x32, 2, axis=-1)
+    pairs = first * cos - second * sin, second * cos + first * sin
+    rotated = jnp.stack(pairs, -1).reshape(x32.shape) if interleaved else jnp.concatenate(pairs, axis=-1)
     return jnp.concatenate([rotated.astype(x.dtype), x[..., R:]], axis=-1)
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) of the last dimension, in float32."""
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) of the last dimensions, in float32."""
 
     kind: str
     eps: float
     dtype: Any = None  # of the result; None: the input's
+    dimensions: int = 1  # how many are normed together
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        normed_shape, axes = x.shape[-self.dimensions :], tuple(range(-self.dimensions, 0))
+
         def vector(name: str, init: Any) -> Any:
-            return self.param(name, nn.with_partitioning(init, (None,)), x.shape[-1:])
+            flat: Any = self.param(name, nn.with_partitioning(init, (None,)), (math.prod(normed_shape),))
+            return flat.reshape(normed_shape)
 
         plus_one = self.kind == "rms+1"
         scale = vector("scale", nn.initializers.zeros if plus_one else nn.initializers.ones)
         x32 = x.astype(jnp.float32)
         if self.kind == "layer":
-            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+            x32 = x32 - jnp.mean(x32, axis=axes, keepdims=True)
+        normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + self.eps)
         scale = scale.astype(jnp.float32)
         normed *= 1.0 + scale if plus_one else scale
         if self.kind == "layer":
@@ -123,6 +144,7 @@ class _Projections(nn.Module):
 class Attention(_Projections):
     window: int | None = None
     kernel: str = "plain"
+    rotates: bool = True
 
     @nn.compact
     def __call__(self, x, layout: Layout, cache: tuple | None):
@@ -143,9 +165,9 @@ class Attention(_Projections):
                 k += self.bias("bk", ("kv_heads", None), (K, H))
                 v += self.bias("bv", ("kv_heads", None), (K, H))
         if c.qk_norm:
-            q, k = Norm(c.norm, c.norm_eps, name="q_norm")(q), Norm(c.norm, c.norm_eps, name="k_norm")(k)
-        rotation = rope_frequencies(c), c.rope_scaling.attention_factor if c.rope_scaling else 1.0
-        q, k = rope(q, layout.positions, *rotation), rope(k, layout.positions, *rotation)
+            norm = functools.partial(Norm, c.norm, c.norm_eps, dimensions=2 if c.qk_norm_whole else 1)
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        q, k = self._positioned(q, k, layout.positions)
         options = {"window": self.window, "scale": c.query_scale, "softcap": c.attention_softcap}
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is None:
@@ -162,6 +184,26 @@ class Attention(_Projections):
         axes, rows = ("heads", None, "embed"), ("batch", None, None)
         out = self.linear("BTNH,NHD->BTD", out, "wo", axes, (N, H, D), out=rows)
         return out + self.bias("bo", (None,), (D,)) if c.output_bias else out, (k, v)
+
+    def _positioned(self, q, k, positions) -> tuple[Array, Array]:
+        """Queries and keys that carry their positions."""
+        c = self.config
+        if self.rotates:
+            local = self.window is not None and c.rope_local_theta
+            factor = c.rope_scaling.attention_factor if c.rope_scaling and not local else 1.0
+            turn = functools.partial(
+                rope,
+                positions=positions,
+                frequencies=rope_frequencies(c, self.window),
+                factor=factor,
+                interleaved=c.rope_interleaved,
+            )
+            q, k = turn(q), turn(k)
+        if c.query_growth:
+            beta, length = c.query_growth
+            growth = 1 + beta * jnp.log1p(jnp.maximum(positions, 0) // length)
+            q = (q * growth[:, :, None, None]).astype(q.dtype)
+        return q, k
 
     def _attend_ring(self, q, k, v, layout: Layout, column, *, window, scale, softcap) -> Array:
         """Attention of the new tokens to the ring cache, where they start at `column`."""
@@ -221,7 +263,9 @@ class Experts(_Projections):
         act, chosen = _ACTIVATIONS[self.config.activation], self.config.experts_per_token
         tokens = x.reshape(-1, x.shape[-1])
         shares, experts = lax.top_k(probabilities.reshape(len(tokens), -1), chosen)
-        shares = (shares / shares.sum(axis=-1, keepdims=True)).reshape(-1)
+        if self.config.normed_shares:
+            shares /= shares.sum(axis=-1, keepdims=True)
+        shares = shares.reshape(-1)
         order = jnp.argsort(experts.reshape(-1))
         sizes = jnp.bincount(experts.reshape(-1), length=len(gate))
         dot = functools.partial(lax.ragged_dot, group_sizes=sizes, precision=matmul_precision(self.dtype))
@@ -237,25 +281,30 @@ class Block(nn.Module):
     dtype: Any
     window: int | None
     kernel: str = "plain"
+    rotates: bool = True  # whether the layer has RoPE
 
     @nn.compact
     def __call__(self, x, layout: Layout, cache: tuple | None = None):
         c = self.config
         norm = functools.partial(Norm, c.norm, c.norm_eps, self.dtype)
-        attention = Attention(c, self.dtype, self.window, self.kernel, name="attention")
+        attention = Attention(c, self.dtype, self.window, self.kernel, self.rotates, name="attention")
         mlp = (Experts if c.num_experts else MLP)(c, self.dtype, name="mlp")
-        normed = norm(name="attention_norm")(x)
+        normed = norm(name="attention_norm")(x) if c.pre_norms else x.astype(self.dtype)
         attended, kv = attention(normed, layout, cache)
         kv = kv if cache is not None else None
         if c.parallel:
             return x + attended + mlp(normed), kv
         if c.post_norms:
             attended = norm(name="attention_post_norm")(attended)
-        x += checkpoint_name(attended, "attention_residual")
-        transformed = mlp(norm(name="mlp_norm")(x))
+        x += self._scaled(checkpoint_name(attended, "attention_residual"))
+        transformed = mlp(norm(name="mlp_norm")(x) if c.pre_norms else x.astype(self.dtype))
         if c.post_norms:
             transformed = norm(name="mlp_post_norm")(transformed)
-        return x + transformed, kv
+        return x + self._scaled(transformed), kv
+
+    def _scaled(self, x: Array) -> Array:
+        scale = self.config.residual_scale
+        return x if scale is None else x.astype(jnp.float32) * scale
 
 
 _ATTENTION = ("q", "k", "v", KEPT)

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from spin_jax.config_values import nearest
 from spin_jax.models import weight_files
 from spin_jax.models.architecture import Model, ModelConfig, Params, check_constants
-from spin_jax.models.families import TRANSFORMERS_4, family, model_config
+from spin_jax.models.families import TRANSFORMERS_4, family, model_config, text_part
 from spin_jax.models.params import abstract_params
 from spin_jax.models.tokenizers import check_vocabulary, load_tokenizer
 from spin_jax.models.weight_files import Part, from_hf, parts_of
@@ -46,30 +47,32 @@ def _prefix_errors(place: object) -> Iterator[None]:
 
 
 def _read_hf_config(directory: Path) -> dict[str, Any]:
-    """Reads config.json; transformers fills in defaults and converts the keys of other versions."""
+    """Reads config.json, of a multimodal model its text part; transformers fills in defaults and converts old keys."""
     from transformers import AutoConfig
 
     path = directory / "config.json"
     if not path.exists():
         missing = f"{path} is missing: is {directory} a Hugging Face checkpoint?"
         raise FileNotFoundError(weight_files.adapter(directory) or missing)
-    raw = files.read_object(path)
+    whole = files.read_object(path)
     with _prefix_errors(path):
+        raw = text_part(whole)
         family(raw)
-        if absent := [name for name in _SIZES if raw.get(name) is None]:
+        if raw is whole and (absent := [name for name in _SIZES if raw.get(name) is None]):
             raise ValueError(f"{', '.join(absent)}: missing")
         check_constants({name: value for name, value in raw.items() if name != "sliding_window"})
-        dtype = raw.get("dtype", raw.get("torch_dtype"))
+        dtype = next((each.get(key) for each in (whole, raw) for key in ("dtype", "torch_dtype") if key in each), None)
         known = [dtype.name for dtype in weight_files.DTYPES.values()]
         if dtype not in (None, *known):
             raise ValueError(f"dtype={dtype!r}: one of {', '.join(known)}")
-        full = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+        full = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        full = (full if raw is whole else full.get_text_config()).to_dict()
     # transformers drops a window that `use_sliding_window: false` switches off; the file's value is kept.
     if "sliding_window" in raw:
         full["sliding_window"] = raw["sliding_window"]
-    full["dtype"] = dtype
-    full["architectures"] = raw.get("architectures")
-    return full
+    outside = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+    full |= {name: whole[name] for name in outside if raw is not whole and whole.get(name) is not None}
+    return full | {"dtype": dtype, "architectures": raw.get("architectures")}
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -103,10 +106,26 @@ def _views(flat: Mapping[str, Any], stored: Mapping[str, list[Part]], tensors: M
     return views
 
 
-def check_weights(directory: epath.PathLike, config: ModelConfig) -> None:
-    """Reads only the headers of a checkpoint's files, and raises the errors of `load_params`."""
-    flat = flatten_dict(sharding.unboxed(abstract_params(config)), sep="/")
-    weight_files.locate(Path(directory), parts_of(flat, config))
+def _stored(config: ModelConfig) -> dict[str, list[Part]]:
+    """The tensors that a checkpoint of this architecture has."""
+    return parts_of(flatten_dict(sharding.unboxed(abstract_params(config)), sep="/"), config)
+
+
+def check_weights(directory: epath.PathLike, config: ModelConfig) -> list[str]:
+    """Reads only the headers of a checkpoint's files, raises the errors of `load_params`, and returns notes."""
+    return weight_files.locate(Path(directory), _stored(config))[1]
+
+
+def _read_tie(directory: Path, config: ModelConfig, notes: list[str]) -> ModelConfig:
+    """The config, with a head of its own where the weights have one that config.json does not speak of."""
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    if not config.tie_word_embeddings or not weight_files.has_own_head(directory, _stored(untied)):
+        return config
+    notes.append(
+        f"{directory}: config.json says tie_word_embeddings=true, and the output head in the weights differs from the "
+        "embedding: both are read, as transformers does, and exports say tie_word_embeddings=false"
+    )
+    return untied
 
 
 def load_params(directory: epath.PathLike, config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any = None) -> Params:
@@ -119,7 +138,7 @@ def load_params(directory: epath.PathLike, config: ModelConfig, mesh: jax.shardi
     flat = flatten_dict(sharding.unboxed(abstract), sep="/")
     layouts = flatten_dict(sharding.parameter_shardings(mesh, abstract), sep="/")
     stored = parts_of(flat, config)
-    located = weight_files.locate(Path(directory), stored)
+    located, _ = weight_files.locate(Path(directory), stored)
     views = _views(flat, stored, {name: tensor.map() for name, tensor in located.items()})
     params = {path: _load_leaf(leaf, views[path], layouts[path], dtype) for path, leaf in flat.items()}
     return unflatten_dict(params, sep="/")
@@ -188,14 +207,16 @@ def describe(
     """A checkpoint's model without its weights (`params` is empty), and its local directory."""
     directory, commit = resolve(path, revision)
     hf_config = _read_hf_config(directory)
+    notes: list[str] = []
     with _prefix_errors(directory / "config.json"):
-        config = model_config(hf_config)
-    tokenizer = load_tokenizer(directory, chat_template)
-    check_vocabulary(tokenizer, config, path)
+        config = _read_tie(directory, model_config(hf_config), notes)
+    hf_config["tie_word_embeddings"] = config.tie_word_embeddings
+    tokenizer = load_tokenizer(directory, chat_template, notes)
+    check_vocabulary(tokenizer, config, path, notes)
     generation_config = _read_generation_config(directory, config.vocab_size)
     dtype = jnp.dtype(dtype or hf_config["dtype"] or jnp.float32)
     mesh = mesh or sharding.make_mesh()
-    return Model(config, {}, tokenizer, dtype, mesh, hf_config, generation_config, commit), directory
+    return Model(config, {}, tokenizer, dtype, mesh, hf_config, generation_config, commit, notes), directory
 
 
 def load(
@@ -215,10 +236,15 @@ def load(
         mesh: the devices that get the parameters; None splits them over all devices.
         chat_template: Jinja text, or the path of a file with it, that replaces the tokenizer's own.
 
+    What was assumed about the files (`Model.notes`) is a warning.
+
     Raises:
         ValueError, FileNotFoundError: what is wrong with the checkpoint, naming the file.
     """
     model, directory = describe(path, revision, dtype=dtype, mesh=mesh, chat_template=chat_template)
+    model.notes.extend(check_weights(directory, model.config))
+    for note in model.notes:
+        warnings.warn(note, stacklevel=2)
     params = load_params(directory, model.config, model.mesh, dtype)
     return dataclasses.replace(model, params=params, dtype=jnp.dtype(dtype or params["embed"].dtype))
 

@@ -49,6 +49,9 @@ def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
     # `auto_map` is left out: it names code that is neither exported nor needed.
     config = {k: v for k, v in model.hf_config.items() if not k.startswith("_") and k != "auto_map"}
     rope = dict(config.get("rope_parameters") or {})
+    if "full_attention" in rope:  # layers with a window have their own (Gemma 3)
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     if rope:
         separate = ("rope_theta", "partial_rotary_factor")  # transformers 4 has them beside rope_scaling
         config |= {name: rope[name] for name in separate if name in rope}

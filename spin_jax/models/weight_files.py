@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from spin_jax.models.architecture import ModelConfig
-from spin_jax.models.families import FAMILIES, Tensor
+from spin_jax.models.families import FAMILIES, LLAMA, Tensor
 from spin_jax.storage import files
 
 DTYPES = {
@@ -28,6 +28,9 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_PREFIX, _EMBED, _HEAD = "model.", LLAMA["embed"].name, LLAMA["head"].name  # names that all families share
+_QUANTIZED = (".qweight", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax", ".SCB")
+_BUFFERS = ("rotary_emb.inv_freq", ".masked_bias")  # old checkpoints hold them, and nobody reads them
 _MAX_HEADER = 100 * 2**20
 _SAMPLES, _SAMPLE = 64, 2**14  # a file's digest reads this many samples, each of this many bytes
 
@@ -142,50 +145,153 @@ def adapter(directory: Path) -> str:
     )
 
 
-def locate(directory: Path, wanted: Mapping[str, Sequence["Part"]]) -> dict[str, Stored]:
-    """The place of each wanted tensor, which stacks these parts, in its file; only headers are read.
+class _Headers(NamedTuple):
+    """What the headers of a checkpoint's files say."""
+
+    places: dict[str, str]  # the file of each tensor
+    tensors: dict[str, dict[str, Stored | None]]  # of each file whose header is readable
+    problems: list[str]
+    notes: list[str]
+
+
+def _read_headers(directory: Path) -> _Headers:
+    """Reads the headers of model.safetensors if it is there, else of the files in the index, as transformers does.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: the index is damaged, or an adapter stands beside the weights.
+    """
+    index, whole_file = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    places, notes = {}, []
+    if whole_file.exists():
+        names = [whole_file.name]
+        if index.exists() and f'"{whole_file.name}"' not in index.read_text(errors="replace"):
+            notes = [
+                f"{directory} has both {whole_file.name} and {index.name}: {whole_file.name} is read, as transformers "
+                "does. Remove the one that is out of date"
+            ]
+    elif index.exists():
+        places = _read_index(index)
+        names = sorted(set(places.values()))
+    else:
+        raise FileNotFoundError(_no_weights(directory))
+    if (directory / "adapter_config.json").exists() and (found := sorted(directory.glob("adapter_model*"))):
+        raise ValueError(
+            f"{directory} holds a whole model and an adapter ({found[0].name}): does the model contain it? If it does, "
+            "remove the files adapter_*; if not, merge them (peft's merge_and_unload) and give the result"
+        )
+    tensors: dict[str, dict[str, Stored | None]] = {}
+    problems = []
+    for file in names:
+        try:
+            tensors[file], file_problems = _read_tensors(directory / file)
+        except ValueError as error:
+            file_problems = [str(error)]
+        problems += [f"{file} {problem}" for problem in file_problems]
+    if whole_file.exists():
+        places = dict.fromkeys(tensors.get(whole_file.name, ()), whole_file.name)
+    return _Headers(places, tensors, problems, notes)
+
+
+def _stored_names(stored: Collection[str], wanted: Collection[str]) -> tuple[str, dict[str, str]]:
+    """How a checkpoint names the wanted tensors and a head.
+
+    They may all have another prefix than "model.". It counts if only one leaves so few tensors missing.
+
+    Returns:
+        The prefix, and the checkpoint's name of each tensor.
+    """
+    stem = next(name for name in wanted if name.startswith(f"{_PREFIX}layers.0.")).removeprefix(_PREFIX)
+
+    def names(prefix: str) -> dict[str, str]:
+        outside = prefix.removesuffix(_PREFIX)  # the head stands beside the decoder, or outside of what holds both
+        others = {name: outside + name if outside + name in stored else name for name in (*wanted, _HEAD)}
+        return others | {name: prefix + name.removeprefix(_PREFIX) for name in wanted if name.startswith(_PREFIX)}
+
+    prefixes = {_PREFIX, *(name.removesuffix(stem) for name in stored if f".{name}".endswith(f".{stem}"))}
+    candidates = {prefix: names(prefix) for prefix in sorted(prefixes)}
+    missing = {prefix: sum(each[name] not in stored for name in wanted) for prefix, each in candidates.items()}
+    best = [prefix for prefix, count in missing.items() if count == min(missing.values())]
+    chosen = best[0] if len(best) == 1 else _PREFIX
+    return chosen, candidates[chosen]
+
+
+def _one_reason(stored: Collection[str], wanted: Collection[str], located: int) -> str:
+    """Why a checkpoint has other tensors than its config.json asks for; "" where nothing is certain."""
+    if adapted := next((name for name in stored if ".base_layer." in name or ".lora_" in name), None):
+        return f"{adapted} belongs to an adapter that is not merged: merge it (peft's merge_and_unload) and save again"
+    if quantized := next((name for name in stored if name.endswith(_QUANTIZED)), None):
+        return f"{quantized} belongs to quantized weights, which are not supported; take the full ones"
+    if not located:
+        theirs = ", ".join(sorted(stored)[:2])
+        return (
+            f"config.json asks for {next(iter(wanted))} and others, and the files have none of them: they have {theirs}"
+        )
+    return ""
+
+
+def has_own_head(directory: Path, wanted: Collection[str]) -> bool:
+    """Whether a checkpoint has an output head that differs from its embedding; False where it cannot be read.
+
+    Args:
+        wanted: the names of all tensors that a model with a head of its own has.
+    """
+    try:
+        headers = _read_headers(directory)
+    except (ValueError, FileNotFoundError):  # reading the weights will say so
+        return False
+    _, names = _stored_names(headers.places, wanted)
+    head, embedding = (headers.tensors.get(headers.places.get(n, ""), {}).get(n) for n in (names[_HEAD], names[_EMBED]))
+    if head is None or embedding is None or not {head.dtype, embedding.dtype} <= DTYPES.keys():
+        return False
+    if head.shape != embedding.shape:
+        return True
+    a, b = head.map(), embedding.map()
+    return not all(np.array_equal(a[i : i + 4096], b[i : i + 4096]) for i in range(0, len(a), 4096))
+
+
+def locate(directory: Path, wanted: Mapping[str, Sequence["Part"]]) -> tuple[dict[str, Stored], list[str]]:
+    """The place of each wanted tensor, which stacks these parts, in its file, and notes; only headers are read.
 
     Raises:
         ValueError: everything that is missing, damaged or misshapen, in one message.
         FileNotFoundError: there are no weights.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        places = _read_index(index)
-    elif (directory / "model.safetensors").exists():
-        places = dict.fromkeys(wanted, "model.safetensors")
-    else:
-        raise FileNotFoundError(_no_weights(directory))
-    found: dict[str, dict[str, Stored | None]] = {}
-    problems = []
-    for file in sorted(set(places.values())):
-        try:
-            found[file], file_problems = _read_tensors(directory / file)
-        except ValueError as error:
-            file_problems = [str(error)]
-        problems += [f"{file} {problem}" for problem in file_problems]
-    located = {}
+    places, found, problems, notes = _read_headers(directory)
+    prefix, names = _stored_names(places, wanted)
+    if _HEAD not in wanted and names[_EMBED] not in places and names[_HEAD] in places:
+        names[_EMBED] = names[_HEAD]  # a tied embedding may be stored as the head
+    located, missing = {}, []
     for name, parts in wanted.items():
-        file = places.get(name)
+        name_there = names[name]
+        file = places.get(name_there)
         if file is not None and file not in found:
             continue  # the problems name the file already
-        if file is None or name not in found[file]:
-            others = [other for other, tensors in found.items() if name in tensors]
-            says = f"; {index.name} says {file}" if file else f", which {index.name} does not say"
-            problems.append(f"{name}: in {others[0]}{says}" if others else f"{name}: missing")
-        elif stored := found[file][name]:
+        if file is None or name_there not in found[file]:
+            others = [other for other, tensors in found.items() if name_there in tensors]
+            says = f"; the index says {file}" if file else ", which the index does not say"
+            missing.append(f"{name_there}: in {others[0]}{says}" if others else f"{name_there}: missing")
+        elif stored := found[file][name_there]:
             located[name] = stored
             rows, *rest = zip(*(part.stored for part in parts), strict=True)
             shape = (sum(rows), *(sizes[0] for sizes in rest))
             if stored.dtype not in DTYPES:
-                problems.append(f"{name}: {stored.dtype}; only {', '.join(DTYPES)} are read")
+                problems.append(f"{name_there}: {stored.dtype}; only {', '.join(DTYPES)} are read")
             elif stored.shape != shape:
-                problems.append(f"{name}: {stored.shape}, and config.json asks for {shape}")
+                problems.append(f"{name_there}: {stored.shape}, and config.json asks for {shape}")
+    if missing and len(found) > 0:
+        reason = _one_reason(places, wanted, len(located))
+        problems += [reason] if reason else missing
     if problems:
         shown = "\n  ".join(problem[:300] for problem in problems[:20])
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{directory}: the weights cannot be loaded:\n  {shown}{more}")
-    return located
+    if prefix != _PREFIX:
+        notes.append(f"{directory}: the tensors' names begin with {prefix!r} instead of {_PREFIX!r}, and are read so")
+    if unused := sorted(name for name in places.keys() - names.values() if not name.endswith(_BUFFERS)):
+        shown = ", ".join(unused[:3]) + ", …" * (len(unused) > 3)
+        notes.append(f"{directory}: {len(unused)} tensors are not part of this model, and are not read: {shown}")
+    return located, notes
 
 
 def digest(directory: epath.PathLike) -> str:

@@ -66,7 +66,7 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
     differing = [
         f"{key} {value!r} ({theirs[key]!r})" for key, value in stated.items() if key in theirs and theirs[key] != value
     ]
-    notes = []
+    notes = list(model.notes)
     if differing:
         notes += [f"the checkpoint differs from model.architecture, and counts: it differs in {', '.join(differing)}"]
     if model.end_of_turn is not None:
@@ -138,17 +138,19 @@ def open_model(config: Config, recorded_revision: str | None = None) -> tuple[Mo
         revision = recorded_revision or c.revision
         model, directory = loading.describe(c.path, revision, dtype=c.dtype, chat_template=template)
         loading.check_architecture({"model_type": model.config.model_type, **c.architecture.to_dict()})
-        loading.check_weights(directory, model.config)
+        model.notes.extend(loading.check_weights(directory, model.config))
         model = from_config.placed(config, model)
         digest = weight_files.digest(directory)
         return model, lambda: loading.load_params(directory, model.config, model.mesh, jnp.float32), digest
     if not c.tokenizer:
         raise ValueError("model.architecture needs model.tokenizer: a directory, or module:function")
+    notes: list[str] = []
     if ":" in c.tokenizer:
         tokenizer = tokenizers.with_chat_template(user_code.called(c.tokenizer), template)
     else:
-        tokenizer = tokenizers.load_tokenizer(c.tokenizer, template)
+        tokenizer = tokenizers.load_tokenizer(c.tokenizer, template, notes)
     model = from_config.placed(config, loading.new_model(c.architecture.to_dict(), tokenizer, dtype=c.dtype))
+    model.notes.extend(notes)
     return model, lambda: init_params(model.config, jax.random.key(config.seed), model.mesh), ""
 
 

@@ -33,6 +33,14 @@ LONGROPE = {
     "long_factor": [1.0, 2.0, 4.0, 8.0],
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+}
 # What the published models have and `SMALL` has not; None takes a key out of it.
 CASES = {
     "Mistral, Zephyr": ("mistral", {"sliding_window": 6}),
@@ -74,7 +82,88 @@ CASES = {
         },
     ),
     "Mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Gemma": ("gemma", {"attention_bias": True, "initializer_range": 0.2}),
+    "Gemma 3": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "final_logit_softcapping": 3.0,
+            "attention_bias": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
+    "Qwen2.5 with YaRN": ("qwen2", {"head_dim": None, "rope_parameters": YARN}),
+    "Qwen3-MoE": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    ),
+    "Qwen3-MoE, other options": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
+    "OLMo 2": ("olmo2", {"head_dim": None, "attention_bias": True}),
+    "OLMo 3": (
+        "olmo3",
+        {
+            "head_dim": None,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 6,
+            "rope_parameters": None,  # transformers 5.0 and 5.24 have it in different forms
+            "rope_theta": 500_000.0,
+            "rope_scaling": YARN | {"rope_theta": 500_000.0, "attention_factor": 1.3},
+        },
+    ),
+    "SmolLM3": (
+        "smollm3",
+        {
+            "head_dim": None,
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "Granite 3": (
+        "granite",
+        {
+            "head_dim": None,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 1.5,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "GLM-4-9B-chat": ("glm", {"attention_bias": False, "partial_rotary_factor": 0.25, "rope_parameters": None}),
+    "GLM-4-0414": ("glm4", {"partial_rotary_factor": 0.5, "rope_parameters": None}),
+    "Seed-OSS": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+    "Ministral": ("ministral", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    "Ministral 3": (
+        "ministral3",
+        {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.5}},
+    ),
 }
+if "full_attention" not in (transformers.Olmo3Config().rope_parameters or {}):
+    del CASES["OLMo 3"]  # older transformers scale also the RoPE of layers with a window
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -161,6 +250,7 @@ def test_an_export_speaks_to_readers_of_transformers_4(case, loaded, tmp_path):
     saving.save(loaded, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     rope = written["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     assert written["rope_theta"] == rope["rope_theta"]
     assert written.get("partial_rotary_factor", 1.0) == rope.get("partial_rotary_factor", 1.0)
     kind, scaling = rope.get("rope_type", "default"), written["rope_scaling"]
@@ -175,7 +265,7 @@ def test_an_export_speaks_to_readers_of_transformers_4(case, loaded, tmp_path):
     assert families.model_config(loading._read_hf_config(tmp_path / "out")) == loaded.config
 
 
-@pytest.mark.parametrize("name", ["Gemma 2", "Mixtral", "Phi-2", "Qwen3"])
+@pytest.mark.parametrize("name", ["Gemma 2", "Mixtral", "OLMo 2", "Phi-2", "Qwen3"])
 def test_eight_devices_are_one(name, hf_model_dir, mesh, mesh8):
     """Split over data, fsdp and tensor, in float32: sums of another order, 1e-4 as above."""
     family, options = CASES[name]

@@ -257,13 +257,13 @@ def test_checkpoint_dtype_is_kept_without_a_name_for_it(hf_model_dir, mesh, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported: gemma2, llama, mistral"),
-        ({"model_type": None}, "None is not supported; supported: gemma2, llama, mistral"),
+        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported: gemma, gemma2, gemma3_text"),
+        ({"model_type": None}, "None is not supported; supported: gemma, gemma2, gemma3_text"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0}},
-            "'yarn' is not supported; supported: default, linear, llama3, longrope",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 500.0, "factor": 2.0}},
+            "'proportional' is not supported; supported: default, dynamic, linear, llama3, longrope, yarn",
         ),
         ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
         (
@@ -275,6 +275,11 @@ def test_checkpoint_dtype_is_kept_without_a_name_for_it(hf_model_dir, mesh, tmp_
         ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "number of `layer_types`"),
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 2}, "layer_types"),
         ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "exceeds num_local"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported"),
+        (
+            {"model_type": "qwen3_next", "linear_conv_kernel_dim": 4},
+            r"no attention \(linear_conv_kernel_dim\): linear attention or Mamba",
+        ),
         ({"model_type": "mixtral", "num_local_experts": 0}, "num_local_experts=0: a whole number"),
     ],
 )
@@ -599,5 +604,5 @@ def test_a_new_model_takes_the_tokenizers_special_tokens(mesh, tmp_path):
 
 @pytest.mark.parametrize("family", [None, "gpt2"])
 def test_a_new_model_of_an_unknown_family(family, mesh):
-    with pytest.raises(ValueError, match="supported: gemma2, llama, mistral"):
+    with pytest.raises(ValueError, match="supported: gemma, gemma2, gemma3_text"):
         loading.new_model({"model_type": family}, tiny.tokenizer(), dtype="float32", mesh=mesh)
