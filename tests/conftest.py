@@ -131,16 +131,3 @@ def tiny_dir(hf_model_dir):
 def tiny_model(tiny_dir, mesh):
     """`tiny_dir`, loaded on one device."""
     return loading.load(str(tiny_dir), mesh=mesh)
-
-
-@pytest.fixture(scope="session")
-def torch_logits():
-    """(torch model, rows of ids, attention mask) → float32 logits of transformers."""
-    torch = pytest.importorskip("torch")
-
-    def logits(model, tokens, mask=None):
-        with torch.no_grad():
-            mask = None if mask is None else torch.as_tensor(mask)
-            return model(torch.as_tensor(tokens), attention_mask=mask).logits.float().numpy()
-
-    return logits

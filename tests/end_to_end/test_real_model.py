@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import real_model
+from answers import answers_of
 from runs import SHARED, Command
 from safetensors.numpy import load_file
+from torch_reference import token_ids, torch_greedy, torch_logits, torch_score
 
 import spin_jax
 from spin_jax.data.chat import Chat
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import lora
 from spin_jax.models.decoder import Decoder, forward, output_head, project
-from spin_jax.models.params import params_on, sampling_params
+from spin_jax.models.params import params_on
 from spin_jax.runtime import sharding
 from spin_jax.sampling import slots
-from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import Sampling, draw, prompt_keys
 from spin_jax.training.log_probs import score_groups
 from spin_jax.training.packing import Group, RowShape
@@ -64,47 +65,6 @@ def conversations(gsm8k):
     ]
 
 
-def token_ids(tokenizer, messages):
-    """(ids of the prompt, ids of the answer with its stop token), by transformers alone."""
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert whole[: len(prompt)] == prompt
-    end = whole.index(tokenizer.eos_token_id, len(prompt)) + 1
-    return prompt, whole[len(prompt) : end]
-
-
-def torch_logits(model, ids):
-    torch = pytest.importorskip("torch")
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].numpy()
-
-
-def torch_score(model, prompt, answer):
-    logits = torch_logits(model, prompt + answer).astype(np.float64)[len(prompt) - 1 : -1]
-    logps = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    return logps[np.arange(len(answer)), answer].sum()
-
-
-def torch_answer(model, prompt, tokens):
-    torch = pytest.importorskip("torch")
-    with torch.no_grad():
-        return model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)[0, len(prompt) :].tolist()
-
-
-def answers_of(model, prompts, sampling):
-    """Answers to prompts, as a run samples them, in eight slots."""
-    return answer_prompts(
-        Decoder(model.config, model.dtype),
-        sampling_params(model.params, model.config, model.dtype, model.mesh),
-        [np.array(prompt, np.int32) for prompt in prompts],
-        prompt_keys(0, 0, range(len(prompts))),
-        mesh=model.mesh,
-        sampling=sampling,
-        stop_tokens=model.stop_tokens,
-        slots=8,
-    )
-
-
 def assert_scores_are_torchs(model, reference, conversations):
     torch_model, tokenizer = reference
     scores = spin_jax.score(model, conversations)
@@ -117,7 +77,7 @@ def assert_answers_are_torchs(model, reference, conversations, tokens):
     torch_model, tokenizer = reference
     prompts = [token_ids(tokenizer, messages)[0] for messages in conversations]
     for prompt, answer in zip(prompts, answers_of(model, prompts, Sampling(tokens, 0.0)), strict=True):
-        assert answer.tolist() == torch_answer(torch_model, prompt, tokens)
+        assert answer == torch_greedy(torch_model, prompt, tokens, list(model.stop_tokens))
 
 
 def test_two_conversations(model, reference, conversations):
@@ -145,7 +105,7 @@ def test_logits(model, reference, conversations):
     for start in range(0, len(rows), 4):
         ours = np.asarray(spin_jax.logits(model, tokens[start : start + 4]))
         for logits, ids in zip(ours, rows[start : start + 4], strict=True):
-            np.testing.assert_allclose(logits[: len(ids)], torch_logits(torch_model, ids), atol=LOGITS)
+            np.testing.assert_allclose(logits[: len(ids)], torch_logits(torch_model, [ids])[0], atol=LOGITS)
 
 
 @pytest.mark.long
@@ -162,7 +122,7 @@ def test_export_and_import(directory, conversations, tmp_path, mesh, reference):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").eval()
     prompt, answer = token_ids(tokenizer, conversations[0])
     assert (prompt, answer) == token_ids(reference[1], conversations[0])
-    np.testing.assert_array_equal(torch_logits(model, prompt), torch_logits(reference[0], prompt))
+    np.testing.assert_array_equal(torch_logits(model, [prompt]), torch_logits(reference[0], [prompt]))
 
 
 @pytest.mark.long
@@ -240,7 +200,7 @@ def test_adapters(model, conversations, tmp_path, reference):
     spin_jax.save(merged, str(tmp_path))
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").eval()
-    np.testing.assert_allclose(torch_logits(theirs, ids), joined, atol=LOGITS)
+    np.testing.assert_allclose(torch_logits(theirs, [ids])[0], joined, atol=LOGITS)
 
 
 @pytest.mark.long
@@ -256,7 +216,7 @@ def test_answers_of_eight_devices(directory, model, conversations):
     answers = (answers_of(each, prompts, Sampling(24)) for each in (model, split))
     differing = 0
     for prompt, key, one, eight in zip(prompts, prompt_keys(0, 0, range(8)), *answers, strict=True):
-        if one.tolist() == eight.tolist():
+        if one == eight:
             continue
         differing += 1
         number = next(i for i, (a, b) in enumerate(zip(one, eight, strict=False)) if a != b)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from architectures import LLAMA3
 from jax.sharding import NamedSharding, PartitionSpec
+from torch_reference import torch_logits
 
 import spin_jax
 from spin_jax.kernels.layout import Layout
@@ -136,7 +137,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case, hf_model_dir, torch_logits, mesh):
+def test_logits_equal_transformers(case, hf_model_dir, mesh):
     family, options = CASES[case]
     directory, reference = hf_model_dir(family, **options)
     model = loading.load(str(directory), mesh=mesh)
@@ -147,7 +148,7 @@ def test_logits_equal_transformers(case, hf_model_dir, torch_logits, mesh):
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, LINEAR], ids=["llama3", "linear"])
-def test_rope_scaling_matters(rope, hf_model_dir, torch_logits, mesh):
+def test_rope_scaling_matters(rope, hf_model_dir, mesh):
     """Without the scaling, the same weights give other logits: the parity above is not vacuous."""
     directory, reference = hf_model_dir("llama", rope_parameters=rope)
     model = loading.load(str(directory), mesh=mesh)
@@ -175,7 +176,7 @@ def test_llama3_frequencies_by_hand():
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 5}], ids=["full", "window"])
-def test_right_padding_equals_transformers(options, hf_model_dir, torch_logits, mesh):
+def test_right_padding_equals_transformers(options, hf_model_dir, mesh):
     """Rows of different lengths, compared where there are tokens."""
     directory, reference = hf_model_dir("mistral", **options)
     model = loading.load(str(directory), mesh=mesh)
@@ -190,7 +191,7 @@ def test_right_padding_equals_transformers(options, hf_model_dir, torch_logits, 
     np.testing.assert_allclose(np.asarray(logits)[real], expected[real], rtol=0, atol=PARITY)
 
 
-def test_bfloat16_is_as_close_to_the_truth_as_transformers(hf_model_dir, torch_logits, mesh):
+def test_bfloat16_is_as_close_to_the_truth_as_transformers(hf_model_dir, mesh):
     """The truth is float32 arithmetic on the same bfloat16 weights.
 
     Two roundings of one computation differ by about √2 of what either is off. Allowed: an error at most

@@ -13,19 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from answers import answers_of
 from architectures import LLAMA3
+from torch_reference import torch_greedy, torch_logits
 
 from spin_jax.kernels.layout import Layout
 from spin_jax.models import families, loading, saving
 from spin_jax.models.decoder import Decoder, forward
-from spin_jax.models.params import sampling_params
-from spin_jax.sampling.continuous import answer_prompts
-from spin_jax.sampling.next_token import Sampling, prompt_keys
+from spin_jax.sampling.next_token import Sampling
 from spin_jax.training.log_probs import logits
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
+GREEDY = Sampling(24, temperature=0.0)
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 500.0,
@@ -183,20 +184,6 @@ def tokens_of(rows, columns, vocab_size=272):
     return np.random.default_rng(0).integers(3, vocab_size, (rows, columns), dtype=np.int32)
 
 
-def greedy(model, prompts, mesh, count=24):
-    """Ids of answers without a stop token."""
-    return answer_prompts(
-        Decoder(model.config, dtype=model.dtype),
-        sampling_params(model.params, model.config, model.dtype, mesh),
-        prompts,
-        prompt_keys(0, 0, range(len(prompts))),
-        mesh=mesh,
-        sampling=Sampling(count, temperature=0.0),
-        stop_tokens=(),
-        slots=len(prompts),
-    )
-
-
 def tensors(directory):
     from safetensors.numpy import load_file
 
@@ -217,7 +204,7 @@ def table():
         (pathlib.Path(folder) / "families.md").write_text("\n".join(lines) + "\n")
 
 
-def test_a_family(case, loaded, table, mesh, torch_logits, tmp_path):
+def test_a_family(case, loaded, table, tmp_path):
     """fp32 on CPU: two ways of summing the same numbers; 1e-4 is a hundred times what they differ by."""
     name, directory, reference = case
     tokens = tokens_of(3, 40)
@@ -225,11 +212,8 @@ def test_a_family(case, loaded, table, mesh, torch_logits, tmp_path):
     assert difference <= 1e-4
 
     prompts = [row[:length] for row, length in zip(tokens, (9, 12, 16), strict=True)]  # one program reads them
-    ours = greedy(loaded, prompts, mesh)
-    for prompt, answer in zip(prompts, ours, strict=True):
-        how = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        theirs = reference.generate(torch.as_tensor(prompt[None]), **how)[0, len(prompt) :]
-        assert answer.tolist() == theirs.tolist()
+    ours = answers_of(loaded, prompts, GREEDY, slots=3, stop_tokens=())
+    assert ours == [torch_greedy(reference, prompt, 24) for prompt in prompts]
 
     saving.save(loaded, tmp_path / "out")
     before, after = tensors(directory), tensors(tmp_path / "out")
@@ -274,8 +258,8 @@ def test_eight_devices_are_one(name, hf_model_dir, mesh, mesh8):
     one, eight = (loading.load(str(directory), mesh=m) for m in (mesh, mesh8))
     np.testing.assert_allclose(logits(eight, tokens), logits(one, tokens), atol=1e-4)
     prompts = [row[:9] for row in tokens]
-    for a, b in zip(greedy(one, prompts, mesh), greedy(eight, prompts, mesh8), strict=True):
-        assert a.tolist() == b.tolist()
+    answers = (answers_of(model, prompts, GREEDY, slots=4, stop_tokens=()) for model in (one, eight))
+    assert next(answers) == next(answers)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Gemma 2"])

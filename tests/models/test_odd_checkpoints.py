@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from architectures import SMALL
 from safetensors.numpy import load_file, save_file
+from torch_reference import torch_logits
 
 import spin_jax
 from spin_jax import tiny
@@ -20,7 +21,7 @@ torch = pytest.importorskip("torch")
 TOKENS = np.arange(3, 43)[None]
 
 
-def same_logits(directory, torch_logits, mesh, notes=None):
+def same_logits(directory, mesh, notes=None):
     """Compares our logits with transformers' (float32, 1e-4); `notes` is a pattern that the only warning has."""
     if notes:
         with pytest.warns(UserWarning, match=notes) as said:
@@ -51,39 +52,39 @@ def rewritten(hf_model_dir, tmp_path):
 # --- tied embeddings -------------------------------------------------------------------------------
 
 
-def test_a_head_that_differs_from_a_tied_embedding_is_read(rewritten, torch_logits, mesh, tmp_path):
+def test_a_head_that_differs_from_a_tied_embedding_is_read(rewritten, mesh, tmp_path):
     def change(tensors):
         return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"][::-1].copy()}
 
     directory = rewritten(change, tie_word_embeddings=True)
-    model, theirs = same_logits(directory, torch_logits, mesh, notes="exports say tie_word_embeddings=false")
+    model, theirs = same_logits(directory, mesh, notes="exports say tie_word_embeddings=false")
     spin_jax.save(model, tmp_path / "out")
     assert files.read_json(tmp_path / "out" / "config.json")["tie_word_embeddings"] is False
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     np.testing.assert_array_equal(torch_logits(again, TOKENS), theirs)
 
 
-def test_an_equal_head_stays_tied(rewritten, torch_logits, mesh):
+def test_an_equal_head_stays_tied(rewritten, mesh):
     directory = rewritten(
         lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tie_word_embeddings=True
     )
-    model, _ = same_logits(directory, torch_logits, mesh)
+    model, _ = same_logits(directory, mesh)
     assert "head" not in model.params
 
 
-def test_a_tied_embedding_may_be_stored_as_the_head(rewritten, torch_logits, mesh):
+def test_a_tied_embedding_may_be_stored_as_the_head(rewritten, mesh):
     def change(tensors):
         tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
         return tensors
 
-    same_logits(rewritten(change, tie_word_embeddings=True), torch_logits, mesh)
+    same_logits(rewritten(change, tie_word_embeddings=True), mesh)
 
 
 # --- which files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards_gone", [False, True])
-def test_a_whole_file_counts_beside_an_index(shards_gone, hf_model_dir, torch_logits, mesh, tmp_path):
+def test_a_whole_file_counts_beside_an_index(shards_gone, hf_model_dir, mesh, tmp_path):
     directory = shutil.copytree(hf_model_dir("llama", max_shard_size="30KB")[0], tmp_path / "copy")
     tensors = {name: x for path in directory.glob("*.safetensors") for name, x in load_file(path).items()}
     if shards_gone:
@@ -91,7 +92,7 @@ def test_a_whole_file_counts_beside_an_index(shards_gone, hf_model_dir, torch_lo
             path.unlink()
     tensors["lm_head.weight"] *= 2
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    same_logits(directory, torch_logits, mesh, notes="model.safetensors is read, as transformers does")
+    same_logits(directory, mesh, notes="model.safetensors is read, as transformers does")
 
 
 def test_an_adapter_beside_a_whole_model_is_refused(rewritten, mesh):
@@ -124,7 +125,7 @@ def renamed(prefix, head):
         ("module.model.", "module.lm_head.weight"),
     ],
 )
-def test_another_prefix_of_all_names_is_read_with_a_note(prefix, head, hf_model_dir, rewritten, torch_logits, mesh):
+def test_another_prefix_of_all_names_is_read_with_a_note(prefix, head, hf_model_dir, rewritten, mesh):
     directory = rewritten(renamed(prefix, head))
     with pytest.warns(UserWarning, match=f"names begin with '{prefix}' instead of 'model.'"):
         model = spin_jax.load(str(directory), mesh=mesh)
@@ -169,7 +170,7 @@ def test_tensors_that_nobody_reads_are_named(rewritten, mesh):
         spin_jax.load(str(directory), mesh=mesh)
 
 
-def test_the_text_part_of_a_multimodal_checkpoint(torch_logits, mesh, tmp_path):
+def test_the_text_part_of_a_multimodal_checkpoint(mesh, tmp_path):
     """Gemma 3 with a vision tower: other names, sizes in text_config, token ids outside of it."""
     text = SMALL | {
         "sliding_window": 6,

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import simple_sampler
+from answers import answers_of
 from safetensors import numpy as safetensors_numpy
 from scipy import stats
+from torch_reference import torch_greedy
 
 import spin_jax
 from spin_jax.data.chat import Chat
@@ -24,7 +26,6 @@ from spin_jax.models.params import abstract_params, init_params, sampling_params
 from spin_jax.runtime import sharding
 from spin_jax.sampling import continuous
 from spin_jax.sampling import slots as slots_lib
-from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import Sampling, draw, prompt_keys, truncate_logits
 from spin_jax.storage import files
 
@@ -53,27 +54,8 @@ def prompts_of(model, questions):
     return [chat.encode_prompt(messages) for messages in asked(questions)]
 
 
-def answers_of(model, prompts, keys, sampling, *, slots=8, stop_tokens=None, mesh=None, kernel="plain", **options):
-    """`answer_prompts` as lists; on another mesh than the model's where one is given."""
-    mesh = mesh or model.mesh
-    answers = answer_prompts(
-        Decoder(model.config, dtype=model.dtype, kernel=kernel),
-        sampling_params(model.params, model.config, model.dtype, mesh),
-        prompts,
-        keys,
-        mesh=mesh,
-        sampling=sampling,
-        stop_tokens=model.stop_tokens if stop_tokens is None else stop_tokens,
-        slots=slots,
-        **options,
-    )
-    assert all(answer.dtype == np.int32 for answer in answers)
-    return [answer.tolist() for answer in answers]
-
-
 def greedy(model, prompts, **options):
-    keys = prompt_keys(0, 0, range(len(prompts)))
-    return answers_of(model, prompts, keys, Sampling(24, temperature=0.0), **options)
+    return answers_of(model, prompts, Sampling(24, temperature=0.0), **options)
 
 
 # --- greedy ----------------------------------------------------------------------------------------
@@ -82,19 +64,6 @@ def greedy(model, prompts, **options):
 def ends(answers, stops):
     """What each answer ends in: one of the stops, or None where it holds none of them."""
     return [next((token for token in answer if token in stops), None) for answer in answers]
-
-
-def torch_greedy(directory, prompts, stops):
-    """transformers' greedy answers of 24 tokens, prompt by prompt: its padding does not come into it."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
-
-    def answer(prompt):
-        ids = torch.tensor(prompt[None])
-        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": stops, "pad_token_id": 0}
-        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
-
-    return [answer(prompt) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +80,16 @@ def talker_and_answers(hf_model_dir, mesh, tmp_path_factory):
     safetensors_numpy.save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     files.write_json(copy / "generation_config.json", {})
     prompts = prompts_of(loading.load(str(copy), mesh=mesh), QUESTIONS)
-    answers = torch_greedy(copy, prompts, [2])
+    reference = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(
+        copy, attn_implementation="eager"
+    )
+    answers = [torch_greedy(reference, prompt, 24, [2]) for prompt in prompts]
     said = sorted({token for answer in answers for token in answer[1:] if token > 5})
     stops = next(pair for pair in itertools.combinations(said, 2) if {*pair, None} == {*ends(answers, pair)})
     files.write_json(copy / "generation_config.json", {"eos_token_id": list(stops)})
     model = loading.load(str(copy), mesh=mesh)
     assert model.stop_tokens == (2, *stops)  # </s> joins the two
-    return model, torch_greedy(copy, prompts, list(model.stop_tokens))
+    return model, [torch_greedy(reference, prompt, 24, list(model.stop_tokens)) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +352,7 @@ def sampled(model, chosen=slice(None), *, sampling=SAMPLING, **options):
     chosen = np.arange(len(PROMPTS))[chosen]
     options = {"slots": 3, "stop_tokens": STOPS, **options}
     prompts = [PROMPTS[i] for i in chosen]
-    return answers_of(model, prompts, prompt_keys(1, 1, IDS[chosen]), sampling, **options)
+    return answers_of(model, prompts, sampling, keys=prompt_keys(1, 1, IDS[chosen]), **options)
 
 
 def expected_of(model, chosen=slice(None), sampling=SAMPLING):
@@ -555,7 +527,7 @@ def test_limits_cut_answers_one_by_one(small, expected):
 def test_slots_are_filled_again_and_again(small):
     """Sixty prompts in three slots."""
     prompts, keys = random_prompts([1 + i % 8 for i in range(60)], seed=1), prompt_keys(0, 0, range(60))
-    answers = answers_of(small, prompts, keys, SAMPLING, slots=3, stop_tokens=STOPS)
+    answers = answers_of(small, prompts, SAMPLING, keys=keys, slots=3, stop_tokens=STOPS)
     for prompt, key, answer in zip(prompts, keys, answers, strict=True):
         assert answer == simple_sampler.answer(small, prompt, key, SAMPLING, STOPS)
 
@@ -632,7 +604,7 @@ def test_every_token_has_a_key_of_its_own(talker):
     """The n-th token of an answer is drawn with fold_in(key, n): here from equal logits."""
     flat = saying_only(talker, slice(None))
     keys = prompt_keys(0, 0, range(6))
-    answers = answers_of(flat, prompts_of(flat, BRIEF), keys, Sampling(24), slots=3)
+    answers = answers_of(flat, prompts_of(flat, BRIEF), Sampling(24), keys=keys, slots=3)
     assert sum(map(len, answers)) > 90
     for key, answer in zip(keys, answers, strict=True):
         points = [jax.random.uniform(jax.random.fold_in(key, n)) for n in range(len(answer))]
@@ -757,7 +729,7 @@ def test_prompts_of_one_length_range_share_their_programs(small):
 
     def answer(lengths, keys, seed):
         prompts = random_prompts(lengths, seed)
-        answers_of(small, prompts, keys, SAMPLING, slots=5, stop_tokens=STOPS)
+        answers_of(small, prompts, SAMPLING, keys=keys, slots=5, stop_tokens=STOPS)
 
     programs = (continuous.prefill, continuous.decode)
     before = [program._cache_size() for program in programs]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from runs import ROOT, weights
+from torch_reference import torch_score
 
 import spin_jax
 from spin_jax import config, errors
@@ -112,20 +113,11 @@ def test_held_out_pairs_have_the_numbers_of_the_summary_after_a_change_of_beta(f
     assert row["margin"] == pytest.approx(3 * summary[-1]["margin"], rel=1e-4)  # by the weights of before
 
 
-def torch_logps(folder, examples, answers):
-    """Σ log p of each answer, by transformers."""
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    found = []
-    for example, answer in zip(itertools.cycle(examples), answers, strict=False):
-        ids = torch.tensor(np.concatenate([example.prompt, answer])[None])
-        with torch.no_grad():
-            logps = torch.log_softmax(model(ids).logits[0].float(), -1)
-        first = len(example.prompt)
-        found.append(sum(float(logps[i - 1, ids[0, i]]) for i in range(first, ids.shape[1])))
-    return np.array(found)
+def torch_scores(folder, examples, answers):
+    """log p of each answer; they are to all examples in turn, more than once."""
+    model = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(folder / "model")
+    prompts = (example.prompt for example in itertools.cycle(examples))
+    return np.array([torch_score(model, *item) for item in zip(prompts, answers, strict=False)])
 
 
 def test_kl_is_that_of_the_models_own_answers_by_transformers(finished):
@@ -134,7 +126,7 @@ def test_kl_is_that_of_the_models_own_answers_by_transformers(finished):
         answers = drawn[t]
         assert len(answers) == 2 * len(examples) == 12
         own, other, start = (
-            torch_logps(workdir / folder, examples, answers) for folder in (f"iteration_{t}", opponent, "start")
+            torch_scores(workdir / folder, examples, answers) for folder in (f"iteration_{t}", opponent, "start")
         )
         assert summary[1 + t]["kl_opponent"] == pytest.approx((own - other).mean(), abs=1e-3)
         assert summary[1 + t]["kl_start"] == pytest.approx((own - start).mean(), abs=1e-3)

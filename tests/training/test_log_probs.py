@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from torch_reference import token_ids, torch_logits, torch_score
 
 import spin_jax
 from spin_jax.models import loading
@@ -44,21 +45,6 @@ def real(hf_model_dir, mistral_tokenizer, mesh):
     return loading.load(str(directory), mesh=mesh), reference
 
 
-def torch_score(reference, tokenizer, messages, stop=2):
-    """(Σ log p, tokens) of the last turn: the template's text cut by characters, torch's log-softmax."""
-    torch = pytest.importorskip("torch")
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    assert whole.startswith(prompt)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    ids = encoded["input_ids"]
-    first = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt))
-    last = ids.index(stop, first)  # the stop token belongs to the answer, what follows it does not
-    with torch.no_grad():
-        logps = torch.log_softmax(reference(torch.tensor([ids])).logits[0].double(), dim=-1)
-    return sum(logps[i - 1, ids[i]].item() for i in range(first, last + 1)), last + 1 - first
-
-
 # --- packed rows -----------------------------------------------------------------------------------
 
 SHAPE = RowShape(rows=4, length=96, groups=6)
@@ -74,23 +60,12 @@ def random_groups(seed, count, answers, vocab_size=272, longest=18):
     return [Group(some(1), tuple(some(0) for _ in range(answers))) for _ in range(count)]
 
 
-def torch_logp(reference, prompt, answer, unattended=None):
-    """Σ log p of an answer alone after its prompt: no padding, no neighbours, float32 logits."""
-    torch = pytest.importorskip("torch")
-    torch.set_num_threads(1)  # calls this small are a hundred times slower where threads wait for cores
-    ids = torch.tensor(np.concatenate([prompt, answer])[None].astype(int))
-    mask = None if unattended is None else (ids != unattended).long()
-    with torch.no_grad():
-        logps = torch.log_softmax(reference(ids, attention_mask=mask).logits[0, :-1].double(), dim=-1)
-    return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item()
-
-
 def assert_scores_are_torchs(scores, groups, reference, unattended=None):
     """Every answer within 1e-5 a token of torch's log-prob of it alone."""
     assert scores.shape == (len(groups), len(groups[0].answers))
     for group, found in zip(groups, scores, strict=True):
         for answer, score in zip(group.answers, found, strict=True):
-            expected = torch_logp(reference, group.prompt, answer, unattended)
+            expected = torch_score(reference, group.prompt, answer, unattended)
             assert abs(score - expected) <= PER_TOKEN * len(answer), (len(group.prompt), len(answer))
 
 
@@ -225,9 +200,9 @@ def test_scores_of_real_conversations_equal_torch(real, conversations):
     scores = spin_jax.score(model, conversations)
     assert scores.dtype == np.float32
     for score, messages in zip(scores, conversations, strict=True):
-        expected, tokens = torch_score(reference, model.tokenizer, messages)
-        assert tokens > 20
-        assert abs(score - expected) < PER_TOKEN * tokens
+        prompt, answer = token_ids(model.tokenizer, messages)
+        assert len(answer) > 20
+        assert abs(score - torch_score(reference, prompt, answer)) < PER_TOKEN * len(answer)
 
 
 def test_scores_do_not_depend_on_the_batch(tiny_model):
@@ -248,10 +223,10 @@ def test_scores_do_not_depend_on_the_batch(tiny_model):
 def test_only_the_last_turn_counts(tiny_model, hf_model_dir):
     """A system message and an earlier answer condition the score, and are not part of it."""
     _, reference = hf_model_dir("mistral")
-    expected, tokens = torch_score(reference, tiny_model.tokenizer, SYSTEM)
-    assert tokens == len("It is 2.") + 1  # characters are tokens here
+    prompt, answer = token_ids(tiny_model.tokenizer, SYSTEM)
+    assert len(answer) == len("It is 2.") + 1  # characters are tokens here
     (score,) = spin_jax.score(tiny_model, [SYSTEM])
-    assert abs(score - expected) < PER_TOKEN * tokens
+    assert abs(score - torch_score(reference, prompt, answer)) < PER_TOKEN * len(answer)
 
     earlier = [*SYSTEM[:2], {"role": "assistant", "content": "7"}, *SYSTEM[3:]]
     without = SYSTEM[1:]
@@ -327,7 +302,7 @@ def test_no_conversations(tiny_model):
     assert spin_jax.score(tiny_model, []).shape == (0,)
 
 
-def test_logits_equal_torch(tiny_model, hf_model_dir, torch_logits):
+def test_logits_equal_torch(tiny_model, hf_model_dir):
     """Right-padded rows; float32, 1e-4 as in test_model."""
     _, reference = hf_model_dir("mistral")
     tokens = np.random.default_rng(0).integers(0, 272, (3, 14))
