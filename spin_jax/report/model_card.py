@@ -105,7 +105,9 @@ def source_name(path: str, revision: str | None) -> str:
 
     A run records the commit of what it takes from the hub, and of nothing else.
     """
-    return path if revision else PurePath(path).name
+    place = PurePath(path)
+    exported = re.fullmatch(r"(?:.*/)?((start|iteration_\d+)/model)", place.as_posix())  # by a run
+    return path if revision else exported[1] if exported else place.name
 
 
 def _measurements(row: Row, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -193,3 +193,16 @@ def test_a_number_that_is_not_finite_is_one_in_both_forms():
     ]
     assert cards[0] == cards[1]
     assert table(cards[0])["nll"] == ["NaN"]
+
+
+@pytest.mark.parametrize(
+    ("path", "revision", "shown"),
+    [
+        ("owner/name", "f00d", "owner/name"),
+        ("/home/me/llama", None, "llama"),
+        ("/home/me/sft/start/model", None, "start/model"),  # an export of a run: "model" alone would say nothing
+        ("model", None, "model"),
+    ],
+)
+def test_the_name_of_a_source(path, revision, shown):
+    assert model_card.source_name(path, revision) == shown
