@@ -129,10 +129,13 @@ def default() -> Any:
     c.lengths.expected = (180, 300, 220)
 
     # --- an SFT stage before self-play, which is off unless epochs > 0 ---
-    # It has the keys of train, which `_optimization` explains, and two more.
+    # It has the keys of train, which `_optimization` explains, and these.
     c.sft = _optimization(epochs=0, learning_rate=2e-5)
     c.sft.optimizer = "adamw"
     c.sft.decay = 0.999
+    # The assistant's turns that SFT and its control train on: last or all. Self-play trains on the last one, and
+    # held-out numbers are of the last one.
+    c.sft.turns = "last"
     # A control continues the start's SFT for as many steps as self-play takes. Its numbers are reported as well.
     c.sft.control = False
     # The peak learning rate of the control. Unset: sft.learning_rate.

@@ -80,6 +80,7 @@ _CHOICES = {
     "model.attention": ("plain", "splash", "flash"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "data.bad_rows": ("error", "drop"),
+    "sft.turns": ("last", "all"),
     "selfplay.rows": ("all", "right", "wrong"),
 }
 
@@ -139,6 +140,8 @@ def _contradictions(c: Any) -> Iterator[str]:
         yield "data.prompt_column and data.answer_column go together: set both or neither"
     if c.official and lengths.max_prompt >= lengths.max_length:
         yield f"official: lengths.max_prompt={lengths.max_prompt} must be below lengths.max_length={lengths.max_length}"
+    if c.sft.turns == "all" and (c.official or not c.data.path):
+        yield "sft.turns='all' needs the conversations of data.path, and official has one answer of each"
     if play.patience is not None and not c.checkpoint.best:
         yield f"selfplay.patience={play.patience} needs checkpoint.best, the number that must improve"
     if c.eval.include_path and not c.eval.tasks:

@@ -4,8 +4,10 @@ A conversation is rendered by the template and tokenized once, as a whole; the r
 ids. Everything after this uses the ids, and does not tokenize the text again.
 """
 
+import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import re
 from collections import Counter
@@ -110,25 +112,67 @@ class Chat:
         messages = self.with_system(messages)
         guard = self._needs_guard(messages)
         text = self._text(messages, guard, prompt=False)
-        before = self._text(messages[:-1], guard, prompt=True)
+        prompt, rest, note = self._split(text, self._tokenize(text, guard), messages[:-1], guard)
+        return prompt, self._ended(rest, messages[-1]), note
+
+    def with_earlier_answers(self, example: Example) -> Example:
+        """The example with the places of the assistant's turns before the last one, for `sft.turns=all`.
+
+        They are cut by the rules of `encode` out of the whole conversation, as it is rendered for the last answer.
+        Empty turns, and one that begins the conversation, are left out. BadRow names the turn whose beginning or stop
+        token is not found. The text of the turn after it is never searched for a stop token.
+        """
+        messages = self.with_system(example.messages)
+        guard, mark = self._needs_guard(messages), chr(0xFFFFC)  # a private character, beside that of `_text`
+        text = self._text(messages, guard, prompt=False)
+        ids, (starts, _) = encoding = self._tokenize(text, guard)
+        places = [np.zeros(0, np.int32)]
+        for number, (turn, following) in enumerate(itertools.pairwise(messages)):
+            if not number or turn["role"] != "assistant" or is_empty(turn):
+                continue
+            marked = [*messages[: number + 1], {**following, "content": mark + following["content"]}]
+            head, found, _ = self._text([*marked, *messages[number + 2 :]], guard, prompt=False).partition(mark)
+            try:
+                first = len(ids) - len(self._split(text, encoding, messages[:number], guard)[1])
+                end = np.searchsorted(np.maximum.accumulate(starts), len(head))
+                answer = self._ended(ids[first:end], turn)
+                if not found or not text.startswith(head) or not self.stopped(answer):
+                    raise BadRow("no stop token ends it before the text of the turn that follows")
+                if not np.array_equal(example.prompt[: first + len(answer)], ids[: first + len(answer)]):
+                    raise BadRow("the tokenizer reads it otherwise in the prompt of the last answer")
+            except BadRow as error:
+                raise BadRow(
+                    f"the assistant's turn {turn.get('content', '')!r:.40}, which sft.turns=all trains on: {error}; "
+                    "set sft.turns to last, or data.bad_rows to drop"
+                ) from error
+            places.append(np.arange(max(first, 1), first + len(answer), dtype=np.int32))
+        return dataclasses.replace(example, earlier=np.concatenate(places))
+
+    def _ended(self, answer: Ids, message: Message) -> Ids:
+        """The ids of an answer up to its first stop token; BadRow where its text is left out."""
+        stops = np.flatnonzero(np.isin(answer, self.stop_tokens))
+        answer = answer[: stops[0] + 1] if len(stops) else answer
+        if len(stops) and len(answer) == 1 and not is_empty(message):
+            raise BadRow(
+                "nothing but a stop token is left of the answer: the chat template or the tokenizer leaves out "
+                f"{message.get('content', '')!r:.60}"
+            )
+        return answer
+
+    def _split(
+        self, text: str, encoding: tuple[Ids, np.ndarray], turns: list[Message], guard: bool
+    ) -> tuple[Ids, Ids, str]:
+        """The ids of a text and its `_tokenize`, cut where the prompt of these turns ends, and the note of `encode`.
+
+        What follows the cut is always an end of the text's own ids.
+        """
+        before = self._text(turns, guard, prompt=True)
         if not text.startswith(before):
             raise BadRow(
                 "the chat template renders the prompt otherwise when the answer follows it: "
                 f"…{before[-60:]!r} does not begin {text[:200]!r}"
             )
-        prompt, answer, note = self._split(text, before, guard)
-        stops = np.flatnonzero(np.isin(answer, self.stop_tokens))
-        answer = answer[: stops[0] + 1] if len(stops) else answer
-        if len(stops) and len(answer) == 1 and not is_empty(messages[-1]):
-            raise BadRow(
-                "nothing but a stop token is left of the answer: the chat template or the tokenizer leaves out "
-                f"{messages[-1].get('content', '')!r:.60}"
-            )
-        return prompt, answer, note
-
-    def _split(self, text: str, before: str, guard: bool) -> tuple[Ids, Ids, str]:
-        """The ids of a text, cut where `before` ends, and the note of `encode`."""
-        ids, (starts, ends) = self._tokenize(text, guard)
+        ids, (starts, ends) = encoding
         size = len(before)
         cut = int(np.searchsorted(np.maximum.accumulate(ends), size, side="right"))
         straddles = cut < len(ids) and starts[cut] < size

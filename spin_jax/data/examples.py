@@ -120,11 +120,12 @@ def load_examples(
     seed: int = 0,
     bad_rows: str = "error",
     max_bad: float = 0.1,
+    all_turns: bool = False,
 ) -> tuple[list[Example], Counter]:
     """Encodes `limit` rows that `seed` chooses, in the order of the rows. Several processes share the work.
 
     Rows with an empty answer are dropped. Where `bad_rows` is "drop", malformed rows are dropped too. Both
-    together may be at most the share `max_bad` of the chosen rows.
+    together may be at most the share `max_bad` of the chosen rows. With `all_turns`, examples have `earlier`.
 
     Returns:
         the examples, and counts of what was dropped, cut or not used.
@@ -145,6 +146,7 @@ def load_examples(
                 findings.note_unused_columns(row, _columns_to_read(row, prompt_column, answer_column), others)
                 prompt_id = read_integer(row, "prompt_id", number, 2**63)
                 if example := chat.example(prompt_id, messages, findings.counts):
+                    example = chat.with_earlier_answers(example) if all_turns else example
                     encoded.append([number, *vars(example).values()])
             if findings.problem:
                 break

@@ -73,6 +73,7 @@ class Example:
     messages: list[Message]  # ends with the answer
     prompt: Ids
     real: Ids
+    earlier: Ids | None = None  # with sft.turns=all: the places in `prompt` of the answers before, which SFT trains on
 
 
 @dataclasses.dataclass(frozen=True)

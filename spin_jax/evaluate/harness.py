@@ -220,7 +220,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         fitted = [self._fit(context, continuation) for _, context, continuation in requests]
         groups, members = group_by_context(fitted, self.max_length)
-        sizes = np.array([len(prompt) + sum(map(len, answers)) for prompt, answers in groups])
+        sizes = np.array([len(group.prompt) + sum(map(len, group.answers)) for group in groups])
         tokens = self._tokens_per_device * sharding.batch_shards(self.model.mesh)
         logps, misses = np.zeros(len(requests)), np.zeros(len(requests))
         with progress("log-likelihoods", len(requests), unit="request") as bar, jax.set_mesh(self.model.mesh):

@@ -44,11 +44,14 @@ def example_rows(prepared: Prepared, count: int = 3) -> str:
     lines = []
     for example in examples[:: -(-len(examples) // count)]:
         prompt, real = example.prompt.tolist(), example.real.tolist()
+        places = [] if example.earlier is None else example.earlier.tolist()
         tokens = [_piece(chat.tokenizer, *two) for two in itertools.pairwise([prompt[-1], *real])]
+        before = " ".join(_piece(chat.tokenizer, *prompt[place - 1 : place + 1]) for place in places)
         last = f"{tokens[-1]} (id {real[-1]}), {'a stop token' if chat.stopped(example.real) else 'NO stop token'}"
         lines += [
             f"row with prompt_id {example.prompt_id}",
             f"  prompt   {len(prompt)} tokens: {_shortened(repr(chat.tokenizer.decode(prompt)))}",
+            *([f"  earlier  {len(places)} tokens, which SFT trains on too: {_shortened(before)}"] if places else []),
             f"  answer   {len(real)} tokens, which are trained on: {_shortened(' '.join(tokens))}",
             f"  its end  {last}",
         ]

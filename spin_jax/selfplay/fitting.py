@@ -29,7 +29,7 @@ from spin_jax.storage.metrics import Metrics
 from spin_jax.training.batches import PairBatch, ScoredPair, as_npz, batches, pair_batches, training_steps
 from spin_jax.training.loop import Loop, fit
 from spin_jax.training.optimizer import Optimization
-from spin_jax.training.packing import Rows, RowShape, example_group, packed
+from spin_jax.training.packing import Rows, RowShape, packed, sft_group
 from spin_jax.training.step import SFT, SPIN, Objective, TrainState, abstract_state, init_state, make_step
 
 
@@ -101,7 +101,7 @@ class Fitting:
         options, examples = from_config.sft_optimization(run.config, is_control), run.examples(t)
 
         def collate(chosen: Sequence[Example]) -> list[Rows]:
-            return packed([example_group(example) for example in chosen], run.example_shape, run.chat.unattended)
+            return packed([sft_group(example) for example in chosen], run.example_shape, run.chat.unattended)
 
         steps = steps or training_steps(len(examples), options.batch_size, options.epochs)
         return TrainingPhase(

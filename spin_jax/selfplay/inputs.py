@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -191,7 +191,7 @@ def datasets_of(read: Inputs) -> tuple[list[list[Example]], list[Example]]:
     """Prompts with their human answers: one dataset for all iterations, or one for each; and those of eval.path."""
     config = read.config
     keys = "prompt_column", "answer_column", "bad_rows", "max_bad"
-    options = {"seed": config.seed, **{key: config.data[key] for key in keys}}
+    options = {"seed": config.seed, "all_turns": config.sft.turns == "all", **{key: config.data[key] for key in keys}}
 
     def load(number: int, path: str, rows: Any, limit: int | None) -> list[Example]:
         examples, counts = load_examples(rows, read.chat, path=path, limit=limit, **options)
@@ -227,7 +227,8 @@ def split(
 ) -> tuple[list[list[Example]], list[Example]]:
     """The datasets to train on, and the held-out examples: those of eval.path, or some of the first dataset.
 
-    The seed chooses among the prompts of the first dataset. No dataset keeps a prompt that is held out.
+    The seed chooses among the prompts of the first dataset. No dataset keeps a prompt that is held out, and
+    with sft.turns=all no conversation in which one is answered on the way.
 
     Raises:
         ValueError: every prompt of a dataset is held out.
@@ -239,8 +240,12 @@ def split(
         held_out = [example for example, prompt in zip(datasets[0], prompts, strict=True) if prompt in chosen]
     keys = {key for example in held_out for key in prompt_keys(example.messages, example.prompt)}
 
+    def trained_keys(example: Example) -> set[Hashable]:
+        turns = prompt_turns(example.messages) if example.earlier is not None else ()
+        return {*prompt_keys(example.messages, example.prompt), *(turns[:n] for n in range(1, len(turns)))}
+
     def rest(examples: list[Example]) -> list[Example]:
-        kept = [example for example in examples if keys.isdisjoint(prompt_keys(example.messages, example.prompt))]
+        kept = [example for example in examples if keys.isdisjoint(trained_keys(example))]
         if examples and not kept:
             raise ValueError("nothing is left to train on: every prompt of a dataset is among the held-out ones")
         return kept

@@ -41,6 +41,7 @@ class Group(NamedTuple):
 
     prompt: Ids
     answers: tuple[Ids, ...]
+    earlier: Ids = np.zeros(0, np.int32)  # places in the prompt, from 1, of tokens that count as the first answer's
 
 
 class Rows(NamedTuple):
@@ -51,12 +52,18 @@ class Rows(NamedTuple):
     predictors: Any  # int32 [N, R]: the index of the token that predicts each response token
     targets: Any  # int32 [N, R]: the response token
     owners: Any  # int32 [N, R]: the answer that the token belongs to, 1 … G · A
-    lengths: Any  # int32 [N, G, A]: tokens of each answer
+    lengths: Any  # int32 [N, G, A]: tokens of each answer, `earlier` ones included
     items: Any  # int32 [N, G]: the number of each group among the groups that were packed, from 1
 
 
 def example_group(example: Example) -> Group:
     return Group(example.prompt, (example.real,))
+
+
+def sft_group(example: Example) -> Group:
+    """The group of an example with all that SFT trains on; with `sft.turns=all`, the earlier answers too."""
+    group = example_group(example)
+    return group if example.earlier is None else group._replace(earlier=example.earlier)
 
 
 def pair_group(pair: Pair, roles: Sequence[str] = PAIR) -> Group:
@@ -143,7 +150,7 @@ def _fill_row(row: Rows, groups: Sequence[Group], members: list[int], unattended
     """Writes groups into a row one after the other: the prompt, then each answer."""
     end = responses = unshared = 0
     for number, item in enumerate(members):
-        prompt, answers = groups[item]
+        prompt, answers, earlier = groups[item]
         row.items[number] = item + 1
         start, end, P = end, end + len(prompt), len(prompt)
         row.tokens[start:end] = prompt
@@ -164,6 +171,12 @@ def _fill_row(row: Rows, groups: Sequence[Group], members: list[int], unattended
                 row.layout.unshared[unshared : unshared + P] = np.arange(start + 1, start + P + 1)
                 row.layout.unshared[unshared + P : unshared + P + n] = np.arange(begin + 1, end + 1)
                 unshared += P + n
+        span = slice(responses, responses + len(earlier))
+        row.predictors[span] = start + earlier - 1
+        row.targets[span] = prompt[earlier]
+        row.owners[span] = number * len(answers) + 1
+        row.lengths[number, 0] += len(earlier)
+        responses += len(earlier)
         row.layout.segments[start:end] = number + 1
     if unattended is not None:
         row.layout.segments[row.tokens == unattended] *= -1

@@ -71,7 +71,7 @@ class SPIN:
 
 @dataclasses.dataclass(frozen=True)
 class SFT:
-    """The mean negative log-likelihood of the response tokens."""
+    """The mean negative log-likelihood of the response tokens: each token of a batch has the same weight."""
 
     decoder: Decoder
 

@@ -8,7 +8,9 @@ text the two differ on purpose: there it stays text.
 
 import os
 import pathlib
+from collections import Counter
 
+import numpy as np
 import pytest
 import real_model
 import real_tokenizers
@@ -98,6 +100,24 @@ def test_a_real_tokenizer(directory, gsm8k, table):
     assert not differing
     assert not unstopped
     table.append((name, len(conversations), differing, unstopped, straddles))
+
+
+@pytest.mark.long
+def test_every_turn_of_the_assistant(directory):
+    """`sft.turns=all`: each answer as the whole conversation has it, with one stop token at its end."""
+    _, path = directory
+    tokenizer = load_tokenizer(path)
+    chat = chat_of(tokenizer)
+    for edge in EDGES:
+        said = ["It is 3.", edge, "Bye"]
+        messages = [message for answer in said for message in turns(f"Say: {answer}", answer)]
+        example = chat.with_earlier_answers(chat.example(0, messages, Counter()))
+        ids = example.prompt[example.earlier]
+        first, second, rest = np.split(ids, np.flatnonzero(np.isin(ids, chat.stop_tokens)) + 1)
+        assert not len(rest)
+        assert chat.decode(first).strip() == said[0]
+        expected = tokenizer.decode(tokenizer(edge, add_special_tokens=False)["input_ids"])
+        assert chat.decode(second).strip() == expected.strip()
 
 
 @pytest.mark.long

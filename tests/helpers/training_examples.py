@@ -53,6 +53,9 @@ def random_pairs(count, seed=0, longest=6):
     return [Pair(i, 0, [], [], ids(), ids(), ids(), truncated=False) for i in range(count)]
 
 
-def sft_step(pairs, shape=SHAPE, count=MICROBATCHES):
-    """One step's batch of the pairs' human answers."""
-    return stacked(packed([Group(pair.prompt, (pair.real,)) for pair in pairs], shape), count)
+def sft_step(pairs, shape=SHAPE, count=MICROBATCHES, earlier=None):
+    """One step's batch of the pairs' human answers; `earlier` has the places in each prompt that count too."""
+    groups = [Group(pair.prompt, (pair.real,)) for pair in pairs]
+    if earlier is not None:
+        groups = [group._replace(earlier=places) for group, places in zip(groups, earlier, strict=True)]
+    return stacked(packed(groups, shape), count)

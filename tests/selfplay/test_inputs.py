@@ -1,5 +1,6 @@
 """Which rows are held out."""
 
+import copy
 import json
 import runpy
 
@@ -8,7 +9,10 @@ from runs import ROOT
 
 from spin_jax import config, tiny
 from spin_jax.data import parquet
-from spin_jax.selfplay import announce
+from spin_jax.errors import ConfigError
+from spin_jax.report.numbers import START
+from spin_jax.selfplay import announce, fingerprints
+from spin_jax.selfplay.fitting import Fitting
 from spin_jax.selfplay.prepare import prepare
 
 
@@ -104,6 +108,48 @@ def test_rows_as_the_model_sees_them(tiny_config, tmp_path):
     *_, answer, end = announce.example_rows(prepare(config.resolve(tiny_config), None)).splitlines()
     assert answer.endswith("'1' '1'")
     assert end == "  its end  '1' (id 22), NO stop token"
+
+
+def test_turns_that_sft_trains_on(tiny_config, tmp_path):
+    """Shown by --check, in all datasets; a run that trains on other turns is another one, and its data are the same."""
+    said = [{"role": role, "content": text} for role, text in (("user", "1+2"), ("assistant", "3"))]
+    rows = [{"messages": [*said, {"role": "user", "content": str(n)}, said[1]]} for n in range(9)]
+    tiny_config.data.path = write_rows(tmp_path / "train.jsonl", rows)
+    tiny_config.eval.fraction = 0.1
+    last = prepare(config.resolve(tiny_config), None)
+    tiny_config.sft.turns = "all"
+    both = prepare(config.resolve(tiny_config), None)
+    began = {"config": fingerprints.recorded(last.config), **last.identity}
+    assert fingerprints.differences(both.config, both.identity, began) == {"sft.turns": ("last", "all")}
+    del began["config"]["sft"]["turns"]  # a run that began before there was this key
+    assert fingerprints.differences(last.config, last.identity, began) == {}
+    assert [example.earlier for example in last.datasets[0]] == [None] * len(last.datasets[0])
+    assert all(example.earlier.tolist() == [6, 7] for example in both.datasets[0])
+    assert announce.example_rows(last, 1).splitlines() == [
+        line for line in announce.example_rows(both, 1).splitlines() if "earlier" not in line
+    ]
+    assert "  earlier  2 tokens, which SFT trains on too: '3' '</s>'" in announce.example_rows(both)
+    for prepared, tokens in ((last, 2), (both, 4)):
+        parts = Fitting(prepared, None, None).sft_phase(START, dict).collate(prepared.datasets[0])
+        assert sum(part.lengths.sum() for part in parts) == tokens * len(prepared.datasets[0])
+    for section, key, value in (("data", "path", None), ("", "official", True)):
+        wrong = copy.deepcopy(tiny_config)
+        wrong.selfplay.pairs = "pairs.jsonl"
+        (wrong[section] if section else wrong)[key] = value
+        with pytest.raises(ConfigError, match=r"sft.turns='all' needs the conversations of data.path"):
+            config.resolve(wrong)
+
+
+def test_no_turn_on_the_way_answers_a_held_out_prompt(tiny_config, tmp_path):
+    said = [{"role": role, "content": text} for role, text in (("user", "1+2"), ("assistant", "3"))]
+    more = [{"role": role, "content": text} for role, text in (("user", "2+2"), ("assistant", "4"))]
+    tiny_config.data.path = write_rows(tmp_path / "train.jsonl", [{"messages": m} for m in (said + more, more + said)])
+    tiny_config.eval.path = write_rows(tmp_path / "test.jsonl", [{"messages": said}])
+    tiny_config.lengths.max_prompt = 32
+    for turns, expected in (("last", [0, 1]), ("all", [1])):
+        tiny_config.sft.turns = turns
+        (train,) = prepare(config.resolve(tiny_config), None).datasets
+        assert [example.prompt_id for example in train] == expected
 
 
 def test_other_held_out_rows_are_another_run(tiny_config, tmp_path):

@@ -8,7 +8,7 @@ from training_examples import ids, make_pair, random_groups
 from spin_jax.data.records import Example
 from spin_jax.training import packing
 from spin_jax.training.batches import filled_tokens
-from spin_jax.training.packing import Group, RowShape, example_group, pack, packed, pair_group, sizes
+from spin_jax.training.packing import Group, RowShape, example_group, pack, packed, pair_group, sft_group, sizes
 
 
 def test_a_row_by_hand():
@@ -30,6 +30,21 @@ def test_a_row_by_hand():
     np.testing.assert_array_equal(rows.items, [[2, 1, 0], [0] * 3])
     assert {array.dtype for array in jax.tree.leaves(rows)} == {np.dtype(np.int32)}
     assert filled_tokens(rows) == 9
+
+
+def test_earlier_answers_by_hand():
+    """Tokens of a prompt that are trained on: only the loss has more terms, and the rows are the same."""
+    groups = [Group(ids(5), (ids(9),)), Group(ids(5, 6, 2, 7, 8, 2, 4), (ids(3, 2),), earlier=ids(1, 2, 5))]
+    shape = RowShape(rows=1, length=12, groups=2)
+    (rows,), (plain,) = packed(groups, shape), packed([group._replace(earlier=ids()) for group in groups], shape)
+    np.testing.assert_array_equal(rows.tokens, [[5, 6, 2, 7, 8, 2, 4, 3, 2, 5, 9, 0]])
+    np.testing.assert_array_equal(rows.predictors, [[6, 7, 0, 1, 4, 9, 0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.targets, [[3, 2, 6, 2, 2, 9, 0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.owners, [[1, 1, 1, 1, 1, 2, 0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.lengths, [[[5], [1]]])
+    np.testing.assert_array_equal(plain.lengths, [[[2], [1]]])
+    for ours, theirs in zip(jax.tree.leaves((rows.tokens, rows.layout)), jax.tree.leaves(plain[:2]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_an_unattended_token_is_of_a_negative_segment():
@@ -114,9 +129,13 @@ def test_predictors_stand_before_their_targets(seed):
 
 def test_groups_of_examples_and_pairs():
     example = Example(0, [], ids(1, 2), ids(3))
-    assert example_group(example) == (example.prompt, (example.real,))
+    assert example_group(example)[:2] == sft_group(example)[:2] == (example.prompt, (example.real,))
+    assert not len(sft_group(example).earlier)
+    example = Example(0, [], ids(1, 2), ids(3), earlier=ids(1))
+    assert sft_group(example).earlier is example.earlier
+    assert not len(example_group(example).earlier)  # held-out numbers are of the last answer
     pair = make_pair(0, [1], [2], [3])
-    assert pair_group(pair) == (pair.prompt, (pair.real, pair.generated))  # the human answer is the first
+    assert pair_group(pair)[:2] == (pair.prompt, (pair.real, pair.generated))  # the human answer is the first
 
 
 def test_sizes():

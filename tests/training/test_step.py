@@ -159,6 +159,11 @@ def test_identical_pairs_change_nothing(model, fresh, mesh):
     assert metrics["grad_norm"] < 1e-5
 
 
+def earlier_places(kind, scored):
+    """For each pair, places in its prompt that `turns` trains on too: none in the first one, and then more."""
+    return [np.arange(1, len(s.pair.prompt), 2)[: n if kind == "turns" else 0] for n, s in enumerate(scored)]
+
+
 def torch_gradient(kind, model, params, scored, tmp_path, mesh):
     """(loss, gradient as our tree) of the mean over pairs or tokens, every sequence alone and unpadded."""
     torch = pytest.importorskip("torch")
@@ -170,14 +175,16 @@ def torch_gradient(kind, model, params, scored, tmp_path, mesh):
         tmp_path / "weights", dtype=torch.float32, attn_implementation="eager"
     )
 
-    def logp(prompt, answer):
+    def logp(prompt, answer, earlier=()):
         ids = torch.tensor(np.concatenate([prompt, answer])[None].astype(int))
         logps = torch.log_softmax(reference(ids).logits[0, :-1], dim=-1)
-        return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
+        logps = logps.gather(1, ids[0, 1:, None])
+        return logps[len(prompt) - 1 :].sum() + sum(logps[place - 1, 0] for place in earlier)
 
-    if kind == "sft":
-        total = sum(logp(s.pair.prompt, s.pair.real) for s in scored)
-        loss = -total / sum(len(s.pair.real) for s in scored)
+    if kind != "pairs":
+        earlier = earlier_places(kind, scored)
+        total = sum(logp(s.pair.prompt, s.pair.real, e) for s, e in zip(scored, earlier, strict=True))
+        loss = -total / sum(len(s.pair.real) + len(e) for s, e in zip(scored, earlier, strict=True))
     else:
         margins = [
             (logp(s.pair.prompt, s.pair.real) - s.opponent[0]) - (logp(s.pair.prompt, s.pair.generated) - s.opponent[1])
@@ -191,7 +198,7 @@ def torch_gradient(kind, model, params, scored, tmp_path, mesh):
     return loss.item(), loading.load_params(tmp_path / "gradient", model.config, mesh, jnp.float32)
 
 
-@pytest.mark.parametrize("kind", ["pairs", "sft"])
+@pytest.mark.parametrize("kind", ["pairs", "sft", "turns"])
 def test_gradient_is_that_of_separate_sequences(kind, model, fresh, mesh, tmp_path):
     """Packed rows, several micro-batches and chunks; grouped queries and a window; against torch.
 
@@ -204,7 +211,8 @@ def test_gradient_is_that_of_separate_sequences(kind, model, fresh, mesh, tmp_pa
     if kind == "pairs":
         objective, batch = SPIN(decoder, losses.logistic), pair_step(scored)
     else:
-        objective, batch = SFT(decoder), sft_step([s.pair for s in scored])
+        earlier = earlier_places(kind, scored)
+        objective, batch = SFT(decoder), sft_step([s.pair for s in scored], earlier=earlier)
     assert used(batch) > 1
     before = jax.device_get(params)
     after, (metrics,) = run_step(objective, DESCENT, params, batch, mesh, learning_rate=1e8)
