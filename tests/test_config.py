@@ -555,15 +555,16 @@ def test_everything_wrong_is_one_error(hf_model_dir, tmp_path):
         ('{"weight_map": {"a": "/etc/x.safetensors"}}', "files outside"),
         ('{"weight_map": {"a": ""}}', "'': files outside"),
         ('{"weight_map": {"a": "pytorch_model.bin"}}', "convert it to safetensors"),
-        ('{"weight_map": {}}', "model.embed_tokens.weight: missing"),
+        ('{"weight_map": {}}', "config.json asks for model.embed_tokens.weight and others, and the files have none"),
         (
-            '{"weight_map": {"model.norm.weight": "model.safetensors"}}',
-            f"lm_head.weight: in model.safetensors, which {INDEX} does not say",
+            '{"weight_map": {"model.norm.weight": "part.safetensors"}}',
+            f"lm_head.weight: in part.safetensors, which {INDEX} does not say",
         ),
     ],
 )
 def test_indices_that_mislead(index, message, tiny_dir, tmp_path):
     directory = copied(tiny_dir, tmp_path)
+    (directory / "model.safetensors").rename(directory / "part.safetensors")  # else it counts, and not the index
     (directory / INDEX).write_text(index)
     assert message in refused(directory)
 

@@ -31,6 +31,7 @@ DTYPES = {
 _PREFIX, _EMBED, _HEAD = "model.", LLAMA["embed"].name, LLAMA["head"].name  # names that all families share
 _QUANTIZED = (".qweight", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax", ".SCB")
 _BUFFERS = ("rotary_emb.inv_freq", ".masked_bias")  # old checkpoints hold them, and nobody reads them
+_INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 * 2**20
 _SAMPLES, _SAMPLE = 64, 2**14  # a file's digest reads this many samples, each of this many bytes
 
@@ -161,7 +162,7 @@ def _read_headers(directory: Path) -> _Headers:
         FileNotFoundError: there are no weights.
         ValueError: the index is damaged, or an adapter stands beside the weights.
     """
-    index, whole_file = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    index, whole_file = directory / _INDEX, directory / "model.safetensors"
     places, notes = {}, []
     if whole_file.exists():
         names = [whole_file.name]
@@ -223,7 +224,7 @@ def _one_reason(stored: Collection[str], wanted: Collection[str], located: int) 
     if quantized := next((name for name in stored if name.endswith(_QUANTIZED)), None):
         return f"{quantized} belongs to quantized weights, which are not supported; take the full ones"
     if not located:
-        theirs = ", ".join(sorted(stored)[:2])
+        theirs = ", ".join(sorted(stored)[:2]) or "no tensor"
         return (
             f"config.json asks for {next(iter(wanted))} and others, and the files have none of them: they have {theirs}"
         )
@@ -269,7 +270,7 @@ def locate(directory: Path, wanted: Mapping[str, Sequence["Part"]]) -> tuple[dic
             continue  # the problems name the file already
         if file is None or name_there not in found[file]:
             others = [other for other, tensors in found.items() if name_there in tensors]
-            says = f"; the index says {file}" if file else ", which the index does not say"
+            says = f"; {_INDEX} says {file}" if file else f", which {_INDEX} does not say"
             missing.append(f"{name_there}: in {others[0]}{says}" if others else f"{name_there}: missing")
         elif stored := found[file][name_there]:
             located[name] = stored
@@ -279,7 +280,7 @@ def locate(directory: Path, wanted: Mapping[str, Sequence["Part"]]) -> tuple[dic
                 problems.append(f"{name_there}: {stored.dtype}; only {', '.join(DTYPES)} are read")
             elif stored.shape != shape:
                 problems.append(f"{name_there}: {stored.shape}, and config.json asks for {shape}")
-    if missing and len(found) > 0:
+    if missing and (found or not problems):  # else the problems name the files that have them
         reason = _one_reason(places, wanted, len(located))
         problems += [reason] if reason else missing
     if problems:
