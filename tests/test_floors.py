@@ -33,7 +33,7 @@ ONE_ROOM = {"config_values": "config"}  # two files that are one room
 CONFIG_DICT = ("config.py", "config_values.py", "cli.py", "benchmark.py")
 
 MOST_LINES_OF_A_FILE = 450
-MOST_LINES = 16_500  # of all files without kernels
+MOST_LINES = 17_000  # of all files without kernels
 MOST_FILES = 15
 
 
@@ -290,5 +290,5 @@ def test_folders_and_the_whole_have_a_limit():
     many = {f"models/part_{number}.py": "x = 1\n" * 400 for number in range(50)}
     assert too_large(many) == [
         "spin_jax/models has 50 files, and 15 are the most",
-        "spin_jax has 20000 lines, and 16500 are the most",
+        "spin_jax has 20000 lines, and 17000 are the most",
     ]

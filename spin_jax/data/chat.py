@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from spin_jax.data.chat_template import Template
+from spin_jax.data.chat_template import Template, with_objects
 from spin_jax.data.records import (
     UNLIMITED,
     Example,
@@ -67,7 +67,7 @@ class Chat:
         tokenizer.backend_tokenizer.no_padding()
         self.tokenizer = tokenizer
         template = Template(tokenizer, today)
-        self.render, self._names = template.render, template.names
+        self.render, self._names, self._template = template.render, template.names, template
         self.stop_tokens = tuple(stop_tokens)
         self.lengths = lengths
         self.system_message = system_message
@@ -81,7 +81,12 @@ class Chat:
     # --- conversations ---
 
     def with_system(self, messages: list[Message]) -> list[Message]:
-        """The conversation, with the configured system message in front if it has no system message."""
+        """The conversation, with the configured system message in front if it has no system message.
+
+        Calls' arguments that are JSON text are the objects themselves, where the template wants these.
+        """
+        if any("tool_calls" in message for message in messages) and self._template.wants_objects:
+            messages = with_objects(messages)
         if self.system_message is None or messages[0]["role"] == "system":
             return messages
         return [{"role": "system", "content": self.system_message}, *messages]
@@ -113,7 +118,7 @@ class Chat:
         guard = self._needs_guard(messages)
         text = self._text(messages, guard, prompt=False)
         prompt, rest, note = self._split(text, self._tokenize(text, guard), messages[:-1], guard)
-        return prompt, self._ended(rest, messages[-1]), note
+        return prompt, self._ended(rest, messages[-1]), _left_out(messages, text) or note
 
     def with_earlier_answers(self, example: Example) -> Example:
         """The example with the places of the assistant's turns before the last one, for `sft.turns=all`.
@@ -372,6 +377,29 @@ def end_of_turn(tokenizer: Any, stop_tokens: Collection[int]) -> int | None:
     except ValueError:  # the template refuses this conversation, leaves the answer out, or is broken
         return None
     return found.pop() if len(found) == 1 else None
+
+
+def unprompted_header(tokenizer: Any) -> str:
+    """What a chat template that ignores add_generation_prompt writes between a question and its answer, or ""."""
+    turns = [{"role": "user", "content": "Is it"}, {"role": "assistant", "content": "Yes, it is"}]
+    try:
+        render = Template(tokenizer).render
+        asked, text = render(turns[:1], prompt=True), render(turns, prompt=False)
+        ignores = asked == render(turns[:1], prompt=False) and text.startswith(asked)
+        return text[len(asked) : text.rindex("Yes, it is")].strip() if ignores else ""
+    except ValueError:  # the template refuses this conversation, leaves the answer out, or is broken
+        return ""
+
+
+def _left_out(messages: list[Message], text: str) -> str:
+    """A note on a turn whose text is not in the rendered conversation, or ""; white space does not count."""
+    shown = "".join(text.split())
+    for message in reversed(messages):
+        # Some templates quote what a tool returned.
+        if message["role"] != "tool" and "".join(message.get("content", "").split()) not in shown:
+            which = "answers" if message is messages[-1] else f"conversations with {message['role']} turns"
+            return f"{which} of which the chat template leaves out text"
+    return ""
 
 
 _PRIVATE = chr(0xF0000)  # the first character of planes 15 and 16, which are for private use

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import json
 import re
 import sys
 import threading
@@ -78,6 +79,25 @@ class Template:
             raise BadRow(f"the chat template refuses the conversation: {failure}") from failure
         raise BadRow(f"the chat template fails on the conversation: {_described(failure)}") from failure
 
+    @functools.cached_property
+    def wants_objects(self) -> bool:
+        """Whether the arguments of a tool's call should be objects: as JSON text, they are not shown as they are.
+
+        Some templates write such text as JSON once more, some put braces around it, and some fail.
+        """
+        as_text, as_object = (self._show_call(arguments) for arguments in (_ARGUMENTS, json.loads(_ARGUMENTS)))
+        right = as_text is not None and _ARGUMENTS in as_text and f"{{{_ARGUMENTS}" not in as_text
+        return not right and as_object is not None
+
+    def _show_call(self, arguments: Any) -> str | None:
+        """The text of a conversation that calls a tool; None where the template refuses it."""
+        call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+        try:
+            return self.render(messages, prompt=False)
+        except ValueError:
+            return None
+
     def _rendered(self, messages: list[Message], prompt: bool) -> str:
         tools, variables = tools_of(messages), self._variables
         render, messages = self._compiled[tools is not None].render, list(map(_with_reasoning, messages))
@@ -113,6 +133,28 @@ class Template:
                     return
                 failure = error
         raise BadTemplate(f"the chat template fails: {_described(failure)}") from failure
+
+
+_ARGUMENTS = '{"x": "y"}'
+
+
+def with_objects(messages: list[Message]) -> list[Message]:
+    """Messages whose calls have the object itself as arguments, where they had the JSON text of one."""
+
+    def parsed(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        call = {name: parsed(value) if name == "function" else value for name, value in call.items()}
+        if isinstance(call.get("arguments"), str):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(call["arguments"])
+                return {**call, "arguments": value} if isinstance(value, dict) else call
+        return call
+
+    return [
+        {**m, "tool_calls": list(map(parsed, m["tool_calls"]))} if isinstance(m.get("tool_calls"), list) else m
+        for m in messages
+    ]
 
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # its names in datasets and in templates

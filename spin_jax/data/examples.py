@@ -1,8 +1,9 @@
 """Turns the rows of a dataset into conversations, and these into examples: a prompt and its human answer.
 
-To read another form of row, edit `conversation` and `_columns_to_read`.
+To read another form of row, edit `conversation` and `_form`.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -34,6 +35,11 @@ PROMPT_ANSWER_COLUMNS = (
     ("prompt", "response"),
     ("prompt", "answer"),
 )
+MORE_COLUMNS = {  # that belong to a form, by its first column
+    "instruction": ("input", "context", "history", "system"),  # Alpaca, Dolly, LLaMA-Factory
+    "question": ("system_prompt",),  # OpenOrca
+    **dict.fromkeys(CONVERSATION_COLUMNS, ("system",)),  # ShareGPT
+}
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
@@ -46,12 +52,12 @@ def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: 
     """One row as messages that end with the assistant's last turn, which may be empty.
 
     It reads the first of these that the row has: the two columns that the config names; `real` (SPIN pairs);
-    `messages`; one of PROMPT_ANSWER_COLUMNS, each text or a list of turns; one of CONVERSATION_COLUMNS. Alpaca's
-    `input` and Dolly's `context` are appended to the instruction. It raises BadRow, which names the field, for a
-    malformed row.
+    `messages`; one of PROMPT_ANSWER_COLUMNS, each text or a list of turns; one of CONVERSATION_COLUMNS. `input` and
+    `context` are appended to the instruction; `history` and the system message stand before the other turns. It raises
+    BadRow, which names the field, for a malformed row.
     """
-    columns = _columns_to_read(row, prompt_column, answer_column)
-    if not columns or not row.keys() >= set(columns[:2]):
+    columns = _form(row, prompt_column, answer_column)
+    if not columns or not row.keys() >= set(columns):
         if row.keys() >= {"chosen", "rejected"} and not prompt_column:
             raise BadRow("a row of preferences (chosen, rejected): give it as config.selfplay.pairs, not as data.path")
         wanted = f" {' and '.join(columns)}" if columns else " real, messages, or a prompt and an answer"
@@ -59,28 +65,53 @@ def conversation(row: dict[str, Any], prompt_column: str | None, answer_column: 
             f"no field{wanted} among {list_names(row)}: set config.data.prompt_column and .answer_column, or write one "
             "of the forms that configs/README.md lists under Data"
         )
+    if columns == ("prompt", "completion") and row.get("label") is False and not prompt_column:
+        raise BadRow(
+            "label is false, so the completion is a bad example: take such rows out, or set config.data.prompt_column "
+            "and .answer_column if the label says something else"
+        )
+    more = {name: row[name] for name in MORE_COLUMNS.get(columns[0], ()) if row.get(name)}
     if len(columns) == 1:
-        return check_messages(_sharegpt_as_messages(row[columns[0]], columns[0]), columns[0])
+        messages = check_messages(_sharegpt_as_messages(row[columns[0]], columns[0]), columns[0])
+        return _with_system(messages, more)
     prompt = _turns(row[columns[0]], columns[0], "user")
     answer = _turns("" if row[columns[1]] is None else row[columns[1]], columns[1], "assistant")
-    for name in filter(row.get, columns[2:]):
+    for name in (name for name in ("input", "context") if name in more):
         if not isinstance(row[columns[0]], str):
             raise BadRow(f"{name} would follow {columns[0]}, and that is no text but a list of turns")
-        prompt[0]["content"] += f"\n\n{check_text(row[name], name)}"
+        prompt[0]["content"] += f"\n\n{check_text(more[name], name)}"
+    history = more.get("history", [])
+    if not isinstance(history, list) or not all(isinstance(each, list) and len(each) == 2 for each in history):
+        raise BadRow("history: expected a list of pairs of an instruction and its answer")
+    said = zip(itertools.cycle(("user", "assistant")), itertools.chain(*history), strict=False)
+    prompt = [*({"role": role, "content": check_text(text, "history")} for role, text in said), *prompt]
     if not any(turn.get("role") == "assistant" for turn in answer):
         raise BadRow(f"{columns[1]}: no assistant turn in it")
-    return check_messages([*prompt, *answer], " + ".join(columns[:2]))
+    return _with_system(check_messages([*prompt, *answer], " + ".join(columns)), more)
+
+
+def _with_system(messages: list[Message], more: dict[str, Any]) -> list[Message]:
+    """The messages, with a system message of another column of the row in front if they have none."""
+    name = next((name for name in more if name.startswith("system")), None)
+    if name is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": check_text(more[name], name)}, *messages]
+
+
+def _form(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> tuple[str, ...]:
+    """The columns that `conversation` reads first: one of turns; prompt and answer; or none."""
+    if prompt_column and answer_column:
+        return prompt_column, answer_column
+    forms = [("real",), ("messages",), *PROMPT_ANSWER_COLUMNS, *((name,) for name in CONVERSATION_COLUMNS)]
+    forms.append(("question", "response"))
+    has = {name for name, value in row.items() if value is not None}
+    return next((c for c in forms if (has if len(c) == 1 else row.keys()) >= set(c)), ())
 
 
 def _columns_to_read(row: dict[str, Any], prompt_column: str | None, answer_column: str | None) -> tuple[str, ...]:
-    """The columns that `conversation` reads: one of turns; prompt, answer and what may follow the prompt; or none."""
-    if prompt_column and answer_column:
-        columns = (prompt_column, answer_column)
-    else:
-        forms = [("real",), ("messages",), *PROMPT_ANSWER_COLUMNS, *((name,) for name in CONVERSATION_COLUMNS)]
-        has = {name for name, value in row.items() if value is not None}
-        columns = next((c for c in forms if (has if len(c) == 1 else row.keys()) >= set(c)), ())
-    return (*columns, "input", "context") if columns[:1] == ("instruction",) else columns
+    """All columns that `conversation` reads."""
+    columns = _form(row, prompt_column, answer_column)
+    return (*columns, *MORE_COLUMNS.get(columns[0], ())) if columns else ()
 
 
 def _turns(value: Any, field: str, role: str) -> list[dict[str, Any]]:

@@ -179,15 +179,15 @@ def with_tools(messages: list[Message], row: dict[str, Any]) -> list[Message]:
     return [{**messages[0], "tools": tools}, *messages[1:]] if tools else messages
 
 
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of an Arrow table without the null fields of its structs, which are there only because others have them."""
+def without_nulls(value: Any, feature: Any) -> Any:
+    """A row of an Arrow table, or a part of it, without the null fields of structs, which others of its kind have.
 
-    def pruned(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: pruned(item) for key, item in value.items() if item is not None}
-        return [pruned(item) for item in value] if isinstance(value, list) else value
-
-    return {name: pruned(value) for name, value in row.items()}
+    `feature` is its type in `datasets`. The null fields of a JSON type are its own, and stay.
+    """
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {name: without_nulls(item, feature.get(name)) for name, item in value.items() if item is not None}
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return [without_nulls(item, inner) for item in value] if isinstance(value, list) and inner else value
 
 
 def check_text(value: Any, field: str) -> str:

@@ -162,7 +162,8 @@ def _data_files(path: str, split: str | None, name: str | None, notes: list[str]
 
 def row(rows: Any, number: int) -> dict[str, Any]:
     """A row by its number."""
-    return rows[number] if isinstance(rows, JsonLines) else without_nulls(rows[number])
+    features = getattr(rows, "features", {})  # those of an Arrow table
+    return {name: without_nulls(value, features.get(name)) for name, value in rows[number].items()}
 
 
 def place(rows: Any, number: int, path: str) -> str:

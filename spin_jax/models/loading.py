@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from spin_jax.config_values import nearest
 from spin_jax.models import weight_files
 from spin_jax.models.architecture import Model, ModelConfig, Params, check_constants
-from spin_jax.models.families import TRANSFORMERS_4, family, model_config, text_part
+from spin_jax.models.families import FAMILIES, TRANSFORMERS_4, family, model_config, text_part
 from spin_jax.models.params import abstract_params
 from spin_jax.models.tokenizers import check_vocabulary, load_tokenizer
 from spin_jax.models.weight_files import Part, from_hf, parts_of
@@ -131,7 +131,7 @@ def _read_tie(directory: Path, config: ModelConfig, notes: list[str]) -> ModelCo
 def load_params(directory: epath.PathLike, config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any = None) -> Params:
     """Reads a checkpoint's weights into the mesh's layout; with dtype None each keeps its dtype in the checkpoint.
 
-    One ValueError or FileNotFoundError names everything that is missing, damaged or misshapen.
+    One ValueError or FileNotFoundError names everything that is missing, damaged or misshapen, or not finite.
     """
     seals.check_seal_here(directory)
     abstract = abstract_params(config)
@@ -141,6 +141,9 @@ def load_params(directory: epath.PathLike, config: ModelConfig, mesh: jax.shardi
     located, _ = weight_files.locate(Path(directory), stored)
     views = _views(flat, stored, {name: tensor.map() for name, tensor in located.items()})
     params = {path: _load_leaf(leaf, views[path], layouts[path], dtype) for path, leaf in flat.items()}
+    finite = jax.jit(lambda params: {path: jnp.isfinite(leaf).all() for path, leaf in params.items()})(params)
+    if bad := [FAMILIES[config.model_type].names[path].name for path in flat if not finite[path]]:
+        raise ValueError(f"{directory}: {', '.join(bad)}: NaN or infinite numbers in the weights")
     return unflatten_dict(params, sep="/")
 
 
@@ -162,7 +165,8 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"]
-    copies = ["consolidated*", "*/*"]  # the same weights in another layout
+    folders = ("*/*.safetensors", "*/*.json", "*/tokenizer.model", "*/README.md")  # but additional_chat_templates/
+    copies = ["consolidated*", *folders]  # the same weights in another layout
     try:
         snapshot = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=copies)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

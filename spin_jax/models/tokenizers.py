@@ -48,6 +48,9 @@ def load_tokenizer(path: epath.PathLike, chat_template: str | None = None, notes
         raise ValueError(f"{path}: this tokenizer has no tokenizer.json (a fast tokenizer is needed)")
     if not isinstance(tokenizer.chat_template, str | dict | None):
         raise ValueError(f"{path}: chat_template is {tokenizer.chat_template!r}, and should be Jinja text")
+    beside = directory / "chat_template.json"  # transformers gives it to processors of text and images only
+    if chat_template is None and tokenizer.chat_template is None and beside.exists():
+        chat_template = str(beside)
     return with_chat_template(tokenizer, chat_template)
 
 
@@ -85,14 +88,22 @@ def _pieces(tokenizer: Any, text: str) -> tuple[list[int], str]:
 
 
 def with_chat_template(tokenizer: Any, chat_template: str | None) -> Any:
-    """Sets the chat template: Jinja text, or the path of a file with it; None keeps the tokenizer's own."""
+    """Sets the chat template: Jinja text, or the path of a file with it; None keeps the tokenizer's own.
+
+    A file that ends in .json has the text under the key chat_template.
+    """
     if chat_template is None:
         return tokenizer
     if "{" not in chat_template:  # Jinja text would have one
         try:
-            chat_template = Path(chat_template).read_text(encoding="utf-8")
+            path = Path(chat_template)
+            is_json = path.suffix == ".json"
+            text = files.read_object(path).get("chat_template") if is_json else path.read_text(encoding="utf-8")
+            if not isinstance(text, str):
+                raise ValueError("it has no text under the key chat_template")
         except (OSError, ValueError) as error:
             raise ValueError(f"chat_template {chat_template!r} is no Jinja text, nor a file of it: {error}") from error
+        chat_template = text
     tokenizer.chat_template = chat_template
     return tokenizer
 

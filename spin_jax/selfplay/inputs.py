@@ -13,7 +13,7 @@ import numpy as np
 from spin_jax import config_values
 from spin_jax.config import Config
 from spin_jax.data import parquet, sources
-from spin_jax.data.chat import Chat
+from spin_jax.data.chat import Chat, unprompted_header
 from spin_jax.data.examples import group_by_prompt, load_examples, prompt_keys, split_held_out
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.pairs import load_pairs
@@ -73,6 +73,11 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
         name = model.tokenizer.convert_ids_to_tokens(model.end_of_turn)
         notes.append(
             f"{name} is a stop token: the chat template ends answers with it, and the checkpoint names another"
+        )
+    if header := unprompted_header(model.tokenizer):
+        notes.append(
+            f"the chat template ignores add_generation_prompt: {header!r} begins each answer, and the model must "
+            "learn to write it; a template that has it (data.chat_template) would write it for the model"
         )
     chat = make_chat(config, model, today)
     given = _read_given_pairs(config, chat, model.config.vocab_size, notes)

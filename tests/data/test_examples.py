@@ -22,6 +22,12 @@ def said(speaker, text):
 
 ROWS = [
     ({"question": "q", "answer": "a"}, ["q", "a"]),
+    ({"system_prompt": "s", "question": "q", "response": "a"}, ["s", "q", "a"]),
+    ({"system_prompt": "", "question": "q", "response": "a"}, ["q", "a"]),
+    ({"instruction": "q", "input": "", "output": "a", "system": "s", "history": [["1", "2"]]}, list("s12qa")),
+    ({"conversations": [said("human", "q"), said("gpt", "a")], "system": "s"}, ["s", "q", "a"]),
+    ({"conversations": [turn("system", "s"), turn("user", "q"), turn("assistant", "a")], "system": "t"}, list("sqa")),
+    ({"prompt": "q", "completion": "a", "label": True, "system": "a name"}, ["q", "a"]),
     ({"instruction": "q", "output": "a"}, ["q", "a"]),
     ({"instruction": "q", "input": "x", "output": "a"}, ["q\n\nx", "a"]),
     ({"messages": [turn("system", "s"), turn("user", "q"), turn("assistant", "a")]}, ["s", "q", "a"]),
@@ -56,6 +62,8 @@ def test_conversations(row, contents):
 def test_named_columns():
     row = {"title": "q", "body": "a", "messages": []}
     assert [m["content"] for m in examples_lib.conversation(row, "title", "body")] == ["q", "a"]
+    row |= {"prompt": "q", "completion": "a", "label": False}
+    assert [m["content"] for m in examples_lib.conversation(row, "prompt", "completion")] == ["q", "a"]
     with pytest.raises(BadRow, match="no field title and text"):
         examples_lib.conversation(row, "title", "text")
 
@@ -87,6 +95,10 @@ def test_named_columns():
         ({"prompt": [turn("user", "q"), turn("assistant", "a")], "completion": "b"}, "two assistant turns in a row"),
         ({"instruction": [turn("user", "q")], "input": "x", "output": "a"}, "input would follow instruction"),
         ({"instruction": "q", "context": 3, "response": "a"}, "context is int: expected text"),
+        ({"instruction": "q", "output": "a", "history": ["1", "2"]}, "history: expected a list of pairs"),
+        ({"instruction": "q", "output": "a", "history": [["1", 2]]}, "history is int: expected text"),
+        ({"instruction": "q", "output": "a", "system": ["s"]}, "system is list: expected text"),
+        ({"prompt": "q", "completion": "a", "label": False}, "label is false, so the completion is a bad example"),
     ],
 )
 def test_bad_rows_name_the_field(row, message):

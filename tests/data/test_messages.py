@@ -10,7 +10,7 @@ from dataset_rows import turn, write_jsonl
 
 from spin_jax import tiny
 from spin_jax.data import parquet, sources
-from spin_jax.data.chat import ACROSS, READ_OTHERWISE, SPACE_LOST, Chat, end_of_turn
+from spin_jax.data.chat import ACROSS, READ_OTHERWISE, SPACE_LOST, Chat, end_of_turn, unprompted_header
 from spin_jax.data.examples import load_examples
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import check_messages, prompt_turns, with_tools
@@ -136,6 +136,55 @@ def test_the_token_that_ends_each_answer(template, expected, special):
         assert chat.decode(response).rstrip("\n") == messages[-1]["content"]
 
 
+@pytest.mark.parametrize(
+    ("template", "header"),
+    [
+        (CHATML, ""),
+        (CHATML.partition("{% if add")[0], "<|im_start|>assistant"),  # the model has to write it
+        (CHATML.partition("{% if add")[0] + "{{ '<|im_start|>assistant\n' }}", ""),  # it is always written
+        ("{% for m in messages %}{{ ('[' + m.content + '] ') if m.role == 'user' else m.content }}{% endfor %}", ""),
+        ("{{ raise_exception('no') }}", ""),
+    ],
+)
+def test_a_header_that_no_prompt_ends_with(template, header):
+    assert unprompted_header(tokenizer_with(template, "<|im_start|>", "<|im_end|>")) == header
+
+
+# --- texts that the template leaves out -----------------------------------------------------------
+
+# As those of DeepSeek's distilled models and of the first Phi-3 do.
+ANSWER_ALONE = tiny.CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+NO_SYSTEM = tiny.CHAT_TEMPLATE.replace("in messages", "in messages if message.role != 'system'")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "note"),
+    [
+        (ANSWER_ALONE, [turn("user", "1"), turn("assistant", "<think>so</think> 2 ")], "answers of which"),
+        (
+            ANSWER_ALONE,
+            [turn("user", "1"), turn("assistant", "<think>so</think>2"), turn("user", "3"), turn("assistant", "4")],
+            "conversations with assistant turns of which",
+        ),
+        (
+            NO_SYSTEM,
+            [turn("system", "</s>"), turn("user", "1"), turn("assistant", "2")],
+            "conversations with system turns",
+        ),
+        (tiny.CHAT_TEMPLATE, [turn("system", "</s>"), turn("user", "1"), turn("assistant", " <s>2")], None),
+        (
+            tiny.CHAT_TEMPLATE.replace("['content']", "['content'] | trim | replace(' ', '  ')"),
+            [turn("user", " 1 \n 2"), turn("assistant", "\n2 3")],
+            None,
+        ),
+    ],
+)
+def test_text_that_the_template_leaves_out(template, messages, note):
+    counts = Counter()
+    Chat(tokenizer_with(template), [2]).example(0, check_messages(messages, "messages"), counts)
+    assert [what.startswith(note) for what in counts if "leaves out" in what] == [True] * (note is not None)
+
+
 # --- fields ------------------------------------------------------------------------------------------
 
 AGENT = """{%- if tools %}{{ '<|system|>' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}
@@ -200,6 +249,16 @@ def test_rows_of_arrow_are_rows_of_json(agent, tmp_path):
     assert [example.messages for example in other] == [example.messages for example in one]
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a.real, b.real)
+
+
+def test_nulls_of_json_columns_stay(agent, tmp_path):
+    """`datasets` keeps messages of several forms in a column of JSON, and there a null is an argument's value."""
+    datasets = pytest.importorskip("datasets", minversion="5.0")
+    calls = [call("add", x=None, y="1"), call("add", y=2)]
+    rows = [{"messages": [turn("user", "1"), {"role": "assistant", "tool_calls": [each]}]} for each in calls]
+    datasets.Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(str(tmp_path / "x.parquet"))
+    examples, _ = load_examples(sources.load_rows(str(tmp_path / "x.parquet")), agent, path="x")
+    assert [example.messages[-1]["tool_calls"] for example in examples] == [[each] for each in calls]
 
 
 def test_pairs_keep_the_fields(agent, tmp_path):
@@ -269,6 +328,42 @@ def test_tool_calls_that_the_template_leaves_out():
     tokenizer.chat_template = tokenizer.chat_template.replace("(call.function | tojson)", "call.function.arguments")
     with pytest.raises(BadRow, match="fails on the conversation: TypeError"):
         Chat(tokenizer, [2]).render(check_messages(CALLING, "messages"), prompt=False)
+
+
+SHOWN = "(call.function | tojson)"
+
+
+@pytest.mark.parametrize(
+    ("shown", "objects"),
+    [
+        ("call.function.arguments | tojson", True),  # Qwen 2.5 and Llama 3.1: JSON text would become JSON once more
+        ("call.function.arguments.items() | map('join', '=') | join", True),  # Qwen3-Coder: it fails on text
+        ("'{' + call.function.arguments + '}' if call.function.arguments is string else 'x'", True),  # Gemma 4
+        ("call.function.arguments if call.function.arguments is string else 'x'", False),  # Qwen 3
+        ("call.function.name + call.function.arguments", False),  # DeepSeek: it fails on objects
+        ("raise_exception('no calls')", False),
+    ],
+)
+def test_arguments_as_json_text(shown, objects):
+    """OpenAI's format has them; a template gets the object unless it shows the text as it is."""
+    tokenizer = tokenizer_with(AGENT.replace(SHOWN, f"({shown})"))
+    chat, values = Chat(tokenizer, [2]), {"a": "</s> é", "b": "1"}
+    text = json.dumps(values).replace("<", "\\u003c")
+    for arguments in (text, "no object", "[1]"):
+        wanted = values if objects and arguments is text else arguments
+        given, expected = (
+            [turn("user", "1"), {"role": "assistant", "content": "", "tool_calls": [call("f") | {"function": f}]}]
+            for f in ({"name": "f", "arguments": arguments}, {"name": "f", "arguments": wanted})
+        )
+        try:
+            theirs = tokenizer.apply_chat_template(expected, tokenize=False)
+        except Exception:
+            with pytest.raises(BadRow):
+                chat.encode(given)
+            continue
+        prompt, answer, _ = chat.encode(given)
+        assert tokenizer.decode([*prompt, *answer]) == theirs
+        assert answer.tolist().count(2) == 1  # what an argument spells is no stop token
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])

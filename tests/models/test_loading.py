@@ -414,6 +414,23 @@ def test_a_given_chat_template_replaces_and_survives(as_file, tiny_dir, mesh, tm
     assert tokenizer.apply_chat_template(CONVERSATION[1:], tokenize=False) == "[user]2+2 é[assistant]4"
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_chat_template_in_json(given, tiny_dir, mesh, tmp_path):
+    """Processors of multimodal models have their template in such a file, and the tokenizer has none."""
+    directory = shutil.copytree(tiny_dir, tmp_path / "model")
+    (directory / "chat_template.jinja").rename(tmp_path / "x.jinja")
+    path = directory / "chat_template.json"
+    files.write_json(path, {"chat_template": "{{ messages[0]['content'] }}"})
+    model, _ = loading.describe(str(directory), mesh=mesh, chat_template=str(path) if given else None)
+    assert model.tokenizer.chat_template == "{{ messages[0]['content'] }}"
+    model, _ = loading.describe(str(directory), mesh=mesh, chat_template=str(tmp_path / "x.jinja"))
+    assert model.tokenizer.chat_template == tiny.CHAT_TEMPLATE
+    for content in ({"template": "x"}, {"chat_template": ["x"]}):
+        files.write_json(path, content)
+        with pytest.raises(ValueError, match=r"chat_template.json' is no Jinja text, nor a file of it"):
+            loading.describe(str(directory), mesh=mesh)
+
+
 # --- hub ids ---------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -437,6 +454,25 @@ def test_hub_ids_load_and_say_their_commit(revision, hub, tiny_model):
     assert model.revision == COMMIT
     assert tiny_model.revision is None  # a directory has none
     assert_same_parameters(model, tiny_model)
+
+
+def test_the_files_that_are_asked_of_the_hub(tiny_dir, mesh, monkeypatch):
+    """Templates of their own for tools stand in a folder, and so do copies of the weights, which nobody reads."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["config.json", "model.safetensors", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+    unread = ["original/params.json", "onnx/x.safetensors", "consolidated.safetensors", "x.bin", "a/tokenizer.model"]
+    asked = []
+
+    def download(path, allow_patterns, ignore_patterns, **_):
+        asked.extend(
+            filter_repo_objects(wanted + unread, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        )
+        return str(tiny_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    loading.resolve("org/name")
+    assert asked == wanted
 
 
 @pytest.mark.parametrize(
@@ -543,6 +579,19 @@ def test_index_naming_a_missing_file(hf_model_dir, mesh, tmp_path):
     with pytest.raises(ValueError, match=f"{lost.name} is not there") as error:
         spin_jax.load(str(directory), mesh=mesh)
     assert str(error.value).count("\n") == 1  # its tensors go without saying
+
+
+def test_shards_with_odd_names(hf_model_dir, tiny_model, mesh, tmp_path):
+    """As a browser names them that downloads a file twice."""
+    directory = copied(hf_model_dir("mistral", max_shard_size="30KB")[0], tmp_path)
+    index = files.read_json(directory / "model.safetensors.index.json")
+    for path in list(directory.glob("model-*")):
+        path.rename(path.with_stem(f"ü {path.stem} (1)"))
+    index["weight_map"] = {
+        k: f"ü {v.removesuffix('.safetensors')} (1).safetensors" for k, v in index["weight_map"].items()
+    }
+    files.write_json(directory / "model.safetensors.index.json", index)
+    assert_same_parameters(spin_jax.load(str(directory), mesh=mesh), tiny_model)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/elsewhere.safetensors", "a/b.safetensors"])

@@ -196,6 +196,18 @@ def test_the_text_part_of_a_multimodal_checkpoint(mesh, tmp_path):
     np.testing.assert_allclose(torch_logits(again, TOKENS), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_weights_that_are_not_finite(number, rewritten, mesh):
+    """The answers of such a model would be empty, and say nothing."""
+
+    def change(tensors):
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = number
+        return tensors
+
+    with pytest.raises(ValueError, match=r"model.layers.\{layer\}.mlp.down_proj.weight: NaN or infinite numbers"):
+        spin_jax.load(str(rewritten(change)), mesh=mesh)
+
+
 # --- tokenizers ------------------------------------------------------------------------------------
 
 TEXTS = ["Two ducks,  three\n\neggs", " 12345\t", "e\u0301 é 你", "a</s> b", "<s>x\n"]

@@ -91,6 +91,14 @@ def test_the_token_that_ends_answers_is_said(tiny_config):
     assert all(example.real[-1] == 3 for example in (*prepared.datasets[0], *prepared.held_out))
 
 
+def test_a_template_without_a_generation_prompt_is_said(tiny_config):
+    tiny_config.data.chat_template = ENDLESS.replace("END", "eos_token").partition("{% if")[0]
+    prepared = prepare(config.resolve(tiny_config), None)
+    (note,) = prepared.notes
+    assert "ignores add_generation_prompt: '<|assistant|>' begins each answer" in note
+    assert all(example.real[0] == 5 for example in prepared.held_out)
+
+
 def test_rows_as_the_model_sees_them(tiny_config, tmp_path):
     """Three of them, for --check: where the answer begins, the tokens that are trained on, and how it ends."""
     rows = [{"question": "1+2", "answer": "3"}, *[{"question": "é", "answer": "1" * 99}] * 2, *tiny.problems()[:18]]
