@@ -158,7 +158,7 @@ def _options(hf: HF, *, windows: tuple = (None,), eps: str = "rms_norm_eps", act
 def _rope_scaling(rope: HF, hf: HF) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     kind = "longrope" if kind == "su" else kind  # its earlier name
-    if kind in ("default", "dynamic"):  # dynamic changes RoPE only beyond max_position_embeddings, which no text passes
+    if kind in ("default", "dynamic"):  # dynamic is another only beyond max_position_embeddings, where no text is read
         return None
     names = {
         "linear": ("factor",),

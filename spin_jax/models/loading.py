@@ -215,6 +215,11 @@ def describe(
     with _prefix_errors(directory / "config.json"):
         config = _read_tie(directory, model_config(hf_config), notes)
     hf_config["tie_word_embeddings"] = config.tie_word_embeddings
+    if (first := config.max_position_embeddings) < (longest := hf_config["max_position_embeddings"]):
+        notes.append(
+            f"{directory}: texts of up to {first} tokens are read (original_max_position_embeddings), not of {longest}, "
+            "because longrope rotates all tokens of a longer text by other angles"
+        )
     tokenizer = load_tokenizer(directory, chat_template, notes)
     check_vocabulary(tokenizer, config, path, notes)
     generation_config = _read_generation_config(directory, config.vocab_size)

@@ -132,7 +132,14 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
     to_train_on, held_out = split(config, datasets, held_out)
     positions = model.config.max_position_embeddings
     if config.lengths.max_length > positions:
-        notes.append(f"lengths.max_length={config.lengths.max_length} exceeds the model's {positions} positions")
+        problem = f"lengths.max_length={config.lengths.max_length} exceeds the model's {positions} positions"
+        kind = (model.hf_config.get("rope_parameters") or {}).get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            raise ValueError(
+                f"{problem}, and its RoPE ({kind}) rotates all tokens of a longer text by other angles: "
+                f"set lengths.max_length to {positions} or less"
+            )
+        notes.append(problem)
     found = fingerprints.digests(config, model, datasets, held_out, given, read.weights_digest)
     processes.check_same("model, tokenizer, data or code", lambda: repr(found).encode())
     notes += fingerprints.check(root, config, found, began)

@@ -61,13 +61,22 @@ CASES = {
     "Qwen3": ("qwen3", {}),
     "Phi-2": ("phi", {"partial_rotary_factor": 0.5, "layer_norm_eps": 1e-3, "rope_parameters": None}),
     "Phi-3": ("phi3", {"sliding_window": 6, "head_dim": None}),
-    "Phi-3 128k, Phi-3.5": ("phi3", {"rope_parameters": LONGROPE, "head_dim": None, "hidden_size": 32}),
+    "Phi-3 128k, Phi-3.5": (
+        "phi3",
+        {
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 64,  # the class's default would count, and not that of LONGROPE
+            "head_dim": None,
+            "hidden_size": 32,
+        },
+    ),
     "Phi-4-mini": (
         "phi3",
         {
             "head_dim": None,
             "hidden_size": 64,
             "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.5},
+            "original_max_position_embeddings": 64,
             "tie_word_embeddings": True,
         },
     ),

@@ -227,3 +227,25 @@ def test_given_pairs_of_a_split(tiny_config, tmp_path):
         (folder / f"{split}-00000-of-00001.parquet").write_bytes(parquet.pairs_to_parquet(chosen))
     tiny_config.selfplay.pairs, tiny_config.selfplay.pairs_split = str(folder), "train"
     assert len(prepare(config.resolve(tiny_config), None).given[0]) == 28
+
+
+@pytest.mark.parametrize("kind", ["default", "dynamic", "longrope"])
+def test_texts_beyond_the_positions(kind, tiny_config, tmp_path, hf_model_dir):
+    """They are an error where RoPE would change for the whole text, and a note elsewhere."""
+    factors = [1.0, 1.1, 1.3, 1.6]
+    rope = {"rope_type": kind, "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": factors, "long_factor": factors} if kind == "longrope" else {}
+    sizes = {"max_position_embeddings": 256 if kind == "longrope" else 64, "hidden_size": 32, "head_dim": None}
+    sizes |= {"original_max_position_embeddings": 64} if kind == "longrope" else {}
+    family = "phi3" if kind == "longrope" else "llama"
+    tiny_config.model.path = str(hf_model_dir(family, rope_parameters=rope, **sizes)[0])
+    tiny_config.data.path = write_rows(tmp_path / "train.jsonl", tiny.problems()[:20])
+    tiny_config.lengths.max_length = 65
+    exceeds = "lengths.max_length=65 exceeds the model's 64 positions"
+    if kind == "default":
+        assert exceeds in prepare(config.resolve(tiny_config), None).notes
+        return
+    with pytest.raises(ValueError, match=rf"{exceeds}, and its RoPE \({kind}\) rotates all tokens"):
+        prepare(config.resolve(tiny_config), None)
+    tiny_config.lengths.max_length = 64
+    assert exceeds not in prepare(config.resolve(tiny_config), None).notes
