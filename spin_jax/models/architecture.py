@@ -24,6 +24,7 @@ _POSITIVE += ("factor", "low_freq_factor", "high_freq_factor", "attention_factor
 _POSITIVE += ("attention_softcap", "logit_softcap", "attn_logit_softcapping", "final_logit_softcapping")
 _POSITIVE += ("beta_fast", "beta_slow", "rope_local_theta", "embedding_scale", "residual_scale", "logit_scale")
 _POSITIVE += ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+_POSITIVE += ("swiglu_alpha", "swiglu_limit")
 
 
 def check_constants(constants: Mapping[str, Any]) -> None:
@@ -105,15 +106,17 @@ class ModelConfig:
     qk_norm_whole: bool = False  # with qk_norm: over all heads together
     qkv_bias: bool = False
     output_bias: bool = False  # of attention's output projection
-    mlp_bias: bool = False
+    mlp_bias: bool = False  # with experts, also of the router
     head_bias: bool = False
     gated: bool = True  # True: down(act(gate) · up); False: down(act(up))
+    clamp: tuple[float, float] | None = None  # (α, n): gate · σ(α gate) · (up + 1), with gate ≤ n and |up| ≤ n
     num_experts: int = 0  # MLPs that the router chooses from; 0: one MLP, no router
     experts_per_token: int = 0
     normed_shares: bool = True  # the weights of the chosen experts sum to 1
     embedding_scale: float | None = None  # multiplies embeddings
     residual_scale: float | None = None  # multiplies the outputs of attention and MLP
     query_scale: float | None = None  # multiplies scores; None: H^−½
+    sinks: bool = False  # the softmax of each head has one more score, of no key
     attention_softcap: float | None = None  # tanh keeps scores within ± this number
     logit_scale: float | None = None  # multiplies logits
     logit_softcap: float | None = None

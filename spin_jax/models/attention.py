@@ -25,10 +25,10 @@ _BLOCK = 96  # queries in a block of `plain`; a long row has larger blocks,
 _MOST_BLOCKS = 8  # because each block is compiled separately
 
 
-def kernel_for(platform: str, dtype: Any) -> str:
-    """The kernel for a platform; float32 takes plain: splash is less precise, and flash is slow."""
+def kernel_for(platform: str, dtype: Any, sinks: bool = False) -> str:
+    """The kernel for a platform. Float32 takes plain: splash is less precise, and flash is slow. So do sinks."""
     kernels = {"tpu": "splash", "gpu": "flash", "cuda": "flash"}
-    return "plain" if dtype == jnp.float32 else kernels.get(platform, "plain")
+    return "plain" if dtype == jnp.float32 or sinks else kernels.get(platform, "plain")
 
 
 def attend(
@@ -40,6 +40,7 @@ def attend(
     window: int | None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
     kernel: str = "plain",
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention among the tokens of each row; softmax in float32.
@@ -49,14 +50,17 @@ def attend(
         window: a token sees itself and the window − 1 tokens before it; None: all tokens before it.
         scale: multiplies the scores; None: H^−½.
         softcap: tanh keeps scores within ± this number; None: no limit.
+        sinks: one more score for each head's softmax, of no key (arXiv 2309.17453); only plain has them.
         kernel: "plain", "splash" (TPU; `layout.unshared` has a multiple of 128 tokens) or "flash" (CUDA). The
             last two do not support segments below zero, and are interpreted on CPU.
     """
     narrow = window is not None and window < layout.positions.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if kernel == "plain":
-        out = _attend_in_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), layout, window, scale, softcap)
+        out = _attend_in_blocks(q, k.swapaxes(1, 2), v.swapaxes(1, 2), layout, window, scale, softcap, sinks)
         return checkpoint_name(out, KEPT)
+    if sinks is not None:
+        raise ValueError(f"the kernel {kernel!r} has no attention sinks, which this model has: plain has them")
     window = window if narrow else None
     options: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap, "interpret": on_cpu()}
     if kernel == "splash":
@@ -89,6 +93,7 @@ def plain(
     window: int | None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes every score under a mask: the kernels' reference. It also reads caches: heads come first."""
     seen = visible(queries, keys, window)
@@ -99,12 +104,15 @@ def plain(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, precision=precision)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if sinks is not None:  # the weight of all keys together
+        sinks = sharding.grouped(sinks.astype(jnp.float32)[:, None], k.shape[1])[..., None]
+        weights *= jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1, keepdims=True) - sinks)
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v, precision=precision)
     return sharding.merged_heads(jnp.moveaxis(out, 3, 1))
 
 
-def _attend_in_blocks(q, k, v, layout: Layout, window, scale, softcap) -> Float[Array, "B T N H"]:
+def _attend_in_blocks(q, k, v, layout: Layout, window, scale, softcap, sinks) -> Float[Array, "B T N H"]:
     """Runs `plain` on one block of queries at a time, without later keys: half the scores, in small parts."""
     T = q.shape[1]
     block = max(_BLOCK, -(-T // _MOST_BLOCKS))
@@ -116,7 +124,7 @@ def _attend_in_blocks(q, k, v, layout: Layout, window, scale, softcap) -> Float[
     for start in range(0, T, block):
         end = start + block
         earlier, layouts = (k[:, :, :end], v[:, :, :end]), (layout_part(end, start), layout_part(end))
-        parts.append(plain(q[:, start:end], *earlier, *layouts, window, scale, softcap))
+        parts.append(plain(q[:, start:end], *earlier, *layouts, window, scale, softcap, sinks))
     return jnp.concatenate(parts, axis=1)
 
 

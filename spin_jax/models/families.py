@@ -30,6 +30,7 @@ class Tensor(NamedTuple):
 
     name: str
     inputs: int | None = 0  # None: the checkpoint has our layout
+    alternate: bool = False  # parameters with the same name take turns along the last dimension
 
 
 LLAMA: dict[str, Tensor] = {
@@ -103,6 +104,19 @@ QWEN3_MOE = LLAMA | {
     "layers/mlp/gate": Tensor(f"{_QWEN_EXPERT}.gate_proj.weight", 1),
     "layers/mlp/up": Tensor(f"{_QWEN_EXPERT}.up_proj.weight", 1),
     "layers/mlp/down": Tensor(f"{_QWEN_EXPERT}.down_proj.weight", 1),
+}
+
+_GPT_OSS_EXPERTS = "model.layers.{layer}.mlp.experts"
+GPT_OSS = LLAMA | {
+    "layers/attention/sinks": Tensor("model.layers.{layer}.self_attn.sinks"),
+    "layers/mlp/router": Tensor("model.layers.{layer}.mlp.router.weight", 1),
+    "layers/mlp/router_bias": Tensor("model.layers.{layer}.mlp.router.bias"),
+    "layers/mlp/gate": Tensor(f"{_GPT_OSS_EXPERTS}.gate_up_proj", None, alternate=True),
+    "layers/mlp/up": Tensor(f"{_GPT_OSS_EXPERTS}.gate_up_proj", None, alternate=True),
+    "layers/mlp/gate_bias": Tensor(f"{_GPT_OSS_EXPERTS}.gate_up_proj_bias", None, alternate=True),
+    "layers/mlp/up_bias": Tensor(f"{_GPT_OSS_EXPERTS}.gate_up_proj_bias", None, alternate=True),
+    "layers/mlp/down": Tensor(f"{_GPT_OSS_EXPERTS}.down_proj", None),
+    "layers/mlp/down_bias": Tensor(f"{_GPT_OSS_EXPERTS}.down_proj_bias", None),
 }
 
 
@@ -345,6 +359,24 @@ def _qwen3_moe(hf: HF) -> ModelConfig:
     )
 
 
+def _gpt_oss(hf: HF) -> ModelConfig:
+    if (hf.get("quantization_config") or {}).get("quant_method") == "mxfp4":  # mxfp4.py reads it
+        hf = {**hf, "quantization_config": None}
+    clamp = {"swiglu_alpha": hf.get("swiglu_alpha", 1.702), "swiglu_limit": hf.get("swiglu_limit", 7.0)}
+    check_constants(clamp)
+    bias = bool(hf.get("attention_bias"))
+    return ModelConfig(
+        **_options(hf, windows=_windows(hf)),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=True,
+        sinks=True,
+        clamp=tuple(map(float, clamp.values())),
+        num_experts=hf["num_local_experts"],
+        experts_per_token=hf["num_experts_per_tok"],
+    )
+
+
 class Family(NamedTuple):
     architecture: str  # its class in transformers and vLLM
     config: Callable[[HF], ModelConfig]
@@ -357,6 +389,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family("Gemma3ForCausalLM", _gemma3, GEMMA2),
     "glm": Family("GlmForCausalLM", _glm, GLM),
     "glm4": Family("Glm4ForCausalLM", _glm4, GLM4),
+    "gpt_oss": Family("GptOssForCausalLM", _gpt_oss, GPT_OSS),
     "granite": Family("GraniteForCausalLM", _granite, LLAMA),
     "llama": Family("LlamaForCausalLM", _llama, LLAMA),
     "ministral": Family("MinistralForCausalLM", _ministral, LLAMA),

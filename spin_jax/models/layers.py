@@ -106,6 +106,16 @@ class Norm(nn.Module):
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
 
 
+def _gated(config: ModelConfig, gate: Array, up: Array) -> Array:
+    """What the gate lets through, in float32."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if config.clamp is None:
+        return _ACTIVATIONS[config.activation](gate) * up
+    alpha, limit = config.clamp
+    gate = jnp.minimum(gate, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (jnp.clip(up, -limit, limit) + 1)
+
+
 class _Projections(nn.Module):
     """Weights with logical axes for attention and MLP; they are cast and gathered when they are used."""
 
@@ -168,7 +178,8 @@ class Attention(_Projections):
             norm = functools.partial(Norm, c.norm, c.norm_eps, dimensions=2 if c.qk_norm_whole else 1)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         q, k = self._positioned(q, k, layout.positions)
-        options = {"window": self.window, "scale": c.query_scale, "softcap": c.attention_softcap}
+        sinks = self.bias("sinks", ("heads",), (N,)) if c.sinks else None
+        options = {"window": self.window, "scale": c.query_scale, "softcap": c.attention_softcap, "sinks": sinks}
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cache is None:
             out = attend(q, k, v, layout, kernel=self.kernel, **options)
@@ -205,12 +216,12 @@ class Attention(_Projections):
             q = (q * growth[:, :, None, None]).astype(q.dtype)
         return q, k
 
-    def _attend_ring(self, q, k, v, layout: Layout, column, *, window, scale, softcap) -> Array:
+    def _attend_ring(self, q, k, v, layout: Layout, column, *, window, scale, softcap, sinks) -> Array:
         """Attention of the new tokens to the ring cache, where they start at `column`."""
         (T, S), newest = (q.shape[1], k.shape[2]), layout.positions[:, -1]
         if T > 1 or self.kernel != "flash":
             seen = ring_layout(newest, column + T - 1, S)
-            return plain(q, k, v, layout, seen, window, scale, softcap)
+            return plain(q, k, v, layout, seen, window, scale, softcap, sinks)
         lengths = jnp.minimum(newest + 1, min(window or S, S))
         lengths = jnp.where(layout.segments[:, -1] > 0, lengths, 0)
         read = functools.partial(flash_decode.attend, scale=scale, softcap=softcap, interpret=on_cpu())
@@ -221,7 +232,7 @@ class MLP(_Projections):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        act, D, F = _ACTIVATIONS[c.activation], c.hidden_size, c.intermediate_size
+        D, F = c.hidden_size, c.intermediate_size
 
         def widened(name: str) -> Array:
             wide = self.linear("BTD,DF->BTF", x, name, ("embed", "mlp"), (D, F))
@@ -233,10 +244,11 @@ class MLP(_Projections):
             wide = self.linear("BTD,DMF->BTMF", x, "gate_up", ("embed", None, "mlp"), (D, 2, F))
             if c.mlp_bias:
                 wide += self.bias("gate_up_bias", (None, "mlp"), (2, F))
-            wide = wide.astype(jnp.float32)
-            inner = act(wide[:, :, 0]) * wide[:, :, 1]
+            inner = _gated(c, wide[:, :, 0], wide[:, :, 1])
+        elif c.gated:
+            inner = _gated(c, widened("gate"), widened("up"))
         else:
-            inner = act(widened("gate")) * widened("up") if c.gated else act(widened("up"))
+            inner = _ACTIVATIONS[c.activation](widened("up"))
         rows = ("batch", None, None)
         out = self.linear("BTF,FD->BTD", inner.astype(self.dtype), "down", ("mlp", "embed"), (F, D), out=rows)
         return out + self.bias("down_bias", (None,), (D,)) if c.mlp_bias else out
@@ -253,14 +265,19 @@ class Experts(_Projections):
         c = self.config
         D, F, E = c.hidden_size, c.intermediate_size, c.num_experts
         scores = self.einsum("BTD,DE->BTE", x, self.weight("router", ("embed", None), (D, E)))
-        probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
         wide, narrow = (None, "embed", "mlp"), (None, "mlp", "embed")
         weights = [self.weight(name, wide, (E, D, F)) for name in ("gate", "up")]
-        return sharding.by_rows(self._run_experts, x, probabilities, *weights, self.weight("down", narrow, (E, F, D)))
+        weights.append(self.weight("down", narrow, (E, F, D)))
+        if c.mlp_bias:
+            scores += self.bias("router_bias", (None,), (E,))
+            weights += [self.bias(name, (None, "mlp"), (E, F)) for name in ("gate_bias", "up_bias")]
+            weights.append(self.bias("down_bias", (None, None), (E, D)))
+        probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+        return sharding.by_rows(self._run_experts, x, probabilities, *weights)
 
-    def _run_experts(self, x, probabilities, gate, up, down):
+    def _run_experts(self, x, probabilities, gate, up, down, *biases):
         """The output for one device's tokens, with all experts or a slice of the width of each."""
-        act, chosen = _ACTIVATIONS[self.config.activation], self.config.experts_per_token
+        chosen = self.config.experts_per_token
         tokens = x.reshape(-1, x.shape[-1])
         shares, experts = lax.top_k(probabilities.reshape(len(tokens), -1), chosen)
         if self.config.normed_shares:
@@ -268,11 +285,18 @@ class Experts(_Projections):
         shares = shares.reshape(-1)
         order = jnp.argsort(experts.reshape(-1))
         sizes = jnp.bincount(experts.reshape(-1), length=len(gate))
-        dot = functools.partial(lax.ragged_dot, group_sizes=sizes, precision=matmul_precision(self.dtype))
+        gate_bias, up_bias, down_bias = biases or (None, None, None)
+        if down_bias is not None:  # the results of devices with slices are summed: each one adds its share
+            down_bias *= down.shape[1] / self.config.intermediate_size
+
+        def dot(rows, weight, bias):
+            product = lax.ragged_dot(rows, weight, sizes, precision=matmul_precision(self.dtype))
+            return product if bias is None else product + bias[experts.reshape(-1)[order]]
+
         rows = tokens[order // chosen]
-        gate, up = checkpoint_name(dot(rows, gate), "gate"), checkpoint_name(dot(rows, up), "up")
-        inner = act(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        out = dot(inner.astype(x.dtype), down) * shares[order][:, None].astype(x.dtype)
+        gate, up = checkpoint_name(dot(rows, gate, gate_bias), "gate"), checkpoint_name(dot(rows, up, up_bias), "up")
+        inner = _gated(self.config, gate, up).astype(x.dtype)
+        out = dot(inner, down, down_bias) * shares[order][:, None].astype(x.dtype)
         return jnp.zeros_like(tokens).at[order // chosen].add(out).reshape(x.shape)
 
 

@@ -27,7 +27,7 @@ from spin_jax.models.architecture import Model, ModelConfig, Params, check_const
 from spin_jax.models.families import FAMILIES, TRANSFORMERS_4, family, model_config, text_part
 from spin_jax.models.params import abstract_params
 from spin_jax.models.tokenizers import check_vocabulary, load_tokenizer
-from spin_jax.models.weight_files import Part, from_hf, parts_of
+from spin_jax.models.weight_files import Part, from_hf, parts_of, split
 from spin_jax.runtime import sharding
 from spin_jax.storage import files, hub, seals
 
@@ -97,12 +97,9 @@ def _views(flat: Mapping[str, Any], stored: Mapping[str, list[Part]], tensors: M
     """The checkpoint's arrays for each parameter path, viewed in our shapes."""
     views: dict[str, np.ndarray] = {}
     for name, parts in stored.items():
-        start = 0
-        for part in parts:
+        for part, rows in zip(parts, split(parts, tensors[name]), strict=True):
             axes = flat[part.path].shape[: len(part.at)]
-            end = start + part.stored[0]
-            views.setdefault(part.path, np.empty(axes, object))[part.at] = from_hf(part, tensors[name][start:end])
-            start = end
+            views.setdefault(part.path, np.empty(axes, object))[part.at] = from_hf(part, rows)
     return views
 
 
@@ -217,8 +214,8 @@ def describe(
     hf_config["tie_word_embeddings"] = config.tie_word_embeddings
     if (first := config.max_position_embeddings) < (longest := hf_config["max_position_embeddings"]):
         notes.append(
-            f"{directory}: texts of up to {first} tokens are read (original_max_position_embeddings), not of {longest}, "
-            "because longrope rotates all tokens of a longer text by other angles"
+            f"{directory}: texts of up to {first} tokens (original_max_position_embeddings) are read, not of "
+            f"{longest}, because longrope rotates all tokens of a longer text by other angles"
         )
     tokenizer = load_tokenizer(directory, chat_template, notes)
     check_vocabulary(tokenizer, config, path, notes)

@@ -14,7 +14,7 @@ from safetensors import numpy as safetensors_numpy
 from spin_jax.models.architecture import Model
 from spin_jax.models.families import FAMILIES
 from spin_jax.models.tokenizers import save_tokenizer
-from spin_jax.models.weight_files import Part, parts_of, to_hf
+from spin_jax.models.weight_files import Part, join, parts_of, to_hf
 from spin_jax.runtime import processes, sharding
 from spin_jax.storage import files, seals
 
@@ -46,8 +46,9 @@ def _plan_shards(stored: Mapping[str, list[Part]], sizes: Mapping[str, int]) -> 
 
 def _export_config(model: Model, dtype: Any) -> dict[str, Any]:
     """config.json with the keys of transformers 5 and of older versions, which vLLM and others read."""
-    # `auto_map` is left out: it names code that is neither exported nor needed.
-    config = {k: v for k, v in model.hf_config.items() if not k.startswith("_") and k != "auto_map"}
+    # `auto_map` names code that is neither exported nor needed, and the exported weights are not quantized.
+    absent = ("auto_map", "quantization_config")
+    config = {k: v for k, v in model.hf_config.items() if not k.startswith("_") and k not in absent}
     rope = dict(config.get("rope_parameters") or {})
     if "full_attention" in rope:  # layers with a window have their own (Gemma 3)
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
@@ -117,7 +118,7 @@ def save(
             arrays = [_gather(part, flat[part.path], dtype) for part in stored[name]]
             if processes.turn(number) and not failure:
                 rows = [to_hf(part, np.asarray(array)) for part, array in zip(stored[name], arrays, strict=True)]
-                tensors[name] = rows[0] if len(rows) == 1 else np.concatenate(rows)
+                tensors[name] = join(stored[name], rows)
         if tensors:
             try:
                 files.write_here(directory / file, safetensors_numpy.save(tensors, {"format": "pt"}))

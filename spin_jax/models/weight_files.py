@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from spin_jax.models import mxfp4
 from spin_jax.models.architecture import ModelConfig
 from spin_jax.models.families import FAMILIES, LLAMA, Tensor
 from spin_jax.storage import files
@@ -28,6 +29,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_STORED = DTYPES | {"U8": np.dtype(np.uint8)}  # mxfp4.py unpacks the last one
 _PREFIX, _EMBED, _HEAD = "model.", LLAMA["embed"].name, LLAMA["head"].name  # names that all families share
 _QUANTIZED = (".qweight", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax", ".SCB")
 _BUFFERS = ("rotary_emb.inv_freq", ".masked_bias")  # old checkpoints hold them, and nobody reads them
@@ -45,7 +47,7 @@ class Stored(NamedTuple):
     offset: int
 
     def map(self) -> np.ndarray:
-        return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
+        return np.memmap(self.path, _STORED[self.dtype], "r", self.offset, self.shape)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -90,7 +92,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
             ):
                 spans.append((first, last, name))
                 given = last - first
-                needed = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else given
+                needed = math.prod(shape) * _STORED[dtype].itemsize if dtype in _STORED else given
                 if needed != given:
                     problems.append(f"{name}: {shape} of {dtype} take {needed} bytes, and its data_offsets {given}")
                 elif start + last <= size:
@@ -150,7 +152,7 @@ class _Headers(NamedTuple):
     """What the headers of a checkpoint's files say."""
 
     places: dict[str, str]  # the file of each tensor
-    tensors: dict[str, dict[str, Stored | None]]  # of each file whose header is readable
+    tensors: dict[str, dict[str, Any]]  # `Stored`, `Packed` or None, of each file whose header is readable
     problems: list[str]
     notes: list[str]
 
@@ -181,7 +183,7 @@ def _read_headers(directory: Path) -> _Headers:
             f"{directory} holds a whole model and an adapter ({found[0].name}): does the model contain it? If it does, "
             "remove the files adapter_*; if not, merge them (peft's merge_and_unload) and give the result"
         )
-    tensors: dict[str, dict[str, Stored | None]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
     problems = []
     for file in names:
         try:
@@ -191,6 +193,8 @@ def _read_headers(directory: Path) -> _Headers:
         problems += [f"{file} {problem}" for problem in file_problems]
     if whole_file.exists():
         places = dict.fromkeys(tensors.get(whole_file.name, ()), whole_file.name)
+    if mxfp4.pair(places, tensors):
+        notes.append(f"{directory}: weights in MXFP4 are read as bfloat16, and exports have no quantized weights")
     return _Headers(places, tensors, problems, notes)
 
 
@@ -251,7 +255,7 @@ def has_own_head(directory: Path, wanted: Collection[str]) -> bool:
     return not all(np.array_equal(a[i : i + 4096], b[i : i + 4096]) for i in range(0, len(a), 4096))
 
 
-def locate(directory: Path, wanted: Mapping[str, Sequence["Part"]]) -> tuple[dict[str, Stored], list[str]]:
+def locate(directory: Path, wanted: Mapping[str, Sequence["Part"]]) -> tuple[dict[str, Any], list[str]]:
     """The place of each wanted tensor, which stacks these parts, in its file, and notes; only headers are read.
 
     Raises:
@@ -274,8 +278,7 @@ def locate(directory: Path, wanted: Mapping[str, Sequence["Part"]]) -> tuple[dic
             missing.append(f"{name_there}: in {others[0]}{says}" if others else f"{name_there}: missing")
         elif stored := found[file][name_there]:
             located[name] = stored
-            rows, *rest = zip(*(part.stored for part in parts), strict=True)
-            shape = (sum(rows), *(sizes[0] for sizes in rest))
+            shape = shape_of(parts)
             if stored.dtype not in DTYPES:
                 problems.append(f"{name_there}: {stored.dtype}; only {', '.join(DTYPES)} are read")
             elif stored.shape != shape:
@@ -339,6 +342,29 @@ def parts_of(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, list[Par
                 name = tensor.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
                 found.setdefault(name, []).append(Part(path, index, tensor, shape[axes:]))
     return found
+
+
+def shape_of(parts: Sequence[Part]) -> tuple[int, ...]:
+    """The shape of the checkpoint's tensor that holds these parts."""
+    shapes = [part.stored for part in parts]
+    if parts[0].tensor.alternate:
+        return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def split(parts: Sequence[Part], tensor: np.ndarray) -> list[np.ndarray]:
+    """Views of the parts of a checkpoint's tensor."""
+    if parts[0].tensor.alternate:
+        return [tensor[..., number :: len(parts)] for number in range(len(parts))]
+    ends = itertools.accumulate(part.stored[0] for part in parts)
+    return [tensor[end - part.stored[0] : end] for part, end in zip(parts, ends, strict=True)]
+
+
+def join(parts: Sequence[Part], arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The checkpoint's tensor of these parts."""
+    if parts[0].tensor.alternate:
+        return np.stack(arrays, axis=-1).reshape(shape_of(parts))
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def from_hf(part: Part, rows: np.ndarray) -> np.ndarray:

@@ -104,7 +104,7 @@ def answer(
 
 def _answer_on(mesh: jax.sharding.Mesh, model: Model, prompts: Sequence[Ids], keys: Array, **options: Any) -> list[Ids]:
     """`answer_prompts` with a copy of the model's weights that is laid out on this mesh."""
-    kernel = kernel_for(mesh.devices.flat[0].platform, model.dtype)
+    kernel = kernel_for(mesh.devices.flat[0].platform, model.dtype, model.config.sinks)
     decoder = Decoder(model.config, dtype=model.dtype, kernel=kernel)
     params = sampling_params(model.params, model.config, model.dtype, mesh)
     return answer_prompts(decoder, params, prompts, keys, mesh=mesh, **options)

@@ -36,7 +36,9 @@ def kernel(config: Config, model: Model) -> str:
     """The kernel of attention. `official` needs `plain`, which alone can hide tokens from all others."""
     if config.official:
         return "plain"
-    return config.model.attention or kernel_for(model.mesh.devices.flat[0].platform, model.dtype)
+    if model.config.sinks and config.model.attention not in (None, "plain"):
+        raise ValueError(f"model.attention={config.model.attention}: only plain has this model's attention sinks")
+    return config.model.attention or kernel_for(model.mesh.devices.flat[0].platform, model.dtype, model.config.sinks)
 
 
 def spin(config: Config, model: Model) -> SPIN:

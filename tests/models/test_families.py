@@ -166,12 +166,26 @@ CASES = {
     "GLM-4-9B-chat": ("glm", {"attention_bias": False, "partial_rotary_factor": 0.25, "rope_parameters": None}),
     "GLM-4-0414": ("glm4", {"partial_rotary_factor": 0.5, "rope_parameters": None}),
     "Seed-OSS": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.9,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
     "Ministral": ("ministral", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
     "Ministral 3": (
         "ministral3",
         {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.5}},
     ),
 }
+if not hasattr(transformers.GptOssConfig(), "swiglu_alpha"):  # older transformers has them as constants
+    del CASES["gpt-oss"][1]["swiglu_alpha"], CASES["gpt-oss"][1]["swiglu_limit"]
 if "full_attention" not in (transformers.Olmo3Config().rope_parameters or {}):
     del CASES["OLMo 3"]  # older transformers scale also the RoPE of layers with a window
 
@@ -258,7 +272,7 @@ def test_an_export_speaks_to_readers_of_transformers_4(case, loaded, tmp_path):
     assert families.model_config(loading._read_hf_config(tmp_path / "out")) == loaded.config
 
 
-@pytest.mark.parametrize("name", ["Gemma 2", "Mixtral", "OLMo 2", "Phi-2", "Qwen3"])
+@pytest.mark.parametrize("name", ["Gemma 2", "Mixtral", "OLMo 2", "Phi-2", "Qwen3", "gpt-oss"])
 def test_eight_devices_are_one(name, hf_model_dir, mesh, mesh8):
     """Split over data, fsdp and tensor, in float32: sums of another order, 1e-4 as above."""
     family, options = CASES[name]
@@ -271,7 +285,7 @@ def test_eight_devices_are_one(name, hf_model_dir, mesh, mesh8):
     assert next(answers) == next(answers)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Gemma 2"])
+@pytest.mark.parametrize("name", ["Mixtral", "Gemma 2", "gpt-oss"])
 def test_gradients_of_eight_devices_are_those_of_one(name, hf_model_dir, mesh, mesh8):
     """Of all weights, experts among them; float32, 1e-4 of each one's largest."""
     family, options = CASES[name]

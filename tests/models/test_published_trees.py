@@ -486,7 +486,7 @@ PUBLISHED = {
             "pad_token_id": 32000,
             "transformers_version": "4.40.2",
         },
-        notes=(r"texts of up to 4096 tokens are read \(original_max_position_embeddings\), not of 131072",),
+        notes=(r"texts of up to 4096 tokens \(original_max_position_embeddings\) are read, not of 131072",),
     ),
     "HuggingFaceTB/SmolLM3-3B": Published(
         _4
