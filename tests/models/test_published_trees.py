@@ -646,6 +646,67 @@ PUBLISHED = {
             "transformers_version": "4.55.0",
         },
     ),
+    "openai/gpt-oss-20b": Published(
+        {
+            "architectures": ["GptOssForCausalLM"],
+            "attention_bias": True,
+            "attention_dropout": 0.0,
+            "eos_token_id": 200002,
+            "experts_per_token": 4,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 32,
+            "initial_context_length": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "max_position_embeddings": 131072,
+            "model_type": "gpt_oss",
+            "num_attention_heads": 4,
+            "num_experts_per_tok": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 32,
+            "output_router_logits": False,
+            "pad_token_id": 199999,
+            "quantization_config": {
+                "modules_to_not_convert": [
+                    "model.layers.*.self_attn",
+                    "model.layers.*.mlp.router",
+                    "model.embed_tokens",
+                    "lm_head",
+                ],
+                "quant_method": "mxfp4",
+            },
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "rope_type": "yarn",
+                "truncate": False,
+            },
+            "rope_theta": 150000,
+            "router_aux_loss_coef": 0.9,
+            "sliding_window": 128,
+            "swiglu_limit": 7.0,
+            "tie_word_embeddings": False,
+            "transformers_version": "4.55.0.dev0",
+            "use_cache": True,
+            "vocab_size": 201088,
+        },
+        f"{CARD} LICENSE USAGE_POLICY {TOKENIZER} chat_template.jinja metal/model.bin original/config.json "
+        "original/dtypes.json original/model.safetensors",
+        "model.layers.0.mlp.experts.down_proj_scales",
+        {
+            "bos_token_id": 199998,
+            "do_sample": True,
+            "eos_token_id": [200002, 199999],
+            "pad_token_id": 199999,
+            "transformers_version": "4.55.0.dev0",
+        },
+        notes=("weights in MXFP4 are read as bfloat16, and exports have no quantized weights",),
+    ),
     "written again by transformers 4.57, with two chat templates": Published(
         {name: value for name, value in _4.items() if name != "torch_dtype"}
         | HEADS
@@ -708,6 +769,7 @@ def tree(request, tmp_path):
 def _write_weights(one: Published, directory):
     """Random weights in the dtype and under the names of the published ones."""
     config = transformers.AutoConfig.from_pretrained(directory)
+    config.__dict__.pop("quantization_config", None)
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings  # Mistral 3's two parts differ there
     torch.manual_seed(0)
     model = getattr(transformers, one.config["architectures"][0])(config)
@@ -722,8 +784,25 @@ def _write_weights(one: Published, directory):
         path = directory / "model.safetensors"
         tensors = load_file(path)
         save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, path, {"format": "pt"})
+    if "quantization_config" in one.config:
+        _quantize(directory)
     names = {name for path in directory.glob("*.safetensors") for name in load_file(path)}
     assert one.tensor in names
+
+
+def _quantize(directory):
+    """Random MXFP4 in place of the weights of experts."""
+    rng, index = np.random.default_rng(0), files.read_json(directory / "model.safetensors.index.json")
+    for path in directory.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inputs, outputs = tensors.pop(name).shape
+            tensors[f"{name}_blocks"] = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8)
+            tensors[f"{name}_scales"] = rng.integers(122, 126, (experts, outputs, inputs // 32), np.uint8)
+            file = index["weight_map"].pop(name)
+            index["weight_map"] |= {f"{name}_blocks": file, f"{name}_scales": file}
+        save_file(tensors, path, {"format": "pt"})
+    files.write_json(directory / "model.safetensors.index.json", index)
 
 
 def _write_tokenizer(one: Published, directory):
@@ -764,7 +843,7 @@ def test_a_published_directory(tree, torch_logits, mesh, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **how)
     np.testing.assert_allclose(torch_logits(again, TOKENS), expected, atol=1e-5)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert not {"auto_map", "_name_or_path"} & written.keys()
+    assert not {"auto_map", "_name_or_path", "quantization_config"} & written.keys()
     assert loading.describe(str(tmp_path / "out"))[0].config == model.config
 
 
