@@ -219,7 +219,7 @@ class Attention(_Projections):
     def _attend_ring(self, q, k, v, layout: Layout, column, *, window, scale, softcap, sinks) -> Array:
         """Attention of the new tokens to the ring cache, where they start at `column`."""
         (T, S), newest = (q.shape[1], k.shape[2]), layout.positions[:, -1]
-        if T > 1 or self.kernel != "flash":
+        if T > 1 or self.kernel != "flash" or sinks is not None:
             seen = ring_layout(newest, column + T - 1, S)
             return plain(q, k, v, layout, seen, window, scale, softcap, sinks)
         lengths = jnp.minimum(newest + 1, min(window or S, S))

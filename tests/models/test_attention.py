@@ -258,6 +258,14 @@ def test_which_kernel_runs_where():
     assert {kernel_for(platform, jnp.float32) for platform in names} == {"plain"}
 
 
+def test_sinks_have_one_kernel():
+    """It is chosen by itself; another one that the user names is an error."""
+    assert {kernel_for(platform, jnp.bfloat16, sinks=True) for platform in ("cpu", "tpu", "gpu")} == {"plain"}
+    q, layout = jnp.zeros((1, 2, 2, 16)), Layout(jnp.arange(2)[None], jnp.ones((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match="the kernel 'flash' has no attention sinks"):
+        attend(q, q, q, layout, window=None, sinks=jnp.zeros(2), kernel="flash")
+
+
 # --- kernels in a decoder -------------------------------------------------------------------------
 
 
