@@ -6,6 +6,8 @@ without a TPU or GPU is told as well: that they compile or lower for one, and ho
 
 import functools
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -264,6 +266,9 @@ def test_sinks_have_one_kernel():
     q, layout = jnp.zeros((1, 2, 2, 16)), Layout(jnp.arange(2)[None], jnp.ones((1, 2), jnp.int32))
     with pytest.raises(ValueError, match="the kernel 'flash' has no attention sinks"):
         attend(q, q, q, layout, window=None, sinks=jnp.zeros(2), kernel="flash")
+    named = SimpleNamespace(official=False, model=SimpleNamespace(attention="splash"))
+    with pytest.raises(ValueError, match="model.attention=splash: only plain has this model's attention sinks"):
+        from_config.kernel(cast(Any, named), cast(Any, SimpleNamespace(config=SimpleNamespace(sinks=True))))
 
 
 # --- kernels in a decoder -------------------------------------------------------------------------

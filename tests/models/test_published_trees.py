@@ -735,6 +735,8 @@ PUBLISHED = {
 }
 if transformers.GemmaConfig(hidden_act="gelu").hidden_act == "gelu":  # older transformers takes it for the exact one
     del PUBLISHED["google/gemma-2b-it"]
+if not hasattr(transformers.PhiConfig(), "pad_token_id"):  # transformers 5.0 cannot build it
+    del PUBLISHED["microsoft/phi-2"]
 
 
 @pytest.fixture(params=PUBLISHED)
@@ -830,7 +832,7 @@ def test_a_published_directory(tree, torch_logits, mesh, tmp_path):
         assert re.search(pattern, note)
 
     how = {"dtype": torch.float32, "attn_implementation": "eager"}
-    reference = getattr(transformers, one.config["architectures"][0]).from_pretrained(directory, **how)
+    reference = getattr(transformers, one.config["architectures"][0]).from_pretrained(directory, **how).float()
     expected = torch_logits(reference, TOKENS)
     np.testing.assert_allclose(np.asarray(spin_jax.logits(model, TOKENS)), expected, atol=1e-4)
 
