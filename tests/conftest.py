@@ -110,7 +110,7 @@ def hf_model_dir(tmp_path_factory):
             for name, weight in model.named_parameters():
                 if (
                     weight.ndim == 1 or "bias" in name
-                ):  # norms of ones and biases of zeros: two exchanged would not show
+                ):  # of ones or zeros: two exchanged would not show
                     torch.nn.init.uniform_(weight, *((-0.5, 0.5) if "bias" in name else (0.5, 1.5)))
             model = model.to(getattr(torch, dtype)).eval()
             real = config.vocab_size == 32000 and (SHARED / "mistral_tokenizer").exists()

@@ -267,7 +267,7 @@ def test_sinks_have_one_kernel():
     with pytest.raises(ValueError, match="the kernel 'flash' has no attention sinks"):
         attend(q, q, q, layout, window=None, sinks=jnp.zeros(2), kernel="flash")
     named = SimpleNamespace(official=False, model=SimpleNamespace(attention="splash"))
-    with pytest.raises(ValueError, match="model.attention=splash: only plain has this model's attention sinks"):
+    with pytest.raises(ValueError, match=r"model.attention=splash: only plain has this model's attention sinks"):
         from_config.kernel(cast(Any, named), cast(Any, SimpleNamespace(config=SimpleNamespace(sinks=True))))
 
 
