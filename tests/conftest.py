@@ -108,9 +108,7 @@ def hf_model_dir(tmp_path_factory):
             config._attn_implementation = "eager"
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             for name, weight in model.named_parameters():
-                if (
-                    weight.ndim == 1 or "bias" in name
-                ):  # of ones or zeros: two exchanged would not show
+                if weight.ndim == 1 or "bias" in name:  # of ones or zeros: two exchanged would not show
                     torch.nn.init.uniform_(weight, *((-0.5, 0.5) if "bias" in name else (0.5, 1.5)))
             model = model.to(getattr(torch, dtype)).eval()
             real = config.vocab_size == 32000 and (SHARED / "mistral_tokenizer").exists()

@@ -362,16 +362,13 @@ def _qwen3_moe(hf: HF) -> ModelConfig:
 def _gpt_oss(hf: HF) -> ModelConfig:
     if (hf.get("quantization_config") or {}).get("quant_method") == "mxfp4":  # mxfp4.py reads it
         hf = {**hf, "quantization_config": None}
-    clamp = {"swiglu_alpha": hf.get("swiglu_alpha", 1.702), "swiglu_limit": hf.get("swiglu_limit", 7.0)}
-    check_constants(clamp)
-    bias = bool(hf.get("attention_bias"))
-    return ModelConfig(
-        **_options(hf, windows=_windows(hf)),
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp_bias=True,
+    alpha, limit = hf.get("swiglu_alpha", 1.702), hf.get("swiglu_limit", 7.0)  # older transformers has no such keys
+    check_constants({"swiglu_alpha": alpha, "swiglu_limit": limit})
+    return dataclasses.replace(
+        _llama({**hf, "mlp_bias": True}),
+        windows=_windows(hf),
         sinks=True,
-        clamp=tuple(map(float, clamp.values())),
+        clamp=(float(alpha), float(limit)),
         num_experts=hf["num_local_experts"],
         experts_per_token=hf["num_experts_per_tok"],
     )

@@ -5,7 +5,7 @@ A tensor [E, in, out] is stored as NAME_blocks [E, out, in / 32, 16], two number
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -26,26 +26,22 @@ def pair(places: dict[str, str], tensors: dict[str, dict[str, Any]]) -> bool:
         names = f"{name}_blocks", f"{name}_scales"
         blocks, scales = (tensors.get(places.get(each, ""), {}).get(each) for each in names)
         if blocks and scales and blocks.dtype == scales.dtype == "U8" and blocks.shape == (*scales.shape, _BLOCK // 2):
+            *experts, outputs, groups = scales.shape
             places[name] = file = places[names[0]]
-            tensors[file][name] = Packed(blocks, scales)
+            tensors[file][name] = Packed(blocks, scales, (*experts, groups * _BLOCK, outputs))
             for each in names:
                 del tensors[places.pop(each)][each]
             found = True
     return found
 
 
-@dataclasses.dataclass
-class Packed:
+class Packed(NamedTuple):
     """The place of a tensor in MXFP4; it counts as bfloat16, which holds its numbers exactly."""
 
     blocks: Any
     scales: Any
-    dtype = "BF16"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        experts, outputs, groups = self.scales.shape
-        return experts, groups * _BLOCK, outputs
+    shape: tuple[int, ...]
+    dtype: str = "BF16"
 
     def map(self) -> "Unpacked":
         return Unpacked(self.blocks.map(), self.scales.map(), range(self.shape[1]))

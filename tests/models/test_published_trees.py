@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from torch_reference import torch_logits
 
 import spin_jax
 from spin_jax import tiny
@@ -819,7 +820,7 @@ def _write_tokenizer(one: Published, directory):
         files.write_json(directory / "special_tokens_map.json", special)
 
 
-def test_a_published_directory(tree, torch_logits, mesh, tmp_path):
+def test_a_published_directory(tree, mesh, tmp_path):
     """It gives transformers' logits (float32, 1e-4), the expected notes, its stop tokens, and an export that opens."""
     one, directory = tree
     with warnings.catch_warnings(record=True) as said:
