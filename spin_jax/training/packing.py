@@ -173,7 +173,7 @@ def _fill_row(row: Rows, groups: Sequence[Group], members: list[int], unattended
                 unshared += P + n
         span = slice(responses, responses + len(earlier))
         row.predictors[span] = start + earlier - 1
-        row.targets[span] = prompt[earlier]
+        row.targets[span] = row.tokens[start + earlier]
         row.owners[span] = number * len(answers) + 1
         row.lengths[number, 0] += len(earlier)
         responses += len(earlier)
