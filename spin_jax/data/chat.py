@@ -80,10 +80,11 @@ class Chat:
 
     # --- conversations ---
 
-    def with_system(self, messages: list[Message]) -> list[Message]:
-        """The conversation, with the configured system message in front if it has no system message.
+    def as_rendered(self, messages: list[Message]) -> list[Message]:
+        """The conversation that the template gets.
 
-        Calls' arguments that are JSON text are the objects themselves, where the template wants these.
+        The configured system message stands in front if the conversation has none. Arguments of tools' calls that are
+        JSON text become objects where the template wants these.
         """
         if any("tool_calls" in message for message in messages) and self._template.wants_objects:
             messages = with_objects(messages)
@@ -114,7 +115,7 @@ class Chat:
         It raises BadRow where the rendered conversation does not begin with the rendered prompt, where no boundary
         can be drawn, and where nothing of an answer but a stop token is left.
         """
-        messages = self.with_system(messages)
+        messages = self.as_rendered(messages)
         guard = self._needs_guard(messages)
         text = self._text(messages, guard, prompt=False)
         prompt, rest, note = self._split(text, self._tokenize(text, guard), messages[:-1], guard)
@@ -127,7 +128,7 @@ class Chat:
         Empty turns, and one that begins the conversation, are left out. BadRow names the turn whose beginning or stop
         token is not found. The text of the turn after it is never searched for a stop token.
         """
-        messages = self.with_system(example.messages)
+        messages = self.as_rendered(example.messages)
         guard, mark = self._needs_guard(messages), chr(0xFFFFC)  # a private character, beside that of `_text`
         text = self._text(messages, guard, prompt=False)
         ids, (starts, _) = encoding = self._tokenize(text, guard)
@@ -209,7 +210,7 @@ class Chat:
 
     def encode_prompt(self, messages: list[Message]) -> Ids:
         """The token ids of a conversation whose next turn is the answer."""
-        messages = self.with_system(messages)
+        messages = self.as_rendered(messages)
         guard = self._needs_guard(messages)
         return self._tokenize(self._text(messages, guard, prompt=True), guard)[0]
 
@@ -311,7 +312,7 @@ class Chat:
         limit = self.lengths.max_prompt
         if sum(map(len, texts_of(messages[:-1]))) <= 100 * limit:
             return False
-        beginning = self.render(self.with_system(messages)[:-1], prompt=True)[: 100 * limit]
+        beginning = self.render(self.as_rendered(messages)[:-1], prompt=True)[: 100 * limit]
         return len(self.tokenizer.backend_tokenizer.encode(beginning, add_special_tokens=False)) > 2 * limit
 
     def sampling_prompt(self, example: Example) -> Ids:
