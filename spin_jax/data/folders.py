@@ -49,7 +49,9 @@ def split_files(folder: str, split: str, name: str | None = None) -> tuple[list[
         has = [f"{other} ({shown(files)})" for other, files in splits.items()]
         if rest := sorted(set(everything).difference(*splits.values())):
             has.append(f"{shown(rest)} in no split")
-        raise ValueError(f"{folder} has no split {split!r}; it has {'; '.join(has)}")
+        raise ValueError(
+            f"{folder} has no split {split!r}; it has {'; '.join(has)}. Choose one of these, or give a file as the path"
+        )
     if strange := [path for path in (os.path.join(folder, file) for file in same) if not os.path.isfile(path)]:
         raise ValueError(f"{strange[0]} is not a regular file, or is a link to a missing one")
     if len({file_format(file) for file in same}) > 1:
