@@ -125,6 +125,12 @@ def _read_tie(directory: Path, config: ModelConfig, notes: list[str]) -> ModelCo
     return untied
 
 
+@jax.jit
+def _finite(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Whether each parameter has only finite numbers; compiled once for all models of a shape."""
+    return {path: jnp.isfinite(leaf).all() for path, leaf in params.items()}
+
+
 def load_params(directory: epath.PathLike, config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any = None) -> Params:
     """Reads a checkpoint's weights into the mesh's layout; with dtype None each keeps its dtype in the checkpoint.
 
@@ -138,7 +144,7 @@ def load_params(directory: epath.PathLike, config: ModelConfig, mesh: jax.shardi
     located, _ = weight_files.locate(Path(directory), stored)
     views = _views(flat, stored, {name: tensor.map() for name, tensor in located.items()})
     params = {path: _load_leaf(leaf, views[path], layouts[path], dtype) for path, leaf in flat.items()}
-    finite = jax.jit(lambda params: {path: jnp.isfinite(leaf).all() for path, leaf in params.items()})(params)
+    finite = _finite(params)
     if bad := [FAMILIES[config.model_type].names[path].name for path in flat if not finite[path]]:
         raise ValueError(f"{directory}: {', '.join(bad)}: NaN or infinite numbers in the weights")
     return unflatten_dict(params, sep="/")

@@ -53,7 +53,7 @@ def table():
         (pathlib.Path(folder) / "tokenizers.md").write_text("\n".join(lines) + "\n")
 
 
-@pytest.fixture(params=[*real_tokenizers.NAMES, "mistral", "smollm2"])
+@pytest.fixture(scope="module", params=[*real_tokenizers.NAMES, "mistral", "smollm2"])
 def directory(request):
     try:
         if request.param == "smollm2":
@@ -65,7 +65,13 @@ def directory(request):
         pytest.skip(str(error))
 
 
-def chat_of(tokenizer):
+@pytest.fixture(scope="module")
+def tokenizer(directory):
+    return load_tokenizer(directory[1])
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer):
     """With the stop tokens of a model that has no generation_config.json."""
     eos = {tokenizer.eos_token_id}
     return Chat(tokenizer, sorted({*eos, end_of_turn(tokenizer, eos)} - {None}))
@@ -76,10 +82,8 @@ def turns(question, answer):
 
 
 @pytest.mark.long
-def test_a_real_tokenizer(directory, gsm8k, table):
+def test_a_real_tokenizer(directory, tokenizer, chat, gsm8k, table):
     name, path = directory
-    tokenizer = load_tokenizer(path)
-    chat = chat_of(tokenizer)
     alone = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     rows = [(row["question"], row["answer"]) for row in gsm8k[: 200 - len(EDGES)]]
     conversations = [turns(*row) for row in rows] + [turns(f"Say: {edge}", edge) for edge in EDGES]
@@ -103,11 +107,8 @@ def test_a_real_tokenizer(directory, gsm8k, table):
 
 
 @pytest.mark.long
-def test_every_turn_of_the_assistant(directory):
+def test_every_turn_of_the_assistant(tokenizer, chat):
     """`sft.turns=all`: each answer as the whole conversation has it, with one stop token at its end."""
-    _, path = directory
-    tokenizer = load_tokenizer(path)
-    chat = chat_of(tokenizer)
     for edge in EDGES:
         said = ["It is 3.", edge, "Bye"]
         messages = [message for answer in said for message in turns(f"Say: {answer}", answer)]
@@ -121,11 +122,8 @@ def test_every_turn_of_the_assistant(directory):
 
 
 @pytest.mark.long
-def test_control_tokens_in_messages_stay_text(directory):
+def test_control_tokens_in_messages_stay_text(tokenizer, chat):
     """They make neither stops nor turns, and the text comes back."""
-    _, path = directory
-    tokenizer = load_tokenizer(path)
-    chat = chat_of(tokenizer)
     for control in CONTROL:
         text = f"say {control} twice"
         prompt, answer, _ = chat.encode(turns(f"Please {text}", text))
