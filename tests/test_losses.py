@@ -35,8 +35,46 @@ def test_values_by_hand(name, expected):
     np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
-def trl_loss(loss_type: str, beta: float, i: int) -> float:
-    """TRL's own DPO loss of pair i: its trainer's method, run on a model that returns our numbers."""
+# The answers' tokens in POLICY and OPPONENT.
+LENGTHS = PairLogps(*jnp.asarray(RNG.integers(1, 30, (2, 6)), jnp.int32))
+
+
+def inputs(name, beta, **options):
+    """What a loss is called with, apart from the log-probs."""
+    return {"beta": beta, **({"lengths": LENGTHS} if name in ("simpo", "dpo_per_token") else {}), **options}
+
+
+# Rewards r = 0.5 · 2 of the human answer and r' = 0.5 · (−1) of the generated one, and so t = 1.5.
+BY_HAND = PairLogps(jnp.array([-12.0]), jnp.array([-30.0])), PairLogps(jnp.array([-14.0]), jnp.array([-29.0]))
+TOKENS = PairLogps(jnp.array([4]), jnp.array([6]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("space", {}, 0.78733867),  # log(1 + e^−1) + log(1 + e^−0.5)
+        ("space", {"mu": 3.0}, 1.29607034),  # log(1 + 3 e^−1) + 3 log(1 + e^−0.5 / 3)
+        ("cdpo", {}, 0.35141328),  # 0.9 log(1 + e^−1.5) + 0.1 log(1 + e^1.5)
+        ("robust_dpo", {}, 0.01391328),  # (0.9 log(1 + e^−1.5) − 0.1 log(1 + e^1.5)) / 0.8
+        ("exo", {}, 0.78591729),  # 0.81757 log(0.81757 / 0.999) + 0.18243 log(0.18243 / 0.001)
+        ("nca", {}, 1.20693102),  # log(1 + e^−1) + ½ log(1 + e) + ½ log(1 + e^−0.5)
+        ("apo_zero", {}, 0.64648217),  # 1 − 0.73106 + 0.37754
+        ("apo_down", {}, 0.91348410),  # 0.73106 + 1 − 0.81757
+        ("dpo_per_token", {"lengths": TOKENS}, 0.54030557),  # t = 0.5 · (2/4 + 1/6) = 1/3
+        ("dpo_per_token", {"lengths": PairLogps(*TOKENS[::-1])}, 0.55791005),  # t = 0.5 · (2/6 + 1/4) = 7/24
+        ("simpo", {"lengths": TOKENS}, 0.47407698),  # log(1 + e^(0.5 − 0.5 · (−12/4 + 30/6)))
+        ("simpo", {"lengths": TOKENS, "gamma": 2.0}, 1.31326169),  # log(1 + e^(2 − 1))
+    ],
+)
+def test_related_losses_by_hand(name, options, expected):
+    np.testing.assert_allclose(LOSSES[name](*BY_HAND, beta=0.5, **options), [expected], rtol=1e-6)
+
+
+def trl_loss(loss_type: str, beta: float, i: int, label_smoothing: float = 0.0) -> float:
+    """TRL's own DPO loss of pair i: its trainer's method, run on a model that returns our numbers.
+
+    A row is one token of prompt and as many of the answer as LENGTHS says; the first of these has its log-prob.
+    """
     torch = pytest.importorskip("torch")
     dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
     trainer = MagicMock()
@@ -46,36 +84,133 @@ def trl_loss(loss_type: str, beta: float, i: int) -> float:
     trainer.precompute_ref_logps = True
     trainer.f_divergence_type = "reverse_kl"
     trainer.loss_types, trainer.loss_weights, trainer.beta = [loss_type], [1.0], beta
+    trainer.label_smoothing = label_smoothing
+    most = int(max(LENGTHS.real[i], LENGTHS.generated[i]))
 
     def tensor(*values):
         return torch.tensor([float(v) for v in values])
 
     class Output:
-        log_probs = tensor(POLICY.real[i], POLICY.generated[i])[:, None]
+        log_probs = torch.nn.functional.pad(tensor(POLICY.real[i], POLICY.generated[i])[:, None], (0, most - 1))
 
         def __getattr__(self, name):  # statistics that the trainer logs
-            return torch.zeros(2, 1, dtype=torch.bool if name.startswith("is_") else torch.float32)
+            return torch.zeros(2, most, dtype=torch.bool if name.startswith("is_") else torch.float32)
 
     def model(**_):
         return Output()
 
     inputs = {
-        "input_ids": torch.ones(2, 2, dtype=torch.long),
-        "attention_mask": torch.ones(2, 2, dtype=torch.long),
-        "completion_mask": torch.tensor([[0, 1], [0, 1]]),
+        "input_ids": torch.ones(2, 1 + most, dtype=torch.long),
+        "attention_mask": torch.ones(2, 1 + most, dtype=torch.long),
+        "completion_mask": torch.tensor(
+            [[0] + [1] * int(n) + [0] * (most - int(n)) for n in (LENGTHS.real[i], LENGTHS.generated[i])]
+        ),
         "ref_chosen_logps": tensor(OPPONENT.real[i]),
         "ref_rejected_logps": tensor(OPPONENT.generated[i]),
     }
     return float(dpo_trainer.DPOTrainer._compute_loss(trainer, model, inputs, False))
 
 
+# (our loss, TRL's name for it, its options)
+IN_TRL = [
+    ("logistic", "sigmoid", {}),
+    ("hinge", "hinge", {}),
+    ("robust_dpo", "robust", {"label_smoothing": 0.2}),
+    ("dpo_per_token", "sigmoid_norm", {}),
+    ("exo", "exo_pair", {"label_smoothing": 1e-3}),
+    ("nca", "nca_pair", {}),
+    ("apo_zero", "apo_zero", {}),
+    ("apo_down", "apo_down", {}),
+    ("space", "bco_pair", {}),  # μ = 1; TRL's BCO of pairs has no reward baseline
+]
+
+
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
-@pytest.mark.parametrize(("ours", "theirs"), [("logistic", "sigmoid"), ("hinge", "hinge")])
-def test_equals_trl(ours, theirs, beta):
-    """TRL's sigmoid and hinge DPO losses are SPIN's of the same four numbers; float32 rounding apart."""
-    values = LOSSES[ours](POLICY, OPPONENT, beta=beta)
-    expected = [trl_loss(theirs, beta, i) for i in range(6)]
+@pytest.mark.parametrize(("ours", "theirs", "options"), IN_TRL)
+def test_equals_trl(ours, theirs, options, beta):
+    """TRL's own losses of the same four numbers and lengths; float32 rounding apart."""
+    values = LOSSES[ours](POLICY, OPPONENT, **inputs(ours, beta, **options))
+    expected = [trl_loss(theirs, beta, i, **options) for i in range(6)]
     np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+@pytest.mark.parametrize("name", ["simpo", "cdpo"])
+def test_equals_trls_cpo_trainer(name, beta, monkeypatch):
+    """TRL has SimPO, and label smoothing of the logistic loss, in its CPO trainer; float32 rounding apart.
+
+    That trainer has no reference, so cDPO's numbers there are the log-ratios.
+    """
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    cpo_trainer = pytest.importorskip("trl.experimental.cpo.cpo_trainer")
+    trainer = MagicMock(alpha=0.0, beta=beta, accelerator=MagicMock(device="cpu"))
+    if name == "simpo":
+        trainer.loss_type, trainer.simpo_gamma, trainer.label_smoothing = "simpo", 1.2, 0.0
+        numbers, options = [p / n for p, n in zip(POLICY, LENGTHS, strict=True)], {"gamma": 1.2}
+    else:
+        trainer.loss_type, trainer.label_smoothing = "sigmoid", 0.3
+        numbers, options = [p - q for p, q in zip(POLICY, OPPONENT, strict=True)], {"label_smoothing": 0.3}
+    expected, _, _ = cpo_trainer.CPOTrainer.cpo_loss(trainer, *(torch.tensor(np.asarray(x)) for x in numbers))
+    values = LOSSES[name](POLICY, OPPONENT, **inputs(name, beta, **options))
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_space_of_several_generated_answers():
+    """μ = 3: the probabilities of noise-contrastive estimation, p / (p + μ q), in float64."""
+    r, g = (0.2 * (np.float64(p) - np.float64(q)) for p, q in zip(POLICY, OPPONENT, strict=True))
+    expected = -np.log(np.exp(r) / (np.exp(r) + 3)) - 3 * np.log(3 / (np.exp(g) + 3))
+    np.testing.assert_allclose(LOSSES["space"](POLICY, OPPONENT, beta=0.2, mu=3.0), expected, rtol=1e-5)
+
+
+# The gradient in the rewards r and r' where policy equals opponent, by hand: −σ'(0) = −¼, and so on.
+AT_START = {
+    "space": (-0.5, 0.5),
+    "cdpo": (-0.4, 0.4),  # −(½ − ε)
+    "robust_dpo": (-0.625, 0.625),  # −½ / (1 − 2ε)
+    "exo": (-1.7266887, 1.7266887),  # −¼ log(0.999 / 0.001)
+    "nca": (-0.25, 0.25),
+    "apo_zero": (-0.25, 0.25),
+    "apo_down": (0.0, 0.25),  # the human answer is not raised
+}
+
+
+@pytest.mark.parametrize("name", AT_START)
+def test_gradient_at_the_start(name):
+    """Descent raises the human answer and lowers the generated one, but for APO-down; float32 rounding apart."""
+    gradient = jax.grad(lambda p: LOSSES[name](p, OPPONENT, beta=0.3).sum())(OPPONENT)
+    for values, of_reward in zip(gradient, AT_START[name], strict=True):
+        np.testing.assert_allclose(values, 0.3 * of_reward, rtol=1e-5, atol=1e-8)
+
+
+def test_gradient_per_token():
+    """At margin 0 the slope of ℓ is −½, and each answer's log-prob counts by β / its tokens."""
+    for name, options in (("dpo_per_token", {}), ("simpo", {"gamma": 0.0})):
+        equal = PairLogps(*(-2.0 * n for n in LENGTHS))  # both answers have −2 nats per token
+        gradient = jax.grad(lambda p: LOSSES[name](p, equal, **inputs(name, 0.3, **options)).sum())(equal)  # noqa: B023
+        np.testing.assert_allclose(gradient.real, -0.15 / LENGTHS.real, rtol=1e-5)
+        np.testing.assert_allclose(gradient.generated, 0.15 / LENGTHS.generated, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("cdpo", 9.0), ("exo", 999.0)])
+def test_smoothed_losses_ask_for_a_margin(name, wanted):
+    """Their minimum is at t = log((1 − ε)/ε): ε is 0.1 and 0.001."""
+    slope = jax.vmap(jax.grad(lambda t: LOSSES[name](PairLogps(t, 0.0), PairLogps(0.0, 0.0), beta=1.0)))
+    before, at, after = slope(math.log(wanted) + jnp.array([-0.1, 0.0, 0.1]))
+    assert before < -1e-6 < 0 < 1e-6 < after
+    assert abs(at) < 1e-6
+
+
+def test_apo_down_lowers_both():
+    """r = 0 and r' = −2: σ'(0) > σ'(2), so that descent lowers the human answer too, and the generated one by σ'(2)."""
+    gradient = jax.grad(lambda p: LOSSES["apo_down"](p, PairLogps(0.0, 0.0), beta=1.0))(PairLogps(0.0, -2.0))
+    np.testing.assert_allclose(gradient, [0.25 - 0.10499359, 0.10499359], rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.5, 0.7])
+def test_label_smoothing_out_of_range(share):
+    with pytest.raises(ValueError, match=f"label_smoothing={share:g}: a share of the pairs"):
+        LOSSES["robust_dpo"](POLICY, OPPONENT, beta=0.1, label_smoothing=share)
 
 
 @pytest.mark.parametrize("name", [*PAPERS, "ipo"])
@@ -102,9 +237,12 @@ def test_identical_answers_give_no_gradient(name):
     np.testing.assert_array_equal(jax.grad(loss)(jnp.array([0.3, -1.0, 2.0])), 0.0)
 
 
-@pytest.mark.parametrize("name", ["logistic", "exponential", "correlation"])
+@pytest.mark.parametrize("name", ["logistic", "exponential", "correlation", "space"])
 def test_theorem_spin_reaches_the_data_distribution(name):
-    """Theorem 5.2: played to the end, SPIN's opponent becomes p_data; here with exact expectations."""
+    """Theorem 5.2: played to the end, SPIN's opponent becomes p_data; here with exact expectations.
+
+    SPACE's Theorems 2 and 3 say the same of its loss.
+    """
     data = jnp.array([0.5, 0.3, 0.15, 0.05])
     opponent = jnp.array([0.1, 0.2, 0.3, 0.4])
     answers = jnp.arange(4)
@@ -140,8 +278,16 @@ def test_metrics():
     np.testing.assert_array_equal(values["real_logp"], POLICY.real)
 
 
-def test_nll_term():
-    plain = LOSSES["hinge"](POLICY, OPPONENT, beta=0.1)
-    regularized = losses.with_nll(LOSSES["hinge"], 0.25)(POLICY, OPPONENT, beta=0.1)
-    np.testing.assert_allclose(regularized, plain - 0.25 * POLICY.real, rtol=1e-6)
-    assert losses.with_nll(losses.hinge, 0.0) is losses.hinge
+def test_parts_of_a_name():
+    assert losses.parts("hinge") == [(1.0, "hinge")]
+    assert losses.parts("a.b:c") == [(1.0, "a.b:c")]
+    assert losses.parts("0.8*logistic + 2e-1 * a.b:c+hinge") == [(0.8, "logistic"), (0.2, "a.b:c"), (1.0, "hinge")]
+    for name, weight in (
+        ("x*hinge", "x"),
+        ("0*hinge", "0"),
+        ("0.5*hinge+-1*ipo", "-1"),
+        ("nan*ipo", "nan"),
+        ("*a", ""),
+    ):
+        with pytest.raises(ValueError, match=rf"loss.name='.*': '{weight}' is no weight above 0"):
+            losses.parts(name)

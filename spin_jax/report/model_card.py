@@ -11,8 +11,8 @@ from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+from spin_jax import losses
 from spin_jax.config_values import algorithm_notes, per_iteration
-from spin_jax.losses import ROLES
 from spin_jax.report.numbers import START, Row
 from spin_jax.runtime import secrets
 
@@ -62,7 +62,7 @@ def model_card(facts: Facts) -> str:
         config=config,
         model_name=source_name(model["path"], None) if model["path"] else model["architecture"]["model_type"],
         datasets=[(path, source_name(path, revision), revision) for path, revision in datasets],
-        own_objective=play["restart"] or loss["name"] in ROLES,
+        own_objective=play["restart"] or any(name in losses.ROLES for _, name in losses.parts(loss["name"])),
         loss=[loss["name"], f"β {per_iteration(loss['beta'], now):g}", *algorithm_notes(config)],
         earlier=range(max(t - play["mix_previous"], play["start"]), t),
         steps=sum(row.get("steps", 0) for row in facts.rows),

@@ -19,7 +19,7 @@ from etils import epath
 
 import spin_jax
 from spin_jax import config as config_lib
-from spin_jax import config_values
+from spin_jax import config_values, losses
 from spin_jax.data.records import Example, Pair
 from spin_jax.models.architecture import Model
 from spin_jax.runtime import secrets
@@ -65,7 +65,8 @@ def digests(
         "weights": weights,
         "code": _source_of_package(),
     }
-    own = {"loss": config.loss.name, "scorer": config.selfplay.scorer}
+    own = {f"loss {n}" if n else "loss": name for n, (_, name) in enumerate(losses.parts(config.loss.name))}
+    own["scorer"] = config.selfplay.scorer
     if config.selfplay.rows != "all":
         own["verifier"] = config.eval.verifier
     fingerprints |= {kind: _source_digest(name) for kind, name in own.items() if name and ":" in name}

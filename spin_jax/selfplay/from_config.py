@@ -44,7 +44,7 @@ def kernel(config: Config, model: Model) -> str:
 def spin(config: Config, model: Model) -> SPIN:
     """The objective of self-play: the config's loss on the model."""
     c = config.loss
-    return SPIN(decoder(config, model), custom_loss.make(c), custom_loss.roles(c), custom_loss.takes_score(c))
+    return SPIN(decoder(config, model), custom_loss.make(c), custom_loss.roles(c))
 
 
 def optimization(config: Config, t: int) -> Optimization:

@@ -45,8 +45,10 @@ class Evaluation:
         policy = self._engine.score(params, groups)
         reference = np.array([s.opponent for s in scored], np.float32)
         score = np.array([s.pair.score or 0.0 for s in scored], np.float32)
-        policy, opponent = (logps_type(roles)(*logps.T) for logps in (policy, reference))
-        loss, metrics = self._objective.loss_and_metrics(policy, opponent, np.float32(beta), score)
+        tokens = np.array([[len(answer) for answer in group.answers] for group in groups], np.int32)
+        policy, opponent, lengths = (logps_type(roles)(*values.T) for values in (policy, reference, tokens))
+        inputs = {"beta": np.float32(beta), "lengths": lengths, "score": score}
+        loss, metrics = self._objective.loss_and_metrics(policy, opponent, **inputs)
         columns = {name: np.asarray(values) for name, values in {"loss": loss, **metrics}.items()}
         references = {f"{role}_reference": reference[:, n] for n, role in enumerate(roles)}
         pairs = [s.pair for s in scored]

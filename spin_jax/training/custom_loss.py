@@ -1,4 +1,4 @@
-"""Finds the loss that a config names, and checks a user's own loss before training starts."""
+"""Makes the loss that a config names, calls it, and checks a user's own loss before training starts."""
 
 import contextlib
 import functools
@@ -21,6 +21,8 @@ from spin_jax.runtime.user_code import import_function
 
 # The roles that the answers of a row can have; each is also a field of `data.records.Pair`.
 KNOWN_ROLES = ("real", "generated", "start")
+# What a loss gets if it has a parameter of that name; losses.py explains each. Other parameters are options.
+INPUTS = ("beta", "lengths", "score")
 
 
 def find(name: str) -> losses.Loss:
@@ -28,14 +30,15 @@ def find(name: str) -> losses.Loss:
     if name in losses.LOSSES:
         return losses.LOSSES[name]
     if ":" not in name:
-        raise ValueError(f"loss.name={name!r}: choose from {', '.join(losses.LOSSES)}, or give module:function")
+        raise ValueError(f"loss.name has {name!r}: choose from {', '.join(losses.LOSSES)}, or give module:function")
     return import_function(name)
 
 
 def roles(c: Config) -> tuple[str, ...]:
-    """The roles of the answers that a row has: those in loss.answers, or the ones that the loss needs."""
+    """The roles of the answers that a row has: those in loss.answers, or all that the losses of loss.name need."""
     if not c.answers:
-        return losses.ROLES.get(c.name, losses.PAIR)
+        needed = {role for _, name in losses.parts(c.name) for role in losses.ROLES.get(name, losses.PAIR)}
+        return tuple(role for role in KNOWN_ROLES if role in needed)
     named = tuple(dict.fromkeys(part.strip() for part in c.answers.split(",")))
     if not set(named) <= set(KNOWN_ROLES) or "generated" not in named:
         raise ValueError(f"loss.answers={c.answers!r}: generated, and with it real or start, as real,generated")
@@ -63,12 +66,36 @@ def make(c: Config) -> losses.Loss:
 
     Equal configs give the same object, so that they share the programs compiled with it.
     """
-    return _bound(find(c.name), c.nll_weight, tuple(options(c).items()))
+    weighted = tuple((weight, find(name)) for weight, name in losses.parts(c.name))
+    return _made(weighted, tuple(options(c).items()), c.nll_weight)
 
 
 @functools.cache
-def _bound(loss: losses.Loss, nll_weight: float, chosen: tuple[tuple[str, float], ...]) -> losses.Loss:
-    return losses.with_nll(functools.partial(loss, **dict(chosen)) if chosen else loss, nll_weight)
+def _made(
+    weighted: tuple[tuple[float, losses.Loss], ...], chosen: tuple[tuple[str, float], ...], nll_weight: float
+) -> losses.Loss:
+    terms = [(weight, _with_options(loss, dict(chosen))) for weight, loss in weighted]
+    terms += [(nll_weight, losses.nll)] if nll_weight else []
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]
+
+    def weighted_sum(policy: Any, opponent: Any, *, beta: Any, lengths: Any = None, score: Any = None) -> Array:
+        inputs = {"beta": beta, "lengths": lengths, "score": score}
+        values = [weight * call(loss, policy, opponent, inputs) for weight, loss in terms]
+        return sum(values[1:], values[0])
+
+    return weighted_sum
+
+
+def call(loss: losses.Loss, policy: Any, opponent: Any, inputs: Mapping[str, Any]) -> Array:
+    """Calls a loss with those of `inputs`, which are named as in INPUTS, that it has a parameter for."""
+    names = {*_parameters(loss), *(["beta"] if _takes_any(loss) else [])}
+    return loss(policy, opponent, **{name: value for name, value in inputs.items() if name in names})
+
+
+def _with_options(loss: losses.Loss, chosen: Mapping[str, float]) -> losses.Loss:
+    own = {name: number for name, number in chosen.items() if _takes_any(loss) or name in _options(loss)}
+    return functools.partial(loss, **own) if own else loss
 
 
 def _parameters(loss: losses.Loss) -> dict[str, inspect.Parameter]:
@@ -78,9 +105,21 @@ def _parameters(loss: losses.Loss) -> dict[str, inspect.Parameter]:
         return {}
 
 
+def _takes_any(loss: losses.Loss) -> bool:
+    """Whether the loss takes any keyword, as far as its signature tells."""
+    found = _parameters(loss).values()
+    return not found or any(p.kind is p.VAR_KEYWORD for p in found)
+
+
+def _options(loss: losses.Loss) -> dict[str, inspect.Parameter]:
+    """The parameters of a loss that loss.options sets."""
+    own = list(_parameters(loss).items())[2:]
+    return {name: p for name, p in own if name not in INPUTS and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
 def takes_score(c: Config) -> bool:
-    """Whether the loss has the parameter `score`, which selfplay.scorer provides."""
-    return "score" in _parameters(find(c.name))
+    """Whether a loss has the parameter `score`, which selfplay.scorer provides."""
+    return any("score" in _parameters(find(name)) for _, name in losses.parts(c.name))
 
 
 # --- checks: each `…_problem` returns what is wrong, or "" ---------------------------------------
@@ -93,55 +132,63 @@ def check(c: Config, mesh: jax.sharding.Mesh | None = None) -> None:
 
     With a mesh, that loss is only traced for it, and not run. ValueError says what is wrong: the loss does not exist,
     raises an error, returns another shape than [B], is not finite where an iteration begins, or depends on more than
-    the log-probs of a row.
+    the log-probs of a row. Of several losses it names the one that is wrong.
     """
-    loss, names, chosen = find(c.name), roles(c), options(c)
-    problem = _signature_problem(loss, chosen) or _roles_problem(c, names)
-    to_try = ":" in c.name and not problem
-    try:
-        if to_try and mesh is not None:
-            _trace_on_mesh(c, names, mesh)
-        elif to_try:
-            problem = next(filter(None, [_values_problem(c, names, beta) for beta in dict.fromkeys(c.beta)]), "")
-    except Exception as error:  # a user's own loss can raise anything
-        problem = _error_problem(error, names)
+    parts, names, chosen = [name for _, name in losses.parts(c.name)], roles(c), options(c)
+    problem = _unknown_option_problem([find(part) for part in parts], chosen)
+    if c.nll_weight and "real" not in names:
+        problem = problem or f"loss.nll_weight={c.nll_weight:g} is for rows with a human answer: these have none"
+    for part in parts:
+        if not problem and (problem := _part_problem(part, c, names, chosen, mesh)) and len(parts) > 1:
+            problem = f"{part}: {problem}"
     if problem:
         raise ValueError(f"loss.name={c.name!r}: {problem}")
 
 
-def _signature_problem(loss: losses.Loss, chosen: Mapping[str, float]) -> str:
-    parameters = _parameters(loss)
-    if not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return ""
-    own = [name for name in list(parameters)[2:] if name not in ("beta", "score")]
-    if unknown := [name for name in chosen if name not in own]:
-        has = f"there are {', '.join(own)}" if own else "it has none"
-        return f"it has no option {unknown[0]} (loss.options); {has}"
-    missing = [n for n in own if parameters[n].default is inspect.Parameter.empty and n not in chosen]
-    return f"it wants {missing[0]}: --config.loss.options={missing[0]}=NUMBER, or a default" if missing else ""
-
-
-def _roles_problem(c: Config, names: Sequence[str]) -> str:
-    """Whether the rows have the answers that the loss needs."""
-    wanted = losses.ROLES.get(c.name, losses.PAIR) if c.name in losses.LOSSES else ()
+def _part_problem(
+    name: str, c: Config, names: tuple[str, ...], chosen: Mapping[str, float], mesh: jax.sharding.Mesh | None
+) -> str:
+    """What is wrong with one of the losses."""
+    loss = _with_options(find(name), chosen)
+    missing = [n for n, p in _options(loss).items() if p.default is inspect.Parameter.empty and not _takes_any(loss)]
+    if missing:
+        return f"it wants {missing[0]}: --config.loss.options={missing[0]}=NUMBER, or a default"
+    wanted = losses.ROLES.get(name, losses.PAIR) if name in losses.LOSSES else ()
     if lacking := [role for role in wanted if role not in names]:
         return f"it wants {', '.join(wanted)}, and loss.answers={c.answers!r} leaves out {lacking[0]}"
-    if c.nll_weight and "real" not in names:
-        return f"loss.nll_weight={c.nll_weight:g} is for rows with a human answer: these have none"
-    return ""
+    if ":" not in name and not chosen:
+        return ""
+    try:
+        if mesh is not None:
+            _trace_on_mesh(loss, names, mesh)
+            return ""
+        return next(filter(None, [_values_problem(loss, names, beta) for beta in dict.fromkeys(c.beta)]), "")
+    except Exception as error:  # a user's own loss can raise anything, and ours if an option is out of range
+        return _error_problem(error, names)
 
 
-def _values_problem(c: Config, names: tuple[str, ...], beta: float) -> str:
+def _unknown_option_problem(found: Sequence[losses.Loss], chosen: Mapping[str, float]) -> str:
+    own = [name for loss in found for name in _options(loss)]
+    unknown = [name for name in chosen if name not in own]
+    if not unknown or any(map(_takes_any, found)):
+        return ""
+    has = f"there are {', '.join(dict.fromkeys(own))}" if own else "it has none"
+    return f"it has no option {unknown[0]} (loss.options); {has}"
+
+
+def _values_problem(loss: losses.Loss, names: tuple[str, ...], beta: float) -> str:
     """Whether values and gradients of a few rows can be trained on."""
-    loss, kind = make(c), logps_type(names)
+    kind = logps_type(names)
     rng = np.random.default_rng(0)
     opponent = rng.uniform(-60, -5, (len(names), _ROWS)).astype(np.float32)
     moved = rng.normal(size=opponent.shape) * min(1 / beta, 5.0)  # margins of a realistic size
-    score = {"score": np.linspace(0, 1, _ROWS, dtype=np.float32)} if takes_score(c) else {}
+    lengths = rng.integers(1, 60, opponent.shape, np.int32)
+    inputs = {"lengths": kind(*lengths), "score": np.linspace(0, 1, _ROWS, dtype=np.float32)}
 
     def value(policy: Any, beta: Any, rows: int = _ROWS) -> Any:
-        logps = [kind(*jnp.asarray(x)[:, :rows]) for x in (policy, opponent)]
-        return loss(*logps, beta=beta, **{name: jnp.asarray(x)[:rows] for name, x in score.items()})
+        own, other = (kind(*jnp.asarray(x)[:, :rows]) for x in (policy, opponent))
+        first = jax.tree.map(lambda x: jnp.asarray(x)[:rows], inputs)
+        return call(loss, own, other, {"beta": beta, **first})
 
     @jax.jit
     def evaluated(policy: Any, beta: Any) -> tuple[Array, Array]:
@@ -186,17 +233,18 @@ def _shape_problem(values: Any) -> str:
     return ""
 
 
-def _trace_on_mesh(c: Config, names: tuple[str, ...], mesh: jax.sharding.Mesh) -> None:
+def _trace_on_mesh(loss: losses.Loss, names: tuple[str, ...], mesh: jax.sharding.Mesh) -> None:
     """Traces the loss as the training step does, with arguments sharded over the mesh."""
-    row = jax.ShapeDtypeStruct((2 * mesh.size,), jnp.float32, sharding=sharding.batch_layout(mesh))
-    logps = logps_type(names)(*[row] * len(names))
-    score = {"score": row} if takes_score(c) else {}
+    layout, kind = sharding.batch_layout(mesh), logps_type(names)
+    row, tokens = (jax.ShapeDtypeStruct((2 * mesh.size,), dtype, sharding=layout) for dtype in (jnp.float32, jnp.int32))
+    logps, lengths = (kind(*[values] * len(names)) for values in (row, tokens))
 
-    def total(policy: Any, opponent: Any, beta: Any, **score: Any) -> Array:
-        return make(c)(policy, opponent, beta=beta, **score).sum()
+    def total(policy: Any, opponent: Any, inputs: Mapping[str, Any]) -> Array:
+        return call(loss, policy, opponent, inputs).sum()
 
     with jax.set_mesh(mesh):
-        jax.eval_shape(jax.grad(total), logps, logps, jax.ShapeDtypeStruct((), jnp.float32), **score)
+        beta = jax.ShapeDtypeStruct((), jnp.float32)
+        jax.eval_shape(jax.grad(total), logps, logps, {"beta": beta, "lengths": lengths, "score": row})
 
 
 def _error_problem(error: Exception, names: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from spin_jax.models.decoder import Decoder
 from spin_jax.models.params import copies
 from spin_jax.runtime import sharding
 from spin_jax.training.batches import PairBatch
-from spin_jax.training.custom_loss import logps_type
+from spin_jax.training.custom_loss import call, logps_type
 from spin_jax.training.log_probs import response_logps
 from spin_jax.training.optimizer import Optimization, make_optimizer
 from spin_jax.training.packing import Rows
@@ -41,7 +41,6 @@ class SPIN:
     decoder: Decoder
     loss: losses.Loss  # from custom_loss.make
     roles: tuple[str, ...] = losses.PAIR  # the role of each answer of a group
-    takes_score: bool = False  # whether the loss has the parameter `score`
 
     def size(self, batch: PairBatch) -> Array:
         return jnp.sum(batch.rows.items > 0)
@@ -50,22 +49,23 @@ class SPIN:
         """(summed loss [], summed metrics {name: []}) of one micro-batch."""
         logps = response_logps(self.decoder, params, batch.rows)
         policy, opponent = (self._by_role(x) for x in (logps, batch.opponent))
-        score = sharding.merged_rows(batch.score)
-        values, details = self.loss_and_metrics(policy, opponent, scalars["beta"], score)
+        inputs = {"lengths": self._by_role(batch.rows.lengths), "score": sharding.merged_rows(batch.score)}
+        values, details = self.loss_and_metrics(policy, opponent, beta=scalars["beta"], **inputs)
         details["identical"] = sharding.merged_rows(batch.identical)
         # Every pair has the same weight, and the empty places of a row have none.
         total = functools.partial(jnp.sum, where=sharding.merged_rows(batch.rows.items) > 0)
         return total(values), {name: total(value) for name, value in details.items()}
 
-    def loss_and_metrics(self, policy: Any, opponent: Any, beta: Any, score: Any) -> tuple[Array, Metrics]:
-        """The loss [B] and the metrics {name: [B]} of log-probabilities by role."""
-        scores = {"score": score} if self.takes_score else {}
-        loss = self.loss(policy, opponent, beta=beta, **scores)
-        return loss, losses.metrics(policy, opponent, beta=beta)
+    def loss_and_metrics(self, policy: Any, opponent: Any, **inputs: Any) -> tuple[Array, Metrics]:
+        """The loss [B] and the metrics {name: [B]} of log-probabilities by role; `inputs` are all INPUTS of a loss."""
+        # Empty places have no tokens, and nothing may become NaN in them: its gradient would.
+        inputs["lengths"] = jax.tree.map(lambda tokens: jnp.maximum(tokens, 1), inputs["lengths"])
+        loss = call(self.loss, policy, opponent, inputs)
+        return loss, losses.metrics(policy, opponent, beta=inputs["beta"])
 
-    def _by_role(self, logps: Array) -> Any:
-        """Splits log-probabilities [N, G, A] by role, into a NamedTuple of [B]."""
-        columns = (sharding.merged_rows(logps[..., place]) for place in range(len(self.roles)))
+    def _by_role(self, values: Array) -> Any:
+        """Splits values of answers, [N, G, A], by role, into a NamedTuple of [B]."""
+        columns = (sharding.merged_rows(values[..., place]) for place in range(len(self.roles)))
         return logps_type(self.roles)(*columns)
 
 

@@ -2,16 +2,22 @@
 
 import json
 import sys
+from unittest.mock import MagicMock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from spin_jax import config, losses
+from spin_jax.data.records import Pair
 from spin_jax.losses import PairLogps
-from spin_jax.runtime import user_code
-from spin_jax.selfplay import algorithm
-from spin_jax.training import custom_loss
+from spin_jax.runtime import sharding, user_code
+from spin_jax.selfplay import algorithm, held_out
+from spin_jax.training import custom_loss, step
+from spin_jax.training.batches import ScoredPair, pair_batches
+from spin_jax.training.packing import RowShape
 
 
 def section(**keys):
@@ -63,6 +69,112 @@ def test_options_reach_the_loss():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_nll_term():
+    policy, opponent = PairLogps(jnp.array([-3.0]), jnp.array([-5.0])), PairLogps(jnp.array([-4.0]), jnp.array([-4.0]))
+    found = custom_loss.make(section(name="hinge", nll_weight=0.25))(policy, opponent, beta=0.1)
+    np.testing.assert_allclose(found, [1 - 0.2 + 0.25 * 3], rtol=1e-6)
+
+
+# --- several losses ------------------------------------------------------------------------------
+
+
+def test_weighted_sum():
+    """0.8 log(1 + e^−1.5) + 0.2 max(0, 1 − 1.5) at t = 1.5, and with the NLL of the human answer, 12 nats."""
+    policy, opponent = (PairLogps(*jnp.array(x)) for x in ([[-12.0], [-30.0]], [[-14.0], [-29.0]]))
+    c = section(name="0.8*logistic+0.2*hinge")
+    assert custom_loss.make(c) is custom_loss.make(section(name="0.8*logistic+0.2*hinge"))
+    np.testing.assert_allclose(custom_loss.make(c)(policy, opponent, beta=0.5), [0.16113062], rtol=1e-6)
+    c.nll_weight = 0.25
+    np.testing.assert_allclose(custom_loss.make(c)(policy, opponent, beta=0.5), [3.16113062], rtol=1e-6)
+    custom_loss.check(c)
+
+
+def test_each_loss_of_a_sum_gets_what_it_asks_for(written, mesh8):
+    """Answers, options, lengths and scores: SimPO's γ, T-SPIN's α and third answer, SPPO's score."""
+    mine = written("def loss(policy, opponent, lengths, tau): return tau * lengths.start + policy.start")
+    c = section(name=f"tspin+0.5*simpo+0.25*sppo+2*{mine}", options="gamma=1,alpha=0.5,tau=3")
+    assert custom_loss.roles(c) == ("real", "generated", "start")
+    assert custom_loss.takes_score(c)
+    logps = custom_loss.logps_type(custom_loss.roles(c))
+    policy, opponent = logps(*jnp.array([[-3.0], [-6.0], [-9.0]])), logps(*jnp.array([[-4.0], [-4.0], [-4.0]]))
+    lengths = logps(*jnp.array([[2], [3], [5]]))
+    found = custom_loss.make(c)(policy, opponent, beta=2.0, lengths=lengths, score=jnp.array([0.75]))
+    tspin = np.log1p(np.exp(-1.5)) + 2 * np.log1p(np.exp(-1.5))
+    simpo = np.log1p(np.exp(1 - 2 * (-3 / 2 + 6 / 3)))
+    sppo = (-2 - 0.25 / 2) ** 2
+    np.testing.assert_allclose(found, [tspin + 0.5 * simpo + 0.25 * sppo + 2 * (3 * 5 - 9)], rtol=1e-6)
+    for mesh in (None, mesh8):
+        custom_loss.check(c, mesh)
+    assert custom_loss.roles(section(name="likelihood+sppo")) == ("generated",)
+    assert custom_loss.roles(section(name="likelihood+0.5*hinge")) == ("real", "generated")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "0.5*hinge+0.5*logistik"}, "loss.name has 'logistik': choose from logistic, hinge"),
+        ({"name": "0.5*hinge+x*logistic"}, "'x' is no weight above 0"),
+        (
+            {"name": "hinge+tspin", "answers": "real,generated"},
+            r"'hinge\+tspin': tspin: it wants real, generated, start",
+        ),
+        ({"name": "hinge+tspin", "options": "tau=1"}, "it has no option tau .*; there are alpha"),
+        ({"name": "hinge+cdpo", "options": "label_smoothing=0.5"}, "cdpo: .*ValueError: label_smoothing=0.5: a share"),
+        ({"name": "space", "options": "mu=0"}, "'space': .*ValueError"),
+        ({"name": "exo", "options": "label_smoothing=0"}, "'exo': its value is inf"),
+        ({"name": "likelihood+sppo", "nll_weight": 0.5}, "loss.nll_weight=0.5 is for rows with a human answer"),
+    ],
+)
+def test_what_is_wrong_with_one_of_several(keys, message):
+    with pytest.raises(ValueError, match=message):
+        custom_loss.check(section(**keys))
+
+
+def test_a_broken_loss_of_a_sum_is_named(written):
+    mine = written("def loss(policy, opponent, *, beta): return policy.real.mean()")
+    with pytest.raises(ValueError, match=rf"{mine}: of 8 rows it returns an array \[\]"):
+        custom_loss.check(section(name=f"hinge+0.5*{mine}"))
+
+
+# --- lengths -------------------------------------------------------------------------------------
+
+
+def pairs_of_lengths():
+    """Two pairs of 3 and 1, and of 2 and 5 tokens."""
+    ids = np.arange(5, dtype=np.int32)
+    pairs = [Pair(n, 0, [], [], ids, ids[:real], ids[:own], False) for n, (real, own) in enumerate([(3, 1), (2, 5)])]
+    return [ScoredPair(pair, (-6.0, -6.0)) for pair in pairs]
+
+
+def counts(policy, opponent, lengths):
+    return 100.0 * lengths.real + lengths.generated + 0 * policy.real
+
+
+def test_lengths_in_training(monkeypatch, mesh):
+    """Each answer's tokens; the empty places of a row add nothing, and no NaN to the gradient."""
+    (batch,) = pair_batches(pairs_of_lengths(), RowShape(rows=2, length=40, groups=4))
+    with jax.set_mesh(mesh):
+        batch = sharding.put_batch(mesh, batch)
+        monkeypatch.setattr(step, "response_logps", lambda decoder, params, rows: params)
+        logps = jnp.full(batch.rows.lengths.shape, -6.0, out_sharding=sharding.spec("batch", None, None))
+        total, _ = step.SPIN(MagicMock(), counts)(logps, batch, beta=jnp.float32(0.1))
+        simpo = step.SPIN(MagicMock(), losses.simpo)
+        gradient = jax.grad(lambda logps: simpo(logps, batch, beta=jnp.float32(2.0))[0])(logps)
+    assert total == 301 + 205
+    gradient, filled = np.asarray(gradient), np.asarray(batch.rows.lengths) > 0
+    assert (gradient[filled] != 0).all()
+    assert (gradient[~filled] == 0).all()
+
+
+def test_lengths_on_held_out_pairs(tmp_path):
+    """The mean of 301 and 205."""
+    run = MagicMock(roles=("real", "generated"), folder=lambda t: epath.Path(tmp_path))
+    engine = MagicMock(score=lambda params, groups: np.full((2, 2), -6.0, np.float32))
+    opponent = MagicMock(scored_pairs=lambda t, split: pairs_of_lengths())
+    evaluation = held_out.Evaluation(run, engine, opponent, step.SPIN(MagicMock(), counts))
+    assert evaluation.measure_pairs(0, None, 0.1)["loss"] == 253
+
+
 # What is wrong, a loss, and what is said of it.
 BROKEN = {
     "a mean": (
@@ -109,7 +221,7 @@ def test_broken_losses_are_explained(name, written):
 @pytest.mark.parametrize(
     ("signature", "message"),
     [
-        ("policy, opponent", "unexpected keyword argument 'beta'"),
+        ("policy", "takes 1 positional argument but 2 were given"),
         ("policy, opponent, *, beta, tau", "it wants tau: --config.loss.options=tau=NUMBER"),
     ],
 )
@@ -125,7 +237,10 @@ def test_signatures_are_explained(signature, message, written):
         "import jax\nfrom spin_jax.losses import margin\ndef loss(policy, opponent, *, beta):\n"
         "  return jax.nn.relu(1 - margin(policy, opponent, beta)) ** 2",
         "def loss(policy, opponent, beta, **options): return -(policy.real - policy.generated)",
+        "def loss(policy, opponent): return -policy.real",
+        "def loss(policy, opponent, **options): return -policy.real * options.pop('beta') + len(options)",
         "def loss(policy, opponent, *, beta, score): return (score - policy.real) ** 2",
+        "def loss(policy, opponent, lengths): return policy.generated / lengths.generated - policy.real",
         "class Loss:\n  def __call__(self, policy, opponent, *, beta): return -policy.real\nloss = Loss()",
         "def loss(policy, opponent, *, beta, tau=2.0): return (policy.real - opponent.real - tau) ** 2",
         "def loss(policy, opponent, *, beta): return -policy.real.at[:].add(opponent.real)",
