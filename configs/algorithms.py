@@ -37,6 +37,16 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     },
     # A squared loss toward the win probability that selfplay.scorer returns: arXiv 2405.00675.
     "sppo": {"loss.name": "sppo", "selfplay.samples": 5, "selfplay.mix_previous": 0, "loss.beta": (1e-3,)},
+    # Tells human answers from generated ones, each alone. With another β its optimum is not p_data: arXiv 2512.07175.
+    "space": {"loss.name": "space", "loss.beta": (1.0,)},
+    # Losses of preference optimization, on fixed pairs like `dpo`: 2403.00409, 2402.00856, 2402.05369, 2408.06266.
+    **{
+        name: {"selfplay.iterations": 1, "loss.name": name}
+        for name in ("cdpo", "robust_dpo", "exo", "nca", "apo_zero", "apo_down")
+    },
+    # β scales log-probs per token, and is larger than that of `dpo`: arXiv 2411.15124 and 2405.14734.
+    "dpo_per_token": {"selfplay.iterations": 1, "loss.name": "dpo_per_token", "loss.beta": (5.0,)},
+    "simpo": {"selfplay.iterations": 1, "loss.name": "simpo", "loss.beta": (2.0,), "loss.options": "gamma=1.0"},
 }
 
 

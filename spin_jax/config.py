@@ -186,15 +186,15 @@ def default() -> Any:
 
     # --- the loss ---
     c.loss = ConfigDict()
-    # logistic, hinge, exponential, correlation, ipo, tspin, likelihood or sppo, which spin_jax/losses.py
-    # explains; or module:function.
+    # A name in LOSSES of spin_jax/losses.py, where each is explained: logistic, hinge, ipo, simpo, …; or
+    # module:function. A sum of several has a weight before each, as in 0.8*logistic+0.2*hinge.
     c.loss.name = "logistic"
-    # Per iteration. The λ of the paper: with a larger β a smaller margin is enough.
+    # Per iteration, and one for all losses of a sum. The λ of the paper: with a larger β a smaller margin is enough.
     c.loss.beta = (0.1,)
-    # Values for further parameters of the loss: name=number[,name=number…].
+    # Values for further parameters of the loss: name=number[,name=number…]. In a sum, each loss gets those it has.
     c.loss.options = placeholder(str)
     # The answers that a row has for a loss of your own: generated, and with it real or start, which is the
-    # start's answer. Unset: real,generated, or what a loss of spin_jax needs.
+    # start's answer. Unset: real,generated, or what the losses of spin_jax need that loss.name has.
     c.loss.answers = placeholder(str)
     # α of α-SPIN: the reference log-probs are α times the opponent's and 1 − α times the start's. With 0 they
     # are the start's alone, as in DPO.

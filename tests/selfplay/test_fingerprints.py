@@ -1,11 +1,14 @@
 """What a run records of the code that computes it."""
 
+import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from runs import ROOT
 
 import spin_jax
+from spin_jax import config, tiny
 from spin_jax.selfplay import fingerprints
 
 
@@ -51,3 +54,12 @@ def test_compiled_files_do_not_count(package):
     cache.mkdir()
     (cache / "lora.cpython-311.pyc").write_bytes(b"1")
     assert fingerprints._source_of_package() == original
+
+
+def test_each_own_loss_of_a_sum_is_fingerprinted():
+    c = config.default()
+    c.loss.name = "0.5*spin_jax.losses:hinge+logistic+2*spin_jax.losses:ipo"
+    architecture = dataclasses.make_dataclass("Architecture", [])()
+    model = SimpleNamespace(tokenizer=tiny.tokenizer(), config=architecture, stop_tokens=())
+    found = fingerprints.digests(c, model, [[]], [], {}, "")["fingerprints"]
+    assert [name for name in found if name.startswith("loss")] == ["loss", "loss 2"]

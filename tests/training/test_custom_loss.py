@@ -1,6 +1,7 @@
 """One's own loss: found by name, run without touching the package, explained where it cannot be trained."""
 
 import json
+import runpy
 import sys
 from unittest.mock import MagicMock
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from runs import ROOT
 
 from spin_jax import config, losses
 from spin_jax.data.records import Pair
@@ -150,9 +152,11 @@ def counts(policy, opponent, lengths):
     return 100.0 * lengths.real + lengths.generated + 0 * policy.real
 
 
-def test_lengths_in_training(monkeypatch, mesh):
+@pytest.mark.parametrize("devices", ["mesh", "mesh8"])
+def test_lengths_in_training(devices, monkeypatch, request):
     """Each answer's tokens; the empty places of a row add nothing, and no NaN to the gradient."""
-    (batch,) = pair_batches(pairs_of_lengths(), RowShape(rows=2, length=40, groups=4))
+    mesh = request.getfixturevalue(devices)
+    (batch,) = pair_batches(pairs_of_lengths(), RowShape(rows=8, length=40, groups=4))
     with jax.set_mesh(mesh):
         batch = sharding.put_batch(mesh, batch)
         monkeypatch.setattr(step, "response_logps", lambda decoder, params, rows: params)
@@ -270,6 +274,13 @@ def test_what_only_a_mesh_refuses(written, mesh8):
 def test_our_own_would_pass(name):
     c = section(name=f"spin_jax.losses:{name}", answers=",".join(losses.ROLES.get(name, losses.PAIR)))
     custom_loss.check(c)
+
+
+def test_named_algorithms_are_sound():
+    """Every algorithm of configs/algorithms.py: its loss exists, and takes its options and β."""
+    algorithms = runpy.run_path(str(ROOT / "configs" / "algorithms.py"))
+    for name in algorithms["ALGORITHMS"]:
+        custom_loss.check(config.resolve(algorithms["get_config"](f"{name}/tiny:smoke")).loss)
 
 
 def test_a_run_ends_before_anything_is_made(written, tmp_path):
