@@ -106,6 +106,7 @@ class Norm(nn.Module):
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
 def _gated(config: ModelConfig, gate: Array, up: Array) -> Array:
     """What the gate lets through, in float32."""
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
@@ -145,9 +146,15 @@ class _Projections(nn.Module):
         narrow = self.einsum(f"{x_axes},{inputs}r->BTr", x, sharding.gathered(a), out=("batch", None, None))
         return y + self.einsum(f"BTr,r{outputs}->{y_axes}", narrow, sharding.gathered(b), out=out)
 
-    def einsum(self, equation: str, *operands: Array, out: Axes | None = None) -> Array:
+    def einsum(self, equation: str, x: Array, weight: Array, out: Axes | None = None) -> Array:
+        rows = x.shape[:2]
+        if merged := sharding.one_device():
+            # With one axis of tokens, the gradient of a weight sums over one axis. Where it sums over two, XLA
+            # for CPUs transposes copies of the operands, and training an MLP takes a third longer.
+            equation, x, out = equation.replace("BT", "T"), sharding.merged_tokens(x), out and (out[0], *out[2:])
         out_sharding = sharding.spec(*out) if out else None
-        product = jnp.einsum(equation, *operands, precision=matmul_precision(self.dtype), out_sharding=out_sharding)
+        product = jnp.einsum(equation, x, weight, precision=matmul_precision(self.dtype), out_sharding=out_sharding)
+        product = sharding.split_tokens(product, rows) if merged else product
         return sharding.summed(product) if out else product
 
 

@@ -99,6 +99,12 @@ def weight_shards(mesh: Mesh) -> int:
     return mesh.shape["fsdp"] * mesh.shape["tensor"]
 
 
+def one_device() -> bool:
+    """Whether the program runs on one device, inside or outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def spec(*logical: str | None) -> PartitionSpec | None:
     """The PartitionSpec of logical axes, or None outside of a mesh (a plain one-device program)."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -144,6 +150,24 @@ def merged_heads(x: jax.Array) -> jax.Array:
         return x.reshape(B, T, K * G, H)
     batch, _, tensor, _, _ = jax.typeof(x).sharding.spec
     return jax.lax.reshape(x, (B, T, K * G, H), out_sharding=PartitionSpec(batch, None, tensor, None))
+
+
+def merged_tokens(x: jax.Array) -> jax.Array:
+    """[B, T, ...] → [B · T, ...], split over the batch as the rows are."""
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    if jax.sharding.get_abstract_mesh().empty:
+        return x.reshape(shape)
+    batch, _, *rest = jax.typeof(x).sharding.spec
+    return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(batch, *rest))
+
+
+def split_tokens(x: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+    """[B · T, ...] → [B, T, ...]: the inverse of `merged_tokens`, with `rows` = (B, T)."""
+    shape = (*rows, *x.shape[1:])
+    if jax.sharding.get_abstract_mesh().empty:
+        return x.reshape(shape)
+    batch, *rest = jax.typeof(x).sharding.spec
+    return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(batch, None, *rest))
 
 
 def merged_rows(x: jax.Array) -> jax.Array:
@@ -212,8 +236,7 @@ def gathered(x: jax.Array) -> jax.Array:
     function, which then needs one reduce-scatter in place of an all-reduce and a slice. One device has
     nothing to gather, and there `ragged_dot` gives no gradient that is still to be summed.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if one_device():
         return x
     partition = [None if entry == "fsdp" else entry for entry in jax.typeof(x).sharding.spec]
     return jax.sharding.reshard(x, PartitionSpec(*partition, reduced=frozenset(RULES["batch"])))
