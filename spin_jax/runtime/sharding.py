@@ -190,6 +190,15 @@ def put_rows(old: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
     return jax.shard_map(put, in_specs=specs, out_specs=target, check_vma=False)(old, index, new)
 
 
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Some rows of `x`. An index counts its own device's rows."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x[index]
+    specs = jax.typeof(x).sharding.spec, PartitionSpec(RULES["batch"])
+    index = jax.sharding.reshard(index, specs[1])
+    return jax.shard_map(lambda x, i: x[i], in_specs=specs, out_specs=specs[0], check_vma=False)(x, index)
+
+
 def by_rows_and_heads(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
     """run(q, k, v, *rows) on each device's own rows and heads, as a kernel of attention needs it."""
     if jax.sharding.get_abstract_mesh().empty:

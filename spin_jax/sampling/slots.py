@@ -1,9 +1,12 @@
 """The answers in progress, on the device: a fixed number of slots that share a ring cache.
 
 `prefill` puts prompts into free slots, and `decode` draws the next tokens of all slots. At each step every slot writes
-the same column of the cache, so that there is no scatter and no column is ever moved.
+the same column of the cache, so that there is no scatter and no column is ever moved. Where prompts have several
+answers, `read_prompts` and `begin_answers` take the place of `prefill`: a prompt is read once, and its columns are
+copied to the slot of each answer.
 
-Axes: B slots, b prompts of a prefill, P prompt tokens, S columns of the cache, V vocabulary.
+Axes: B slots, b prompts that are read at a time, n answers that begin at a time, P prompt tokens, S columns of the
+cache, K kv heads, H head dim, D model, V vocabulary.
 """
 
 import functools
@@ -12,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from spin_jax.kernels.layout import Layout
 from spin_jax.models.architecture import Params
@@ -34,6 +37,19 @@ class Slots(NamedTuple):
     limits: Int[Array, " B"]  # most tokens to draw
     keys: Array  # [B]; the n-th token is drawn with fold_in(key, n)
     done: Bool[Array, " B"]  # whether the slot is free: its answer has ended, or it never had one
+
+
+class Prompts(NamedTuple):
+    """Prompts that have been read, each for any number of answers."""
+
+    cache_keys: tuple[Float[Array, "b K P H"], ...]  # of each layer
+    cache_values: tuple[Float[Array, "b K P H"], ...]
+    hidden: Float[Array, "b 1 D"]  # of the last token: the first token of each answer is drawn from it
+    lengths: Int[Array, " b"]
+
+    @property
+    def columns(self) -> int:
+        return self.cache_keys[0].shape[2]
 
 
 def _next_token(head, hidden, counts, limits, keys, sampling: Sampling, stop_tokens: tuple[int, ...]):
@@ -108,14 +124,54 @@ def prefill(
     Args:
         into: the slot of each prompt, counted among the slots of its own device; B for a row of padding.
     """
+    prompts = _read(decoder, params, tokens, lengths)
+    return _begin(decoder, params, slots, prompts, limits, keys, into, sampling, stop_tokens)
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def read_prompts(decoder: Decoder, params: Params, tokens: Int[Array, "b P"], lengths: Int[Array, " b"]) -> Prompts:
+    """Reads prompts that are padded on the left, for `begin_answers`."""
+    return _read(decoder, params, tokens, lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "sampling", "stop_tokens"), donate_argnames="slots")
+def begin_answers(
+    decoder: Decoder,
+    params: Params,
+    slots: Slots,
+    prompts: Prompts,
+    rows: Int[Array, " n"],
+    limits: Int[Array, " n"],
+    keys: Array,
+    into: Int[Array, " n"],
+    *,
+    sampling: Sampling,
+    stop_tokens: tuple[int, ...],
+) -> tuple[Slots, Int[Array, " n"]]:
+    """Begins answers to prompts that have been read, and returns the first token of each answer as well.
+
+    Args:
+        rows: the prompt of each answer, counted among the prompts of its own device.
+        into: the slot of each answer, as for `prefill`.
+    """
+    prompts = jax.tree.map(lambda x: sharding.take_rows(x, rows), prompts)
+    return _begin(decoder, params, slots, prompts, limits, keys, into, sampling, stop_tokens)
+
+
+def _read(decoder: Decoder, params: Params, tokens: Array, lengths: Array) -> Prompts:
     b, P = tokens.shape
     positions = jnp.arange(P) - (P - lengths[:, None])
     layout = Layout(jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32))
-    hidden, fresh = forward(decoder, params, tokens, layout, new_cache(decoder.config, b, P, decoder.dtype))
-    keys = sharding.reshard(keys, "batch")
+    hidden, cache = forward(decoder, params, tokens, layout, new_cache(decoder.config, b, P, decoder.dtype))
+    return Prompts(cache.keys, cache.values, hidden[:, -1:], lengths)
+
+
+def _begin(decoder, params, slots: Slots, prompts: Prompts, limits, keys, into, sampling, stop_tokens):
+    """Fills a slot for each of the prompts; returns (slots, first tokens)."""
+    lengths, keys = prompts.lengths, sharding.reshard(keys, "batch")
     zeros = jnp.zeros_like(lengths)
-    token, done = _next_token(output_head(decoder, params), hidden[:, -1:], zeros, limits, keys, sampling, stop_tokens)
-    ring, S = slots.cache, slots.cache.columns
+    token, done = _next_token(output_head(decoder, params), prompts.hidden, zeros, limits, keys, sampling, stop_tokens)
+    ring, S, P = slots.cache, slots.cache.columns, prompts.columns
 
     def put(old: Array, new: Array) -> Array:
         return sharding.put_rows(old, into, new)
@@ -127,7 +183,8 @@ def prefill(
         return put(old, jnp.roll(padded, ring.column, axis=2))
 
     cache = ring._replace(
-        keys=tuple(map(put_columns, ring.keys, fresh.keys)), values=tuple(map(put_columns, ring.values, fresh.values))
+        keys=tuple(map(put_columns, ring.keys, prompts.cache_keys)),
+        values=tuple(map(put_columns, ring.values, prompts.cache_values)),
     )
     # The first token comes after the prompt: its position is the prompt's length.
     new = (token, lengths, zeros + 1, limits, keys, done)

@@ -643,6 +643,132 @@ def test_no_prompts_no_answers(small):
     assert sampled(small, []) == []
 
 
+# --- equal prompts ---------------------------------------------------------------------------------
+
+# How many answers each short prompt gets: one alone, and more than there are slots. They come in a random order.
+COPIES = (4, 1, 9, 2, 4, 1, 3)
+SAMPLES = np.random.default_rng(0).permutation([(i, k) for i, K in zip(SHORT, COPIES, strict=True) for k in range(K)])
+
+
+def keys_of(samples):
+    prompts, sample_ids = np.asarray(samples).T
+    return prompt_keys(1, 1, IDS[prompts], sample_ids)
+
+
+def answered_together(model, samples=SAMPLES, *, sampling=SAMPLING, **options):
+    """What `answer_prompts` says to (prompt, sample) pairs, in one call."""
+    options = {"keys": keys_of(samples), "slots": 3, "stop_tokens": STOPS, **options}
+    return answers_of(model, [PROMPTS[i] for i, _ in samples], sampling, **options)
+
+
+def answered_alone(model, samples=SAMPLES, sampling=SAMPLING):
+    """What the simple sampler says to each of them."""
+    keys = keys_of(samples)
+    return [
+        simple_sampler.answer(model, PROMPTS[i], key, sampling, STOPS)
+        for (i, _), key in zip(samples, keys, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(small):
+    answers = answered_alone(small)
+    assert len(set(map(tuple, answers))) > len(answers) / 2  # the keys of equal prompts say other things
+    return answers
+
+
+@pytest.fixture
+def prompts_read(monkeypatch):
+    """The prompts that were read, as they go, with those of rows of padding."""
+    read = []
+
+    def watch(name, first):
+        program = getattr(continuous, name)
+
+        def watched(*args, **options):
+            tokens, lengths = map(np.asarray, args[first : first + 2])
+            read.extend(tuple(row[len(row) - n :].tolist()) for row, n in zip(tokens, lengths, strict=True))
+            return program(*args, **options)
+
+        monkeypatch.setattr(continuous, name, watched)
+
+    watch("prefill", 3)
+    watch("read_prompts", 2)
+    return read
+
+
+@pytest.mark.parametrize(("slots", "rows"), [(1, 7), (3, 7), (8, 8), (16, 8)])
+def test_equal_prompts_are_read_once(slots, rows, small, alone, prompts_read):
+    """Each answer is the one of its prompt and key alone, token for token.
+
+    With 1 and 3 slots, one prompt is read at a time. With 8, two are, and with 16, four: the last row is padding.
+    """
+    assert answered_together(small, slots=slots) == alone
+    assert len(prompts_read) == rows
+    assert set(prompts_read) == {tuple(PROMPTS[i].tolist()) for i in SHORT}
+
+
+def test_four_answers_to_each_prompt_read_a_quarter_of_the_tokens(small, prompts_read, monkeypatch):
+    """Counted, with the same answers as where each of them reads its prompt."""
+    samples = list(itertools.product(MIDDLE[:8], range(4)))
+    shared = answered_together(small, samples, slots=8)
+    tokens = sum(map(len, prompts_read))
+    assert tokens == sum(LENGTHS[i] for i in MIDDLE[:8])
+    prompts_read.clear()
+    monkeypatch.setattr(continuous, "_MOST_DISTINCT", 0)
+    assert answered_together(small, samples, slots=8) == shared
+    assert sum(map(len, prompts_read)) == 4 * tokens
+
+
+def test_answers_to_equal_prompts_have_limits_of_their_own(small, alone):
+    limits = np.random.default_rng(1).integers(1, NEW + 5, len(alone))
+    assert answered_together(small, limits=limits) == [a[:n] for a, n in zip(alone, limits, strict=True)]
+
+
+@pytest.mark.parametrize(("window", "kernel"), [(6, "plain"), (None, "flash")])
+def test_equal_prompts_as_on_gpus(window, kernel, small, alone, as_on_gpus):
+    """Running ahead, in a ring that is narrower than the prompts, and by the kernels of GPUs."""
+    model = with_window(small, window)
+    assert answered_together(model, kernel=kernel) == (alone if window is None else answered_alone(model))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.usefixtures("mesh8")
+def test_equal_prompts_on_devices(shape, small, alone, prompts_read):
+    """Two or four shards of two slots each, which begin the answers to their own prompts alone."""
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+    shards = sharding.batch_shards(mesh)
+    assert answered_together(small, mesh=mesh, slots=2 * shards) == alone
+    assert len(prompts_read) == sharding.round_up(len(SHORT), shards)
+
+
+@pytest.mark.usefixtures("mesh8")
+def test_one_prompt_is_answered_on_all_devices(small):
+    """Eight answers of eight tokens on two devices of two slots: two chunks, where one device would need four."""
+    samples, chunks = [(SHORT[0], k) for k in range(8)], []
+    options = {"sampling": Sampling(continuous.DECODE_STEPS), "stop_tokens": ()}
+    mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    answers = answered_together(small, samples, mesh=mesh, slots=4, on_chunk=lambda *c: chunks.append(c), **options)
+    assert answers == answered_together(small, samples, **options)
+    assert [answered for answered, _ in chunks] == [4, 4]
+
+
+def test_prompts_read_once_share_their_programs(small):
+    """Two programs beside `prefill`, with slots that no other test has; then nothing, whatever is equal or not."""
+    programs = (continuous.prefill, continuous.read_prompts, continuous.begin_answers, continuous.decode)
+
+    def compiled_for(copies):
+        """How many programs of each kind are compiled for so many answers to each short prompt."""
+        before = [program._cache_size() for program in programs]
+        answered_together(small, [(i, k) for i, K in zip(SHORT, copies, strict=True) for k in range(K)], slots=20)
+        return [program._cache_size() - n for program, n in zip(programs, before, strict=True)]
+
+    assert compiled_for((1,) * 7) == [1, 0, 0, 1]
+    assert compiled_for((4,) * 7) == [0, 1, 1, 0]
+    assert compiled_for(COPIES) == [0, 0, 0, 0]
+    assert compiled_for((1, 1, 2, 1, 1, 1, 1)) == [0, 0, 0, 0]  # seven of eight are distinct
+
+
 # --- programs --------------------------------------------------------------------------------------
 
 
@@ -666,7 +792,7 @@ def test_decoding_stops_when_every_answer_has(talker, monkeypatch):
         runs.clear()
         model = saying_only(talker, token)
         # A quarter of the slots is read at a time: all three prompts at once.
-        answers = greedy(model, prompts_of(model, ["Any duck?"] * 3), slots=12, limits=[10] * 3)
+        answers = greedy(model, prompts_of(model, BRIEF[:3]), slots=12, limits=[10] * 3)
         jax.effects_barrier()
         return [len(answer) for answer in answers], len(runs)
 
@@ -754,11 +880,13 @@ def test_no_program_copies_the_cache(small):
     """What a program holds beside its arguments is less than the keys of one layer, a large cache's."""
     how = {"sampling": SAMPLING, "stop_tokens": STOPS}
     of_prefill, of_decode = program_arguments(small, 16, 1024)
-    cache = of_prefill[2].cache
+    cache, two = of_prefill[2].cache, [np.arange(2, dtype=np.int32)]
     with jax.set_mesh(small.mesh):
+        read = continuous.read_prompts(*of_prefill[:2], *of_prefill[3:5])
         lowered = (
             continuous.prefill.lower(*of_prefill, np.arange(2, dtype=np.int32), **how),
             continuous.decode.lower(*of_decode, steps=16, **how),
+            continuous.begin_answers.lower(*of_decode, read, *two, *of_prefill[5:], two[0], **how),
         )
     for program in lowered:
         memory = program.compile().memory_analysis()
