@@ -156,7 +156,7 @@ def default() -> Any:
     c.selfplay.pairs_split = "train"
     # Pairs to train on in place of sampled ones: path[,path…] for iterations start, start + 1, …; or k=path for k.
     c.selfplay.pairs = placeholder(str)
-    # K: how many answers to a prompt are sampled. Each becomes a row to train on.
+    # K: how many answers to a prompt are sampled; the prompt is read once. Each becomes a row to train on.
     c.selfplay.samples = 1
     # Which of these rows are used: all, or those with an answer that eval.verifier accepts (right) or rejects (wrong).
     c.selfplay.rows = "all"

@@ -65,7 +65,11 @@ def _score_program(run: PlannedRun) -> tuple[Any, tuple]:
 
 
 def _sample_programs(run: PlannedRun) -> dict[str, tuple[Any, tuple, dict[str, Any]]]:
-    """Prefill and decode with the widest cache and the longest prompts."""
+    """Prefill and decode with the widest cache and the longest prompts.
+
+    Prefill has all that `read_prompts` and `begin_answers` have, which run in its place where prompts have several
+    answers.
+    """
     c, model = run.config, run.model
     mesh, slots = from_config.sampling_mesh(c, model), from_config.slots(c, model)
     decoder, params = from_config.decoder(c, model), sampling_params_on(mesh, model.config, model.dtype)

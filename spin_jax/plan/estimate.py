@@ -106,13 +106,17 @@ def _sampling(run: PlannedRun) -> PhaseCost:
     # Of attention's scores there is one block of queries, and none in a kernel.
     scores = 0 if kernel == "flash" else 4 * m.num_attention_heads * prompt * prompt / share / 8
     states = item * prompt * (4 * m.hidden_size + 3 * m.intermediate_size / share)
-    read = rows * (scores + states + item * cost.cached_numbers(m, prompt) / share)
+    prompts = rows * item * cost.cached_numbers(m, prompt) / share
+    temporary = 4 * c.sampling.batch_size * m.vocab_size + rows * (scores + states)
     parts = {
         "weights": 4 * _per_device(run),
         "copy": item * cost.all_params(m) / share,
         "cache": item * cost.cached_numbers(m, columns) * c.sampling.batch_size / share,
-        "temporary": 4 * c.sampling.batch_size * m.vocab_size + read,
+        "temporary": temporary,
     }
+    # The cache of prompts with several answers is kept while answers are decoded, that of others while they are read.
+    part = "prompts" if c.selfplay.samples > 1 else "temporary"
+    parts[part] = parts.get(part, 0.0) + prompts
     return PhaseCost(parts, {}, "token")
 
 

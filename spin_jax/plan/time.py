@@ -61,6 +61,7 @@ def fill_in_times(run: PlannedRun, phases: dict[str, PhaseCost], assumed: Assume
     step = cost.decode_step_s(m, chip, c.sampling.batch_size, prompt + new / 2, run.model.dtype.itemsize, share)
     links = received_bytes(sample.traffic) / chip.links
     reading = cost.forward_flops(m, prompt, 1, prompt * prompt / 2) / (share * chip.flops * assumed.mfu)
+    reading /= c.selfplay.samples  # a prompt is read once for all its answers
     each = max(step / assumed.decode_efficiency, links) / c.sampling.batch_size + reading / new
     sample.bottleneck = "collectives" if links > step / assumed.decode_efficiency else "memory bandwidth"
     sample.tflops = cost.forward_flops(m, 1, 1, prompt + new / 2) / mesh.size / 1e12

@@ -178,6 +178,8 @@ class _Queue:
         row_at[places] = rows
         read = self.in_memory, sharding.put_batch(self.mesh, row_at)
         self._begin(begin_answers, read, list(answers), places, free_slots, size)
+        if not any(self.unbegun):
+            self.in_memory = None  # there may be no room for the next ones beside them
         return True
 
     def _read_next(self) -> None:
@@ -190,7 +192,6 @@ class _Queue:
         size = min(size, round_up(len(self.answers_to), self.shards))
         group = [self.waiting.popleft() for _ in range(min(size, len(self.waiting)))]
         rows, _ = _rows_and_free_slots(np.ones(size, bool), size, self.shards)
-        self.in_memory = None  # first: there may be no room for both
         arrays = self._on_device([group[n % len(group)] for n in range(size)], rows, P, size)
         self.in_memory = read_prompts(self.decoder, self.params, *arrays)
         for n, i in enumerate(group):

@@ -1,7 +1,6 @@
 """The numbers of summary.json: held-out pairs and answers, tasks of lm-evaluation-harness, and KL."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -66,9 +65,9 @@ class Evaluation:
         examples = self._run.held_out
         if not examples:
             return []
-        answer = functools.partial(self._engine.answer, params, examples, iteration=START)
         sampling = Sampling(self._run.config.sampling.max_new_tokens, temperature)
-        return [one for number in range(samples) for one in answer(sampling, sample_ids=number)]
+        sample_ids = [number for number in range(samples) for _ in examples]
+        return self._engine.answer(params, [*examples] * samples, sampling, iteration=START, sample_ids=sample_ids)
 
     def measure_alone(self, folder: epath.Path, params: Params, sampled: Sequence[Ids]) -> Row:
         """The numbers that need no other model: held-out answers, human and the model's own, and tasks."""

@@ -38,6 +38,15 @@ def test_one_h200_holds_a_7b():
     assert answer["iteration_s"] == pytest.approx(sum(phase["iteration_s"] for phase in answer["phases"].values()))
 
 
+def test_several_answers_to_a_prompt_read_it_once():
+    """By hand: each answer takes a quarter of the prompt's time above, and the cache of 8,192 tokens is kept."""
+    one, four = (planned(zephyr(selfplay__samples=K), "h200:1")["phases"]["sample"] for K in (1, 4))
+    seconds = [1 / phase["tokens_per_s"] for phase in (one, four)]
+    assert seconds[0] - seconds[1] == pytest.approx(0.75 * 180 * 14.5e9 / (989e12 * 0.45) / 220, rel=0.1)
+    assert four["parts_gib"]["prompts"] * 2**30 == 8192 * 131072
+    assert four["hbm_gib"] == pytest.approx(one["hbm_gib"])
+
+
 def test_what_would_fit_is_suggested():
     """One H100 has no room for training 10B parameters, however it is done; two have."""
     architecture = zephyr().model.architecture.to_dict()
