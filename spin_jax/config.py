@@ -79,6 +79,9 @@ def default() -> Any:
     c.model.path = placeholder(str)
     # The branch, tag or commit of a hub id.
     c.model.revision = placeholder(str)
+    # LoRA adapters in PEFT's format, which are merged into the weights of model.path when these are read: a directory,
+    # a hub id, or OWNER/NAME@REVISION.
+    c.model.adapters = placeholder(str)
     # The type of the computation and of exported models. The weights that are trained stay float32.
     c.model.dtype = "bfloat16"
     # The keys of a config.json. Without a path they describe a new model with random weights. With a path
@@ -260,6 +263,9 @@ def default() -> Any:
 
     # --- exported models ---
     c.export = ConfigDict()
+    # Models that were trained with LoRA get a folder adapters/ with their adapters in PEFT's format. They stand on the
+    # model that the training began from: the iteration before, the start, or model.path.
+    c.export.adapters = False
     # owner/name on the Hugging Face hub. Each exported model goes to a branch there (start, iteration_0, …,
     # control), and main is the newest one, or the best by checkpoint.best.
     c.export.push_to = placeholder(str)

@@ -134,6 +134,7 @@ def _contradictions(c: Any) -> Iterator[str]:
     if not c.model.path and not c.model.architecture:
         missing = "model.path is not set, and neither is model.architecture"
         yield f"{missing}: give --config.model.path=DIRECTORY, or a hub id"
+    yield from _adapter_contradictions(c)
     if not c.data.path and not play.pairs:
         yield "data.path is not set: give --config.data.path=FILE, a directory or a hub id"
     if bool(c.data.prompt_column) != bool(c.data.answer_column):
@@ -153,6 +154,27 @@ def _contradictions(c: Any) -> Iterator[str]:
     paths = data_paths(c.data.path)
     if 2 <= len(paths) < iterations:
         yield f"data.path has {len(paths)} datasets for {iterations} iterations: give one, or one for each"
+
+
+def _adapter_contradictions(c: Any) -> Iterator[str]:
+    if c.model.adapters and not c.model.path:
+        yield "model.adapters needs model.path, the model that the adapters were trained on"
+    if not c.export.adapters:
+        return
+    if not (c.train.lora_rank or c.sft.lora_rank):
+        yield "export.adapters needs train.lora_rank or sft.lora_rank: without LoRA there are no adapters"
+    if trains_on_path(c) and not c.model.path:
+        yield "export.adapters with sft.lora_rank needs model.path: new weights are written nowhere as a base"
+    if trains_on_path(c) and c.model.adapters:
+        yield (
+            "export.adapters needs a base that PEFT can open, and model.path with model.adapters merged is on no disk: "
+            "save it first, spin_jax.save(spin_jax.load(PATH, adapters=ADAPTERS), FOLDER), and give FOLDER as model.path"
+        )
+
+
+def trains_on_path(c: Any) -> bool:
+    """Whether adapters are trained on the model of model.path itself, and not on one that the run exports before."""
+    return bool(c.sft.lora_rank) if c.sft.epochs else bool(c.model.path)
 
 
 def data_paths(path: str | None) -> list[str]:

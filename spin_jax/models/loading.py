@@ -22,7 +22,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from spin_jax.config_values import nearest
-from spin_jax.models import weight_files
+from spin_jax.models import lora, weight_files
 from spin_jax.models.architecture import Model, ModelConfig, Params, check_constants
 from spin_jax.models.families import FAMILIES, TRANSFORMERS_4, family, model_config, text_part
 from spin_jax.models.params import abstract_params
@@ -131,10 +131,17 @@ def _finite(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: jnp.isfinite(leaf).all() for path, leaf in params.items()}
 
 
-def load_params(directory: epath.PathLike, config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any = None) -> Params:
+def load_params(
+    directory: epath.PathLike,
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    dtype: Any = None,
+    adapters: Mapping[str, lora.Adapter] | None = None,
+) -> Params:
     """Reads a checkpoint's weights into the mesh's layout; with dtype None each keeps its dtype in the checkpoint.
 
-    One ValueError or FileNotFoundError names everything that is missing, damaged or misshapen, or not finite.
+    `adapters` are merged into them in float32, and the weights keep their dtype. One ValueError or FileNotFoundError
+    names everything that is missing, damaged or misshapen, or not finite.
     """
     seals.check_seal_here(directory)
     abstract = abstract_params(config)
@@ -147,11 +154,38 @@ def load_params(directory: epath.PathLike, config: ModelConfig, mesh: jax.shardi
     finite = _finite(params)
     if bad := [FAMILIES[config.model_type].names[path].name for path in flat if not finite[path]]:
         raise ValueError(f"{directory}: {', '.join(bad)}: NaN or infinite numbers in the weights")
-    return unflatten_dict(params, sep="/")
+    params = unflatten_dict(params, sep="/")
+    return lora.merged_peft(params, adapters, config) if adapters else params
 
 
-def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The local directory of a path or hub id, and the hub's commit (None for a local path).
+def check_base(directory: Path) -> None:
+    """Raises ValueError for a checkpoint whose layers have other names in transformers than the adapters of a run."""
+    whole = files.read_object(directory / "config.json")
+    if text_part(whole) is not whole:
+        raise ValueError(
+            f"export.adapters: {directory} is a multimodal model, and adapters are trained on its text part, whose layers "
+            "have other names: save that part, spin_jax.save(spin_jax.load(PATH), FOLDER), and give it as model.path"
+        )
+
+
+def open_adapters(adapters: str, path: str, model: Model) -> dict[str, lora.Adapter]:
+    """Reads PEFT's adapters for the model of `path`; a note on the model tells where they were trained on another one.
+
+    `adapters` is a directory, a hub id, or OWNER/NAME@REVISION.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with them, naming the file.
+    """
+    name, _, revision = (adapters, "", "") if os.path.isdir(adapters) else adapters.partition("@")
+    directory, _ = resolve(name, revision or None, "adapters")
+    found, base = lora.read_peft(directory, model.config)
+    if base and os.path.abspath(base) != os.path.abspath(path):
+        model.notes.append(f"the adapters {adapters} name another base than {path}: base_model_name_or_path is {base}")
+    return found
+
+
+def resolve(path: str, revision: str | None = None, what: str = "model") -> tuple[Path, str | None]:
+    """The local directory of a path or hub id, and the hub's commit (None for a local path); errors say `what` it is.
 
     A token for private repositories comes from the environment (HF_TOKEN), as huggingface_hub reads it.
 
@@ -159,11 +193,11 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
         ValueError, FileNotFoundError: nothing has that path or revision; impossible ones are never asked for.
     """
     if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision, re.ASCII) or ".." in revision):
-        raise ValueError(f"model revision {revision!r}: a branch, tag or commit has letters, digits and ._/- only")
+        raise ValueError(f"{what} revision {revision!r}: a branch, tag or commit has letters, digits and ._/- only")
     if os.path.isdir(path):
         return Path(path), None
     if not hub.is_hub_id(path):
-        raise FileNotFoundError(f"model path {path!r}: no such directory, and not a hub id (owner/name)")
+        raise FileNotFoundError(f"{what} path {path!r}: no such directory, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -174,7 +208,7 @@ def resolve(path: str, revision: str | None = None) -> tuple[Path, str | None]:
         snapshot = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=copies)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         it = f"it at revision {revision}" if revision else "it"
-        message = f"model path {path!r} is no directory here, and the hub did not give {it}: {error}"
+        message = f"{what} path {path!r} is no directory here, and the hub did not give {it}: {error}"
         raise FileNotFoundError(message) from error
     return Path(snapshot), Path(snapshot).name
 
@@ -238,6 +272,7 @@ def load(
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     chat_template: str | None = None,
+    adapters: str | None = None,
 ) -> Model:
     """Loads a checkpoint of a supported family.
 
@@ -247,6 +282,7 @@ def load(
         dtype: of parameters and computation; None keeps the checkpoint's.
         mesh: the devices that get the parameters; None splits them over all devices.
         chat_template: Jinja text, or the path of a file with it, that replaces the tokenizer's own.
+        adapters: a directory or hub id of LoRA adapters in PEFT's format, which are merged into the weights.
 
     What was assumed about the files (`Model.notes`) is a warning.
 
@@ -255,9 +291,10 @@ def load(
     """
     model, directory = describe(path, revision, dtype=dtype, mesh=mesh, chat_template=chat_template)
     model.notes.extend(check_weights(directory, model.config))
+    found = open_adapters(adapters, path, model) if adapters else {}
     for note in model.notes:
         warnings.warn(note, stacklevel=2)
-    params = load_params(directory, model.config, model.mesh, dtype)
+    params = load_params(directory, model.config, model.mesh, dtype, found)
     return dataclasses.replace(model, params=params, dtype=jnp.dtype(dtype or params["embed"].dtype))
 
 

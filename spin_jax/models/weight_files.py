@@ -4,6 +4,7 @@ The weights are safetensors in one file, or in several with an index; other form
 names all errors, before anything is loaded.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -80,7 +81,7 @@ def whole(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Stored | None], list[str]]:
     """A file's tensors (None for a damaged one), and its problems; ValueError where the header is not readable."""
     header, start, size = _read_header(path)
     tensors: dict[str, Stored | None] = dict.fromkeys(header)
@@ -142,9 +143,13 @@ def adapter(directory: Path) -> str:
     """Advice for a directory with nothing but LoRA weights; "" for other directories."""
     if not (directory / "adapter_config.json").exists():
         return ""
+    base = None
+    with contextlib.suppress(ValueError):
+        base = files.read_object(directory / "adapter_config.json").get("base_model_name_or_path")
+    named = f" (its base_model_name_or_path is {base!r})" if base else ""
     return (
-        f"{directory} holds an adapter (adapter_config.json) without its base model: "
-        "merge them (peft's merge_and_unload), save the result, and give that directory"
+        f"{directory} holds an adapter (adapter_config.json) without its base model: set model.path to the base{named} "
+        "and model.adapters to this directory, or merge them (peft's merge_and_unload) and give the result"
     )
 
 
@@ -187,7 +192,7 @@ def _read_headers(directory: Path) -> _Headers:
     problems = []
     for file in names:
         try:
-            tensors[file], file_problems = _read_tensors(directory / file)
+            tensors[file], file_problems = read_tensors(directory / file)
         except ValueError as error:
             file_problems = [str(error)]
         problems += [f"{file} {problem}" for problem in file_problems]

@@ -35,6 +35,7 @@ class Facts(NamedTuple):
     versions: Mapping[str, str]
     commit: str | None  # of the code
     license: Mapping[str, Any]  # what the base's card says of its license
+    adapters_base: str | None = None  # the model that the adapters in adapters/ stand on; None where there are none
 
 
 def model_card(facts: Facts) -> str:
@@ -61,6 +62,8 @@ def model_card(facts: Facts) -> str:
         facts=facts,
         config=config,
         model_name=source_name(model["path"], None) if model["path"] else model["architecture"]["model_type"],
+        adapters=model["adapters"] and source_name(model["adapters"], None),
+        adapters_base=facts.adapters_base and source_name(facts.adapters_base, None),
         datasets=[(path, source_name(path, revision), revision) for path, revision in datasets],
         own_objective=play["restart"] or any(name in losses.ROLES for _, name in losses.parts(loss["name"])),
         loss=[loss["name"], f"β {per_iteration(loss['beta'], now):g}", *algorithm_notes(config)],

@@ -230,7 +230,8 @@ class SelfPlay:
                 row["control"] = self.evaluation.measure_alone(folder / f"iteration_{t}", params, sampled)
                 self.summary.write()
         if not seals.sealed(folder / "model"):
-            self.exports.save(folder, self._control_weights(done[-1], None) if params is None else params)
+            params = self._control_weights(done[-1], None) if params is None else params
+            self.exports.save(folder, params, folder / f"iteration_{done[-1]}" / "adapters")
         self.exports.describe("control", folder, self.summary.rows)
 
     def _control_weights(self, t: int, params: Params | None) -> Params:

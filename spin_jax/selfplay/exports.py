@@ -12,7 +12,7 @@ from spin_jax.report.numbers import START
 from spin_jax.runtime import processes
 from spin_jax.selfplay import fingerprints
 from spin_jax.selfplay.prepare import Prepared
-from spin_jax.storage import hub, seals
+from spin_jax.storage import files, hub, seals
 from spin_jax.storage.metrics import Row
 
 
@@ -24,14 +24,18 @@ class Exports:
         self._stop_if_asked = stop_if_asked  # is called between two tensors, and raises to stop
         self._announced_best: int | None = None  # the iteration that was printed last
 
-    def save(self, folder: epath.Path, params: Params) -> None:
+    def save(self, folder: epath.Path, params: Params, adapters: epath.Path | None = None) -> None:
+        """Writes folder/model, with the adapters that are there already, or a copy of the folder `adapters`."""
         if not seals.sealed(folder / "model"):
+            if adapters and seals.sealed(adapters):
+                seals.copy(adapters, folder / "model" / "adapters")
             model = dataclasses.replace(self._run.model, params=params)
             saving.save(model, folder / "model", dtype=model.dtype, on_tensor=self._stop_if_asked)
 
     def describe(self, kind: str, folder: epath.Path, rows: Sequence[Row]) -> None:
         """Adds a model card to an export. It comes later than the weights, because its numbers do."""
         run = self._run
+        adapters = files.read_agreed(folder / "model" / "adapters" / "adapter_config.json") or {}
         facts = model_card.Facts(
             kind=kind,
             iteration=rows[-1]["iteration"],
@@ -40,6 +44,7 @@ class Exports:
             model_revision=run.model.revision,
             data_revision=run.data_revision,
             commit=run.commit,
+            adapters_base=adapters.get("base_model_name_or_path"),
             license=model_card.stated_license(hub.readme(run.config.model.path, run.model.revision)),
             **run.identity,
         )

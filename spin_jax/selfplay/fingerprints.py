@@ -27,12 +27,12 @@ from spin_jax.runtime import secrets
 Identity = Mapping[str, Mapping[str, str]]
 
 # These sections, and these keys of others, may change when a run continues; any other change makes another run. The
-# contents of data.path, eval.path, model.path and selfplay.pairs are compared in place of their names.
+# contents of data.path, eval.path, model.path, model.adapters and selfplay.pairs are compared in place of their names.
 _FREE_SECTIONS = ("mesh", "checkpoint", "export", "logging")
 _FREE = {
     "": ("resume_anyway", "compiler_flags"),
     "data": ("path",),
-    "model": ("path",),
+    "model": ("path", "adapters"),
     "selfplay": ("pairs", "iterations", "patience"),
     "sampling": ("batch_size", "tensor"),
     "train": ("remat", "offload", "most_skipped"),

@@ -186,7 +186,31 @@ class Fitting:
         if frozen is None:
             return state.params
         sharding.free(frozen)
+        if run.config.export.adapters:
+            self._export_adapters(phase, state.params)
         return lora.merged(phase.initial_params(), state.params, options.lora_scale)
+
+    def _export_adapters(self, phase: TrainingPhase, adapters: Params) -> None:
+        """Writes the adapters into the export to come, unless it is there already: it has its own then.
+
+        Those of a control wait in its folder, because only the last control is exported. They stand on the start, and
+        hold those of the control before as well.
+        """
+        run, t, options, under = self._run, phase.iteration, phase.options, None
+        first, directory = run.config.selfplay.start, phase.folder / "model" / "adapters"
+        if phase.name == "control":
+            directory = phase.folder / "adapters"
+            under = phase.folder.parent / f"iteration_{t - 1}" / "adapters" if t > first else None
+            if under is not None and not seals.sealed(under):
+                processes.say(f"\nWARNING: {under} is not there, and the control gets no adapters in PEFT's format\n")
+                return
+        elif seals.sealed(phase.folder / "model"):
+            return
+        from_start = phase.name == "control" or (phase.name == "train" and run.config.selfplay.restart)
+        base, revision = run.base(first if from_start else t)
+        assert options.lora_rank
+        sizes: dict[str, Any] = {"rank": options.lora_rank, "alpha": options.lora_alpha}
+        lora.write_peft(directory, adapters, run.model.config, **sizes, base=base, revision=revision, under=under)
 
     def _state(
         self, params: Params | None, phase: TrainingPhase, step_checkpoints: StepCheckpoints, start: int

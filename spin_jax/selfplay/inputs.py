@@ -19,7 +19,7 @@ from spin_jax.data.official import OfficialChat
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Example, Lengths, Pair, list_names, prompt_turns
 from spin_jax.evaluate import verifiers
-from spin_jax.models import loading, tokenizers, weight_files
+from spin_jax.models import loading, lora, tokenizers, weight_files
 from spin_jax.models.architecture import Model, Params
 from spin_jax.models.params import init_params
 from spin_jax.runtime import user_code
@@ -145,8 +145,13 @@ def open_model(config: Config, recorded_revision: str | None = None) -> tuple[Mo
         loading.check_architecture({"model_type": model.config.model_type, **c.architecture.to_dict()})
         model.notes.extend(loading.check_weights(directory, model.config))
         model = from_config.placed(config, model)
-        digest = weight_files.digest(directory)
-        return model, lambda: loading.load_params(directory, model.config, model.mesh, jnp.float32), digest
+        if config.export.adapters and config_values.trains_on_path(config):
+            loading.check_base(directory)
+        digest, adapters = weight_files.digest(directory), {}
+        if c.adapters:
+            adapters = loading.open_adapters(c.adapters, c.path, model)
+            digest += f" with adapters {lora.digest(adapters)}"
+        return model, lambda: loading.load_params(directory, model.config, model.mesh, jnp.float32, adapters), digest
     if not c.tokenizer:
         raise ValueError("model.architecture needs model.tokenizer: a directory, or module:function")
     notes: list[str] = []

@@ -102,6 +102,19 @@ class Prepared(Inputs):
         """Whether this run makes the start itself: it has no model.path, or an SFT stage."""
         return not self.config.model.path or self.config.sft.epochs > 0
 
+    def base(self, t: int) -> tuple[str, str | None]:
+        """Where others find θ_t, which iteration t trains: a path or hub id, and the hub's revision.
+
+        It is the export of the iteration before, or of the start that this run makes; else model.path, as for the SFT
+        stage, whose t is START.
+        """
+        c = self.config
+        if t > c.selfplay.start or (self.makes_start and t != START):
+            folder = self.folder(t - 1 if t > c.selfplay.start else START)
+            return (c.export.push_to, folder.name) if c.export.push_to else (str(folder / "model"), None)
+        path = c.model.path
+        return (os.path.abspath(path) if os.path.isdir(path) else path), self.model.revision
+
     @property
     def iterations(self) -> range:
         return range(self.config.selfplay.start, self.config.selfplay.iterations)

@@ -123,5 +123,5 @@ def _upload(repo: str, branch: str, folder: epath.Path, private: bool) -> None:
             folder_path=local,
             revision=branch,
             commit_message=f"{branch}, by spin_jax",
-            delete_patterns="model*.safetensors*",  # deletes those that this export does not have
+            delete_patterns=["model*.safetensors*", "adapters/*"],  # deletes those that this export does not have
         )
