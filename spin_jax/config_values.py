@@ -168,7 +168,7 @@ def _adapter_contradictions(c: Any) -> Iterator[str]:
     if trains_on_path(c) and c.model.adapters:
         yield (
             "export.adapters needs a base that PEFT can open, and model.path with model.adapters merged is on no disk: "
-            "save it first, spin_jax.save(spin_jax.load(PATH, adapters=ADAPTERS), FOLDER), and give FOLDER as model.path"
+            "save it, spin_jax.save(spin_jax.load(PATH, adapters=ADAPTERS), FOLDER), and give FOLDER as model.path"
         )
 
 

@@ -575,7 +575,7 @@ def test_indices_that_mislead(index, message, tiny_dir, tmp_path):
         ("pytorch_model.bin", "pytorch_model.bin is a pickle, which is not read: convert it to safetensors"),
         ("model.pt", "model.pt is a pickle"),
         ("model.pth", "model.pth is a pickle"),
-        ("adapter_config.json", "holds an adapter (adapter_config.json) without its base model: merge them"),
+        ("adapter_config.json", "holds an adapter (adapter_config.json) without its base model: set model.path"),
         ("model-00001-of-00002.safetensors", f"is there, without the {INDEX}"),
     ],
 )
@@ -588,7 +588,7 @@ def test_directories_without_weights(name, message, tiny_dir, tmp_path):
 def test_an_adapter_alone(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    assert "merge them" in refused(tmp_path, FileNotFoundError)
+    assert "model.adapters to this directory, or merge them" in refused(tmp_path, FileNotFoundError)
 
 
 # --- the other files of a model ------------------------------------------------------------------

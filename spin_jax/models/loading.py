@@ -163,7 +163,7 @@ def check_base(directory: Path) -> None:
     whole = files.read_object(directory / "config.json")
     if text_part(whole) is not whole:
         raise ValueError(
-            f"export.adapters: {directory} is a multimodal model, and adapters are trained on its text part, whose layers "
+            f"export.adapters: {directory} is a multimodal model, and adapters are for its text part, whose layers "
             "have other names: save that part, spin_jax.save(spin_jax.load(PATH), FOLDER), and give it as model.path"
         )
 

@@ -118,10 +118,18 @@ def _compared(workdir):
 
 def _parts(path):
     """{part: content} of a file or checkpoint, in order."""
+    from safetensors.numpy import load_file
+
     if path.name == "checkpoint":
         return _tensors(_load_checkpoint(path))
     if path.suffix == ".safetensors":
-        return _tensors(weights(path.parent))
+        return _tensors(load_file(path))
+    if path.name == "adapter_config.json":  # it names its base by the whole path
+        settings = json.loads(path.read_text())
+        return settings | {"base_model_name_or_path": settings["base_model_name_or_path"].split("/")[-2:]}
+    if path.name == "SHA256SUMS" and "adapter_config.json" in path.read_text():
+        lines = path.read_text().splitlines()[1:]
+        return {line: "" for line in lines if not line.endswith("adapter_config.json")}
     if path.suffix == ".parquet":
         return {f"row {number}": repr(row) for number, row in enumerate(pq.read_table(path).to_pylist())}
     if path.name == "metrics.jsonl":

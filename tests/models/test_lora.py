@@ -16,6 +16,7 @@ from spin_jax.models import loading, lora
 from spin_jax.models.decoder import Decoder, forward, output_head, project
 from spin_jax.models.params import params_on
 from spin_jax.plan import __main__, answer, planned_run, time
+from spin_jax.storage import seals
 
 RANK, SCALE = 3, 0.7
 
@@ -148,6 +149,7 @@ LORA = (
     "--config.train.learning_rate=0.01",
     "--config.sft.control=False",
     "--config.checkpoint.every_steps=2",
+    "--config.export.adapters=True",
 )
 
 
@@ -173,6 +175,38 @@ def test_a_run_learns_and_exports_merged_weights(whole):
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     assert moved == {name for name in before if "_proj" in name}
     assert len(json.loads((whole / "summary.json").read_text())) == 3
+
+
+def test_a_run_exports_its_adapters(whole):
+    """PEFT computes from the adapters of an iteration, on the model before it, what its model does (1e-4, float32).
+
+    On the start it takes the adapters of all iterations.
+    """
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    tokens = torch.as_tensor(tokens_of((4, 12)))
+
+    def logits(model):
+        with torch.no_grad():
+            return model.eval()(tokens).logits.numpy()
+
+    models = [whole / folder / "model" for folder in ("start", "iteration_0", "iteration_1")]
+    plain = [logits(transformers.AutoModelForCausalLM.from_pretrained(model)) for model in models]
+    assert not (models[0] / "adapters").exists()  # SFT trained all weights
+    for before, model, ours, theirs in zip(models, models[1:], plain[1:], plain, strict=False):
+        assert np.abs(ours - theirs).max() > 0.01
+        assert json.loads((model / "adapters" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            before
+        )
+        adapted = peft.AutoPeftModelForCausalLM.from_pretrained(model / "adapters")
+        np.testing.assert_allclose(logits(adapted), ours, atol=1e-4)
+        assert f"model that it began from (`{before.parent.name}/model`)" in (model / "README.md").read_text()
+        seals.check_seal(model)
+    start = transformers.AutoModelForCausalLM.from_pretrained(models[0])
+    both = peft.PeftModel.from_pretrained(start, models[1], subfolder="adapters", adapter_name="0")
+    both.load_adapter(models[2], subfolder="adapters", adapter_name="1")
+    both.base_model.set_adapter(["0", "1"])
+    np.testing.assert_allclose(logits(both), plain[2], atol=1e-4)
 
 
 @pytest.mark.long

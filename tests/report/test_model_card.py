@@ -97,6 +97,17 @@ def test_an_iteration_tells_its_recipe_and_numbers():
     assert "chen2024self" in text
 
 
+def test_adapters():
+    """Those of the export, with the end of their base's path; and those that were merged into the base."""
+    text = model_card.model_card(facts(model={"path": "owner/base-sft", "adapters": "/home/me/lora"}))
+    assert table(text)["base"][0].endswith("(4567), with the adapters `lora` merged")
+    assert "PeftModel" not in text
+    here = model_card.model_card(facts()._replace(adapters_base="/home/me/run/iteration_0/model"))
+    assert "the model that it began from (`iteration_0/model`)" in here
+    assert 'peft.PeftModel.from_pretrained(BASE, "DIRECTORY OF THIS FILE", subfolder="adapters")' in here
+    assert "/home" not in text + here
+
+
 def test_start_and_control():
     sft = {"epochs": 2, "control": True, "control_learning_rate": 3e-4}
     start = model_card.model_card(facts("start", ROWS[:1], sft=sft))
