@@ -191,8 +191,7 @@ def write_peft(
     adapters: Params,
     config: ModelConfig,
     *,
-    rank: int,
-    alpha: float,
+    scale: float,
     base: str,
     revision: str | None = None,
     under: epath.PathLike | None = None,
@@ -203,10 +202,11 @@ def write_peft(
     block-diagonal. Its rank is then as many times as large, and so is its alpha: it is the same function.
 
     Args:
-        adapters: as `adapters_on` describes them; B is multiplied by alpha / rank when it is used.
+        adapters: as `adapters_on` describes them.
+        scale: α / r, by which B is multiplied when it is used.
         base: the path or hub id of the model that the adapters were trained on.
         revision: of the base, where it is on the hub.
-        under: a folder that this function wrote, with the same alpha / rank. Its adapters stand on `base`, and the
+        under: a folder that this function wrote, with the same scale. Its adapters stand on `base`, and the
             new ones were trained on both; they are written as one, with the sum of their ranks.
 
     Raises:
@@ -214,6 +214,7 @@ def write_peft(
     """
     directory, flat = epath.Path(directory), dict[str, Any](flatten_dict(adapters, sep="/"))
     flat = {path: sharding.to_host(leaf) for path, leaf in flat.items()}
+    rank = next(leaf.shape[-1] for path, leaf in flat.items() if path.endswith("_a"))
 
     def write() -> None:
         tensors: dict[str, np.ndarray] = {}
@@ -233,7 +234,7 @@ def write_peft(
             earlier = safetensors_numpy.load((epath.Path(under) / _WEIGHTS).read_bytes())
             tensors = {n: np.concatenate([earlier[n], x], axis=int("lora_B" in n)) for n, x in tensors.items()}
         content = safetensors_numpy.save(tensors, {"format": "pt"})
-        settings = {"base_model_name_or_path": base, "revision": revision, **_settings(tensors, alpha / rank)}
+        settings = {"base_model_name_or_path": base, "revision": revision, **_settings(tensors, scale)}
         files.remove_here(directory)
         files.check_room_here(directory, len(content) + 2**20, f"the adapters {directory}")
         files.write_here(directory / _WEIGHTS, content)

@@ -208,9 +208,8 @@ class Fitting:
             return
         from_start = phase.name == "control" or (phase.name == "train" and run.config.selfplay.restart)
         base, revision = run.base(first if from_start else t)
-        assert options.lora_rank
-        sizes: dict[str, Any] = {"rank": options.lora_rank, "alpha": options.lora_alpha}
-        lora.write_peft(directory, adapters, run.model.config, **sizes, base=base, revision=revision, under=under)
+        place = {"base": base, "revision": revision, "under": under}
+        lora.write_peft(directory, adapters, run.model.config, scale=options.lora_scale, **place)
 
     def _state(
         self, params: Params | None, phase: TrainingPhase, step_checkpoints: StepCheckpoints, start: int

@@ -106,14 +106,14 @@ class Prepared(Inputs):
         """Where others find θ_t, which iteration t trains: a path or hub id, and the hub's revision.
 
         It is the export of the iteration before, or of the start that this run makes; else model.path, as for the SFT
-        stage, whose t is START.
+        stage, whose t is START. On the hub a local path shows its last name only.
         """
         c = self.config
         if t > c.selfplay.start or (self.makes_start and t != START):
             folder = self.folder(t - 1 if t > c.selfplay.start else START)
             return (c.export.push_to, folder.name) if c.export.push_to else (str(folder / "model"), None)
-        path = c.model.path
-        return (os.path.abspath(path) if os.path.isdir(path) else path), self.model.revision
+        path = os.path.abspath(c.model.path) if os.path.isdir(c.model.path) else c.model.path
+        return (path if self.model.revision or not c.export.push_to else os.path.basename(path)), self.model.revision
 
     @property
     def iterations(self) -> range:

@@ -57,7 +57,7 @@ def merged_logits(model, *adapters):
 
 
 def write(directory, adapters, model, base, **options):
-    lora.write_peft(directory, adapters, model.config, rank=RANK, alpha=ALPHA, base=str(base), **options)
+    lora.write_peft(directory, adapters, model.config, scale=ALPHA / RANK, base=str(base), **options)
 
 
 # --- ours, opened by PEFT --------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def test_adapters_of_the_control_stand_on_the_start(tiny_dir, mesh, tmp_path, mo
     run.model, run.workdir, fitting._run = spin_jax.load(str(tiny_dir), mesh=mesh), tmp_path, run
     each = [trained(run.model, EVERYTHING, seed) for seed in (1, 2)]
     for t, adapters in enumerate(each):
-        options = types.SimpleNamespace(lora_rank=RANK, lora_alpha=ALPHA)
+        options = types.SimpleNamespace(lora_scale=ALPHA / RANK)
         folder = tmp_path / "control" / f"iteration_{t}"
         fitting._export_adapters(
             types.SimpleNamespace(name="control", iteration=t, folder=folder, options=options), adapters
