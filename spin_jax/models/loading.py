@@ -136,12 +136,12 @@ def load_params(
     config: ModelConfig,
     mesh: jax.sharding.Mesh,
     dtype: Any = None,
-    adapters: Mapping[str, lora.Adapter] | None = None,
+    adapters: Params | None = None,
 ) -> Params:
     """Reads a checkpoint's weights into the mesh's layout; with dtype None each keeps its dtype in the checkpoint.
 
-    `adapters` are merged into them in float32, and the weights keep their dtype. One ValueError or FileNotFoundError
-    names everything that is missing, damaged or misshapen, or not finite.
+    `adapters` (of `open_adapters`) are merged into them in float32, and the weights keep their dtype. One ValueError or
+    FileNotFoundError names everything that is missing, damaged or misshapen, or not finite.
     """
     seals.check_seal_here(directory)
     abstract = abstract_params(config)
@@ -155,7 +155,7 @@ def load_params(
     if bad := [FAMILIES[config.model_type].names[path].name for path in flat if not finite[path]]:
         raise ValueError(f"{directory}: {', '.join(bad)}: NaN or infinite numbers in the weights")
     params = unflatten_dict(params, sep="/")
-    return lora.merged_peft(params, adapters, config) if adapters else params
+    return lora.merged_peft(params, adapters) if adapters else params
 
 
 def check_base(directory: Path) -> None:
@@ -168,7 +168,7 @@ def check_base(directory: Path) -> None:
         )
 
 
-def open_adapters(adapters: str, path: str, model: Model) -> dict[str, lora.Adapter]:
+def open_adapters(adapters: str, path: str, model: Model) -> Params:
     """Reads PEFT's adapters for the model of `path`; a note on the model tells where they were trained on another one.
 
     `adapters` is a directory, a hub id, or OWNER/NAME@REVISION.
@@ -291,7 +291,7 @@ def load(
     """
     model, directory = describe(path, revision, dtype=dtype, mesh=mesh, chat_template=chat_template)
     model.notes.extend(check_weights(directory, model.config))
-    found = open_adapters(adapters, path, model) if adapters else {}
+    found = open_adapters(adapters, path, model) if adapters else None
     for note in model.notes:
         warnings.warn(note, stacklevel=2)
     params = load_params(directory, model.config, model.mesh, dtype, found)

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,14 +171,6 @@ _KEYS = {
 }
 
 
-class Adapter(NamedTuple):
-    """PEFT's adapter of a linear layer whose weight W is [out, in]: it becomes W + scale · B A. All is float32."""
-
-    a: np.ndarray  # [r, in]
-    b: np.ndarray  # [out, r]
-    scale: float
-
-
 def _linear_layers(config: ModelConfig) -> dict[str, list[Part]]:
     """The linear layers of transformers that can have adapters, each with the parts of our weights that it stacks."""
     flat, known = flatten_dict(sharding.unboxed(abstract_params(config)), sep="/"), _known(config)
@@ -262,13 +254,13 @@ def _settings(tensors: Mapping[str, np.ndarray], scale: float) -> dict[str, Any]
     }
 
 
-def read_peft(directory: Path, config: ModelConfig) -> tuple[dict[str, Adapter], str | None]:
-    """The adapters that PEFT wrote, by the name of the linear layer, and the base that they name.
+def read_peft(directory: Path, config: ModelConfig) -> tuple[Params, str | None]:
+    """The adapters that PEFT wrote, float32 on the host with B times α / r, for `merged_peft`; and the base they name.
 
     The tensors say which layers have adapters: PEFT writes those that `target_modules` chose, in whatever way it did.
 
     Raises:
-        ValueError: a file is missing or damaged, the adapters do not fit, or they compute more than W + scale · B A.
+        ValueError: a file is missing or damaged, the adapters do not fit, or they compute more than W + α/r · B A.
     """
     seals.check_seal_here(directory)
     settings, place = files.read_object(directory / _SETTINGS), directory / _WEIGHTS
@@ -292,7 +284,8 @@ def read_peft(directory: Path, config: ModelConfig) -> tuple[dict[str, Adapter],
             known = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
             raise ValueError(f"{place}: {name}: only A and B of {known} are read for this model, as floats")
         sides.setdefault(layer, {})[found[2]] = tensor.map().astype(np.float32)
-    adapters = {}
+    largest = max(len(both.get("A", ())) for both in sides.values())  # zeros fill up smaller ranks
+    flat: dict[str, np.ndarray] = {}
     for layer, both in sides.items():
         rank, scale = _rank_and_scale(directory / _SETTINGS, settings, layer)
         out, within = weight_files.shape_of(layers[layer])
@@ -301,8 +294,13 @@ def read_peft(directory: Path, config: ModelConfig) -> tuple[dict[str, Adapter],
             raise ValueError(f"{place}: {layer}: {shapes} do not fit rank {rank} and the weight {(out, within)}")
         if not all(np.isfinite(x).all() for x in both.values()):
             raise ValueError(f"{place}: {layer}: NaN or infinite numbers in the adapter")
-        adapters[layer] = Adapter(both["A"], both["B"], scale)
-    return adapters, settings.get("base_model_name_or_path")
+        for part, rows in zip(layers[layer], weight_files.split(layers[layer], both["B"]), strict=True):
+            inputs, outputs = part.shape[: part.tensor.inputs], part.shape[part.tensor.inputs :]
+            for side, shape in (("a", (*inputs, largest)), ("b", (largest, *outputs))):
+                flat.setdefault(f"{part.path}_{side}", np.zeros((config.num_hidden_layers, *shape), np.float32))
+            flat[f"{part.path}_a"][part.at][..., :rank] = both["A"].T.reshape(*inputs, rank)
+            flat[f"{part.path}_b"][part.at][:rank] = scale * rows.T.reshape(rank, *outputs)
+    return unflatten_dict(flat, sep="/"), settings.get("base_model_name_or_path")
 
 
 def _rank_and_scale(place: Path, settings: Mapping[str, Any], layer: str) -> tuple[int, float]:
@@ -321,29 +319,20 @@ def _rank_and_scale(place: Path, settings: Mapping[str, Any], layer: str) -> tup
         raise ValueError(f"{place}: r and lora_alpha, or their patterns, are wrong for {layer}: {error}") from error
 
 
-def digest(adapters: Mapping[str, Adapter]) -> str:
-    """A digest of all that the adapters compute."""
+def digest(adapters: Params) -> str:
+    """A digest of adapters that `read_peft` has read."""
     sha = hashlib.sha256()
-    for layer, (a, b, scale) in sorted(adapters.items()):
-        sha.update(f"{layer} {a.shape} {b.shape} {scale!r}".encode() + a.tobytes() + b.tobytes())
+    for path, leaf in jax.tree.leaves_with_path(adapters):
+        sha.update(f"{path} {leaf.shape}".encode() + leaf.tobytes())
     return sha.hexdigest()[:16]
 
 
-def merged_peft(params: Params, adapters: Mapping[str, Adapter], config: ModelConfig) -> Params:
-    """The weights with PEFT's adapters merged into them, in the dtypes of `params`, which are donated."""
-    rank = max(len(adapter.a) for adapter in adapters.values())  # zeros fill up smaller ones
-    flat: dict[str, np.ndarray] = {}
-    layers = _linear_layers(config)
-    for layer, (a, b, scale) in adapters.items():
-        for part, rows in zip(layers[layer], weight_files.split(layers[layer], b), strict=True):
-            inputs, outputs = part.shape[: part.tensor.inputs], part.shape[part.tensor.inputs :]
-            for side, shape in (("a", (*inputs, rank)), ("b", (rank, *outputs))):
-                flat.setdefault(f"{part.path}_{side}", np.zeros((config.num_hidden_layers, *shape), np.float32))
-            flat[f"{part.path}_a"][part.at][..., : len(a)] = a.T.reshape(*inputs, -1)
-            flat[f"{part.path}_b"][part.at][: len(a)] = scale * rows.T.reshape(-1, *outputs)
-    shapes = adapters_on(params, rank, [path.rpartition("/")[2][:-2] for path in flat])
-    placed = {
-        path: jax.make_array_from_callback(leaf.shape, leaf.sharding, flat[path].__getitem__)
-        for path, leaf in dict[str, Any](flatten_dict(shapes, sep="/")).items()
-    }
-    return merged(params, unflatten_dict(placed, sep="/"), 1.0)
+def merged_peft(params: Params, adapters: Params) -> Params:
+    """The weights with adapters of `read_peft` merged into them, in the dtypes of `params`, which are donated."""
+    names = [key for weights in adapters["layers"].values() for key in weights]
+    rank = jax.tree.leaves(adapters)[0].shape[-1]
+    shapes = adapters_on(params, rank, [name.removesuffix("_a") for name in names])
+    placed = jax.tree.map(
+        lambda leaf, x: jax.make_array_from_callback(x.shape, leaf.sharding, x.__getitem__), shapes, adapters
+    )
+    return merged(params, placed, 1.0)

@@ -147,7 +147,7 @@ def open_model(config: Config, recorded_revision: str | None = None) -> tuple[Mo
         model = from_config.placed(config, model)
         if config.export.adapters and config_values.trains_on_path(config):
             loading.check_base(directory)
-        digest, adapters = weight_files.digest(directory), {}
+        digest, adapters = weight_files.digest(directory), None
         if c.adapters:
             adapters = loading.open_adapters(c.adapters, c.path, model)
             digest += f" with adapters {lora.digest(adapters)}"

@@ -184,6 +184,15 @@ def test_what_we_wrote_is_read_again(family, hf_model_dir, mesh, tmp_path):
         np.testing.assert_allclose(leaf, ours[path], atol=1e-6)
 
 
+def test_layers_of_a_multimodal_model_have_one_more_name(adapter, tiny_dir, mesh, tmp_path):
+    directory = shutil.copytree(adapter, tmp_path / "copy")
+    place = directory / "adapter_model.safetensors"
+    renamed = {n.replace(".layers.", ".language_model.layers."): x for n, x in load_file(place).items()}
+    save_file(renamed, place, {"format": "pt"})
+    models = [spin_jax.load(str(tiny_dir), mesh=mesh, adapters=str(each)) for each in (directory, adapter)]
+    jax.tree.map(np.testing.assert_array_equal, *(model.params for model in models))
+
+
 def test_weights_keep_their_dtype_and_another_base_is_told(hf_model_dir, tiny_dir, mesh, tmp_path):
     base, _ = hf_model_dir("mistral", dtype="bfloat16")
     of_peft(tiny_dir, tmp_path / "adapters", target_modules=["q_proj"])
@@ -387,6 +396,14 @@ def test_the_base_of_each_iteration(sections, t, base, tmp_path):
     run.config, run.workdir = resolved(model={"path": "owner/m"}, **sections), tmp_path
     run.model = types.SimpleNamespace(revision="c0ffee")
     assert run.base(t) == (base[0].format(workdir=tmp_path), base[1])
+
+
+@pytest.mark.parametrize("push_to", [None, "me/x"])
+def test_a_local_base_has_its_whole_path_but_on_the_hub(push_to, tmp_path):
+    run = Prepared.__new__(Prepared)
+    run.config = resolved(model={"path": str(tmp_path)}, export={"push_to": push_to})
+    run.model = types.SimpleNamespace(revision=None)
+    assert run.base(0) == (tmp_path.name if push_to else str(tmp_path), None)
 
 
 def test_adapters_of_the_control_stand_on_the_start(tiny_dir, mesh, tmp_path, monkeypatch):
