@@ -284,7 +284,7 @@ def read_peft(directory: Path, config: ModelConfig) -> tuple[Params, str | None]
             known = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
             raise ValueError(f"{place}: {name}: only A and B of {known} are read for this model, as floats")
         sides.setdefault(layer, {})[found[2]] = tensor.map().astype(np.float32)
-    largest = max(len(both.get("A", ())) for both in sides.values())  # zeros fill up smaller ranks
+    largest = max(sum(both["A"].shape[:1]) if "A" in both else 0 for both in sides.values())  # zeros fill up the others
     flat: dict[str, np.ndarray] = {}
     for layer, both in sides.items():
         rank, scale = _rank_and_scale(directory / _SETTINGS, settings, layer)

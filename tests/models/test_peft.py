@@ -268,11 +268,12 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
             lambda t: {f"{Q}.lora_A.weight": np.ones((4, 56), np.float32)},
             "{'A': (4, 56), 'B': (64, 4)} do not fit rank 4",
         ),
+        (lambda t: {f"{Q}.lora_A.weight": np.ones((), np.float32)}, "{'A': (), 'B': (64, 4)} do not fit rank 4"),
         (lambda t: {f"{Q}.lora_A.weight": np.ones((4, 32), np.int32)}, "q_proj.lora_A.weight: only"),
         (lambda t: {f"{Q}.lora_A.weight": np.full((4, 32), np.nan, np.float32)}, "q_proj: NaN or infinite numbers"),
         (dict.fromkeys, "adapter_model.safetensors has no tensors"),
     ],
-    ids=["head", "layer", "dora", "half", "shape", "integers", "nan", "nothing"],
+    ids=["head", "layer", "dora", "half", "shape", "number", "integers", "nan", "nothing"],
 )
 def test_tensors_that_do_not_fit(change, message, adapter, tiny_dir, mesh, tmp_path):
     directory = shutil.copytree(adapter, tmp_path / "copy")
@@ -406,21 +407,25 @@ def test_a_local_base_has_its_whole_path_but_on_the_hub(push_to, tmp_path):
     assert run.base(0) == (tmp_path.name if push_to else str(tmp_path), None)
 
 
-def test_adapters_of_the_control_stand_on_the_start(tiny_dir, mesh, tmp_path, monkeypatch):
-    """Two controls, one after the other: the export has the adapters of both as one, and PEFT opens it."""
+def test_adapters_of_the_control_stand_on_the_start(tiny_dir, mesh, tmp_path, capsys):
+    """Two controls, one after the other: the export has the adapters of both as one, and PEFT opens it.
+
+    Where those of the one before are not there, a warning says so.
+    """
     run, fitting = Prepared.__new__(Prepared), Fitting.__new__(Fitting)
     run.config = resolved(model={"path": str(tiny_dir)}, sft={"control": True, **LORA}, export={"adapters": True})
     run.model, run.workdir, fitting._run = spin_jax.load(str(tiny_dir), mesh=mesh), tmp_path, run
     each = [trained(run.model, EVERYTHING, seed) for seed in (1, 2)]
-    for t, adapters in enumerate(each):
+    folders = [tmp_path / "control" / f"iteration_{t}" for t in (0, 1, 3)]
+    for t, folder in zip((0, 1, 3), folders, strict=True):
         options = types.SimpleNamespace(lora_scale=ALPHA / RANK)
-        folder = tmp_path / "control" / f"iteration_{t}"
-        fitting._export_adapters(
-            types.SimpleNamespace(name="control", iteration=t, folder=folder, options=options), adapters
-        )
+        phase = types.SimpleNamespace(name="control", iteration=t, folder=folder, options=options)
+        fitting._export_adapters(phase, each[min(t, 1)])
+    assert "iteration_2/adapters is not there, and the control gets no adapters" in capsys.readouterr().out
+    assert [(folder / "adapters").exists() for folder in folders] == [True, True, False]
     ours = merged_logits(run.model, *each)
     run.model.dtype = jnp.dtype(jnp.float32)
-    Exports(run, lambda: None).save(tmp_path / "control", run.model.params, folder / "adapters")
+    Exports(run, lambda: None).save(tmp_path / "control", run.model.params, folders[1] / "adapters")
     exported = tmp_path / "control" / "model"
     seals.check_seal(exported)
     assert "adapters/adapter_model.safetensors" in (exported / "SHA256SUMS").read_text()
