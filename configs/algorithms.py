@@ -47,6 +47,46 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     # β scales log-probs per token, and is larger than that of `dpo`: arXiv 2411.15124 and 2405.14734.
     "dpo_per_token": {"selfplay.iterations": 1, "loss.name": "dpo_per_token", "loss.beta": (5.0,)},
     "simpo": {"selfplay.iterations": 1, "loss.name": "simpo", "loss.beta": (2.0,), "loss.options": "gamma=1.0"},
+    # The same as the paper's experiments do it: on the best and the worst of five.
+    "sppo_best_worst": {
+        "loss.name": "sppo",
+        "selfplay.samples": 5,
+        "selfplay.pairing": "human/best+worst",
+        "selfplay.mix_previous": 0,
+        "loss.beta": (1e-3,),
+    },
+    # The best of K answers against the worst, by selfplay.scorer, with the start as the reference: arXiv 2312.11456,
+    # with K = 8 as in the authors' code (RLHFlow/Online-RLHF, run_loop.sh).
+    "iterative_dpo": {
+        "selfplay.samples": 8,
+        "selfplay.pairing": "best/worst",
+        "selfplay.mix_previous": 0,
+        "loss.reference_alpha": 0.0,
+    },
+    # The scorer ranks five answers together with the human one, and the opponent is the reference: arXiv 2404.03715,
+    # Algorithm 2, with the one pair of the largest margin and the worst answer always the model's own.
+    "dno": {"selfplay.samples": 5, "selfplay.pairing": "best_with_human/worst", "selfplay.mix_previous": 0},
+    # The better of two answers against the other, with the opponent as the reference: recipe/spin of verl, whose
+    # run_spin.sh renews the reference in each step (ref_update_freq=1).
+    "online_spin": {"selfplay.samples": 2, "selfplay.pairing": "best/worst", "selfplay.mix_previous": 0},
+    # (log p(y)/p(y') − τ/η log p_0(y)/p_0(y') − (1 − τ/η) log p_t(y)/p_t(y') − 1/2η)²: arXiv 2407.00617. It is IPO's
+    # loss with β = η, against α-SPIN's reference with α = 1 − τ/η.
+    "inpo": {
+        "loss.name": "ipo",
+        "loss.reference_alpha": 0.5,
+        "selfplay.samples": 8,
+        "selfplay.pairing": "best/worst",
+        "selfplay.mix_previous": 0,
+    },
+    # DPO against the start, which also makes what the start answers less likely: arXiv 2405.21046. There one answer of
+    # a pair is the start's; here both are the opponent's.
+    "xpo": {
+        "loss.name": "xpo",
+        "loss.reference_alpha": 0.0,
+        "selfplay.samples": 2,
+        "selfplay.pairing": "best/worst",
+        "selfplay.mix_previous": 0,
+    },
 }
 
 

@@ -22,6 +22,13 @@ ALGORITHM_SETTINGS: dict[str, dict[str, Any]] = {
     "ipo": {"train.epochs": (5,), "loss.beta": (0.5,)},
     "rest_em": {"selfplay.samples": 2},
     "sppo": {"selfplay.samples": 2, "selfplay.scorer": "spin_jax.tiny:wins", "loss.beta": (0.25,)},
+    # Most prompts have right answers only, which make no pair: more answers to a prompt find more pairs.
+    "sppo_best_worst": {"selfplay.samples": 4, "selfplay.scorer": "spin_jax.tiny:wins", "loss.beta": (0.25,)},
+    "iterative_dpo": {"selfplay.samples": 4, "selfplay.scorer": "spin_jax.tiny:wins"},
+    "dno": {"selfplay.samples": 4, "selfplay.scorer": "spin_jax.tiny:wins"},
+    "online_spin": {"selfplay.scorer": "spin_jax.tiny:wins"},
+    "inpo": {"selfplay.samples": 4, "selfplay.scorer": "spin_jax.tiny:wins", "loss.beta": (0.5,)},
+    "xpo": {"selfplay.samples": 4, "selfplay.scorer": "spin_jax.tiny:wins"},
 }
 
 

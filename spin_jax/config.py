@@ -159,12 +159,17 @@ def default() -> Any:
     c.selfplay.pairs_split = "train"
     # Pairs to train on in place of sampled ones: path[,path…] for iterations start, start + 1, …; or k=path for k.
     c.selfplay.pairs = placeholder(str)
-    # K: how many answers to a prompt are sampled; the prompt is read once. Each becomes a row to train on.
+    # K: how many answers to a prompt are sampled; the prompt is read once.
     c.selfplay.samples = 1
-    # Which of these rows are used: all, or those with an answer that eval.verifier accepts (right) or rejects (wrong).
+    # Which two answers to a prompt make a row, as chosen/rejected: human/own is SPIN, with a row for each sampled
+    # answer. Others are human/worst, human/best+worst, best/worst, best_with_human/worst, best/human, right/wrong,
+    # and module:function, which configs/README.md explains ("Pairing").
+    c.selfplay.pairing = "human/own"
+    # Which rows of human/own are used: all, or those with an answer that eval.verifier accepts (right) or rejects
+    # (wrong).
     c.selfplay.rows = "all"
     # module:function(messages, answers), which returns a number for each answer, for losses that take a
-    # score. The last message is the human answer.
+    # score and for selfplay.pairing. The last message is the human answer.
     c.selfplay.scorer = placeholder(str)
     # Each iteration trains the start's weights, and not those of the iteration before (ReST-EM).
     c.selfplay.restart = False
@@ -202,7 +207,7 @@ def default() -> Any:
     # α of α-SPIN: the reference log-probs are α times the opponent's and 1 − α times the start's. With 0 they
     # are the start's alone, as in DPO.
     c.loss.reference_alpha = 1.0
-    # This many times −log p(human answer) is added to the loss.
+    # This many times −log p(human answer) is added to the loss; with selfplay.pairing, of the chosen answer.
     c.loss.nll_weight = 0.0
 
     # --- training; `_optimization` explains the other keys ---

@@ -5,6 +5,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -85,6 +86,22 @@ _CHOICES = {
 }
 
 
+# The values of selfplay.pairing beside module:function, chosen/rejected.
+PAIRINGS = ("human/own", "human/worst", "human/best+worst", "best/worst")
+PAIRINGS += ("best_with_human/worst", "best/human", "right/wrong")
+
+
+def rows_of_a_prompt(play: Any) -> int:
+    """The most rows that the answers to a prompt give; of a user's pairing function nobody knows, and K is assumed."""
+    counts = {"human/own": play.samples, "human/best+worst": 2}
+    return counts.get(play.pairing, play.samples if ":" in play.pairing else 1)
+
+
+def verifier_judges(play: Any) -> bool:
+    """Whether eval.verifier says which answers are trained on."""
+    return play.rows != "all" or play.pairing == "right/wrong"
+
+
 def _check_each(c: Mapping[str, Any]) -> None:
     for name, value in flat(c).items():
         if value is None or name.startswith("model.architecture."):
@@ -151,6 +168,7 @@ def _contradictions(c: Any) -> Iterator[str]:
         yield f"selfplay.rows={play.rows!r} needs eval.verifier, which says which answers are right"
     if play.rows != "all" and play.scorer:
         yield f"selfplay.rows={play.rows!r} and selfplay.scorer both judge answers: leave one of them out"
+    yield from _pairing_problems(c)
     paths = data_paths(c.data.path)
     if 2 <= len(paths) < iterations:
         yield f"data.path has {len(paths)} datasets for {iterations} iterations: give one, or one for each"
@@ -177,6 +195,20 @@ def trains_on_path(c: Any) -> bool:
     return bool(c.sft.lora_rank) if c.sft.epochs else bool(c.model.path)
 
 
+def _pairing_problems(c: Any) -> Iterator[str]:
+    play, said = c.selfplay, f"selfplay.pairing={c.selfplay.pairing!r}"
+    if play.pairing not in PAIRINGS and ":" not in play.pairing:
+        yield f"{said}: one of {', '.join(PAIRINGS)}, or module:function"
+    if play.rows != "all" and play.pairing != "human/own":
+        yield f"{said} and selfplay.rows={play.rows!r} both choose answers: leave one of them out"
+    if play.pairing == "right/wrong" and not c.eval.verifier:
+        yield f"{said} needs eval.verifier, which says which answers are right"
+    if play.pairing in PAIRINGS and re.search("best|worst", play.pairing) and not play.scorer:
+        yield f"{said} needs selfplay.scorer, which says which answers are better"
+    if play.pairing in ("best/worst", "human/best+worst", "right/wrong") and play.samples < 2 and not play.pairs:
+        yield f"{said} compares sampled answers to a prompt: set selfplay.samples to 2 or more"
+
+
 def data_paths(path: str | None) -> list[str]:
     """data.path as a list: empty, one dataset for all iterations, or one for each."""
     if path and os.path.exists(path):  # also if there is a comma in its name
@@ -193,11 +225,13 @@ def algorithm_notes(c: Mapping[str, Any]) -> list[str]:
     loss, play = c["loss"], c["selfplay"]
     weight, options, alpha = (loss.get(key) for key in ("nll_weight", "options", "reference_alpha"))
     samples, rows, scorer, restart = (play.get(key) for key in ("samples", "rows", "scorer", "restart"))
+    pairing = play.get("pairing")
     phrases = [
         weight and f"{weight:g} × NLL of the human answer",
         options,
         alpha not in (None, 1) and f"reference {alpha:g} × the opponent's and {1 - alpha:g} × the start's",
         samples not in (None, 1) and f"{samples} answers per prompt",
+        pairing not in (None, "human/own") and f"pairing {pairing}",
         rows not in (None, "all") and f"only answers that {c['eval'].get('verifier')} finds {rows}",
         scorer and f"scores of {scorer}",
         restart and "each iteration trains the start's weights",

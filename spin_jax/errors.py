@@ -49,7 +49,7 @@ class MissingInput(BadInput, FileNotFoundError):
 
 
 class NothingToTrainOn(BadInput, RuntimeError):
-    """The setting selfplay.rows keeps none of the answers of an iteration."""
+    """The settings selfplay.rows or selfplay.pairing make no pair of the answers of an iteration."""
 
 
 class HarnessNotInstalled(BadInput, ImportError, ValueError):
@@ -77,7 +77,7 @@ class NotFinite(SpinJaxError, RuntimeError):
 
 
 class JudgeFailed(SpinJaxError, RuntimeError):
-    """A verifier or scorer raised an error, or did not return a number for each answer."""
+    """A verifier, a scorer or a pairing function raised an error, or did not return what it should."""
 
 
 class CompilerFailed(SpinJaxError):

@@ -126,6 +126,11 @@ def space(policy: PairLogps, opponent: PairLogps, *, beta: Beta, mu: float = 1.0
     return jax.nn.softplus(shift - reward.real) + mu * jax.nn.softplus(reward.generated - shift)
 
 
+def xpo(policy: Any, opponent: Any, *, beta: Beta, alpha: float = 1e-5) -> Float[Array, " B"]:
+    """XPO's ℓ(t) + α log p_θ(y0), ℓ logistic (arXiv 2405.21046, Algorithm 1): less of what the start answered."""
+    return logistic(policy, opponent, beta=beta) + alpha * policy.start
+
+
 # --- losses of preference optimization: `real` is the preferred answer, `generated` the other one ----
 
 
@@ -209,7 +214,7 @@ def _share(label_smoothing: float) -> float:
 
 # --- losses by name, and sums of them ------------------------------------------------------------
 
-_ALL = (logistic, hinge, exponential, correlation, ipo, tspin, likelihood, sppo, space)
+_ALL = (logistic, hinge, exponential, correlation, ipo, tspin, likelihood, sppo, space, xpo)
 _ALL += (cdpo, robust_dpo, dpo_per_token, simpo, exo, nca, apo_zero, apo_down)
 
 LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in _ALL}
@@ -221,6 +226,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "tspin": ("real", "generated", "start"),
     "likelihood": ("generated",),
     "sppo": ("generated",),
+    "xpo": ("real", "generated", "start"),
 }
 
 

@@ -60,8 +60,10 @@ def export(workdir: str, iteration: int, output: str) -> list[str]:
         pairs = [pair for path in paths for pair in parquet.pairs_from_parquet(path.read_bytes(), path)]
         rows_of[split] = [{"real": pair.real_messages, "generated": pair.generated_messages} for pair in pairs]
         if any(pair.sample_id or pair.score is not None for pair in pairs):  # several answers to a prompt, or scores
+            names = ["prompt_id", "sample_id", "score"]
+            names += ["real_score"] if any(pair.real_score is not None for pair in pairs) else []
             for row, pair in zip(rows_of[split], pairs, strict=True):
-                row |= {"prompt_id": pair.prompt_id, "sample_id": pair.sample_id, "score": pair.score}
+                row |= {name: getattr(pair, name) for name in names}
     more_fields = parquet.has_more_fields(row[n] for rows in rows_of.values() for row in rows for n in schema.names)
     for split, rows in rows_of.items():
         target = epath.Path(output) if one_file else epath.Path(output) / f"{split}-00000-of-00001.parquet"
@@ -69,8 +71,10 @@ def export(workdir: str, iteration: int, output: str) -> list[str]:
             files.write_jsonl(target, rows)
         else:
             buffer = io.BytesIO()
-            more = [("prompt_id", pa.int64()), ("sample_id", pa.int64()), ("score", pa.float64())]
-            columns = pa.schema([*schema, *more]) if "score" in rows[0] else schema
+            more = [
+                (name, pa.float64() if "score" in name else pa.int64()) for name in rows[0] if name not in schema.names
+            ]
+            columns = pa.schema([*schema, *more])
             pq.write_table(parquet.messages_table(rows, columns, more_fields), buffer)
             files.write(target, buffer.getvalue())
         lines.append(f"{target}: {len(rows)} pairs")

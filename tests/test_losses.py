@@ -1,5 +1,6 @@
 """The losses against hand-computed values, TRL's code and the paper's theorem."""
 
+import collections
 import math
 from unittest.mock import MagicMock
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from spin_jax import losses
+from spin_jax.data.records import Pair
 from spin_jax.losses import LOSSES, PairLogps
+from spin_jax.selfplay import variants
 
 PAPERS = ("logistic", "hinge", "exponential", "correlation")
 RNG = np.random.default_rng(0)
@@ -161,6 +164,35 @@ def test_space_of_several_generated_answers():
     r, g = (0.2 * (np.float64(p) - np.float64(q)) for p, q in zip(POLICY, OPPONENT, strict=True))
     expected = -np.log(np.exp(r) / (np.exp(r) + 3)) - 3 * np.log(3 / (np.exp(g) + 3))
     np.testing.assert_allclose(LOSSES["space"](POLICY, OPPONENT, beta=0.2, mu=3.0), expected, rtol=1e-5)
+
+
+def test_xpo_by_hand():
+    """ℓ(1.5) − 0.01 · 20, and its gradient: −½ σ(−1.5), ½ σ(−1.5) and α; float32 rounding apart."""
+    names = collections.namedtuple("Logps", losses.ROLES["xpo"])
+    policy, opponent = (names(*jnp.array(x)[:, None]) for x in ([-12.0, -30.0, -20.0], [-14.0, -29.0, -21.0]))
+
+    def loss(policy):
+        return LOSSES["xpo"](policy, opponent, beta=0.5, alpha=0.01)
+
+    np.testing.assert_allclose(loss(policy), [0.20141328 - 0.2], rtol=1e-4)
+    gradient = jax.grad(lambda policy: loss(policy).sum())(policy)
+    np.testing.assert_allclose(np.ravel(gradient), [-0.09121276, 0.09121276, 0.01], rtol=1e-5)
+
+
+def test_inpo_is_ipo_against_a_mixed_reference():
+    """INPO's own equation (arXiv 2407.00617) in float64, with τ/η = 0.3, against `ipo` with α-SPIN's reference."""
+    start, eta, share = RNG.normal(-40, 8, (2, 6)), 0.25, 0.3
+
+    def ratio(logps):
+        return np.float64(logps[0]) - np.float64(logps[1])
+
+    h = ratio(POLICY) - share * ratio(start) - (1 - share) * ratio(OPPONENT)
+    weights, pair = {"opponent": 1 - share, "start": share}, Pair(7, 1, [], [], *np.zeros((3, 1), np.int32), False)
+    mixed = variants.mixed_logps(
+        weights, {"opponent": {(0, 7, 1, -1): OPPONENT}, "start": {(0, 7, 1, -1): start}}, 0, pair
+    )
+    values = LOSSES["ipo"](POLICY, PairLogps(*map(jnp.float32, mixed)), beta=eta)
+    np.testing.assert_allclose(values, (h - 1 / (2 * eta)) ** 2, rtol=1e-5)
 
 
 # The gradient in the rewards r and r' where policy equals opponent, by hand: −σ'(0) = −¼, and so on.

@@ -28,7 +28,7 @@ def load_pairs(
 
     The token ids of a prompt and of its human answer must be the ids that this chat makes of the text. A row
     with token columns needs no text of the generated answer. Bad rows are dropped as in `load_examples`. With
-    `scored` the column `score` is read too, where there is one.
+    `scored` the columns `score` and `real_score` are read too, where there are any.
 
     Returns:
         the pairs, and counts of what was dropped, cut or not used.
@@ -42,14 +42,14 @@ def load_pairs(
     for number in range(len(rows)):
         with findings.reading(number, sources.place(rows, number, path)):
             row = _preference_as_pair(sources.row(rows, number))
-            score = _score(row) if scored else None
+            scores = {name: _score(row, name) for name in ("score", "real_score") if scored}
             others: set[str] = set()  # fields of its messages that the template does not name
             pair = _load_pair(row, number, chat, vocab_size, findings.counts, answers, others)
-            findings.note_unused_columns(row, ("real", "score") if scored else ("real",), others)
+            findings.note_unused_columns(row, ("real", *scores), others)
             if pair is not None:
                 if (pair.prompt_id, pair.sample_id) in pairs:
                     raise BadRow(f"prompt_id {pair.prompt_id}, sample_id {pair.sample_id} came before")
-                pairs[pair.prompt_id, pair.sample_id] = dataclasses.replace(pair, score=score)
+                pairs[pair.prompt_id, pair.sample_id] = dataclasses.replace(pair, **scores)
         if findings.problem:
             break
     counts = findings.final_counts(path, len(rows), max_bad)
@@ -178,13 +178,13 @@ def _role_and_text(turn: Any) -> tuple[Any, Any]:
     return role, content.strip() if isinstance(content, str) else content
 
 
-def _score(row: dict[str, Any]) -> float | None:
-    """The score that the row gives the generated answer, or None."""
-    value = row.get("score")
+def _score(row: dict[str, Any], name: str) -> float | None:
+    """The score that the row gives an answer in the column `name`, or None."""
+    value = row.get(name)
     if value is None:
         return None
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRow(f"score is {value!r:.40}: expected a finite number")
+        raise BadRow(f"{name} is {value!r:.40}: expected a finite number")
     return float(value)
 
 

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from spin_jax import errors
-from spin_jax.data.records import MORE_FIELDS, Message, Pair, fold, unfold
+from spin_jax.data.records import HUMAN, MORE_FIELDS, Message, Pair, fold, unfold
 from spin_jax.losses import PAIR
 
 _FIELDS = [("role", pa.string()), ("content", pa.string())]
 _MESSAGES = pa.list_(pa.struct(_FIELDS))
 _WHOLE_MESSAGES = pa.list_(pa.struct([*_FIELDS, (MORE_FIELDS, pa.string())]))
-PAIR_SCHEMA = pa.schema(  # the first fields of a Pair, in its order; `score` follows where there are any
+PAIR_SCHEMA = pa.schema(  # the first fields of a Pair, in its order; JUDGED follow where there are any
     [
         ("prompt_id", pa.int64()),
         ("sample_id", pa.int32()),
@@ -33,6 +33,7 @@ PAIR_SCHEMA = pa.schema(  # the first fields of a Pair, in its order; `score` fo
         ("truncated", pa.bool_()),
     ]
 )
+JUDGED = [pa.field("score", pa.float64()), pa.field("real_score", pa.float64()), pa.field("right", pa.bool_())]
 
 
 def pairs_to_parquet(pairs: Sequence[Pair], more_fields: bool = False) -> bytes:
@@ -40,10 +41,13 @@ def pairs_to_parquet(pairs: Sequence[Pair], more_fields: bool = False) -> bytes:
 
     `more_fields` says that messages of other files of this folder have more fields than role and content.
     """
-    scored = any(pair.score is not None for pair in pairs)
-    schema = PAIR_SCHEMA.append(pa.field("score", pa.float64())) if scored else PAIR_SCHEMA
-    rows = [dict(zip(schema.names, vars(pair).values(), strict=False)) for pair in pairs]
-    return _parquet(messages_table(rows, schema, more_fields))
+    judged = [field for field in JUDGED if any(getattr(pair, field.name) is not None for pair in pairs)]
+    rows = [
+        dict(zip(PAIR_SCHEMA.names, vars(pair).values(), strict=False))
+        | {f.name: getattr(pair, f.name) for f in judged}
+        for pair in pairs
+    ]
+    return _parquet(messages_table(rows, pa.schema([*PAIR_SCHEMA, *judged]), more_fields))
 
 
 def has_more_fields(conversations: Iterable[Sequence[Message]]) -> bool:
@@ -72,7 +76,7 @@ def pairs_from_parquet(content: bytes, path: epath.PathLike | None = None) -> li
         row[name] = np.asarray(row[name], np.int32)
     for row, name in itertools.product(rows, ("real", "generated")):
         row[name] = list(map(unfold, row[name]))
-    return [Pair(*row.values()) for row in rows]
+    return [Pair(*[row.pop(name) for name in PAIR_SCHEMA.names], **row) for row in rows]
 
 
 def holds_pairs_of_a_run(folder: str) -> bool:
@@ -87,11 +91,17 @@ def holds_pairs_of_a_run(folder: str) -> bool:
 def scores_to_parquet(
     source_iteration: int, pairs: Sequence[Pair], logps: np.ndarray, roles: Sequence[str] = PAIR
 ) -> bytes:
-    """A parquet file of the opponent's log-probabilities, float32 [pairs, roles]."""
+    """A parquet file of the opponent's log-probabilities, float32 [pairs, roles].
+
+    It says which answers of a prompt a pair has (`sample_id`, `chosen_id`) where selfplay.pairing chose others than
+    a human and a sampled one.
+    """
+    chosen = np.array([pair.chosen_id for pair in pairs], np.int32)
     columns = {
         "source_iteration": np.full(len(pairs), source_iteration, np.int32),
         "prompt_id": np.array([pair.prompt_id for pair in pairs], np.int64),
         "sample_id": np.array([pair.sample_id for pair in pairs], np.int32),
+        **({"chosen_id": chosen} if (chosen != HUMAN).any() else {}),
         **{f"{role}_logp": np.asarray(logps[:, n], np.float32) for n, role in enumerate(roles)},
     }
     return _parquet(pa.table(columns))
@@ -99,10 +109,12 @@ def scores_to_parquet(
 
 def scores_from_parquet(
     content: bytes, path: epath.PathLike | None = None, roles: Sequence[str] = PAIR
-) -> dict[tuple[int, int, int], tuple[float, ...]]:
-    """The log-probabilities that `scores_to_parquet` wrote, by (source_iteration, prompt_id, sample_id)."""
+) -> dict[tuple[int, int, int, int], tuple[float, ...]]:
+    """The log-probabilities that `scores_to_parquet` wrote, by (source_iteration, prompt_id, sample_id, chosen_id)."""
     return {
-        (row["source_iteration"], row["prompt_id"], row["sample_id"]): tuple(row[f"{r}_logp"] for r in roles)
+        (row["source_iteration"], row["prompt_id"], row["sample_id"], row.get("chosen_id", HUMAN)): tuple(
+            row[f"{role}_logp"] for role in roles
+        )
         for row in _rows_of(content, path or "a file of scores")
     }
 

@@ -17,6 +17,8 @@ Message = dict[str, Any]
 
 Ids = np.ndarray  # int32 [n]
 
+HUMAN = -1  # the human answer, where sampled answers to the same prompt have sample_ids from 0 on
+
 
 def prompt_turns(messages: Sequence[Message]) -> tuple[str, ...]:
     """The turns before the last one, with all their fields, as texts that can be compared."""
@@ -78,7 +80,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A prompt, the human answer and the opponent's."""
+    """A prompt, the human answer and the opponent's; with selfplay.pairing the chosen answer and the rejected one."""
 
     prompt_id: int
     sample_id: int
@@ -90,6 +92,9 @@ class Pair:
     truncated: bool  # whether the generated answer ends without a stop token
     score: float | None = None  # the score of the generated answer by a verifier (1 or 0) or a scorer
     start: Ids | None = None  # the answer of the model that self-play began with, if the loss needs it
+    real_score: float | None = None  # the scorer's score of the human answer, if selfplay.pairing compares it
+    right: bool | None = None  # whether eval.verifier accepts the generated answer, if selfplay.pairing asks it
+    chosen_id: int = HUMAN  # the sample_id of the answer in `real`, which selfplay.pairing may choose
 
     @property
     def identical(self) -> bool:

@@ -4,8 +4,8 @@
 
   --topology=TOPOLOGY      TPUs: v4:2x2x4, v5e:8x8, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1 …; GPUs: h200:1, h100:8,
                            a100:8 …; v5e:8x8*2 are two slices, h100:8*2 two nodes
-  --pairs=N                pairs of an iteration; unset: selfplay.samples for each of data.limit prompts, or
-                           of 50,000 prompts
+  --pairs=N                pairs of an iteration; unset: those of data.limit prompts, or of 50,000, by
+                           selfplay.samples and selfplay.pairing
   --json                   prints one JSON object in place of the table
   --mfu=0.45               share of the peak that training and scoring reach
   --decode_efficiency=0.5  share of its roofline that decoding reaches
@@ -39,6 +39,7 @@ import jax
 from absl import flags
 
 from spin_jax import config as config_lib
+from spin_jax import config_values
 from spin_jax.cli import fail, parse, read_config
 from spin_jax.errors import CompilerFailed
 from spin_jax.plan.answer import plan
@@ -121,7 +122,7 @@ def read_flags() -> tuple[Any, str, int]:
         raise ValueError("--config and --topology are needed; see --help")
     config.data.path = config.data.path or "planned"
     config = config_lib.resolve(config)
-    pairs = _PAIRS.value or (config.data.limit or 50_000) * config.selfplay.samples
+    pairs = _PAIRS.value or (config.data.limit or 50_000) * config_values.rows_of_a_prompt(config.selfplay)
     return config, _TOPOLOGY.value, pairs
 
 

@@ -65,7 +65,8 @@ def fill_in_times(run: PlannedRun, phases: dict[str, PhaseCost], assumed: Assume
     each = max(step / assumed.decode_efficiency, links) / c.sampling.batch_size + reading / new
     sample.bottleneck = "collectives" if links > step / assumed.decode_efficiency else "memory bandwidth"
     sample.tflops = cost.forward_flops(m, 1, 1, prompt + new / 2) / mesh.size / 1e12
-    sample.seconds, sample.units = each / copies, assumed.pairs * new
+    answers = assumed.pairs * c.selfplay.samples / config_values.rows_of_a_prompt(c.selfplay)
+    sample.seconds, sample.units = each / copies, answers * new
     sample.tokens_per_s = copies / each
 
 

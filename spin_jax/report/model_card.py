@@ -65,7 +65,9 @@ def model_card(facts: Facts) -> str:
         adapters=model["adapters"] and source_name(model["adapters"], None),
         adapters_base=facts.adapters_base and source_name(facts.adapters_base, None),
         datasets=[(path, source_name(path, revision), revision) for path, revision in datasets],
-        own_objective=play["restart"] or any(name in losses.ROLES for _, name in losses.parts(loss["name"])),
+        own_objective=play["restart"]
+        or any(name in losses.ROLES for _, name in losses.parts(loss["name"]))
+        or play.get("pairing", "human/own") != "human/own",
         loss=[loss["name"], f"β {per_iteration(loss['beta'], now):g}", *algorithm_notes(config)],
         earlier=range(max(t - play["mix_previous"], play["start"]), t),
         steps=sum(row.get("steps", 0) for row in facts.rows),

@@ -65,9 +65,10 @@ def digests(
         "weights": weights,
         "code": _source_of_package(),
     }
-    own = {f"loss {n}" if n else "loss": name for n, (_, name) in enumerate(losses.parts(config.loss.name))}
-    own["scorer"] = config.selfplay.scorer
-    if config.selfplay.rows != "all":
+    play, own = config.selfplay, dict[str, str | None]()
+    own |= {f"loss {n}" if n else "loss": name for n, (_, name) in enumerate(losses.parts(config.loss.name))}
+    own |= {"scorer": play.scorer, "pairing": play.pairing}
+    if config_values.verifier_judges(play):
         own["verifier"] = config.eval.verifier
     fingerprints |= {kind: _source_digest(name) for kind, name in own.items() if name and ":" in name}
     for t, pairs in sorted(given.items()):
@@ -78,8 +79,9 @@ def digests(
 
 def _pair_content(t: int, pair: Pair) -> Iterator[bytes]:
     yield _json([t, pair.prompt_id, pair.sample_id])
-    if pair.score is not None:
-        yield _json(pair.score)
+    for score in (pair.score, pair.real_score):
+        if score is not None:
+            yield _json(score)
     for ids in (pair.prompt, pair.real, pair.generated):
         yield len(ids).to_bytes(8) + ids.tobytes()
 
@@ -146,7 +148,7 @@ def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[
         if name in config_values.PER_ITERATION:
             theirs, ours = ([config_values.per_iteration(v, t) for t in both] for v in (theirs, ours))
         section, _, key = name.rpartition(".")
-        judges = name == "eval.verifier" and config.selfplay.rows != "all"
+        judges = name == "eval.verifier" and config_values.verifier_judges(config.selfplay)
         may_change = not judges and (section in _FREE_SECTIONS or key in _FREE.get(section, ()))
         if not may_change and theirs != ours:
             result[name] = before.get(name, defaults.get(name)), value

@@ -71,10 +71,8 @@ class Fitting:
         """
         run, options = self._run, from_config.optimization(self._run.config, t)
         if not scored:
-            raise NothingToTrainOn(
-                f"iteration {t}: no answer is {run.config.selfplay.rows}, and selfplay.rows asks for those; "
-                "more selfplay.samples or another eval.verifier may find some, in a new --workdir"
-            )
+            folders = [run.folder(source) / "pairs" for source in run.sources(t)]
+            raise NothingToTrainOn(f"iteration {t}: {run.pairing.nothing(folders)}")
 
         def collate(chosen: Sequence[ScoredPair]) -> list[PairBatch]:
             return pair_batches(chosen, run.pair_shape, run.chat.unattended, run.roles)

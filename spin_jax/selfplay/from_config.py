@@ -170,18 +170,21 @@ def pair_shape_of_lengths(
     prompts, real = lengths.T
     new, limit = config.sampling.max_new_tokens, config.lengths.max_length
     roles = custom_loss.roles(config.loss)
+    # Other pairings put a sampled answer in the place of the human one, and perhaps the human one in that of the other.
+    mixed = not config.selfplay.pairing.startswith("human/")
 
-    def of(sampled: np.ndarray) -> np.ndarray:
-        return sizes(prompts, *(real if role == "real" else sampled for role in roles))
+    def of(prompts: Any, real: Any, sampled: Any, start: Any) -> np.ndarray:
+        longer = np.maximum(real, sampled) if mixed else real
+        lengths = {"real": longer, "generated": longer if mixed and "real" not in roles else sampled, "start": start}
+        return sizes(prompts, *(lengths[role] for role in roles))
 
     # Answers are expected to be as long as the human ones; at most they are as long as they may be.
-    expected, largest = of(np.minimum(real, new)), of(np.clip(limit - prompts, 1, new)).max(axis=0)
+    likely, most = np.minimum(real, new), np.clip(limit - prompts, 1, new)
+    expected, largest = of(prompts, real, likely, likely), of(prompts, real, most, most).max(axis=0)
     for pairs in given.values():  # the answers of the start may belong to any iteration
-        longest = max(len(pair.generated) for pair in pairs)
-        answers = [
-            [len(p.real if r == "real" else p.generated) if r != "start" else longest for r in roles] for p in pairs
-        ]
-        measured = sizes([len(pair.prompt) for pair in pairs], *np.array(answers).T)
+        prompt, human, own = ([len(getattr(p, name)) for p in pairs] for name in ("prompt", "real", "generated"))
+        longest = [max(own)] * len(pairs)
+        measured = of(prompt, human, longest if mixed else own, longest)
         largest = np.maximum(largest, measured.max(axis=0))
     if config.official:  # it tokenizes answers a second time, and they can grow
         largest = np.maximum(largest, sizes([0], *[[limit]] * len(roles))[0])

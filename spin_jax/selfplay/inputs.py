@@ -24,7 +24,7 @@ from spin_jax.models.architecture import Model, Params
 from spin_jax.models.params import init_params
 from spin_jax.runtime import user_code
 from spin_jax.selfplay import from_config
-from spin_jax.selfplay.variants import Judge, find_judge
+from spin_jax.selfplay.variants import Judge, Pairing, find_judge
 from spin_jax.training import custom_loss
 
 
@@ -37,7 +37,8 @@ class Inputs:
     initial_params: Callable[[], Params]  # loads or initializes float32 weights
     chat: Chat
     given: dict[int, list[Pair]]  # pairs that selfplay.pairs gives, by iteration
-    judge: Judge | None  # scores sampled answers
+    judge: Judge  # scores sampled answers
+    pairing: Pairing  # says which answers make a row
     verifier: verifiers.Verifier | None  # says which held-out answers are right
     rows: dict[str, Any]  # datasets by path; empty where the given pairs are the data
     held_out_rows: Any  # those of eval.path; None where it is not set
@@ -58,6 +59,7 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
     """
     custom_loss.check(config.loss)
     judge, name = find_judge(config), config.eval.verifier
+    pairing = Pairing(config, judge.fields)
     verifier = verifiers.find_verifier(name) if name else None
     model, initial_params, weights_digest = open_model(config, _recorded_revision(config, began))
     from_config.check_mesh(config, model)
@@ -91,9 +93,8 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
     rows = {path: load(path, c.split) for path in dict.fromkeys(config_values.data_paths(c.path))}
     held_out = load(config.eval.path, config.eval.split) if config.eval.path else None
     pinned = revisions if len(revisions) > 1 else next(iter(revisions.values()), None)
-    return Inputs(
-        config, model, initial_params, chat, given, judge, verifier, rows, held_out, pinned, weights_digest, notes
-    )
+    judges = judge, pairing, verifier
+    return Inputs(config, model, initial_params, chat, given, *judges, rows, held_out, pinned, weights_digest, notes)
 
 
 def _recorded_revision(config: Config, began: Mapping[str, Any]) -> str | None:

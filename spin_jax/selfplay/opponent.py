@@ -71,7 +71,7 @@ class Opponent:
         size = run.config.sampling.shard_size
         result = []
         for split, items in (("train", train), ("test", test)):
-            shards = [items[i : i + size] for i in range(0, len(items), size)]
+            shards = variants.in_files(items, size, grouped=t in run.given and run.pairing.chooses)
             for number, shard in enumerate(shards):
                 name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
                 result.append((run.folder(t) / "pairs" / name, shard))
@@ -171,16 +171,14 @@ class Opponent:
         shards = self._score_files(t)
         _need([shard.path for shard in shards], f"iteration {t} has no scores yet", "score")
         shards = [shard for shard in shards if shard.pairs.name.startswith(split)]
-        scores: dict[str, dict[tuple[int, int, int], tuple[float, ...]]] = {by: {} for by in weights}
+        scores: dict[str, dict[tuple[int, int, int, int], tuple[float, ...]]] = {by: {} for by in weights}
         for shard in shards:
             scores[shard.by] |= parquet.scores_from_parquet(shard.path.read_bytes(), shard.path, roles)
-        result = []
-        for shard in {shard.pairs: shard for shard in shards}.values():  # each file of pairs once
-            for pair in self._pairs_of(shard):
-                key = shard.source, pair.prompt_id, pair.sample_id
-                logps = variants.mixed_logps([(weight, scores[by][key]) for by, weight in weights.items()])
-                result.append(ScoredPair(pair, logps))
-        return result
+        return [
+            ScoredPair(pair, variants.mixed_logps(weights, scores, shard.source, pair))
+            for shard in {shard.pairs: shard for shard in shards}.values()  # each file of pairs once
+            for pair in self._pairs_of(shard)
+        ]
 
     @property
     def _answers_of_start(self) -> int:
@@ -237,15 +235,16 @@ class Opponent:
                 rate = tokens / (time.perf_counter() - began)
                 means = {f"{r}_logp": float(logps[:, n].mean()) for n, r in enumerate(run.roles) if pairs}
                 row = {"source_iteration": shard.source, "pairs": len(pairs), **means, "tokens_per_s": rate}
-                metrics.write("score", t, number, row)
+                metrics.write("score", t, number, row | run.pairing.metrics(shard.pairs))
                 metrics.flush()
                 files.write(shard.path, parquet.scores_to_parquet(shard.source, pairs, logps, run.roles))
                 bar.set_postfix({"tok/s": compact(rate)}, refresh=False)
+        run.pairing.say(title, [shards[number].pairs for number in missing])
 
     def _pairs_of(self, shard: ScoreFile) -> list[Pair]:
-        """The pairs of a file that selfplay.rows keeps; with the start's answers where a loss reads them."""
+        """The pairs that are made of the answers in a file; with the start's answers where a loss reads them."""
         pairs = parquet.pairs_from_parquet(shard.pairs.read_bytes(), shard.pairs)
-        pairs = variants.pairs_to_train_on(pairs, self._run.config.selfplay.rows)
+        pairs = self._run.pairing.pairs_of(pairs, shard.pairs)
         if "start" not in self._run.roles:
             return pairs
         return variants.with_start_answers(pairs, self._start_answers, shard.pairs, self._answers_of_start)
@@ -261,13 +260,13 @@ class Opponent:
 
 def _statistics(pairs: Sequence[Pair]) -> dict[str, Any]:
     """What metrics.jsonl says of sampled pairs."""
-    count, scores = len(pairs), [pair.score for pair in pairs if pair.score is not None]
+    count, judged = len(pairs), {name: [getattr(pair, name) for pair in pairs] for name in ("score", "right")}
     return {
         "prompts": count,
         "response_tokens": sum(len(pair.generated) for pair in pairs) / count,
         "truncated": sum(pair.truncated for pair in pairs) / count,
         "identical": sum(pair.identical for pair in pairs) / count,
-        **({"score": sum(scores) / count} if len(scores) == count else {}),
+        **{name: sum(values) / count for name, values in judged.items() if None not in values},
     }
 
 

@@ -23,6 +23,7 @@ from spin_jax.report.numbers import START
 from spin_jax.runtime import processes
 from spin_jax.selfplay import best, fingerprints, from_config
 from spin_jax.selfplay.inputs import Inputs, datasets_of, lengths_of, read_inputs, shared_content, split
+from spin_jax.selfplay.variants import by_prompt
 from spin_jax.storage import files, hub
 from spin_jax.training import custom_loss
 from spin_jax.training.batches import training_steps
@@ -84,8 +85,13 @@ class Prepared(Inputs):
         return split
 
     def most_pairs(self, t: int) -> int:
-        """The number of pairs that iteration t makes for training, before selfplay.rows leaves any out."""
-        return len(self.given_pairs(t)[0]) if t in self.given else len(self.examples(t)) * self.config.selfplay.samples
+        """The most pairs that iteration t makes for training: selfplay.rows or selfplay.pairing may leave some out."""
+        rows = config_values.rows_of_a_prompt(self.config.selfplay)
+        if t not in self.given:
+            return len(self.examples(t)) * rows
+        pairs = self.given_pairs(t)[0]
+        few = self.pairing.chooses and ":" not in self.pairing.name
+        return min(len(pairs), len(by_prompt(pairs)) * rows) if few else len(pairs)
 
     def sources(self, t: int) -> list[int]:
         """The iterations whose pairs iteration t trains on: earlier ones that are mixed in, and its own."""
@@ -209,11 +215,31 @@ def _check_options(prepared: Prepared) -> None:
         raise ValueError(f"checkpoint.best={wanted!r}: rows of loss {c.loss.name!r} have none")
     if c.selfplay.scorer is None and custom_loss.takes_score(c.loss):
         raise ValueError(f"loss.name={c.loss.name!r} takes a score: set selfplay.scorer")
+    if prepared.pairing.chooses:
+        _check_pairing(prepared)
     from_config.sampling(c)
     prepared.notes += _schedule_notes(prepared)
     for section in (c.train, c.sft):
         if section.lora_rank:
             lora.check(prepared.model.config, section.lora_targets)
+
+
+def _check_pairing(prepared: Prepared) -> None:
+    """Raises ValueError where selfplay.pairing does not suit the loss or the given pairs."""
+    pairing, loss = prepared.config.selfplay.pairing, prepared.config.loss
+    if "real" not in prepared.roles and not pairing.startswith("human/") and ":" not in pairing:
+        raise ValueError(
+            f"loss.name={loss.name!r} reads one answer of a row, which with selfplay.pairing={pairing!r} is the "
+            "rejected one: take human/best+worst, or another loss"
+        )
+    for t, pairs in prepared.given.items():
+        for prompt_id, group in by_prompt(pairs).items():
+            if any(pair.real_messages != group[0].real_messages for pair in group):
+                raise ValueError(
+                    f"selfplay.pairs: the rows of iteration {t} with prompt_id {prompt_id} have different prompts or "
+                    f"human answers, and selfplay.pairing={pairing!r} compares the answers to one prompt: give each "
+                    "prompt its own prompt_id"
+                )
 
 
 def _schedule_notes(prepared: Prepared) -> list[str]:

@@ -20,4 +20,4 @@ def test_pairs_round_trip():
         for field in ("prompt", "real", "generated"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
     scores = parquet.scores_from_parquet(parquet.scores_to_parquet(3, pairs, np.array([[-1, -2], [-3, -4]])))
-    assert scores == {(3, 5, 0): (-1.0, -2.0), (3, 2**40, 0): (-3.0, -4.0)}
+    assert scores == {(3, 5, 0, -1): (-1.0, -2.0), (3, 2**40, 0, -1): (-3.0, -4.0)}

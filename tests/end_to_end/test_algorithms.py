@@ -72,6 +72,8 @@ RELATIVES = {
     "tspin": {},
     "rest_em": {"eval.verifier": "test_algorithms:even"},
     "sppo": {"selfplay.scorer": "test_algorithms:lengths"},
+    "dno": {"selfplay.scorer": "test_algorithms:lengths", "selfplay.mix_previous": 1},
+    "xpo": {"selfplay.scorer": "test_algorithms:lengths", "selfplay.samples": 2},
 }
 
 
@@ -188,6 +190,109 @@ def test_sppo_gets_the_scores(runs):
         assert row["loss"] == pytest.approx(gap**2, rel=1e-3, abs=1e-3)
 
 
+def test_dno_trains_on_the_best_and_the_worst(runs, settings):
+    """The highest score of all answers and the lowest of sampled ones; log-probs of both are those of transformers."""
+    workdir, summary = runs["dno"], json.loads((runs["dno"] / "summary.json").read_text())
+    made = {}
+    for t in (0, 1):
+        expected, train, asked = {}, {}, {}
+        for path in sorted((workdir / f"iteration_{t}" / "pairs").glob("train*")):
+            for row in files_rows(path):
+                train.setdefault(row["prompt_id"], []).append(row)
+        for prompt_id, rows in train.items():
+            texts = [row["generated"][-1]["content"] for row in rows]
+            scores = [len(text) / 10 for text in texts]
+            human = len(rows[0]["real"][-1]["content"]) / 10
+            assert [(row["score"], row["real_score"]) for row in rows] == [(score, human) for score in scores]
+            best = -1 if human >= max(scores) else scores.index(max(scores))
+            asked[prompt_id] = rows
+            if max(human, *scores) > min(scores):
+                expected[prompt_id] = scores.index(min(scores)), best
+        made[t] = expected, asked
+        assert len({best for _, best in expected.values()}) > 1  # human answers are the best ones, and others are
+        assert len(expected) > 8
+    for t, sources in ((0, (0,)), (1, (0, 1))):
+        scored = {}
+        for path in (workdir / f"iteration_{t}" / "scores").glob("*-train*"):
+            scored |= {(r["source_iteration"], r["prompt_id"]): r for r in files_rows(path)}
+        found = {key: (row["sample_id"], row.get("chosen_id", -1)) for key, row in scored.items()}
+        assert found == {(s, p): pair for s in sources for p, pair in made[s][0].items()}
+        assert summary[t + 1]["pairs"] == len(found)
+        held_out = files_rows(workdir / f"iteration_{t}" / "held_out.parquet")
+        assert {row["sample_id"] for row in held_out} == {0, 1, 2, 3}  # a human answer and a sampled one, each
+        assert first_step(workdir, t)["loss"] == pytest.approx(np.log(2), abs=1e-3)
+    rows = [row for row in read_metrics(workdir) if row["phase"] == "score" and row["iteration"] == 0]
+    assert sum(row.get("prompts", 0) for row in rows) == len(made[0][1])
+    assert sum(row.get("ties", 0) for row in rows) == len(made[0][1]) - len(made[0][0])
+
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(settings().model.path)
+    sampled = [(p, worst, best) for p, (worst, best) in made[0][0].items() if best >= 0][:5]
+    for prompt_id, worst, best in sampled:
+        answers = made[0][1][prompt_id]
+        scores = [row for row in scores_of(workdir, 0) if row["prompt_id"] == prompt_id]
+        for name, place in (("real_logp", best), ("generated_logp", worst)):
+            prompt, answer = answers[place]["prompt_tokens"], answers[place]["generated_tokens"]
+            with torch.no_grad():
+                logps = torch.log_softmax(model(torch.tensor([prompt + answer])).logits[0].float(), -1)
+            total = sum(float(logps[len(prompt) - 1 + n, token]) for n, token in enumerate(answer))
+            assert scores[0][name] == pytest.approx(total, abs=1e-4)
+
+
+def test_given_answers_are_paired_as_in_the_run_that_sampled_them(runs, settings, tmp_path):
+    """In whatever order they come; scores that are given are not asked for again, and the log-probs are the same."""
+    path, workdir = tmp_path / "pairs.jsonl", runs["dno"]
+    rows = sorted(read_pairs(workdir / "iteration_0" / "pairs"), key=lambda row: (row["sample_id"], row["prompt_id"]))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"selfplay.pairs": str(path), "selfplay.scorer": "test_algorithms:broken", "selfplay.iterations": 1}
+    keys |= {"sampling.shard_size": 16}  # several files, none of which has all answers to its prompts in that order
+    for phase in ("sample", "score"):
+        run(settings("dno", **keys), str(tmp_path / "run"), only=phase)
+    assert len(list((tmp_path / "run" / "iteration_0" / "pairs").iterdir())) == 6
+
+    def scores(folder):
+        keys = ("prompt_id", "sample_id", "chosen_id")
+        return {tuple(row.get(key, -1) for key in keys): row for row in read_pairs(folder / "iteration_0" / "scores")}
+
+    ours, theirs = scores(tmp_path / "run"), scores(workdir)
+    assert ours.keys() == theirs.keys()
+    for key, row in theirs.items():  # other rows stand beside each other in a micro-batch: float32 rounding
+        for name in ("real_logp", "generated_logp"):
+            assert ours[key][name] == pytest.approx(row[name], abs=1e-4)
+
+
+def test_answers_to_two_prompts_under_one_id(settings, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"1+2+{n}", "chosen": str(3 + n), "rejected": "9", "prompt_id": 5} for n in (1, 2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"selfplay.pairs": str(path), "selfplay.scorer": "test_algorithms:lengths"}
+    with pytest.raises(ValueError, match=r"iteration 0 with prompt_id 5 have .* give each prompt its own prompt_id"):
+        run(settings("dno", **keys), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_xpo_adds_what_the_start_answers(runs):
+    """Rows of the best and the worst, with the start's answer that has the worst one's sample_id."""
+    workdir = runs["xpo"]
+    answers = {(r["prompt_id"], r["sample_id"]): r for r in read_pairs(workdir / "iteration_0" / "pairs")}
+    later = {(r["prompt_id"], r["sample_id"]): r for r in read_pairs(workdir / "iteration_1" / "pairs")}
+    names = {path.name for path in (workdir / "iteration_1" / "scores").iterdir()}
+    assert all(name.startswith("start-") for name in names)  # the reference is the start alone
+    rows = [row for row in scores_of(workdir, 1) if row["source_iteration"] == 1 and row.get("chosen_id", -1) >= 0]
+    assert rows
+    same = 0
+    for row in rows:
+        key = row["prompt_id"], row["sample_id"]
+        if answers[key]["generated_tokens"] == later[key]["generated_tokens"]:
+            same += 1
+            assert row["start_logp"] == pytest.approx(row["generated_logp"], abs=1e-4)
+    assert same < len(rows)  # some of the answers have changed since
+    step = first_step(workdir, 0)
+    assert step["loss"] == pytest.approx(np.log(2) + 1e-5 * step["start_logp"], abs=1e-6)
+
+
 def test_a_fixed_reference_is_the_start(settings, tmp_path):
     """loss.reference_alpha=0: nobody scores by the opponent after the first iteration."""
     run(settings(**{"loss.reference_alpha": 0.0, "selfplay.mix_previous": 0}), str(tmp_path))
@@ -208,6 +313,11 @@ def test_a_fixed_reference_is_the_start(settings, tmp_path):
         ({"selfplay.rows": "some"}, "selfplay.rows='some': one of all, right, wrong"),
         ({"selfplay.rows": "right", "selfplay.scorer": "a:b"}, "both judge answers"),
         ({"selfplay.scorer": "exact"}, "selfplay.scorer='exact': module:function"),
+        (
+            {"loss.name": "likelihood", "selfplay.pairing": "right/wrong", "selfplay.samples": 2},
+            "'likelihood' reads one answer of a row, which with selfplay.pairing='right/wrong' is the rejected one",
+        ),
+        ({"selfplay.pairing": "test_algorithms:absent"}, "'test_algorithms:absent' cannot be imported"),
         ({"loss.name": "sppo"}, "'sppo' takes a score: set selfplay.scorer"),
         ({"loss.name": "likelihood", "loss.nll_weight": 1.0}, "rows with a human answer"),
         ({"loss.answers": "real"}, "loss.answers='real': generated"),
@@ -239,6 +349,30 @@ def test_what_cannot_be(keys, message, settings, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(settings(**keys), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pairing_that_makes_no_pair(settings, tmp_path):
+    keys = {"selfplay.pairing": "right/wrong", "selfplay.samples": 2, "eval.verifier": "exact"}
+    message = (
+        r"iteration 0: .*right/wrong makes 0 pairs of .* 72 prompts; no pair of 72 where no answer is right\. More"
+    )
+    with pytest.raises(errors.NothingToTrainOn, match=message):
+        run(settings(**keys), str(tmp_path))
+
+
+ASKED = []
+
+
+def restless(messages, answers, scores):
+    """A pairing function that rejects the first answer to each of the 72 prompts, and when asked again the second."""
+    ASKED.append(messages)
+    return [(-1, 0 if len(ASKED) <= 72 else 1)]
+
+
+def test_a_pairing_that_changes(settings, tmp_path):
+    keys = {"selfplay.pairing": "test_algorithms:restless", "selfplay.samples": 2}
+    with pytest.raises(errors.MissingInput, match=r"as chosen and 1 as rejected\. selfplay\.pairing has to"):
+        run(settings(**keys), str(tmp_path))
 
 
 def test_nothing_right(settings, tmp_path):
@@ -434,8 +568,8 @@ def test_a_dataset_that_comes_later(settings, tmp_path):
 def test_each_is_a_config(name):
     for base in ("", "/tiny:smoke", "/zephyr"):
         c = ALGORITHMS["get_config"](name + base)
-        if name == "rest_em" and base == "/zephyr":
-            c.eval.verifier = "gsm8k"
+        if base == "/zephyr":
+            c.eval.verifier, c.selfplay.scorer = ("gsm8k", None) if name == "rest_em" else (None, "some:scorer")
         resolved = config_lib.resolve(c)
         for key, value in ALGORITHMS["ALGORITHMS"][name].items():
             section, _, last = key.partition(".")

@@ -8,9 +8,11 @@ import random
 import shutil
 import signal
 
+import judges
+import pyarrow.parquet as pq
 import pytest
 from kill_harness import FLAGS, Phase, Run, phase, problems, reference, table, torture
-from runs import Command, differences
+from runs import ROOT, Command, differences, read_metrics, read_pairs
 
 LONG = int(os.environ.get("SPIN_JAX_KILLS", "0"))
 # The short form is of a shorter run, and has 4 kills.
@@ -22,15 +24,17 @@ SIGNALS = [[one] for one in EACH] if LONG else [EACH]
 
 @pytest.fixture(scope="module")
 def make_run(tmp_path_factory):
-    """make_run(name) → a `Run` in a new workdir; programs are compiled once for all tests of the command."""
+    """make_run(name, *flags) → a `Run` in a new workdir; programs are compiled once for all tests of the command."""
     command = Command()
     folder, runs = tmp_path_factory.mktemp("killed"), []
 
-    def make(name):
-        runs.append(Run(folder / name, command, (*FLAGS, *SHORT)))
+    def make(name, *flags):
+        runs.append(Run(folder / name, command, (*FLAGS, *SHORT, *flags)))
         return runs[-1]
 
-    yield make
+    with pytest.MonkeyPatch.context() as patch:  # the judges of tests/helpers are importable
+        patch.setenv("PYTHONPATH", str(ROOT / "tests" / "helpers"), prepend=os.pathsep)
+        yield make
     for run in runs:
         run.stop()
 
@@ -60,6 +64,61 @@ def test_a_run_that_is_stopped_anywhere_comes_to_the_same(signals, make_run, who
     assert len(kills) >= wanted, text
     wrong = problems(kills, runs, workdir)
     assert not wrong, "\n".join([text, *wrong])
+
+
+RIGHT_WRONG = (
+    "--config.data.limit=40",
+    "--config.selfplay.iterations=1",
+    "--config.selfplay.samples=3",
+    "--config.selfplay.pairing=right/wrong",
+    "--config.selfplay.scorer=judges:lengths",
+    "--config.eval.verifier=judges:even",
+    "--config.eval.kl=False",
+    "--config.sft.control=False",
+)
+
+
+def test_right_and_wrong_answers_are_paired_alike_after_kills(make_run):
+    """A verifier and a scorer in one run: the highest right answer of each prompt against the lowest wrong one."""
+    whole = make_run("right_wrong", *RIGHT_WRONG)
+    timeline = reference(whole)
+    kills, runs = torture(
+        lambda count: make_run(f"right_wrong_{count}", *RIGHT_WRONG),
+        timeline,
+        3,
+        [signal.SIGKILL],
+        random.Random(0),
+        ("sample", "score", "train"),
+        tries=0,
+    )
+    assert len(kills) == 3
+    assert not problems(kills, runs, whole.workdir)
+
+    folder = whole.workdir / "iteration_0"
+    expected, held_out = {}, set()
+    for path in sorted((folder / "pairs").glob("*.parquet")):
+        answers = {}
+        for row in pq.read_table(path).to_pylist():
+            text = row["generated"][-1]["content"]
+            assert (row["right"], row["score"]) == (judges.even("", text), judges.lengths([], [text])[0])
+            answers.setdefault(row["prompt_id"], []).append((row["score"], row["right"], row["sample_id"]))
+        for prompt_id, rows in answers.items():
+            assert [sample_id for *_, sample_id in rows] == [0, 1, 2]  # all answers are kept
+            if path.name.startswith("test"):
+                held_out |= {(prompt_id, sample_id, -1) for *_, sample_id in rows}
+            elif 0 < sum(right for _, right, _ in rows) < 3:
+                _, chosen = max((score, -sample_id) for score, right, sample_id in rows if right)
+                _, rejected = min((score, sample_id) for score, right, sample_id in rows if not right)
+                expected[prompt_id] = (prompt_id, rejected, -chosen)
+    scores = read_pairs(folder / "scores")
+    found = [(row["prompt_id"], row["sample_id"], row.get("chosen_id", -1)) for row in scores]
+    assert len(found) == len(set(found))
+    assert set(found) == {*expected.values(), *held_out}
+    assert 4 <= len(expected) < 36
+    rows = [row for row in read_metrics(whole.workdir) if row["phase"] == "score"]
+    assert sum(row.get("prompts", 0) for row in rows) == 36
+    assert sum(row.get("without_pair", 0) for row in rows) == 36 - len(expected)
+    assert f"makes {len(expected)} pairs of the answers to 36 prompts; no pair of" in whole.logs[0].read_text()
 
 
 def test_differences_see_a_flipped_bit_a_row_too_many_and_a_missing_file(whole, tmp_path):
