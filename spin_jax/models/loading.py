@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from spin_jax.config_values import nearest
 from spin_jax.models import lora, weight_files
 from spin_jax.models.architecture import Model, ModelConfig, Params, check_constants
-from spin_jax.models.families import FAMILIES, TRANSFORMERS_4, family, model_config, text_part
+from spin_jax.models.families import FAMILIES, TRANSFORMERS_4, Tensor, family, model_config, text_part
 from spin_jax.models.params import abstract_params
 from spin_jax.models.tokenizers import check_vocabulary, load_tokenizer
 from spin_jax.models.weight_files import Part, from_hf, parts_of, split
@@ -111,6 +111,16 @@ def _stored(config: ModelConfig) -> dict[str, list[Part]]:
 def check_weights(directory: epath.PathLike, config: ModelConfig) -> list[str]:
     """Reads only the headers of a checkpoint's files, raises the errors of `load_params`, and returns notes."""
     return weight_files.locate(Path(directory), _stored(config))[1]
+
+
+def locate_tensor(directory: epath.PathLike, config: ModelConfig, name: str, shape: tuple[int, ...]) -> Any:
+    """The place of a tensor that stands beside a decoder's, from the headers alone; `map()` gives its numbers.
+
+    Raises:
+        ValueError: the tensor or one of the decoder's is missing, damaged or misshapen.
+    """
+    wanted = {**_stored(config), name: [Part(name, (), Tensor(name, None), shape)]}
+    return weight_files.locate(Path(directory), wanted)[0][name]
 
 
 def _read_tie(directory: Path, config: ModelConfig, notes: list[str]) -> ModelConfig:

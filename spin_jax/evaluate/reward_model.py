@@ -1,0 +1,117 @@
+"""Reward models: a decoder with a head that gives a conversation one number.
+
+A checkpoint is what transformers calls a model for sequence classification, with one label: the decoder of a
+supported family, and `score.weight` in place of the output head. The number of a conversation is read at its last
+token that is not the padding token, as transformers reads it.
+
+Axes: N rows, T tokens of a row, G conversations of a row, D model.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from spin_jax.data.chat_template import Template
+from spin_jax.data.records import Ids, Message
+from spin_jax.models import loading
+from spin_jax.models.architecture import Params
+from spin_jax.models.attention import kernel_for
+from spin_jax.models.decoder import Decoder, forward
+from spin_jax.runtime import sharding
+from spin_jax.training.packing import Group, Rows, RowShape, packed
+
+_HEAD = "score.weight"
+_GROUPS = 16  # conversations of a row at most
+_GRANULE = 128  # the length of a row is a multiple of it, as splash wants
+
+
+class RewardModel:
+    """A reward model of a Hugging Face directory or hub id. Its weights are read when they are first used."""
+
+    def __init__(
+        self, path: str, *, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None, tokens_per_device: int = 8192
+    ):
+        """Reads the config, the tokenizer and the headers of the weights.
+
+        Args:
+            mesh: the devices that share the weights; None: all.
+            dtype: of the computation; None: the checkpoint's.
+            tokens_per_device: how many tokens a device reads at a time, unless one conversation is longer.
+
+        Raises:
+            ValueError, FileNotFoundError: what is wrong with the checkpoint, naming the file.
+        """
+        model, self._directory = loading.describe(path, dtype=dtype, mesh=mesh)
+        # Without an output head of its own: it has the head for the score instead.
+        decoder_only = dataclasses.replace(model.config, tie_word_embeddings=True, head_bias=False)
+        self._model = dataclasses.replace(model, config=decoder_only)
+        self._tensor = functools.partial(
+            loading.locate_tensor, self._directory, self._model.config, _HEAD, (1, model.config.hidden_size)
+        )
+        self._tensor()
+        self._template = Template(model.tokenizer)
+        self._tokens_per_device = tokens_per_device
+        self._length = _GRANULE  # of a row; it only grows, so that few programs are compiled
+        self._weights: tuple[Params, Array] | None = None
+
+    def free(self) -> None:
+        """Frees the memory of the weights; they are read again when they are next used."""
+        if self._weights is not None:
+            sharding.free(self._weights)
+            self._weights = None
+
+    def tokens(self, conversation: list[Message]) -> Ids:
+        """The tokens of a conversation, up to the one where its number is read.
+
+        Raises:
+            ValueError: the chat template refuses the conversation, or it is longer than the model's texts.
+        """
+        text = self._template.render(conversation, prompt=False)
+        ids = np.array(self._model.tokenizer(text, add_special_tokens=False).input_ids, np.int32)
+        # transformers takes the last token that is not padding, even if the text itself ends in that token.
+        read = np.flatnonzero(ids != self._model.hf_config.get("pad_token_id"))
+        ids = ids[: read[-1] + 1] if len(read) else ids
+        if len(ids) > (longest := self._model.config.max_position_embeddings):
+            raise ValueError(f"the conversation has {len(ids)} tokens, and the reward model reads at most {longest}")
+        return ids
+
+    def scores(self, conversations: Sequence[Ids]) -> Float[np.ndarray, " n"]:
+        """The number of each conversation, which `tokens` made; all processes of a mesh call this together."""
+        if not conversations:
+            return np.zeros(0, np.float32)
+        model = self._model
+        # A group has one more token, which is not read: packing keeps the place from which it would be predicted.
+        groups = [Group(ids, (ids[-1:],)) for ids in conversations]
+        longest = max(len(ids) for ids in conversations) + 1
+        self._length = max(self._length, sharding.round_up(sharding.bucket(longest), _GRANULE))
+        kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype, model.config.sinks)
+        shape = RowShape(
+            rows=max(1, self._tokens_per_device // self._length) * sharding.batch_shards(model.mesh),
+            length=self._length,
+            groups=_GROUPS,
+            unshared=self._length if kernel == "splash" else 0,
+        )
+        if self._weights is None:
+            params = loading.load_params(self._directory, model.config, model.mesh, model.dtype)
+            self._weights = params, jnp.asarray(self._tensor().map()[0], jnp.float32)
+        decoder, result = Decoder(model.config, model.dtype, kernel=kernel), np.zeros(len(groups), np.float32)
+        with jax.set_mesh(model.mesh):
+            for rows in packed(groups, shape):
+                values = sharding.to_host(_values(decoder, *self._weights, sharding.put_batch(model.mesh, rows)))
+                filled = rows.items > 0
+                result[rows.items[filled] - 1] = values[filled]
+        return result
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def _values(decoder: Decoder, params: Params, head: Float[Array, " D"], rows: Rows) -> Float[Array, "N G"]:
+    """The number of each group, read at the token before its answer."""
+    hidden, _ = forward(decoder, params, rows.tokens, rows.layout)
+    places = rows.predictors[:, : rows.items.shape[1]]  # each group has one response token, so they stand in its order
+    read = jnp.take_along_axis(hidden, places[..., None], axis=1).astype(jnp.float32)
+    return jnp.sum(read * head, axis=-1)

@@ -1,0 +1,83 @@
+"""Reward models: transformers' numbers for whole conversations, and what is refused."""
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+
+from spin_jax import tiny
+from spin_jax.evaluate.reward_model import RewardModel
+from tests.helpers.architectures import SMALL
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "1+2+3"}, {"role": "assistant", "content": "6"}],
+    [{"role": "system", "content": "Add."}, {"role": "user", "content": "10+2"}, {"role": "assistant", "content": ""}],
+    [
+        {"role": "user", "content": "a long question " * 6},
+        {"role": "assistant", "content": "an answer"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "more"},
+    ],
+]
+
+
+def write(directory, family, **options):
+    """A reward model that transformers writes, with the tiny tokenizer; returns transformers' model."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **copy.deepcopy({**SMALL, "num_labels": 1, **options}))
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return model
+
+
+def theirs(model, conversations):
+    """The numbers of transformers, one conversation at a time, so that it pads nothing."""
+    import torch
+
+    tokenizer = tiny.tokenizer()
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations]
+    with torch.no_grad():
+        rows = [torch.as_tensor([tokenizer(text, add_special_tokens=False).input_ids]) for text in texts]
+        return np.array([model(row).logits[0, 0].item() for row in rows])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize("pad", [0, 2, None])
+def test_the_numbers_are_those_of_transformers(family, pad, tmp_path, mesh):
+    """1e-4 of numbers around 1: float32 sums in another order. With pad 2, the EOS at the end is not read."""
+    if pad != 0 and family != "llama":
+        pytest.skip("where a number is read does not depend on the family")
+    reference = write(tmp_path / "model", family, pad_token_id=pad)
+    expected = theirs(reference, CONVERSATIONS)
+    assert np.ptp(expected) > 0.01
+    model = RewardModel(str(tmp_path / "model"), mesh=mesh)
+    ids = [model.tokens(messages) for messages in CONVERSATIONS]
+    np.testing.assert_allclose(model.scores(ids), expected, atol=1e-4)
+    model.free()
+    np.testing.assert_allclose(model.scores(ids[::-1] * 20), np.tile(expected[::-1], 20), atol=1e-4)  # several rows
+
+
+def test_eight_devices_are_one(tmp_path, mesh, mesh8):
+    write(tmp_path / "model", "llama")
+    one, eight = (RewardModel(str(tmp_path / "model"), mesh=m) for m in (mesh, mesh8))
+    ids = [one.tokens(messages) for messages in CONVERSATIONS * 5]
+    np.testing.assert_allclose(eight.scores(ids), one.scores(ids), atol=1e-5)
+
+
+def test_what_is_refused(tmp_path, tiny_dir, mesh):
+    with pytest.raises(ValueError, match=r"score\.weight: missing"):
+        RewardModel(str(tiny_dir), mesh=mesh)
+    write(tmp_path / "two", "llama", num_labels=2)
+    with pytest.raises(ValueError, match=r"score\.weight: \(2, 32\), and .* \(1, 32\)"):
+        RewardModel(str(tmp_path / "two"), mesh=mesh)
+    write(tmp_path / "one", "llama")
+    model = RewardModel(str(tmp_path / "one"), mesh=mesh)
+    with pytest.raises(ValueError, match="has 3.. tokens, and the reward model reads at most 256"):
+        model.tokens([{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}])
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(FileNotFoundError):
+        model.scores([np.arange(4, dtype=np.int32)])
