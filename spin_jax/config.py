@@ -168,9 +168,12 @@ def default() -> Any:
     # Which rows of human/own are used: all, or those with an answer that eval.verifier accepts (right) or rejects
     # (wrong).
     c.selfplay.rows = "all"
-    # module:function(messages, answers), which returns a number for each answer, for losses that take a
-    # score and for selfplay.pairing. The last message is the human answer.
+    # What gives each answer a number, for losses that take a score and for selfplay.pairing: a reward model (a
+    # directory, a hub id, or OWNER/NAME@REVISION of a model for sequence classification with one label), or
+    # module:function(messages, answers), where the last message is the human answer.
     c.selfplay.scorer = placeholder(str)
+    # Each token of an answer takes this much from its score.
+    c.selfplay.length_penalty = 0.0
     # Each iteration trains the start's weights, and not those of the iteration before (ReST-EM).
     c.selfplay.restart = False
 

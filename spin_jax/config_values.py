@@ -72,7 +72,7 @@ _RANGES = {
     "[0, 1)": "momentum decay",
     "(0, 1]": "top_p",
     "[1e-37, 1]": "eps",
-    "[0, 1e30]": "nll_weight temperature weight_decay",
+    "[0, 1e30]": "length_penalty nll_weight temperature weight_decay",
     "(0, 1e30]": "beta clip_norm control_learning_rate learning_rate lora_alpha",
 }
 _RANGE_OF = {name: interval for interval, names in _RANGES.items() for name in names.split()}
@@ -166,6 +166,8 @@ def _contradictions(c: Any) -> Iterator[str]:
         yield f"eval.include_path={c.eval.include_path!r} is of no use without eval.tasks"
     if play.rows != "all" and not c.eval.verifier:
         yield f"selfplay.rows={play.rows!r} needs eval.verifier, which says which answers are right"
+    if play.length_penalty and not play.scorer:
+        yield "selfplay.length_penalty lowers scores, and there are none: set selfplay.scorer"
     if play.rows != "all" and play.scorer:
         yield f"selfplay.rows={play.rows!r} and selfplay.scorer both judge answers: leave one of them out"
     yield from _pairing_problems(c)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from spin_jax.data.chat_template import Template
 from spin_jax.data.records import Ids, Message
-from spin_jax.models import loading
+from spin_jax.models import loading, weight_files
 from spin_jax.models.architecture import Params
 from spin_jax.models.attention import kernel_for
 from spin_jax.models.decoder import Decoder, forward
@@ -34,11 +34,17 @@ class RewardModel:
     """A reward model of a Hugging Face directory or hub id. Its weights are read when they are first used."""
 
     def __init__(
-        self, path: str, *, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None, tokens_per_device: int = 8192
+        self,
+        path: str,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        dtype: str | None = None,
+        tokens_per_device: int = 8192,
     ):
         """Reads the config, the tokenizer and the headers of the weights.
 
         Args:
+            path: a directory, a hub id, or OWNER/NAME@REVISION.
             mesh: the devices that share the weights; None: all.
             dtype: of the computation; None: the checkpoint's.
             tokens_per_device: how many tokens a device reads at a time, unless one conversation is longer.
@@ -46,7 +52,8 @@ class RewardModel:
         Raises:
             ValueError, FileNotFoundError: what is wrong with the checkpoint, naming the file.
         """
-        model, self._directory = loading.describe(path, dtype=dtype, mesh=mesh)
+        self._directory = loading.resolve_name(path, "reward model")
+        model, _ = loading.describe(str(self._directory), dtype=dtype, mesh=mesh)
         # Without an output head of its own: it has the head for the score instead.
         decoder_only = dataclasses.replace(model.config, tie_word_embeddings=True, head_bias=False)
         self._model = dataclasses.replace(model, config=decoder_only)
@@ -58,6 +65,11 @@ class RewardModel:
         self._tokens_per_device = tokens_per_device
         self._length = _GRANULE  # of a row; it only grows, so that few programs are compiled
         self._weights: tuple[Params, Array] | None = None
+
+    @property
+    def digest(self) -> str:
+        """A digest of the weights."""
+        return weight_files.digest(self._directory)
 
     def free(self) -> None:
         """Frees the memory of the weights; they are read again when they are next used."""

@@ -186,9 +186,7 @@ def open_adapters(adapters: str, path: str, model: Model) -> Params:
     Raises:
         ValueError, FileNotFoundError: what is wrong with them, naming the file.
     """
-    name, _, revision = (adapters, "", "") if os.path.isdir(adapters) else adapters.partition("@")
-    directory, _ = resolve(name, revision or None, "adapters")
-    found, base = lora.read_peft(directory, model.config)
+    found, base = lora.read_peft(resolve_name(adapters, "adapters"), model.config)
     if base and os.path.abspath(base) != os.path.abspath(path):
         model.notes.append(f"the adapters {adapters} name another base than {path}: base_model_name_or_path is {base}")
     return found
@@ -221,6 +219,12 @@ def resolve(path: str, revision: str | None = None, what: str = "model") -> tupl
         message = f"{what} path {path!r} is no directory here, and the hub did not give {it}: {error}"
         raise FileNotFoundError(message) from error
     return Path(snapshot), Path(snapshot).name
+
+
+def resolve_name(name: str, what: str) -> Path:
+    """The local directory of a path, a hub id, or OWNER/NAME@REVISION; it raises the errors of `resolve`."""
+    path, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
+    return resolve(path, revision or None, what)[0]
 
 
 def _read_generation_config(directory: Path, vocab_size: int) -> dict[str, Any]:

@@ -48,12 +48,12 @@ def digests(
     datasets: Sequence[list[Example]],
     held_out: list[Example],
     given: Mapping[int, Sequence[Pair]],
-    weights: str,
+    weights: Mapping[str, str],
 ) -> Identity:
     """The fingerprints of data, tokenizer, chat template, weights and code, and the versions of libraries.
 
-    There is one dataset for all iterations, or one for each. `weights` is the digest of the checkpoint that the run
-    starts from, or "".
+    There is one dataset for all iterations, or one for each. `weights` has the digests of the checkpoint that the
+    run starts from ("weights", or "") and of other models.
     """
     tokenizer = model.tokenizer
     fingerprints = {
@@ -62,7 +62,7 @@ def digests(
         "tokenizer": _digest([tokenizer.backend_tokenizer.to_str().encode()]),
         "chat template": _digest([_json(tokenizer.chat_template)]),
         "model": _digest([_json(dataclasses.asdict(model.config)), _json(list(model.stop_tokens))]),
-        "weights": weights,
+        **weights,
         "code": _source_of_package(),
     }
     play, own = config.selfplay, dict[str, str | None]()

@@ -58,11 +58,12 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
         ValueError, FileNotFoundError: what is wrong, with the key, or the file and row.
     """
     custom_loss.check(config.loss)
-    judge, name = find_judge(config), config.eval.verifier
-    pairing = Pairing(config, judge.fields)
+    name = config.eval.verifier
     verifier = verifiers.find_verifier(name) if name else None
     model, initial_params, weights_digest = open_model(config, _recorded_revision(config, began))
     from_config.check_mesh(config, model)
+    judge = find_judge(config, model.mesh)
+    pairing = Pairing(config, judge.fields)
     custom_loss.check(config.loss, model.mesh)
     stated, theirs = config.model.architecture, model.hf_config
     differing = [

@@ -159,7 +159,8 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
                 f"set lengths.max_length to {positions} or less"
             )
         notes.append(problem)
-    found = fingerprints.digests(config, model, datasets, held_out, given, read.weights_digest)
+    weights = {"weights": read.weights_digest, **read.judge.digests}
+    found = fingerprints.digests(config, model, datasets, held_out, given, weights)
     processes.check_same("model, tokenizer, data or code", lambda: repr(found).encode())
     notes += fingerprints.check(root, config, found, began)
     _check_given(root, given, began)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -23,6 +24,7 @@ from spin_jax.config import Config
 from spin_jax.data.records import HUMAN, Ids, Message, Pair
 from spin_jax.errors import JudgeFailed, MissingInput
 from spin_jax.evaluate import verifiers
+from spin_jax.evaluate.reward_model import RewardModel
 from spin_jax.runtime import processes
 from spin_jax.runtime.user_code import import_function
 
@@ -33,11 +35,16 @@ Scorer = Callable[[list[Message], list[str]], Sequence[float]]
 
 
 class Judge(NamedTuple):
-    """What judges answers. Process 0 alone asks it: it may be slow, cost money, or give another number each time."""
+    """What judges answers.
 
-    scorer: Scorer | None  # selfplay.scorer, or for selfplay.rows the verifier as scores of 1 and 0
+    Process 0 alone asks functions, which may be slow, cost money, or give another number each time. A reward model is
+    run by all processes together.
+    """
+
+    scorer: Scorer | RewardModel | None  # selfplay.scorer, or for selfplay.rows the verifier as scores of 1 and 0
     of_human: bool  # whether the scorer is asked about the human answer, too
     verifier: verifiers.Verifier | None  # eval.verifier, for the pairing right/wrong
+    length_penalty: float = 0.0  # what each token of an answer takes from its score
 
     @property
     def fields(self) -> list[str]:
@@ -45,21 +52,39 @@ class Judge(NamedTuple):
         scores = ["score", "real_score"][: 1 + self.of_human] if self.scorer else []
         return [*scores, *(["right"] if self.verifier else [])]
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """The fingerprint of a reward model."""
+        return {"reward model": self.scorer.digest} if isinstance(self.scorer, RewardModel) else {}
 
-def find_judge(config: Config) -> Judge:
-    """What judges answers: selfplay.scorer; eval.verifier where selfplay.rows or selfplay.pairing needs it."""
+    def free(self) -> None:
+        """Frees the memory of a reward model until it is asked again."""
+        if isinstance(self.scorer, RewardModel):
+            self.scorer.free()
+
+
+def find_judge(config: Config, mesh: jax.sharding.Mesh | None = None) -> Judge:
+    """What judges answers: selfplay.scorer; eval.verifier where selfplay.rows or selfplay.pairing needs it.
+
+    A reward model is split over `mesh`.
+    """
     play, scorer, verifier = config.selfplay, None, None
-    if play.scorer:
-        if ":" not in play.scorer:
-            raise ValueError(f"selfplay.scorer={play.scorer!r}: module:function")
+    if play.scorer and ":" in play.scorer:
         scorer = import_function(play.scorer)
+    elif play.scorer:
+        try:
+            tokens = config.train.tokens_per_device
+            scorer = RewardModel(play.scorer, mesh=mesh, dtype=config.model.dtype, tokens_per_device=tokens)
+        except (ValueError, FileNotFoundError) as error:
+            message = f"selfplay.scorer={play.scorer!r} is no module:function and no reward model: {error}"
+            raise ValueError(message) from error
     if play.rows != "all":
         scorer = functools.partial(_verdicts, verifiers.find_verifier(config.eval.verifier))
     if play.pairing == "right/wrong":
         verifier = verifiers.find_verifier(config.eval.verifier)
     # Where the human answer is chosen by name, nobody asks how good it is.
     of_human = ":" in play.pairing or ("human" in play.pairing and not play.pairing.startswith("human/"))
-    return Judge(scorer, of_human, verifier)
+    return Judge(scorer, of_human, verifier, play.length_penalty)
 
 
 def _verdicts(verifier: verifiers.Verifier, messages: list[Message], answers: list[str]) -> list[float]:
@@ -74,11 +99,26 @@ def with_scores(pairs: Sequence[Pair], judge: Judge) -> list[Pair]:
     """
     if all(getattr(pair, name) is not None for pair in pairs for name in judge.fields):
         return list(pairs)
+    if isinstance(judge.scorer, RewardModel):
+        judge = judge._replace(scorer=_scored(pairs, judge.scorer, judge.of_human))
     said = processes.exchanged(processes.together(lambda: _judged(pairs, judge) if processes.first() else []))[0]
     return [
         dataclasses.replace(pair, **{name: value for name, value in one.items() if getattr(pair, name) is None})
         for pair, one in zip(pairs, said, strict=True)
     ]
+
+
+def _scored(pairs: Sequence[Pair], model: RewardModel, of_human: bool) -> Scorer:
+    """The numbers of a reward model, as a scorer for `_judged`, which asks about the prompts in this order."""
+    conversations = []
+    for prompt_id, group in by_prompt(pairs).items():
+        human = [group[0].real_messages] if of_human else []
+        try:
+            conversations += [model.tokens(each) for each in [*(pair.generated_messages for pair in group), *human]]
+        except ValueError as error:
+            raise JudgeFailed(f"prompt_id {prompt_id}: selfplay.scorer: {error}") from error
+    numbers = iter(model.scores(conversations).tolist())
+    return lambda messages, answers: list(itertools.islice(numbers, len(answers)))
 
 
 def by_prompt(pairs: Sequence[Any]) -> dict[int, list[Any]]:
@@ -121,6 +161,8 @@ def _judged(pairs: Sequence[Pair], judge: Judge) -> list[dict[str, Any]]:
                 f"prompt_id {prompt_id}: the scorer gave {scores!r:.80} for {len(to_score)} answers: a finite number "
                 "for each is wanted"
             )
+        tokens = [*(len(pair.generated) for pair in group), len(group[0].real)]
+        scores = [score - judge.length_penalty * count for score, count in zip(scores, tokens, strict=False)]
         columns = {"score": scores, "real_score": scores[-1:] * len(group), "right": right}
         for number, pair in enumerate(group):
             said[prompt_id, pair.sample_id] = {name: columns[name][number] for name in judge.fields}

@@ -312,7 +312,10 @@ def test_a_fixed_reference_is_the_start(settings, tmp_path):
         ({"selfplay.rows": "right", "eval.verifier": None}, "selfplay.rows='right' needs eval.verifier"),
         ({"selfplay.rows": "some"}, "selfplay.rows='some': one of all, right, wrong"),
         ({"selfplay.rows": "right", "selfplay.scorer": "a:b"}, "both judge answers"),
-        ({"selfplay.scorer": "exact"}, "selfplay.scorer='exact': module:function"),
+        (
+            {"selfplay.scorer": "exact"},
+            "selfplay.scorer='exact' is no module:function and no reward model: .*no such dir",
+        ),
         (
             {"loss.name": "likelihood", "selfplay.pairing": "right/wrong", "selfplay.samples": 2},
             "'likelihood' reads one answer of a row, which with selfplay.pairing='right/wrong' is the rejected one",

@@ -9,10 +9,14 @@ import shutil
 import signal
 
 import judges
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import reward_models
 from kill_harness import FLAGS, Phase, Run, phase, problems, reference, table, torture
 from runs import ROOT, Command, differences, read_metrics, read_pairs
+
+from spin_jax.evaluate.reward_model import RewardModel
 
 LONG = int(os.environ.get("SPIN_JAX_KILLS", "0"))
 # The short form is of a shorter run, and has 4 kills.
@@ -71,19 +75,20 @@ RIGHT_WRONG = (
     "--config.selfplay.iterations=1",
     "--config.selfplay.samples=3",
     "--config.selfplay.pairing=right/wrong",
-    "--config.selfplay.scorer=judges:lengths",
     "--config.eval.verifier=judges:even",
     "--config.eval.kl=False",
     "--config.sft.control=False",
 )
 
 
-def test_right_and_wrong_answers_are_paired_alike_after_kills(make_run):
-    """A verifier and a scorer in one run: the highest right answer of each prompt against the lowest wrong one."""
-    whole = make_run("right_wrong", *RIGHT_WRONG)
+def test_right_and_wrong_answers_are_paired_alike_after_kills(make_run, tmp_path):
+    """A verifier and a reward model in one run: the best right answer to each prompt against the worst wrong one."""
+    reward_models.write(tmp_path / "reward_model", "llama")
+    flags = (*RIGHT_WRONG, f"--config.selfplay.scorer={tmp_path / 'reward_model'}")
+    whole = make_run("right_wrong", *flags)
     timeline = reference(whole)
     kills, runs = torture(
-        lambda count: make_run(f"right_wrong_{count}", *RIGHT_WRONG),
+        lambda count: make_run(f"right_wrong_{count}", *flags),
         timeline,
         3,
         [signal.SIGKILL],
@@ -95,12 +100,13 @@ def test_right_and_wrong_answers_are_paired_alike_after_kills(make_run):
     assert not problems(kills, runs, whole.workdir)
 
     folder = whole.workdir / "iteration_0"
-    expected, held_out = {}, set()
+    model, expected, held_out = RewardModel(str(tmp_path / "reward_model")), {}, set()
     for path in sorted((folder / "pairs").glob("*.parquet")):
-        answers = {}
-        for row in pq.read_table(path).to_pylist():
-            text = row["generated"][-1]["content"]
-            assert (row["right"], row["score"]) == (judges.even("", text), judges.lengths([], [text])[0])
+        answers, table_rows = {}, pq.read_table(path).to_pylist()
+        scores = model.scores([model.tokens(row["generated"]) for row in table_rows])
+        np.testing.assert_allclose([row["score"] for row in table_rows], scores, atol=1e-5)
+        for row in table_rows:
+            assert row["right"] == judges.even("", row["generated"][-1]["content"])
             answers.setdefault(row["prompt_id"], []).append((row["score"], row["right"], row["sample_id"]))
         for prompt_id, rows in answers.items():
             assert [sample_id for *_, sample_id in rows] == [0, 1, 2]  # all answers are kept

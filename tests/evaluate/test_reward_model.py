@@ -1,14 +1,13 @@
 """Reward models: transformers' numbers for whole conversations, and what is refused."""
 
-import copy
 import shutil
 
 import numpy as np
 import pytest
+from reward_models import write
 
 from spin_jax import tiny
 from spin_jax.evaluate.reward_model import RewardModel
-from tests.helpers.architectures import SMALL
 
 CONVERSATIONS = [
     [{"role": "user", "content": "1+2+3"}, {"role": "assistant", "content": "6"}],
@@ -20,18 +19,6 @@ CONVERSATIONS = [
         {"role": "assistant", "content": "more"},
     ],
 ]
-
-
-def write(directory, family, **options):
-    """A reward model that transformers writes, with the tiny tokenizer; returns transformers' model."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **copy.deepcopy({**SMALL, "num_labels": 1, **options}))
-    config._attn_implementation = "eager"
-    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
-    model.save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return model
 
 
 def theirs(model, conversations):
@@ -76,7 +63,7 @@ def test_what_is_refused(tmp_path, tiny_dir, mesh):
         RewardModel(str(tmp_path / "two"), mesh=mesh)
     write(tmp_path / "one", "llama")
     model = RewardModel(str(tmp_path / "one"), mesh=mesh)
-    with pytest.raises(ValueError, match="has 3.. tokens, and the reward model reads at most 256"):
+    with pytest.raises(ValueError, match=r"has 3\d\d tokens, and the reward model reads at most 256"):
         model.tokens([{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}])
     shutil.rmtree(tmp_path / "one")
     with pytest.raises(FileNotFoundError):

@@ -61,5 +61,5 @@ def test_each_own_loss_of_a_sum_is_fingerprinted():
     c.loss.name = "0.5*spin_jax.losses:hinge+logistic+2*spin_jax.losses:ipo"
     architecture = dataclasses.make_dataclass("Architecture", [])()
     model = SimpleNamespace(tokenizer=tiny.tokenizer(), config=architecture, stop_tokens=())
-    found = fingerprints.digests(c, model, [[]], [], {}, "")["fingerprints"]
+    found = fingerprints.digests(c, model, [[]], [], {}, {"weights": ""})["fingerprints"]
     assert [name for name in found if name.startswith("loss")] == ["loss", "loss 2"]
