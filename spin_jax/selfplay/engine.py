@@ -41,8 +41,9 @@ class Engine:
             raise Interrupted(int(number))
 
     def release(self) -> None:
-        """Forgets the sampler's copy of the weights, because training needs its memory."""
+        """Forgets the sampler's copy of the weights and frees a reward model: training needs their memory."""
         self._copied = None
+        self._run.judge.free()
 
     def free(self, params: Params | None) -> None:
         """Frees the device memory of these weights and of the sampler's copy."""

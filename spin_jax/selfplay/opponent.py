@@ -111,7 +111,6 @@ class Opponent:
                     metrics.flush()
                     files.write(shards[number][0], parquet.pairs_to_parquet(pairs, self._more_fields))
                 self._engine.stop_if_asked()
-        run.judge.free()  # training needs its memory
         return params
 
     def _write_given(self, shards: Sequence[tuple[epath.Path, list]], done: Sequence[bool]) -> None:
@@ -121,7 +120,6 @@ class Opponent:
             scored = list(itertools.islice(remaining, len(pairs)))
             if not exists:
                 files.write(path, parquet.pairs_to_parquet(scored, self._more_fields))
-        self._run.judge.free()
 
     @functools.cached_property
     def _more_fields(self) -> bool:
