@@ -21,6 +21,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "spin_nll": {"loss.nll_weight": 1.0},
     # The reference is a mixture of the opponent and the start: arXiv 2404.04291.
     "alpha_spin": {"loss.reference_alpha": 0.5},
+    # The reference is the geometric mean of all opponents so far, which all weigh alike.
+    "fictitious_spin": {"loss.reference_decay": 1.0},
     # No reference model; the answer of the start is a third answer in each row: arXiv 2601.08198.
     "tspin": {"loss.name": "tspin", "loss.beta": (0.1,)},
     # Fixed pairs and a fixed reference: arXiv 2305.18290. For your own pairs: --config.selfplay.pairs=PATH.

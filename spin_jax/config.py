@@ -210,6 +210,9 @@ def default() -> Any:
     # α of α-SPIN: the reference log-probs are α times the opponent's and 1 − α times the start's. With 0 they
     # are the start's alone, as in DPO.
     c.loss.reference_alpha = 1.0
+    # The opponents of earlier iterations are references as well, each with so many times the weight of the next one: 0
+    # leaves the last one alone, and 1 weighs all alike, as in fictitious play. Each scores all pairs.
+    c.loss.reference_decay = 0.0
     # This many times −log p(human answer) is added to the loss; with selfplay.pairing, of the chosen answer.
     c.loss.nll_weight = 0.0
 

@@ -68,7 +68,7 @@ _RANGES = {
     "[1, 10000]": "train.epochs eval.samples patience schedule_epochs",
     "[0, 500]": "eval.limit",
     "[0, 0.1]": "eval.fraction",
-    "[0, 1]": "max_bad min_ended reference_alpha warmup_ratio",
+    "[0, 1]": "max_bad min_ended reference_alpha reference_decay warmup_ratio",
     "[0, 1)": "momentum decay",
     "(0, 1]": "top_p",
     "[1e-37, 1]": "eps",
@@ -227,11 +227,12 @@ def algorithm_notes(c: Mapping[str, Any]) -> list[str]:
     loss, play = c["loss"], c["selfplay"]
     weight, options, alpha = (loss.get(key) for key in ("nll_weight", "options", "reference_alpha"))
     samples, rows, scorer, restart = (play.get(key) for key in ("samples", "rows", "scorer", "restart"))
-    pairing = play.get("pairing")
+    pairing, decay = play.get("pairing"), loss.get("reference_decay")
     phrases = [
         weight and f"{weight:g} × NLL of the human answer",
         options,
         alpha not in (None, 1) and f"reference {alpha:g} × the opponent's and {1 - alpha:g} × the start's",
+        decay and f"earlier opponents are references, each with {decay:g} × the weight of the next",
         samples not in (None, 1) and f"{samples} answers per prompt",
         pairing not in (None, "human/own") and f"pairing {pairing}",
         rows not in (None, "all") and f"only answers that {c['eval'].get('verifier')} finds {rows}",

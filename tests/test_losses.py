@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spin_jax import losses
+from spin_jax import config, losses
 from spin_jax.data.records import Pair
 from spin_jax.losses import LOSSES, PairLogps
 from spin_jax.selfplay import variants
@@ -187,12 +187,30 @@ def test_inpo_is_ipo_against_a_mixed_reference():
         return np.float64(logps[0]) - np.float64(logps[1])
 
     h = ratio(POLICY) - share * ratio(start) - (1 - share) * ratio(OPPONENT)
-    weights, pair = {"opponent": 1 - share, "start": share}, Pair(7, 1, [], [], *np.zeros((3, 1), np.int32), False)
-    mixed = variants.mixed_logps(
-        weights, {"opponent": {(0, 7, 1, -1): OPPONENT}, "start": {(0, 7, 1, -1): start}}, 0, pair
-    )
+    weights, pair = {3: 1 - share, 0: share}, Pair(7, 1, [], [], *np.zeros((3, 1), np.int32), False)
+    mixed = variants.mixed_logps(weights, {3: {(0, 7, 1, -1): OPPONENT}, 0: {(0, 7, 1, -1): start}}, 0, pair)
     values = LOSSES["ipo"](POLICY, PairLogps(*map(jnp.float32, mixed)), beta=eta)
     np.testing.assert_allclose(values, (h - 1 / (2 * eta)) ** 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "t", "weights"),
+    [
+        ({}, 3, {3: 1}),
+        ({"reference_alpha": 0.25}, 0, {0: 1}),
+        ({"reference_alpha": 0.25}, 3, {3: 0.25, 0: 0.75}),
+        ({"reference_alpha": 0.0}, 3, {0: 1}),
+        ({"reference_decay": 1.0}, 3, {3: 1 / 4, 2: 1 / 4, 1: 1 / 4, 0: 1 / 4}),
+        ({"reference_decay": 0.5}, 2, {2: 4 / 7, 1: 2 / 7, 0: 1 / 7}),
+        ({"reference_decay": 0.5, "reference_alpha": 0.7}, 2, {2: 0.4, 1: 0.2, 0: 0.4}),
+    ],
+)
+def test_weights_of_references(keys, t, weights):
+    c = config.default()
+    c.loss.update(keys)
+    found = variants.reference_weights(c, t)
+    assert list(found) == list(weights)  # θ_t comes first, while it is in memory
+    np.testing.assert_allclose(list(found.values()), list(weights.values()), rtol=1e-12)
 
 
 # The gradient in the rewards r and r' where policy equals opponent, by hand: −σ'(0) = −¼, and so on.

@@ -10,6 +10,7 @@ from spin_jax.plan.collectives import BETWEEN_SLICES, received_bytes
 from spin_jax.plan.compiled import batches_of
 from spin_jax.plan.planned_run import PhaseCost, PlannedRun
 from spin_jax.selfplay import from_config
+from spin_jax.selfplay.variants import reference_weights
 from spin_jax.training import batches
 
 
@@ -77,8 +78,7 @@ def run_time(run: PlannedRun, phases: Mapping[str, PhaseCost]) -> dict[str, floa
     for t in range(c.selfplay.start, c.selfplay.iterations):
         sources = 1 + min(t - c.selfplay.start, c.selfplay.mix_previous)
         epochs = config_values.per_iteration(c.train.epochs, t) / config_values.per_iteration(c.train.epochs, 0)
-        references = 2 if t > c.selfplay.start and 0 < c.loss.reference_alpha < 1 else 1
-        scoring = references * seconds["score"]
+        scoring = len(reference_weights(c, t)) * seconds["score"]
         hours += (seconds["sample"] + sources * (scoring + epochs * seconds["train"])) / 3600
     iterations = c.selfplay.iterations - c.selfplay.start
     return {"iterations": iterations, "hours": hours, "device_hours": hours * run.model.mesh.size}

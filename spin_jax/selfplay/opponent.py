@@ -21,7 +21,6 @@ from spin_jax.runtime.console import compact, progress
 from spin_jax.selfplay import from_config, variants
 from spin_jax.selfplay.engine import Engine
 from spin_jax.selfplay.prepare import Prepared
-from spin_jax.selfplay.variants import BY_OPPONENT, BY_START
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics
 from spin_jax.training.batches import ScoredPair
@@ -32,7 +31,7 @@ class ScoreFile(NamedTuple):
     """A file of log-probs, and the pairs that they belong to."""
 
     path: epath.Path
-    by: str  # BY_OPPONENT or BY_START: the model whose log-probs these are
+    by: int  # k: these are log-probs by θ_k
     source: int  # the iteration that the pairs come from
     pairs: epath.Path
     total: int  # pairs in that file
@@ -154,15 +153,18 @@ class Opponent:
     def score(self, t: int, params: Params | None) -> Params | None:
         """Writes the log-probs that iteration t needs and that are not there yet, as `sample` writes answers.
 
-        Returns θ_t where it is in memory now; not where the start's weights took its place.
+        Returns θ_t where it is in memory now; not where other weights took its place.
         """
-        if not self._has_scores(t, BY_OPPONENT):
-            params = self.weights(t) if params is None else params
-            self._write_scores(t, params, BY_OPPONENT)
-        if not self._has_scores(t, BY_START):
-            self._engine.free(params)
-            params = None
-            self._write_scores(t, self.weights(self._run.config.selfplay.start), BY_START)
+        for by in variants.reference_weights(self._run.config, t):
+            if self._has_scores(t, by):
+                continue
+            if by == t:
+                params = self.weights(t) if params is None else params
+                self._write_scores(t, params, by)
+            else:
+                self._engine.free(params)
+                params = None
+                self._write_scores(t, self.weights(by), by)
         return params
 
     def scored_pairs(self, t: int, split: str) -> list[ScoredPair]:
@@ -171,7 +173,7 @@ class Opponent:
         shards = self._score_files(t)
         _need([shard.path for shard in shards], f"iteration {t} has no scores yet", "score")
         shards = [shard for shard in shards if shard.pairs.name.startswith(split)]
-        scores: dict[str, dict[tuple[int, int, int, int], tuple[float, ...]]] = {by: {} for by in weights}
+        scores: dict[int, dict[tuple[int, int, int, int], tuple[float, ...]]] = {by: {} for by in weights}
         for shard in shards:
             scores[shard.by] |= parquet.scores_from_parquet(shard.path.read_bytes(), shard.path, roles)
         return [
@@ -192,10 +194,10 @@ class Opponent:
 
     def _score_files(self, t: int) -> list[ScoreFile]:
         """The score files of iteration t. Earlier held-out pairs are left out."""
-        prefix, folder = {BY_OPPONENT: "", BY_START: "start-"}, self._run.folder(t) / "scores"
+        prefix, folder = {self._run.config.selfplay.start: "start-", t: ""}, self._run.folder(t) / "scores"
         return [
             ScoreFile(
-                path=folder / f"{prefix[by]}iteration_{source}-{path.name}",
+                path=folder / f"{prefix.get(by, f'opponent_{by}-')}iteration_{source}-{path.name}",
                 by=by,
                 source=source,
                 pairs=path,
@@ -207,10 +209,10 @@ class Opponent:
             if source == t or path.name.startswith("train")
         ]
 
-    def _has_scores(self, t: int, by: str) -> bool:
+    def _has_scores(self, t: int, by: int) -> bool:
         return all(files.existing([shard.path for shard in self._score_files(t) if shard.by == by]))
 
-    def _write_scores(self, t: int, params: Params, by: str) -> None:
+    def _write_scores(self, t: int, params: Params, by: int) -> None:
         run, metrics = self._run, self._metrics
         for source in self._needed(t):  # given pairs need no earlier --only=sample
             if source in run.given:
@@ -222,7 +224,7 @@ class Opponent:
         _need([shards[number].pairs for number in own], f"iteration {t} has no pairs yet", "sample")
         metrics.rewind("score", t, lambda number: not done[number])
         total, left = (sum(shards[number].total for number in numbers) for numbers in (own, missing))
-        title = f"iteration {t}: score" + (" (start)" if by == BY_START else "")
+        title = f"iteration {t}: score" + ("" if by == t else f" (by opponent {by})")
         with progress(title, total, total - left, unit="pair") as bar:
             for number in missing:
                 began, shard = time.perf_counter(), shards[number]

@@ -210,8 +210,9 @@ def _check_options(prepared: Prepared) -> None:
         _check_start_answers(prepared)
     if c.selfplay.start and c.selfplay.restart:
         raise ValueError("selfplay.restart trains the start anew: with selfplay.start that is another model")
-    if c.selfplay.start and c.loss.reference_alpha < 1:
-        raise ValueError("loss.reference_alpha asks the start: with selfplay.start that is another model")
+    if c.selfplay.start and (c.loss.reference_alpha < 1 or c.loss.reference_decay):
+        key = "reference_alpha" if c.loss.reference_alpha < 1 else "reference_decay"
+        raise ValueError(f"loss.{key} asks the start: with selfplay.start that is another model")
     if wanted in ("margin", "accuracy") and not {"real", "generated"} <= set(prepared.roles):
         raise ValueError(f"checkpoint.best={wanted!r}: rows of loss {c.loss.name!r} have none")
     if c.selfplay.scorer is None and custom_loss.takes_score(c.loss):

@@ -3,7 +3,8 @@
 ReST-EM, RFT    a verifier says which answers are right, and `selfplay.rows` picks those
 SPPO            a scorer gives each answer a number, which the loss reads as `score`
 DNO, iter. DPO  `selfplay.pairing` says which two answers to a prompt make a row
-α-SPIN, DPO     the start's log-probs count as well as the opponent's, or instead (`loss.reference_alpha`)
+α-SPIN, DPO     the start's log-probs count as well as the opponent's, or instead (`loss.reference_alpha`); those of
+                earlier opponents may count, too (`loss.reference_decay`)
 T-SPIN          a row also holds what the start answered (role `start`)
 """
 
@@ -328,24 +329,24 @@ def _function_pairs(name: str, function: Callable, group: Sequence[Pair]) -> lis
     return pairs or "the function returned no pair"
 
 
-# --- the start as a second reference ---------------------------------------------------------------
-
-BY_OPPONENT, BY_START = "opponent", "start"  # whose log-probs a file of scores holds
+# --- the start and earlier opponents as references -------------------------------------------------
 
 
-def reference_weights(config: Config, t: int) -> dict[str, float]:
-    """The weight of each reference model's log-probs in iteration t's loss; zeros are left out."""
-    alpha = config.loss.reference_alpha
-    if t == config.selfplay.start:  # there the opponent is the start
-        return {BY_OPPONENT: 1.0}
-    weights = {BY_OPPONENT: alpha, BY_START: 1 - alpha}
-    return {by: weight for by, weight in weights.items() if weight}
+def reference_weights(config: Config, t: int) -> dict[int, float]:
+    """The weight of the log-probs of each reference θ_k in iteration t's loss, by k; zeros are left out."""
+    alpha, decay, first = config.loss.reference_alpha, config.loss.reference_decay, config.selfplay.start
+    if t == first:  # there the opponent is the start
+        return {t: 1.0}
+    opponents = {k: decay ** (t - k) for k in range(t, first - 1, -1)}
+    weights = {k: alpha * weight / sum(opponents.values()) for k, weight in opponents.items()}
+    weights[first] += 1 - alpha
+    return {k: weight for k, weight in weights.items() if weight}
 
 
 def mixed_logps(
-    weights: Mapping[str, float], scores: Mapping[str, Mapping[Any, Sequence[float]]], source: int, pair: Pair
+    weights: Mapping[int, float], scores: Mapping[int, Mapping[Any, Sequence[float]]], source: int, pair: Pair
 ) -> tuple[float, ...]:
-    """log p_t^α p_0^(1 − α) of the answers of a pair of iteration `source`, not normalized (α-SPIN, arXiv 2404.04291).
+    """Σ w_k log p_k of the answers of a pair of iteration `source`, not normalized (α-SPIN, arXiv 2404.04291).
 
     `scores` has what `parquet.scores_from_parquet` reads, of each reference.
 

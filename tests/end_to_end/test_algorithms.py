@@ -69,6 +69,7 @@ def first_step(workdir, t):
 
 RELATIVES = {
     "alpha_spin": {},
+    "fictitious_spin": {"selfplay.iterations": 3, "selfplay.mix_previous": 0},
     "tspin": {},
     "rest_em": {"eval.verifier": "test_algorithms:even"},
     "sppo": {"selfplay.scorer": "test_algorithms:lengths"},
@@ -85,6 +86,12 @@ def runs(settings, tmp_path_factory):
         made[name] = tmp_path_factory.mktemp(name)
         run(settings(name, **keys), str(made[name]))
     return made
+
+
+def test_all_opponents_so_far_score(runs):
+    folder = runs["fictitious_spin"] / "iteration_2" / "scores"
+    names = {path.name for path in folder.glob("*train*")}
+    assert names == {f"{by}iteration_2-train-00000-of-00001.parquet" for by in ("", "opponent_1-", "start-")}
 
 
 @pytest.mark.parametrize("name", RELATIVES)
@@ -337,6 +344,7 @@ def test_a_fixed_reference_is_the_start(settings, tmp_path):
         ({"loss.name": "likelihood", "checkpoint.best": "margin"}, "checkpoint.best='margin': rows of loss"),
         ({"selfplay.restart": True, "selfplay.start": 1}, "selfplay.restart trains the start anew"),
         ({"loss.reference_alpha": 0.5, "selfplay.start": 1}, "loss.reference_alpha asks the start"),
+        ({"loss.reference_decay": 0.5, "selfplay.start": 1}, "loss.reference_decay asks the start"),
         (
             {"loss.name": "tspin", "selfplay.start": 1},
             "which after selfplay.start selfplay.pairs=0=PATH gives",
