@@ -1,4 +1,4 @@
-"""Runs several variants of a config with several seeds, one after the other, and compares their results.
+"""Runs several variants of a config with several seeds, and compares their results.
 
     python -m spin_jax.sweep --config=FILE --variants=A,B --seeds=0,1,2 --workdir=DIR [--config.key=value …]
 
@@ -6,86 +6,179 @@
   --variants=A,B           variants that its get_config takes
   --seeds=0,1,2            each variant runs once with each seed
   --workdir=DIR            runs are kept in DIR/VARIANT/seed_SEED; the same command continues them
+  --parallel=1             how many runs go on at a time; NVIDIA GPUs are divided evenly among them
   --numbers=A,B            numbers of summary.json that are compared (sampled_accuracy,greedy_accuracy,nll)
+  --baseline=NAME          a variant (unset: the first), start or "SFT control", that the others are compared with
   --config.section.key=…   changes a key in all runs
 
-It prints a table, and keeps it in DIR/table.md, and the numbers of each run in DIR/table.json. The table has
-the start, the SFT control where a run has one, and the final model of each variant: the mean over the seeds,
-with the smallest and the largest value.
+It prints two tables and keeps them in DIR/table.md; the numbers of each run are in DIR/table.json. The tables have the
+start, the SFT control where a run has one, and the final model of each variant. The first has the means over the
+seeds, with the smallest and the largest value. The second has the differences to the baseline, with their errors.
+
+With --parallel=2 and more each run writes to its own DIR/VARIANT/seed_SEED/log.txt. A run that has fewer GPUs than it
+would have alone may differ in the last bits of its sums. On a TPU host runs go on one by one only.
 
 Example:
 
   python -m spin_jax.sweep --config=configs/algorithms.py --seeds=0,1,2 --workdir=/tmp/algorithms \\
       --variants=spin,hinge,exponential,correlation,spin_nll,alpha_spin,tspin,dpo,ipo,rest_em,sppo
 
-The exit code is the first exit code of a run that is not 0, or else 0; spin_jax.main explains them.
+Ctrl-C and SIGTERM stop the sweep: its runs save and end, and the same command continues them. A run that fails does not
+stop the others. The exit code is 130 or 143 after a signal, otherwise the first one of a run that is not 0, or 0.
 """
 
+import contextlib
+import os
+import queue
 import signal
-import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from absl import flags
 from etils import epath
 
 from spin_jax.cli import config_overrides, fail, parse, read_config
+from spin_jax.report import tables
+from spin_jax.runtime import platforms
 from spin_jax.storage import files
 
-Numbers = dict[str, float]
+Variables = Mapping[str, str | None]  # of a process's environment; None stands for one that is removed
 
 
-def run(config: str, variant: str, seed: int, workdir: epath.Path, overrides: Sequence[str]) -> int:
-    """Runs spin_jax.main in another process, and returns its exit code.
+class Run(NamedTuple):
+    """A run of the sweep."""
 
-    Ctrl-C reaches that process by itself, and SIGTERM is passed on to it: it saves, and both processes end.
-    """
-    command = ["-m", "spin_jax.main", f"--config={config}:{variant}", f"--workdir={workdir}"]
-    process = subprocess.Popen([sys.executable, *command, f"--config.seed={seed}", *overrides])
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    while True:
-        try:
+    variant: str
+    seed: int
+    folder: epath.Path
+
+    def __str__(self) -> str:
+        return f"{self.variant}, seed {self.seed}"
+
+
+class Processes:
+    """Starts runs in processes of their own, and stops them all on Ctrl-C and SIGTERM: they save, and end."""
+
+    program = ("-m", "spin_jax.main")  # what Python runs
+
+    def __init__(self, config: str, overrides: Sequence[str]):
+        self.stopped_by = 0  # the number of the signal
+        self._config, self._overrides = config, overrides
+        self._started: list[subprocess.Popen] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, _: Any) -> None:
+        self.stopped_by = self.stopped_by or number
+        for process in self._started:  # where Ctrl-C has reached it already, SIGTERM changes nothing
+            process.terminate()
+
+    def run(self, run: Run, variables: Variables, log: epath.Path | None) -> int:
+        """Runs spin_jax.main and returns its exit code.
+
+        Args:
+            variables: they change the environment of this process.
+            log: the file that the output is added to; None leaves it where the sweep's own output goes.
+        """
+        command = [*self.program, f"--config={self._config}:{run.variant}", f"--workdir={run.folder}"]
+        environment = {k: v for k, v in {**os.environ, **variables}.items() if v is not None}
+        with open(log, "ab") if log else contextlib.nullcontext() as output:
+            process = subprocess.Popen(
+                [sys.executable, *command, f"--config.seed={run.seed}", *self._overrides],
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                env=environment,
+            )
+            self._started.append(process)
+            if self.stopped_by:  # the signal came while the process started
+                process.terminate()
             code = process.wait()
-            return code if code >= 0 else 128 - code  # killed by a signal
-        except KeyboardInterrupt:
-            continue
+        return code if code >= 0 else 128 - code  # killed by a signal
 
 
-def outcome(rows: Sequence[Mapping[str, Any]], variant: str, numbers: Sequence[str]) -> dict[str, Numbers]:
-    """Returns {name: numbers} of start, SFT control and final model, from the rows of summary.json."""
-    final = next((row for row in rows if row.get("final")), rows[-1])
-    parts = {"start": rows[0], "SFT control": rows[-1].get("control") or {}, variant: final}
-    found = {name: {n: row[n] for n in numbers if row.get(n) is not None} for name, row in parts.items()}
-    return {name: values for name, values in found.items() if values}
+def run_all(processes: Processes, runs: Sequence[Run], shares: Sequence[Variables]) -> list[int]:
+    """Runs them, as many at a time as there are shares of the devices, and returns their exit codes."""
+    free: queue.SimpleQueue[Variables] = queue.SimpleQueue()
+    for variables in shares:
+        free.put(variables)
+
+    def run_one(number: int) -> int:
+        variables = free.get()
+        if processes.stopped_by:
+            code = 128 + processes.stopped_by
+        else:
+            code = _run_one(processes, runs[number], variables, f"{number + 1} of {len(runs)}", len(shares) > 1)
+        free.put(variables)
+        return code
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        return list(pool.map(run_one, range(len(runs))))
 
 
-def table(runs: Sequence[tuple[str, int, Mapping[str, Numbers]]], numbers: Sequence[str]) -> str:
-    """Returns a Markdown table of runs, (variant, seed, `outcome`).
+def _run_one(processes: Processes, run: Run, variables: Variables, place: str, logs: bool) -> int:
+    """Runs one, and tells when it begins and ends; `place` says which of all runs it is."""
+    log, began = run.folder / "log.txt" if logs else None, time.monotonic()
+    if log:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        print(f"{place}: {run}, begins and writes to {log}", flush=True)
+    else:
+        print(f"\n=== {place}: {run}\n", flush=True)
+    code = processes.run(run, variables, log)
+    if code:
+        advice = "" if code == 2 else "; the same command continues"
+        fail(f"{run}, ended with {code}{advice}{f' ({log})' if log else ''}", code)
+    elif log:
+        print(f"{place}: {run}, is done after {(time.monotonic() - began) / 60:.1f} min", flush=True)
+    return code
 
-    Each model has a line, with the mean over the seeds and (smallest, largest) of each number.
+
+def device_shares(parallel: int) -> list[Variables]:
+    """The environment variables of each of the runs that go on at a time.
+
+    All runs get equally many GPUs; those that are left over stay idle. ValueError: there are too few, or it is a TPU.
     """
-    lines: dict[str, dict[int, Mapping[str, float]]] = {}
-    for _, seed, found in runs:
-        for name, values in found.items():
-            lines.setdefault(name, {}).setdefault(seed, values)  # all runs of a seed have the same start
-    text = [f"| | {' | '.join(numbers)} |", "|---" * (len(numbers) + 1) + "|"]
-    for name, by_seed in lines.items():
-        columns = [[values[n] for values in by_seed.values() if n in values] for n in numbers]
-        text.append(f"| {name} | {' | '.join(map(_cell, columns))} |")
-    return "\n".join(text)
+    if parallel == 1:
+        return [{}]
+    named = {name for name in os.environ.get("JAX_PLATFORMS", "").split(",") if name}
+    gpus = _visible_gpus() if not named or named & {"cuda", "gpu"} else []
+    if not gpus and (platforms.shows_tpu() if not named else "tpu" in named):
+        raise ValueError("--parallel is for CPUs and NVIDIA GPUs: on a TPU host one run uses all chips")
+    if 0 < len(gpus) < parallel:
+        raise ValueError(f"--parallel={parallel}: each run needs a GPU of its own, and {len(gpus)} are visible")
+    share = len(gpus) // parallel
+    # JAX takes all tasks of one SLURM job for one program, and these are several.
+    alone = {"SLURM_JOB_ID": None}
+    shares = [gpus[n * share : (n + 1) * share] for n in range(parallel)]
+    return [{**alone, "CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else alone for mine in shares]
 
 
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ({min(values):.4g}, {max(values):.4g})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4g}{spread}"
+def _visible_gpus() -> list[str]:
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu.strip()]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return []
 
 
-def read_flags() -> tuple[str, list[str], list[int], epath.Path, list[str]]:
-    """(config file, variants, seeds, workdir, numbers), from the flags."""
+class Request(NamedTuple):
+    """What the flags ask for."""
+
+    config: str
+    variants: list[str]
+    seeds: list[int]
+    workdir: epath.Path
+    parallel: int
+    numbers: list[str]
+    baseline: str
+
+
+def read_flags() -> Request:
+    """The request of the command line; ValueError says what is wrong with it."""
     given = flags.FLAGS
     # The first variant is read here for its errors only: each run reads its own.
     read_config(f"{given.config}:{given.variants[0]}" if given.config and given.variants else "")
@@ -95,7 +188,13 @@ def read_flags() -> tuple[str, list[str], list[int], epath.Path, list[str]]:
         seeds = [int(seed) for seed in given.seeds]
     except ValueError:
         raise ValueError(f"--seeds={','.join(given.seeds)}: whole numbers are wanted, as in 0,1,2") from None
-    return given.config, given.variants, seeds, epath.Path(given.workdir), given.numbers
+    baseline, baselines = given.baseline or given.variants[0], [*given.variants, tables.START, tables.CONTROL]
+    if baseline not in baselines:
+        raise ValueError(f"--baseline={baseline}: choose one of {', '.join(baselines)}")
+    if given.parallel > 1 and "://" in given.workdir:
+        raise ValueError(f"--parallel={given.parallel} keeps a log.txt for each run: --workdir has to be on a disk")
+    workdir = epath.Path(given.workdir)
+    return Request(given.config, given.variants, seeds, workdir, given.parallel, given.numbers, baseline)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,25 +204,41 @@ def main(argv: list[str] | None = None) -> int:
     flags.DEFINE_string("workdir", None, "Where the runs are kept.")
     flags.DEFINE_list("variants", [], "Variants of the config file.")
     flags.DEFINE_list("seeds", ["0"], "Seeds of each variant.")
+    flags.DEFINE_integer("parallel", 1, "How many runs go on at a time.", lower_bound=1)
     compared = ["sampled_accuracy", "greedy_accuracy", "nll"]
     flags.DEFINE_list("numbers", compared, "Numbers of summary.json that are compared.")
+    flags.DEFINE_string("baseline", None, "The model that the others are compared with; the first variant if unset.")
     try:
-        config, variants, seeds, workdir, numbers = parse(sys.argv if argv is None else argv, read_flags)
+        asked = parse(sys.argv if argv is None else argv, read_flags)
+        shares = device_shares(asked.parallel)
     except ValueError as error:
         return fail(str(error))
-    runs = []
-    for number, (seed, variant) in enumerate((s, v) for s in seeds for v in variants):
-        folder = workdir / variant / f"seed_{seed}"
-        print(f"\n=== {number + 1} of {len(seeds) * len(variants)}: {variant}, seed {seed}\n", flush=True)
-        if code := run(config, variant, seed, folder, config_overrides()):
-            return fail(f"{variant}, seed {seed}, ended with {code}; the same command continues", code)
-        runs.append((variant, seed, outcome(files.read_json(folder / "summary.json"), variant, numbers)))
-    text = table(runs, numbers)
-    records = [{"variant": variant, "seed": seed, "numbers": found} for variant, seed, found in runs]
-    files.write_here(workdir / "table.json", files.as_json(records))
-    files.write_here(workdir / "table.md", f"{text}\n".encode())
-    print(f"\n{text}\n\nThe table is in {workdir / 'table.md'}")
-    return 0
+    cases = dict.fromkeys((seed, variant) for seed in asked.seeds for variant in asked.variants)
+    runs = [Run(variant, seed, asked.workdir / variant / f"seed_{seed}") for seed, variant in cases]
+    processes = Processes(asked.config, config_overrides())
+    codes = run_all(processes, runs, shares)
+    code = next(filter(None, codes), 0)
+    if code and processes.stopped_by:
+        return 128 + processes.stopped_by
+    if finished := [run for run, ended in zip(runs, codes, strict=True) if not ended]:
+        write_results(asked, finished)
+    return code
+
+
+def write_results(asked: Request, runs: Sequence[Run]) -> None:
+    """Writes table.json and table.md of the finished runs, and prints the tables."""
+    found = [(run, tables.read_models(run.folder, run.variant, asked.numbers)) for run in runs]
+    results = tables.by_model([(run.seed, models) for run, models in found])
+    text = tables.means(results, asked.numbers)
+    if differences := tables.differences(results, asked.numbers, asked.baseline):
+        text += f"\n\n{tables.NOTE.format(asked.baseline)}\n\n{differences}"
+    records = [
+        {"variant": run.variant, "seed": run.seed, "numbers": {name: model.numbers for name, model in models.items()}}
+        for run, models in found
+    ]
+    files.write_here(asked.workdir / "table.json", files.as_json(records))
+    files.write_here(asked.workdir / "table.md", f"{text}\n".encode())
+    print(f"\n{text}\n\nThe tables are in {asked.workdir / 'table.md'}")
 
 
 if __name__ == "__main__":

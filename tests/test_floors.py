@@ -19,11 +19,11 @@ FLOORS = (
     ("errors", "losses"),
     ("runtime", "kernels", "config", "config_values"),
     ("data", "storage", "cli"),
-    ("models", "report", "sweep", "tiny"),
+    ("models", "report", "tiny"),
     ("sampling", "training"),
     ("evaluate",),
     ("selfplay",),
-    ("plan", "main", "benchmark", "pairs"),
+    ("plan", "main", "benchmark", "pairs", "sweep"),
     ("spin_jax",),  # __init__.py, where users find the public functions
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,14 +1,20 @@
 """One command runs several variants and seeds, and prints a table of their results."""
 
 import json
+import math
+import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from runs import ROOT, Command
 
 from spin_jax import sweep
+from spin_jax.data import parquet
+from spin_jax.report import tables
+from spin_jax.storage import files
 
 ROWS = [
     {"iteration": -1, "nll": 1.0, "greedy_accuracy": 0.5},
@@ -17,30 +23,190 @@ ROWS = [
 ]
 
 
-def test_outcome():
-    """The final model's, which need not be the last; the control's after all steps."""
-    found = sweep.outcome(ROWS, "spin", ["nll", "greedy_accuracy", "sampled_accuracy"])
-    assert found == {
+def write_prompts(folder, ids, logps, tokens, right):
+    columns = {"real_logp": np.float32(logps), "real_tokens": np.array(tokens), "greedy_accuracy": np.array(right)}
+    files.write_here(folder / "held_out_prompts.parquet", parquet.prompts_to_parquet(ids, columns))
+
+
+def test_models_of_a_run(tmp_path):
+    """The final model need not be the last one; the control is the one after all steps. Files may be absent."""
+    (tmp_path / "summary.json").write_text(json.dumps(ROWS))
+    write_prompts(tmp_path / "iteration_0", [3, 9], [-1.0, -2.0], [2, 4], [0.5, 1.0])
+    write_prompts(tmp_path / "control" / "iteration_1", [3, 9], [-1.0, -4.0], [2, 6], [0.0, 1.0])
+    found = tables.read_models(tmp_path, "spin", ["nll", "greedy_accuracy", "sampled_accuracy"])
+    assert {name: model.numbers for name, model in found.items()} == {
         "start": {"nll": 1.0, "greedy_accuracy": 0.5},
         "SFT control": {"nll": 0.625},
         "spin": {"nll": 0.5, "greedy_accuracy": 0.75},
     }
-    assert sweep.outcome(ROWS[:1], "sft", ["nll"]) == {"start": {"nll": 1.0}, "sft": {"nll": 1.0}}
+    assert found["start"].prompts == {}
+    assert found["spin"].prompts == {"nll": {3: 0.5, 9: 0.5}, "greedy_accuracy": {3: 0.5, 9: 1.0}}
+    # NLL 5/8. The first prompt has 1 − 5/8 · 2 nats less than its share, for 4 tokens on average.
+    assert found["SFT control"].prompts["nll"] == {3: 0.625 - 0.0625, 9: 0.625 + 0.0625}
+    (tmp_path / "summary.json").write_text(json.dumps(ROWS[:1]))
+    assert list(tables.read_models(tmp_path, "sft", ["nll"])) == ["start", "sft"]
 
 
-def test_table():
+def model(prompts=None, **numbers):
+    return tables.Model(numbers, prompts or {})
+
+
+def test_means():
     runs = [
-        ("a", 0, {"start": {"nll": 1.0}, "a": {"nll": 0.5, "x": 3.0}}),
-        ("b", 0, {"start": {"nll": 1.0}, "b": {"nll": 0.25}}),
-        ("a", 1, {"start": {"nll": 2.0}, "a": {"nll": 0.75, "x": 3.0}}),
+        (0, {"start": model(nll=1.0), "a": model(nll=0.5, x=3.0)}),
+        (0, {"start": model(nll=1.0), "b": model(nll=0.25)}),
+        (1, {"start": model(nll=2.0), "a": model(nll=0.75, x=3.0)}),
     ]
-    assert sweep.table(runs, ["nll", "x"]).splitlines() == [
-        "| | nll | x |",
+    assert tables.means(tables.by_model(runs), ["nll", "x"]).splitlines() == [
+        "|  | nll | x |",
         "|---|---|---|",
         "| start | 1.5 (1, 2) |  |",
         "| a | 0.625 (0.5, 0.75) | 3 (3, 3) |",
         "| b | 0.25 |  |",
     ]
+
+
+def test_differences_are_taken_seed_by_seed():
+    """a − b: 0.5, 0.75 and 1, so 0.75 ± 0.25/√3, although both differ far more between seeds. c has one seed."""
+    runs = [
+        (0, {"a": model(nll=1.5, x=1.0), "b": model(nll=1.0)}),
+        (1, {"a": model(nll=10.75), "b": model(nll=10.0)}),
+        (2, {"a": model(nll=101.0), "b": model(nll=100.0), "c": model(nll=99.0)}),
+        (3, {"a": model(nll=7.0)}),
+    ]
+    results = tables.by_model(runs)
+    assert tables.differences(results, ["nll", "x"], "b").splitlines() == [
+        "| minus b | nll | x |",
+        "|---|---|---|",
+        "| a | +0.75 ± 0.14 |  |",
+        "| c | -1 |  |",
+    ]
+    assert tables.differences(results, ["x"], "b") == ""
+    assert tables.differences(results, ["nll"], "d") == ""
+
+
+def test_the_error_over_prompts():
+    """Differences 1, 2 and 6 of one seed: 3 ± √(7/3). The same prompts in two seeds: their means, 1, 3 and 8."""
+    theirs = {1: 0.5, 2: 0.5, 3: -1.0}
+    ours = {1: 1.5, 2: 2.5, 3: 5.0}
+    assert tables.error_over_prompts([(ours, theirs)]) == pytest.approx(math.sqrt(7 / 3))
+    second = {1: 1.5, 2: 4.5, 3: 9.0}
+    assert tables.error_over_prompts([(ours, theirs), (second, theirs)]) == pytest.approx(math.sqrt(13 / 3))
+    # Other prompts in the other seed are independent: squares of the errors are added, here with 6/5 for 3/2.
+    others = ({10 * p: x for p, x in ours.items()}, {10 * p: x for p, x in theirs.items()})
+    both = tables.error_over_prompts([(ours, theirs), others])
+    assert both == pytest.approx(math.sqrt(2 * 7 / 3) / 2 * math.sqrt((6 / 5) / (3 / 2)))
+    assert tables.error_over_prompts([(ours, {1: 0.5})]) is None
+    assert tables.error_over_prompts([({}, {})]) is None
+    runs = [(0, {"a": model({"nll": ours}, nll=3.0), "b": model({"nll": theirs}, nll=0.0)})]
+    assert "| a | +3 [± 1.5] |" in tables.differences(tables.by_model(runs), ["nll"], "b")
+
+
+def test_the_error_of_a_difference_of_nlls_is_that_of_a_ratio():
+    """Against the jackknife over 300 prompts, within 2%: both are right to first order in 1/300."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 200, 300)
+    logps = [-tokens * rng.uniform(0.5, 1.5, 300), -tokens * rng.uniform(0.5, 1.4, 300)]
+    columns = [{"prompt_id": np.arange(300), "real_logp": x, "real_tokens": tokens} for x in logps]
+    values = [tables.prompt_values(column)["nll"] for column in columns]
+    assert np.mean(list(values[0].values())) == pytest.approx(-logps[0].sum() / tokens.sum())
+    gains = logps[1] - logps[0]
+    without = (gains.sum() - gains) / (tokens.sum() - tokens)
+    jackknife = np.sqrt(299 / 300 * ((without - without.mean()) ** 2).sum())
+    assert tables.error_over_prompts([(values[0], values[1])]) == pytest.approx(jackknife, rel=0.02)
+
+
+# --- devices and processes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "parallel", "expected"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, 1, [{}]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4"}, 2, ["0,1", "2,3"]),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b", "JAX_PLATFORMS": "cuda,cpu"}, 2, ["GPU-a", "GPU-b"]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "JAX_PLATFORMS": "cpu"}, 3, [None] * 3),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, 2, "--parallel=2: each run needs a GPU of its own, and 1 are visible"),
+        ({"JAX_PLATFORMS": "tpu"}, 2, "on a TPU host one run uses all chips"),
+        ({"CUDA_VISIBLE_DEVICES": "", "TPU_WORKER_ID": "0"}, 2, "on a TPU host one run uses all chips"),
+    ],
+)
+def test_shares_of_the_devices(environment, parallel, expected, monkeypatch):
+    """GPUs are divided evenly, and what is left over stays idle. CPUs are shared."""
+    for name in ("CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            sweep.device_shares(parallel)
+    elif parallel == 1:
+        assert sweep.device_shares(parallel) == expected
+    else:
+        assert [share.get("CUDA_VISIBLE_DEVICES") for share in sweep.device_shares(parallel)] == expected
+
+
+# What stands in for spin_jax.main: it takes its behaviour from the seed and from the variant.
+STAND_IN = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[2].partition("=")[2])
+variant, seed = folder.parent.name, sys.argv[3][-1]
+print(variant, seed, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("SLURM_JOB_ID"), flush=True)
+(folder / "summary.json").write_text('[{"iteration": -1, "nll": %s.5}]' % seed)
+while variant == "meets" and len(list(folder.parent.glob("*/summary.json"))) < 2:
+    time.sleep(0.01)
+if variant == "waits":
+    signal.signal(signal.SIGTERM, lambda *_: (folder / "saved").touch() or sys.exit(143))
+    (folder / "ready").touch()
+    time.sleep(100)
+sys.exit(3 if variant == "fails" else 0)
+"""
+SWEEP = "import sys; from spin_jax import sweep; sweep.Processes.program = [{!r}]; sys.exit(sweep.main())"
+
+
+def start_stand_ins(tmp_path, *arguments):
+    (tmp_path / "main.py").write_text(STAND_IN)
+    (tmp_path / "config.py").write_text("from spin_jax import config\ndef get_config(v): return config.default()\n")
+    flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'runs'}", *arguments]
+    environment = Command().environment() | {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_JOB_ID": "1"}
+    environment.pop("JAX_PLATFORMS", None)
+    command = [sys.executable, "-c", SWEEP.format(str(tmp_path / "main.py")), *flags]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
+
+
+def test_runs_go_on_side_by_side_and_one_that_fails_stops_no_other(tmp_path):
+    """`meets` ends only when both seeds have begun. The exit code is that of the run which failed."""
+    process = start_stand_ins(tmp_path, "--variants=fails,meets", "--seeds=0,1", "--parallel=3", "--baseline=start")
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 3, said + errors
+    logs = [(tmp_path / "runs" / "meets" / f"seed_{seed}" / "log.txt").read_text().split() for seed in (0, 1)]
+    assert [log[:2] + log[3:] for log in logs] == [["meets", "0", "None"], ["meets", "1", "None"]]
+    assert logs[0][2] != logs[1][2]
+    assert {log[2] for log in logs} < {"0", "1", "2"}
+    for seed in (0, 1):
+        log = tmp_path / "runs" / "fails" / f"seed_{seed}" / "log.txt"
+        assert f"error: fails, seed {seed}, ended with 3; the same command continues ({log})" in errors
+    assert "2 of 4: meets, seed 0, begins and writes to" in said
+    assert "2 of 4: meets, seed 0, is done after 0.0 min" in said
+    text = (tmp_path / "runs" / "table.md").read_text()
+    assert "| meets |  |  | 1 (0.5, 1.5) |" in text
+    assert "| meets |  |  | +0 ± 0 |" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_reaches_all_runs(number, tmp_path):
+    """They save; no further run begins."""
+    process = start_stand_ins(tmp_path, "--variants=waits", "--seeds=0,1,2", "--parallel=2")
+    folders = [tmp_path / "runs" / "waits" / f"seed_{seed}" for seed in (0, 1, 2)]
+    began = time.monotonic()
+    while not all((folder / "ready").exists() for folder in folders[:2]) and time.monotonic() - began < 60:
+        time.sleep(0.02)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said + errors
+    assert [(folder / "saved").exists() for folder in folders] == [True, True, False]
+    assert "seed 1, ended with 143" in errors
+    assert "seed 2" not in said + errors
 
 
 def swept(workdir, *arguments, expect):
@@ -57,21 +223,28 @@ def swept(workdir, *arguments, expect):
 
 
 def test_the_command(tmp_path):
-    """Started again, it finds all done; a variant that cannot run ends it with that run's exit code."""
-    config = "--config=configs/algorithms.py"
-    flags = ["--seeds=0", "--config.selfplay.iterations=0"]
-    said = swept(tmp_path, config, "--variants=spin/tiny:smoke,spinn", *flags, expect=2)
-    assert "1 of 2: spin/tiny:smoke, seed 0" in said.stdout
-    assert "spinn, seed 0, ended with 2" in said.stderr
-    before = (tmp_path / "spin/tiny:smoke" / "seed_0" / "start" / "model" / "SHA256SUMS").stat().st_mtime_ns
-    said = swept(tmp_path, config, "--variants=spin/tiny:smoke", *flags, expect=0)
-    assert (tmp_path / "spin/tiny:smoke" / "seed_0" / "start" / "model" / "SHA256SUMS").stat().st_mtime_ns == before
+    """A variant that cannot run stops no other. Started again, the sweep finds the other done, and goes on."""
+    config, smoke = "--config=configs/algorithms.py", tmp_path / "spin" / "tiny:smoke"
+    flags = ["--config.selfplay.iterations=0"]
+    said = swept(tmp_path, config, "--variants=spinn,spin/tiny:smoke", "--parallel=2", *flags, expect=2)
+    assert "1 of 2: spinn, seed 0, begins" in said.stdout
+    assert f"spinn, seed 0, ended with 2 ({tmp_path / 'spinn' / 'seed_0' / 'log.txt'})" in said.stderr
+    assert "configs/algorithms.py has spin, " in (tmp_path / "spinn" / "seed_0" / "log.txt").read_text()
+    model = smoke / "seed_0" / "start" / "model" / "SHA256SUMS"
+    before = model.stat().st_mtime_ns
+    said = swept(tmp_path, config, "--variants=spin/tiny:smoke", "--seeds=0,1", *flags, expect=0)
+    assert model.stat().st_mtime_ns == before
     text = (tmp_path / "table.md").read_text()
     assert text.strip() in said.stdout
-    assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == ["| start", "| spin/tiny:smoke"]
-    (record,) = json.loads((tmp_path / "table.json").read_text())
-    assert (record["variant"], record["seed"]) == ("spin/tiny:smoke", 0)
-    assert record["numbers"]["spin/tiny:smoke"]["nll"] == record["numbers"]["start"]["nll"] > 0
+    assert [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")] == [
+        *("|", "| start", "| spin/tiny:smoke"),
+        *("| minus spin/tiny:smoke", "| start"),
+    ]
+    assert "+0 ± 0 [± 0]" in text.splitlines()[-1]  # there is no iteration, and the final model is the start
+    records = json.loads((tmp_path / "table.json").read_text())
+    assert [(record["variant"], record["seed"]) for record in records] == [("spin/tiny:smoke", s) for s in (0, 1)]
+    for record in records:
+        assert record["numbers"]["spin/tiny:smoke"]["nll"] == record["numbers"]["start"]["nll"] > 0
 
 
 def test_sigterm_is_passed_on(tmp_path):
@@ -106,6 +279,11 @@ def test_sigterm_is_passed_on(tmp_path):
             "did you mean loss.beta",
         ),
         (["--config=configs/algorithms.py", "--varaints=a"], "did you mean --variants"),
+        (
+            ["--config=configs/tiny.py", "--variants=smoke", "--baseline=smok"],
+            "--baseline=smok: choose one of smoke, start, SFT control",
+        ),
+        (["--config=configs/tiny.py", "--variants=smoke", "--parallel=0"], "--parallel=0"),
     ],
 )
 def test_flags(arguments, message, tmp_path):
@@ -113,7 +291,11 @@ def test_flags(arguments, message, tmp_path):
 
 
 # Starts no run, and prints what would be started; in a process of its own, as modules define the same flags.
-PRINT_RUN = "from spin_jax import sweep; sweep.run = lambda *run: print(*run) or 7; sweep.main()"
+PRINT_RUN = """
+from spin_jax import sweep
+sweep.Processes.program = ["-c", "import sys; print(sys.argv); sys.exit(7)"]
+sweep.main()
+"""
 
 
 def test_config_flags_are_passed_on(tmp_path):
@@ -129,4 +311,5 @@ def test_config_flags_are_passed_on(tmp_path):
     others = ["--config", file, "--variants=smoke", f"--workdir={tmp_path}"]
     command = [sys.executable, "-c", PRINT_RUN, *keys, *others]
     done = subprocess.run(command, cwd=ROOT, env=Command().environment(), capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == f"{file} smoke 0 {tmp_path / 'smoke' / 'seed_0'} {keys}", done.stderr
+    run = ["-c", f"--config={file}:smoke", f"--workdir={tmp_path / 'smoke' / 'seed_0'}", "--config.seed=0"]
+    assert done.stdout.splitlines()[-1] == str([*run, *keys]), done.stderr

@@ -128,6 +128,17 @@ def held_out_to_parquet(pairs: Sequence[Pair], columns: Mapping[str, np.ndarray]
     return _parquet(pa.table({**ids, **{name: np.asarray(x, np.float32) for name, x in columns.items()}}))
 
 
+def prompts_to_parquet(prompt_ids: Sequence[int], columns: Mapping[str, np.ndarray]) -> bytes:
+    """A parquet file of a model's numbers for held-out prompts: each column is [prompts]."""
+    return _parquet(pa.table({"prompt_id": np.array(prompt_ids, np.int64), **columns}))
+
+
+def prompts_from_parquet(content: bytes, path: epath.PathLike | None = None) -> dict[str, np.ndarray]:
+    """The columns that `prompts_to_parquet` wrote, with `prompt_id`, each [prompts]."""
+    rows = _rows_of(content, path or "a file of prompts")
+    return {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+
+
 # Parquet's own checksums cover pages only; a flipped bit in a header or in the schema changes our digest.
 _DIGEST = b"spin_jax.sha256"
 

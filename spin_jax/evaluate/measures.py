@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from spin_jax.data.chat import Chat
 from spin_jax.data.records import Example, Ids
@@ -17,7 +17,7 @@ from spin_jax.training.log_probs import score_groups
 from spin_jax.training.packing import RowShape, example_group
 
 
-def likelihood(
+def real_logps(
     decoder: Decoder,
     params: Params,
     examples: Sequence[Example],
@@ -26,19 +26,22 @@ def likelihood(
     shape: RowShape,
     unattended: int | None = None,
     on_batch: Callable[[int], None] = lambda groups: None,
-) -> dict[str, float]:
-    """`nll`, the mean of −log p over the tokens of the human answers, in nats, with its standard error.
+) -> Float[np.ndarray, " prompts"]:
+    """log p of the human answer to each example, in nats.
 
     Args:
         shape: the shape of the packed rows.
         unattended, on_batch: as in `score_groups`.
     """
     groups = [example_group(example) for example in examples]
-    logps = score_groups(decoder, params, groups, shape, mesh, unattended=unattended, on_batch=on_batch)
-    tokens = np.array([len(example.real) for example in examples])
+    return score_groups(decoder, params, groups, shape, mesh, unattended=unattended, on_batch=on_batch)[:, 0]
+
+
+def likelihood(logps: Float[np.ndarray, " prompts"], tokens: Int[np.ndarray, " prompts"]) -> dict[str, float]:
+    """`nll`, the mean of −log p over the tokens of the human answers, in nats, with its standard error."""
     nll = -float(logps.sum(dtype=np.float64)) / sum(tokens)
     # The number of tokens is random as well, so this is the error of a ratio.
-    return {"nll": nll, "nll_stderr": _stderr(-(logps[:, 0] + nll * tokens) / tokens.mean())}
+    return {"nll": nll, "nll_stderr": _stderr(-(logps + nll * tokens) / tokens.mean())}
 
 
 def accuracy(name: str, verdicts: Bool[np.ndarray, "samples prompts"]) -> dict[str, float]:

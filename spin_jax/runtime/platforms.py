@@ -42,6 +42,12 @@ def set_compiler_flags(config: Any) -> None:
         os.environ[variable] = " ".join([*known, os.environ.get(variable, "")]).strip()
 
 
+def shows_tpu() -> bool:
+    """Whether the machine shows a sign of a TPU."""
+    devices = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool(devices or os.environ.keys() & set(TPU_VARIABLES))
+
+
 def skip_absent_tpu() -> None:
     """Keeps JAX from loading libtpu, which takes seconds and prints errors, on a machine without a TPU.
 
@@ -53,9 +59,8 @@ def skip_absent_tpu() -> None:
 
     if jax.config.values["jax_platforms"] or "JAX_FORCE_TPU_INIT" in os.environ:
         return
-    has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*") or os.environ.keys() & set(TPU_VARIABLES)
     has_plugin = metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("jax_plugins")
-    if not has_tpu and not has_plugin:
+    if not shows_tpu() and not has_plugin:
         jax.config.update("jax_platforms", "cpu")
 
 

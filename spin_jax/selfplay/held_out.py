@@ -71,14 +71,17 @@ class Evaluation:
 
     def measure_alone(self, folder: epath.Path, params: Params, sampled: Sequence[Ids]) -> Row:
         """The numbers that need no other model: held-out answers, human and the model's own, and tasks."""
-        return {**self._measure_answers(params, sampled), **self._run_tasks(folder, params)}
+        return {**self._measure_answers(folder, params, sampled), **self._run_tasks(folder, params)}
 
-    def _measure_answers(self, params: Params, sampled: Sequence[Ids]) -> Row:
-        """NLL of human answers, statistics of sampled ones and, with a verifier, the share that is right."""
+    def _measure_answers(self, folder: epath.Path, params: Params, sampled: Sequence[Ids]) -> Row:
+        """NLL of human answers, statistics of sampled ones and, with a verifier, the share that is right.
+
+        held_out_prompts.parquet has what each prompt adds to the NLL and to the shares of right answers.
+        """
         run = self._run
         if not run.held_out:
             return {}
-        row: Row = measures.likelihood(
+        logps = measures.real_logps(
             run.decoder,
             params,
             run.held_out,
@@ -87,11 +90,18 @@ class Evaluation:
             unattended=run.chat.unattended,
             on_batch=lambda scored: self._engine.stop_if_asked(),
         )
+        tokens = np.array([len(example.real) for example in run.held_out])
+        row: Row = measures.likelihood(logps, tokens)
+        columns = {"real_logp": logps, "real_tokens": tokens}
         if run.verifier:
             greedy = self._answer_held_out(params, 0.0, 1)
             for name, answers in (("greedy_accuracy", greedy), ("sampled_accuracy", sampled)):
                 texts = [run.chat.decode(answer) for answer in answers]
-                row |= measures.accuracy(name, verifiers.verdicts(run.verifier, run.held_out, texts))
+                verdicts = verifiers.verdicts(run.verifier, run.held_out, texts)
+                row |= measures.accuracy(name, verdicts)
+                columns[name] = verdicts.mean(axis=0)
+        table = parquet.prompts_to_parquet([example.prompt_id for example in run.held_out], columns)
+        files.write_if_changed(folder / "held_out_prompts.parquet", table)
         return row | measures.response_statistics(run.chat, run.held_out, sampled)
 
     def _run_tasks(self, folder: epath.Path, params: Params) -> Row:

@@ -23,6 +23,8 @@ class Metrics:
     Curves in TensorBoard and W&B continue from one iteration to the next: their step counts the rows of a
     phase. After an interruption they continue in the same run without duplicates: TensorBoard is asked to
     drop the steps that are repeated, and W&B, where a step is a row of the file, gets no row a second time.
+
+    With each row of phase `eval` W&B gets a table of the samples.jsonl of this iteration and of those before it.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class Metrics:
         wandb_project: str | None = None,
         config: Mapping[str, Any] | None = None,
     ):
-        workdir = epath.Path(workdir)
+        self._workdir = workdir = epath.Path(workdir)
         self.path = workdir / "metrics.jsonl"
         self._rows: list[Row] = []
         self._writes = processes.first()
@@ -123,7 +125,25 @@ class Metrics:
         """Logs the number-th row of the file, the count-th of its phase, unless W&B has it."""
         if self._wandb and number >= self._wandb.step:
             own = {f"{row['phase']}/step": count, f"{row['phase']}/iteration": row["iteration"]}
-            self._wandb.log({**_curve_values(row), **own}, step=number)
+            samples = self._samples_table(number) if row["phase"] == "eval" else {}
+            self._wandb.log({**_curve_values(row), **own, **samples}, step=number)
+
+    def _samples_table(self, number: int) -> dict[str, Any]:
+        """{name: table} of the samples that exist up to the number-th row of the file; {} where there are none.
+
+        W&B shows the table that was logged last, and so the last one holds all iterations.
+        """
+        import wandb
+
+        iterations = [row["iteration"] for row in self._rows[: number + 1] if row["phase"] == "eval"]
+        lines = []
+        for t in sorted(set(iterations)):
+            path = self._workdir / ("start" if t < 0 else f"iteration_{t}") / "samples.jsonl"
+            for sample in map(json.loads, path.read_text().split("\n")[:-1] if path.exists() else ()):
+                prompt = "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in sample["prompt"])
+                lines.append([t, prompt, sample["real"], sample["generated"]])
+        columns = ["iteration", "prompt", "human answer", "answer"]
+        return {"eval/samples": wandb.Table(columns=columns, data=lines)} if lines else {}
 
     def _open(self) -> Any:
         return None if self._remote else self.path.open("a")

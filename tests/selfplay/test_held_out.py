@@ -120,6 +120,21 @@ def torch_scores(folder, examples, answers):
     return np.array([torch_score(model, *item) for item in zip(prompts, answers, strict=False)])
 
 
+@pytest.mark.parametrize(("t", "folder"), [(-1, "start"), (0, "iteration_0")])
+def test_held_out_prompts_have_what_the_summary_sums_up(finished, t, folder):
+    """log p of each human answer is transformers', within 1e-3 nats: both compute in float32."""
+    workdir, summary, _, examples = finished
+    row = next(row for row in summary if row["iteration"] == t)
+    prompts = pq.read_table(workdir / folder / "held_out_prompts.parquet").to_pandas()
+    assert prompts["prompt_id"].tolist() == [example.prompt_id for example in examples]
+    assert prompts["real_tokens"].tolist() == [len(example.real) for example in examples]
+    expected = torch_scores(workdir / folder, examples, [example.real for example in examples])
+    np.testing.assert_allclose(prompts["real_logp"], expected, atol=1e-3)
+    assert -prompts["real_logp"].sum() / prompts["real_tokens"].sum() == pytest.approx(row["nll"], rel=1e-6)
+    for name in ("greedy_accuracy", "sampled_accuracy"):
+        assert prompts[name].mean() == pytest.approx(row[name], rel=1e-12)
+
+
 def test_kl_is_that_of_the_models_own_answers_by_transformers(finished):
     workdir, summary, drawn, examples = finished
     for t, opponent in ((0, "start"), (2, "iteration_1")):
