@@ -180,8 +180,8 @@ class Request(NamedTuple):
 def read_flags() -> Request:
     """The request of the command line; ValueError says what is wrong with it."""
     given = flags.FLAGS
-    # The first variant is read here for its errors only: each run reads its own.
-    read_config(f"{given.config}:{given.variants[0]}" if given.config and given.variants else "")
+    for file in [f"{given.config}:{variant}" for variant in given.variants if given.config] or [""]:
+        read_config(file)  # for its errors only: each run reads its own
     if not (given.config and given.variants and given.workdir):
         raise ValueError("--config, --variants and --workdir are needed; see --help")
     try:

@@ -226,10 +226,11 @@ def test_the_command(tmp_path):
     """A variant that cannot run stops no other. Started again, the sweep finds the other done, and goes on."""
     config, smoke = "--config=configs/algorithms.py", tmp_path / "spin" / "tiny:smoke"
     flags = ["--config.selfplay.iterations=0"]
-    said = swept(tmp_path, config, "--variants=spinn,spin/tiny:smoke", "--parallel=2", *flags, expect=2)
-    assert "1 of 2: spinn, seed 0, begins" in said.stdout
-    assert f"spinn, seed 0, ended with 2 ({tmp_path / 'spinn' / 'seed_0' / 'log.txt'})" in said.stderr
-    assert "configs/algorithms.py has spin, " in (tmp_path / "spinn" / "seed_0" / "log.txt").read_text()
+    said = swept(tmp_path, config, "--variants=spin/small_gsm8k,spin/tiny:smoke", "--parallel=2", *flags, expect=2)
+    log = tmp_path / "spin" / "small_gsm8k" / "seed_0" / "log.txt"
+    assert f"1 of 2: spin/small_gsm8k, seed 0, begins and writes to {log}" in said.stdout
+    assert f"spin/small_gsm8k, seed 0, ended with 2 ({log})" in said.stderr
+    assert "error: model.path is not set" in log.read_text()
     model = smoke / "seed_0" / "start" / "model" / "SHA256SUMS"
     before = model.stat().st_mtime_ns
     said = swept(tmp_path, config, "--variants=spin/tiny:smoke", "--seeds=0,1", *flags, expect=0)
@@ -237,7 +238,7 @@ def test_the_command(tmp_path):
     text = (tmp_path / "table.md").read_text()
     assert text.strip() in said.stdout
     assert [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")] == [
-        *("|", "| start", "| spin/tiny:smoke"),
+        *("| ", "| start", "| spin/tiny:smoke"),
         *("| minus spin/tiny:smoke", "| start"),
     ]
     assert "+0 ± 0 [± 0]" in text.splitlines()[-1]  # there is no iteration, and the final model is the start
@@ -279,6 +280,7 @@ def test_sigterm_is_passed_on(tmp_path):
             "did you mean loss.beta",
         ),
         (["--config=configs/algorithms.py", "--varaints=a"], "did you mean --variants"),
+        (["--config=configs/algorithms.py", "--variants=spin,spinn"], "and not 'spinn'"),
         (
             ["--config=configs/tiny.py", "--variants=smoke", "--baseline=smok"],
             "--baseline=smok: choose one of smoke, start, SFT control",
