@@ -61,7 +61,7 @@ class Run(NamedTuple):
 
 
 class Processes:
-    """Starts runs in processes of their own, and stops them all on Ctrl-C and SIGTERM: they save, and end."""
+    """Starts runs in processes. Ctrl-C reaches these by itself, and SIGTERM is passed on: the runs save and end."""
 
     program = ("-m", "spin_jax.main")  # what Python runs
 
@@ -74,7 +74,7 @@ class Processes:
 
     def _stop(self, number: int, _: Any) -> None:
         self.stopped_by = self.stopped_by or number
-        for process in self._started:  # where Ctrl-C has reached it already, SIGTERM changes nothing
+        for process in self._started if number == signal.SIGTERM else ():
             process.terminate()
 
     def run(self, run: Run, variables: Variables, log: epath.Path | None) -> int:
@@ -94,7 +94,7 @@ class Processes:
                 env=environment,
             )
             self._started.append(process)
-            if self.stopped_by:  # the signal came while the process started
+            if self.stopped_by == signal.SIGTERM:  # it came while the process started
                 process.terminate()
             code = process.wait()
         return code if code >= 0 else 128 - code  # killed by a signal
@@ -108,12 +108,12 @@ def run_all(processes: Processes, runs: Sequence[Run], shares: Sequence[Variable
 
     def run_one(number: int) -> int:
         variables = free.get()
-        if processes.stopped_by:
-            code = 128 + processes.stopped_by
-        else:
-            code = _run_one(processes, runs[number], variables, f"{number + 1} of {len(runs)}", len(shares) > 1)
-        free.put(variables)
-        return code
+        try:
+            if processes.stopped_by:
+                return 128 + processes.stopped_by
+            return _run_one(processes, runs[number], variables, f"{number + 1} of {len(runs)}", len(shares) > 1)
+        finally:
+            free.put(variables)
 
     with ThreadPoolExecutor(len(shares)) as pool:
         return list(pool.map(run_one, range(len(runs))))

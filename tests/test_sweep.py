@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -156,7 +157,8 @@ print(variant, seed, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("SLU
 while variant == "meets" and len(list(folder.parent.glob("*/summary.json"))) < 2:
     time.sleep(0.01)
 if variant == "waits":
-    signal.signal(signal.SIGTERM, lambda *_: (folder / "saved").touch() or sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: (folder / "saved").touch() or sys.exit(9))
     (folder / "ready").touch()
     time.sleep(100)
 sys.exit(3 if variant == "fails" else 0)
@@ -171,7 +173,12 @@ def start_stand_ins(tmp_path, *arguments):
     environment = Command().environment() | {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_JOB_ID": "1"}
     environment.pop("JAX_PLATFORMS", None)
     command = [sys.executable, "-c", SWEEP.format(str(tmp_path / "main.py")), *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True, start_new_session=True)
+
+
+def send(number, process):
+    """Ctrl-C as a terminal sends it, to the runs as well; SIGTERM as a scheduler sends it, to the sweep alone."""
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
 
 
 def test_runs_go_on_side_by_side_and_one_that_fails_stops_no_other(tmp_path):
@@ -201,11 +208,11 @@ def test_a_signal_reaches_all_runs(number, tmp_path):
     began = time.monotonic()
     while not all((folder / "ready").exists() for folder in folders[:2]) and time.monotonic() - began < 60:
         time.sleep(0.02)
-    process.send_signal(number)
+    send(number, process)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, said + errors
     assert [(folder / "saved").exists() for folder in folders] == [True, True, False]
-    assert "seed 1, ended with 143" in errors
+    assert "seed 1, ended with 9; the same" in errors
     assert "seed 2" not in said + errors
 
 
@@ -248,22 +255,24 @@ def test_the_command(tmp_path):
         assert record["numbers"]["spin/tiny:smoke"]["nll"] == record["numbers"]["start"]["nll"] > 0
 
 
-def test_sigterm_is_passed_on(tmp_path):
-    """The run saves and ends, and the sweep with it, with its exit code."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_stopped_run_saves(number, tmp_path):
+    """The sweep ends with its exit code."""
     command = [sys.executable, "-m", "spin_jax.sweep", "--config=configs/algorithms.py"]
     flags = ["--variants=spin/tiny:smoke", "--config.sft.epochs=500", f"--workdir={tmp_path}"]
     flags.append("--config.sft.schedule_epochs=500")
+    environment = Command().environment()
     process = subprocess.Popen(
-        [*command, *flags], cwd=ROOT, env=Command().environment(), stderr=subprocess.PIPE, text=True
+        [*command, *flags], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     metrics = tmp_path / "spin" / "tiny:smoke" / "seed_0" / "metrics.jsonl"
     began = time.monotonic()
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() - began < 120:
         time.sleep(0.1)
-    process.terminate()
+    send(number, process)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 143, said
-    assert "spin/tiny:smoke, seed 0, ended with 143; the same command continues" in said
+    assert process.returncode == 128 + number, said
+    assert f"spin/tiny:smoke, seed 0, ended with {128 + number}; the same command continues" in said
     assert list((tmp_path / "spin" / "tiny:smoke" / "seed_0" / "start" / "train").iterdir())  # it has saved
 
 
