@@ -34,7 +34,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -43,10 +43,8 @@ from etils import epath
 
 from spin_jax.cli import config_overrides, fail, parse, read_config
 from spin_jax.report import tables
-from spin_jax.runtime import platforms
+from spin_jax.runtime.platforms import Variables, device_shares
 from spin_jax.storage import files
-
-Variables = Mapping[str, str | None]  # of a process's environment; None stands for one that is removed
 
 
 class Run(NamedTuple):
@@ -136,35 +134,6 @@ def _run_one(processes: Processes, run: Run, variables: Variables, place: str, l
     return code
 
 
-def device_shares(parallel: int) -> list[Variables]:
-    """The environment variables of each of the runs that go on at a time.
-
-    All runs get equally many GPUs; those that are left over stay idle. ValueError: there are too few, or it is a TPU.
-    """
-    if parallel == 1:
-        return [{}]
-    named = {name for name in os.environ.get("JAX_PLATFORMS", "").split(",") if name}
-    gpus = _visible_gpus() if not named or named & {"cuda", "gpu"} else []
-    if not gpus and (platforms.shows_tpu() if not named else "tpu" in named):
-        raise ValueError("--parallel is for CPUs and NVIDIA GPUs: on a TPU host one run uses all chips")
-    if 0 < len(gpus) < parallel:
-        raise ValueError(f"--parallel={parallel}: each run needs a GPU of its own, and {len(gpus)} are visible")
-    share = len(gpus) // parallel
-    # JAX takes all tasks of one SLURM job for one program, and these are several.
-    alone = {"SLURM_JOB_ID": None}
-    shares = [gpus[n * share : (n + 1) * share] for n in range(parallel)]
-    return [{**alone, "CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else alone for mine in shares]
-
-
-def _visible_gpus() -> list[str]:
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in visible.split(",") if gpu.strip()]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return []
-
-
 class Request(NamedTuple):
     """What the flags ask for."""
 
@@ -220,18 +189,21 @@ def main(argv: list[str] | None = None) -> int:
     code = next(filter(None, codes), 0)
     if code and processes.stopped_by:
         return 128 + processes.stopped_by
-    if finished := [run for run, ended in zip(runs, codes, strict=True) if not ended]:
-        write_results(asked, finished)
+    ended = list(zip(runs, codes, strict=True))
+    if finished := [run for run, failed in ended if not failed]:
+        write_results(asked, finished, [run for run, failed in ended if failed])
     return code
 
 
-def write_results(asked: Request, runs: Sequence[Run]) -> None:
+def write_results(asked: Request, runs: Sequence[Run], unfinished: Sequence[Run]) -> None:
     """Writes table.json and table.md of the finished runs, and prints the tables."""
     found = [(run, tables.read_models(run.folder, run.variant, asked.numbers)) for run in runs]
     results = tables.by_model([(run.seed, models) for run, models in found])
     text = tables.means(results, asked.numbers)
     if differences := tables.differences(results, asked.numbers, asked.baseline):
         text += f"\n\n{tables.NOTE.format(asked.baseline)}\n\n{differences}"
+    if unfinished:
+        text += f"\n\nThe tables are without {'; '.join(map(str, unfinished))}."
     records = [
         {"variant": run.variant, "seed": run.seed, "numbers": {name: model.numbers for name, model in models.items()}}
         for run, models in found

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from runs import ROOT, Command
 
-from spin_jax import sweep
 from spin_jax.data import parquet
 from spin_jax.report import tables
 from spin_jax.storage import files
@@ -117,34 +116,7 @@ def test_the_error_of_a_difference_of_nlls_is_that_of_a_ratio():
     assert tables.error_over_prompts([(values[0], values[1])]) == pytest.approx(jackknife, rel=0.02)
 
 
-# --- devices and processes -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("environment", "parallel", "expected"),
-    [
-        ({"CUDA_VISIBLE_DEVICES": "0,1"}, 1, [{}]),
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4"}, 2, ["0,1", "2,3"]),
-        ({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b", "JAX_PLATFORMS": "cuda,cpu"}, 2, ["GPU-a", "GPU-b"]),
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "JAX_PLATFORMS": "cpu"}, 3, [None] * 3),
-        ({"CUDA_VISIBLE_DEVICES": "3"}, 2, "--parallel=2: each run needs a GPU of its own, and 1 are visible"),
-        ({"JAX_PLATFORMS": "tpu"}, 2, "on a TPU host one run uses all chips"),
-        ({"CUDA_VISIBLE_DEVICES": "", "TPU_WORKER_ID": "0"}, 2, "on a TPU host one run uses all chips"),
-    ],
-)
-def test_shares_of_the_devices(environment, parallel, expected, monkeypatch):
-    """GPUs are divided evenly, and what is left over stays idle. CPUs are shared."""
-    for name in ("CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if isinstance(expected, str):
-        with pytest.raises(ValueError, match=expected):
-            sweep.device_shares(parallel)
-    elif parallel == 1:
-        assert sweep.device_shares(parallel) == expected
-    else:
-        assert [share.get("CUDA_VISIBLE_DEVICES") for share in sweep.device_shares(parallel)] == expected
+# --- processes -----------------------------------------------------------------------------------
 
 
 # What stands in for spin_jax.main: it takes its behaviour from the seed and from the variant.
@@ -197,6 +169,7 @@ def test_runs_go_on_side_by_side_and_one_that_fails_stops_no_other(tmp_path):
     assert "2 of 4: meets, seed 0, is done after 0.0 min" in said
     text = (tmp_path / "runs" / "table.md").read_text()
     assert "| meets |  |  | 1 (0.5, 1.5) |" in text
+    assert "The tables are without fails, seed 0; fails, seed 1." in text
     assert "| meets |  |  | +0 ± 0 |" in text
 
 
