@@ -11,9 +11,11 @@ import types
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
 from runs import ROOT, SHARED, Command, assert_same_run, read_metrics, read_pairs, weights
 
 from spin_jax import config, pairs
+from spin_jax.report import tables
 from spin_jax.selfplay.opponent import Opponent
 from spin_jax.selfplay.prepare import prepare
 
@@ -62,6 +64,16 @@ def test_one_command_leaves_everything(finished):
         lines = (workdir / f"iteration_{t}" / "samples.jsonl").read_text().splitlines()
         assert {"prompt", "real", "generated"} <= json.loads(lines[0]).keys()
         assert not (workdir / f"iteration_{t}" / "train").exists()  # pruned
+
+
+def test_the_values_of_the_prompts_have_the_numbers_of_the_summary_as_their_mean(finished):
+    """Of the start, the control and the final model; the sum of float32 log-probs is rounded, hence 1e-6."""
+    models = tables.read_models(epath.Path(finished[0]), "spin", ["nll", "greedy_accuracy", "sampled_accuracy"])
+    assert list(models) == ["start", "SFT control", "spin"]
+    for model in models.values():
+        for number, value in model.numbers.items():
+            assert len(model.prompts[number]) == 20
+            assert np.mean(list(model.prompts[number].values())) == pytest.approx(value, rel=1e-6)
 
 
 def test_metrics_follow_the_contract(finished):
