@@ -156,7 +156,7 @@ class Opponent:
         Returns θ_t where it is in memory now; not where other weights took its place.
         """
         for by in variants.reference_weights(self._run.config, t):
-            if self._has_scores(t, by):
+            if all(files.existing([shard.path for shard in self._score_files(t) if shard.by == by])):
                 continue
             if by == t:
                 params = self.weights(t) if params is None else params
@@ -208,9 +208,6 @@ class Opponent:
             for path, items in self._pair_files(source)
             if source == t or path.name.startswith("train")
         ]
-
-    def _has_scores(self, t: int, by: int) -> bool:
-        return all(files.existing([shard.path for shard in self._score_files(t) if shard.by == by]))
 
     def _write_scores(self, t: int, params: Params, by: int) -> None:
         run, metrics = self._run, self._metrics
