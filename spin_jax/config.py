@@ -94,8 +94,9 @@ def default() -> Any:
 
     # --- the prompts and their human answers ---
     c.data = ConfigDict()
-    # A hub id, a .jsonl, .json or .parquet file, a directory of them, or module:function. Several, separated by
-    # commas, give one dataset to each iteration; held-out rows then come from the first one.
+    # A hub id, a .jsonl, .json or .parquet file, a directory of them, or module:function. 0.7*A+0.3*B mixes two, so
+    # that 70% of the rows are of A. Several, separated by commas, give one dataset, or one mixture, to each iteration;
+    # held-out rows then come from the first one.
     c.data.path = placeholder(str)
     # The configuration of a dataset of the hub, or of a clone of one (gsm8k has main and socratic).
     c.data.name = placeholder(str)
@@ -103,7 +104,7 @@ def default() -> Any:
     c.data.revision = placeholder(str)
     # The split, in the syntax of the datasets library: train[:1000].
     c.data.split = "train"
-    # At most this many rows of a dataset are used; the seed chooses them. Unset: all.
+    # At most this many rows of a dataset, or of a mixture, are used; the seed chooses them. Unset: all that there are.
     c.data.limit = placeholder(int)
     # The columns of prompt and answer. Unset: they are found by their usual names.
     c.data.prompt_column = placeholder(str)
@@ -155,10 +156,17 @@ def default() -> Any:
     c.selfplay.patience = placeholder(int)
     # The pairs of this many earlier iterations are trained on as well.
     c.selfplay.mix_previous = 1
-    # The split of the pairs, if they are a dataset of the hub or a directory: train, train_prefs, train+test.
+    # The split of the pairs, given or added, if they are a dataset of the hub or a directory: train, train_prefs,
+    # train+test.
     c.selfplay.pairs_split = "train"
     # Pairs to train on in place of sampled ones: path[,path…] for iterations start, start + 1, …; or k=path for k.
     c.selfplay.pairs = placeholder(str)
+    # Pairs that join those of every iteration, sampled or given, in the forms of selfplay.pairs: their chosen answer
+    # stands in the place of the human one, and their rejected one in that of the generated one.
+    c.selfplay.add_pairs = placeholder(str)
+    # This share of an iteration's own pairs are added ones, which the seed chooses; fewer where there are not enough,
+    # because none is added twice. Pairs that selfplay.rows or selfplay.pairing leaves out count as well.
+    c.selfplay.add_share = placeholder(float)
     # K: how many answers to a prompt are sampled; the prompt is read once.
     c.selfplay.samples = 1
     # Which two answers to a prompt make a row, as chosen/rejected: human/own is SPIN, with a row for each sampled

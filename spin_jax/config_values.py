@@ -4,9 +4,11 @@
 """
 
 import difflib
+import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -70,6 +72,7 @@ _RANGES = {
     "[0, 0.1]": "eval.fraction",
     "[0, 1]": "max_bad min_ended reference_alpha reference_decay warmup_ratio",
     "[0, 1)": "momentum decay",
+    "(0, 1)": "add_share",
     "(0, 1]": "top_p",
     "[1e-37, 1]": "eps",
     "[0, 1e30]": "length_penalty nll_weight temperature weight_decay",
@@ -171,9 +174,11 @@ def _contradictions(c: Any) -> Iterator[str]:
     if play.rows != "all" and play.scorer:
         yield f"selfplay.rows={play.rows!r} and selfplay.scorer both judge answers: leave one of them out"
     yield from _pairing_problems(c)
-    paths = data_paths(c.data.path)
-    if 2 <= len(paths) < iterations:
-        yield f"data.path has {len(paths)} datasets for {iterations} iterations: give one, or one for each"
+    if bool(play.add_pairs) != bool(play.add_share):
+        yield "selfplay.add_pairs and selfplay.add_share go together: which pairs are added, and what share they are"
+    datasets = data_mixtures(c.data.path)
+    if 2 <= len(datasets) < iterations:
+        yield f"data.path has {len(datasets)} datasets for {iterations} iterations: give one, or one for each"
 
 
 def _adapter_contradictions(c: Any) -> Iterator[str]:
@@ -211,11 +216,36 @@ def _pairing_problems(c: Any) -> Iterator[str]:
         yield f"{said} compares sampled answers to a prompt: set selfplay.samples to 2 or more"
 
 
+def data_mixtures(path: str | None, known: Callable[[str], bool] = os.path.exists) -> list[dict[str, Fraction]]:
+    """The datasets of data.path: none, one for all iterations, or one for each.
+
+    Each is {path: its share of the rows}, of one path or of several that are mixed. What is `known` is one path, also
+    if there is a comma or a star in it.
+
+    Raises:
+        ConfigError: a mixture has a malformed weight, a single path, or a path twice.
+    """
+    entries = [path] if path and known(path) else _parts(path)
+    return [_mixture(entry) if "*" in entry and not known(entry) else {entry: Fraction(1)} for entry in entries]
+
+
+def _mixture(entry: str) -> dict[str, Fraction]:
+    parts = [part.partition("*") for part in entry.split("+")]
+    try:
+        weights = {path.strip(): Fraction(weight.strip()) for weight, _, path in parts}
+    except (ValueError, ZeroDivisionError):
+        weights = {}
+    if not 2 <= len(weights) == len(parts) or not all(weights) or min(weights.values()) <= 0:
+        raise ConfigError(
+            f"data.path has {entry!r}, and there is no such file: a mixture of datasets is 0.7*PATH+0.3*PATH, where "
+            "each path stands once and has a weight above 0"
+        )
+    return {path: weight / sum(weights.values()) for path, weight in weights.items()}
+
+
 def data_paths(path: str | None) -> list[str]:
-    """data.path as a list: empty, one dataset for all iterations, or one for each."""
-    if path and os.path.exists(path):  # also if there is a comma in its name
-        return [path]
-    return _parts(path)
+    """Every path in data.path, once."""
+    return list(dict.fromkeys(itertools.chain(*data_mixtures(path))))
 
 
 def _parts(text: str | None) -> list[str]:
@@ -228,6 +258,7 @@ def algorithm_notes(c: Mapping[str, Any]) -> list[str]:
     weight, options, alpha = (loss.get(key) for key in ("nll_weight", "options", "reference_alpha"))
     samples, rows, scorer, restart = (play.get(key) for key in ("samples", "rows", "scorer", "restart"))
     pairing, decay = play.get("pairing"), loss.get("reference_decay")
+    added = play.get("add_share")
     phrases = [
         weight and f"{weight:g} × NLL of the human answer",
         options,
@@ -237,6 +268,7 @@ def algorithm_notes(c: Mapping[str, Any]) -> list[str]:
         pairing not in (None, "human/own") and f"pairing {pairing}",
         rows not in (None, "all") and f"only answers that {c['eval'].get('verifier')} finds {rows}",
         scorer and f"scores of {scorer}",
+        added and f"given pairs added, a share of {added:g}",
         restart and "each iteration trains the start's weights",
     ]
     return [phrase for phrase in phrases if phrase]

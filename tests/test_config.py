@@ -10,12 +10,13 @@ import string
 import struct
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 from runs import ROOT
 
 from spin_jax import config as config_lib
-from spin_jax import errors, tiny
+from spin_jax import config_values, errors, tiny
 from spin_jax.evaluate import verifiers
 from spin_jax.models import loading
 from spin_jax.runtime import user_code
@@ -757,3 +758,23 @@ def test_any_damage_to_a_directory_is_named(hf_model_dir, tmp_path, monkeypatch)
         assert said is None or str(directory) in said, (name, said)
         (directory / name).write_bytes(data)
     assert 150 < refusals < 240
+
+
+@pytest.mark.parametrize(
+    "path", ["0.7*a", "0.7*a+b", "0.7*a+0.3*a", "0*a+1*b", "-1*a+2*b", "x*a+2*b", "1*+2*b", "1/0*a+2*b"]
+)
+def test_what_is_no_mixture(path):
+    with pytest.raises(
+        errors.ConfigError, match=r"data\.path has .*, and there is no such file: a mixture of datasets is 0\.7"
+    ):
+        config_values.data_mixtures(path)
+
+
+def test_mixtures_of_iterations():
+    """And a file that has such a name is that file."""
+    mixtures = config_values.data_mixtures("a, 0.7*a + 0.3*b ,c:d")
+    assert mixtures == [{"a": 1}, {"a": Fraction(7, 10), "b": Fraction(3, 10)}, {"c:d": 1}]
+    assert config_values.data_paths("a, 0.7*a + 0.3*b ,c:d") == ["a", "b", "c:d"]
+    assert config_values.data_mixtures("1*a+2*b,c", known="1*a+2*b".__eq__) == [{"1*a+2*b": 1}, {"c": 1}]
+    assert config_values.data_mixtures("1*a+2*b,c", known="1*a+2*b,c".__eq__) == [{"1*a+2*b,c": 1}]
+    assert config_values.data_mixtures(None) == []

@@ -4,8 +4,10 @@ To read another form of row, edit `conversation` and `_form`.
 """
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -198,6 +200,25 @@ def load_examples(
     if not examples:
         raise ValueError(f"{path}: none of {len(chosen)} rows is left ({dict(counts)})")
     return examples, counts
+
+
+def mixed_rows(sizes: Mapping[str, int], shares: Mapping[str, Fraction], limit: int | None) -> dict[str, int]:
+    """How many rows of each dataset a mixture has: as many as the shares and `limit` allow without a row twice.
+
+    `sizes` are the rows of each dataset. The counts are its share of the total, rounded up or down.
+
+    Raises:
+        ValueError: a dataset would have no row.
+    """
+    total = int(min([limit or math.inf, *(sizes[path] / share for path, share in shares.items())]))
+    ends = [int(total * share) for share in itertools.accumulate(shares.values(), initial=Fraction(0))]
+    counts = {path: end - start for path, (start, end) in zip(shares, itertools.pairwise(ends), strict=True)}
+    if none := [path for path, count in counts.items() if count == 0]:
+        raise ValueError(
+            f"data.path: of the {total} rows that the mixture has by its weights, data.limit and the sizes of its "
+            f"datasets, none is of {none[0]}: give it a larger weight, or leave it out"
+        )
+    return counts
 
 
 def prompt_keys(messages: Sequence[Message], prompt: Ids) -> tuple[Hashable, Hashable]:

@@ -7,12 +7,13 @@ templates/model_card.md; this file computes what the template shows.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from spin_jax import losses
-from spin_jax.config_values import algorithm_notes, per_iteration
+from spin_jax.config_values import algorithm_notes, data_mixtures, per_iteration
 from spin_jax.report.numbers import START, Row
 from spin_jax.runtime import secrets
 
@@ -47,8 +48,8 @@ def model_card(facts: Facts) -> str:
     now = max(t, 0)
     columns = [dict(_measurements(row)) for row in facts.rows]
     names = dict.fromkeys(name for column in columns for name in column)
-    datasets = dataset_revisions(config["data"]["path"], facts.data_revision, facts.fingerprints)
-    on_hub = dict.fromkeys(path for path, revision in datasets if revision)
+    datasets = dataset_parts(config["data"]["path"], facts.data_revision, facts.fingerprints)
+    on_hub = dict.fromkeys(path for path, revision, _, _ in datasets if revision)
     card = ModelCard.from_template(
         ModelCardData(
             base_model=model["path"] if facts.model_revision else None,
@@ -64,8 +65,9 @@ def model_card(facts: Facts) -> str:
         model_name=source_name(model["path"], None) if model["path"] else model["architecture"]["model_type"],
         adapters=model["adapters"] and source_name(model["adapters"], None),
         adapters_base=facts.adapters_base and source_name(facts.adapters_base, None),
-        datasets=[(path, source_name(path, revision), revision) for path, revision in datasets],
+        datasets=[(path, source_name(path, revision), revision, t, share) for path, revision, t, share in datasets],
         own_objective=play["restart"]
+        or play["add_pairs"]
         or any(name in losses.ROLES for _, name in losses.parts(loss["name"]))
         or play.get("pairing", "human/own") != "human/own",
         loss=[loss["name"], f"β {per_iteration(loss['beta'], now):g}", *algorithm_notes(config)],
@@ -99,10 +101,25 @@ def dataset_revisions(
 
     Only the run's own record counts, because the files that exist now may be others.
     """
-    several = isinstance(revisions, Mapping) or "data 1" in fingerprints
-    paths = [part.strip() for part in (path or "").split(",")] if several else [path]
-    by_path = revisions if isinstance(revisions, Mapping) else dict.fromkeys(filter(None, paths), revisions)
-    return [(path, by_path.get(path)) for path in paths if path]
+    return [(path, revision) for path, revision, _, _ in dataset_parts(path, revisions, fingerprints)]
+
+
+def dataset_parts(
+    path: str | None, revisions: Revisions, fingerprints: Mapping[str, str]
+) -> list[tuple[str, str | None, int, Fraction]]:
+    """(path, commit, iteration, share of the iteration's rows) of each dataset, as `dataset_revisions`.
+
+    The iteration is 0 where the dataset serves all of them.
+    """
+
+    def known(part: str) -> bool:
+        return part in revisions if isinstance(revisions, Mapping) else "," not in part or "data 1" not in fingerprints
+
+    return [
+        (part, revisions.get(part) if isinstance(revisions, Mapping) else revisions, t, share)
+        for t, shares in enumerate(data_mixtures(path, known))
+        for part, share in shares.items()
+    ]
 
 
 def source_name(path: str, revision: str | None) -> str:

@@ -27,13 +27,14 @@ from spin_jax.runtime import secrets
 Identity = Mapping[str, Mapping[str, str]]
 
 # These sections, and these keys of others, may change when a run continues; any other change makes another run. The
-# contents of data.path, eval.path, model.path, model.adapters and selfplay.pairs are compared in place of their names.
+# contents of data.path, eval.path, model.path, model.adapters, selfplay.pairs and selfplay.add_pairs are compared in
+# place of their names.
 _FREE_SECTIONS = ("mesh", "checkpoint", "export", "logging")
 _FREE = {
     "": ("resume_anyway", "compiler_flags"),
     "data": ("path",),
     "model": ("path", "adapters"),
-    "selfplay": ("pairs", "iterations", "patience"),
+    "selfplay": ("pairs", "add_pairs", "iterations", "patience"),
     "sampling": ("batch_size", "tensor"),
     "train": ("remat", "offload", "most_skipped"),
     "sft": ("offload", "control", "control_learning_rate"),
@@ -49,11 +50,13 @@ def digests(
     held_out: list[Example],
     given: Mapping[int, Sequence[Pair]],
     weights: Mapping[str, str],
+    added: Sequence[Pair] = (),
 ) -> Identity:
     """The fingerprints of data, tokenizer, chat template, weights and code, and the versions of libraries.
 
     There is one dataset for all iterations, or one for each. `weights` has the digests of the checkpoint that the
-    run starts from ("weights", or "") and of other models.
+    run starts from ("weights", or "") and of other models. `given` are the pairs of selfplay.pairs by iteration, and
+    `added` those of selfplay.add_pairs.
     """
     tokenizer = model.tokenizer
     fingerprints = {
@@ -71,9 +74,10 @@ def digests(
     if config_values.verifier_judges(play):
         own["verifier"] = config.eval.verifier
     fingerprints |= {kind: _source_digest(name) for kind, name in own.items() if name and ":" in name}
-    for t, pairs in sorted(given.items()):
+    all_given = {**{f"given pairs {t}": (t, given[t]) for t in sorted(given)}, "added pairs": (-1, added)}
+    for name, (t, pairs) in all_given.items():
         parts = (part for pair in pairs for part in _pair_content(t, pair))
-        fingerprints[f"given pairs {t}"] = f"{len(pairs)} pairs, {_digest(parts)}"
+        fingerprints |= {name: f"{len(pairs)} pairs, {_digest(parts)}"} if pairs else {}
     return {"fingerprints": fingerprints, "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 

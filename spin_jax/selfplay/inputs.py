@@ -2,8 +2,11 @@
 
 import dataclasses
 import datetime
+import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -14,7 +17,7 @@ from spin_jax import config_values
 from spin_jax.config import Config
 from spin_jax.data import parquet, sources
 from spin_jax.data.chat import Chat, unprompted_header
-from spin_jax.data.examples import group_by_prompt, load_examples, prompt_keys, split_held_out
+from spin_jax.data.examples import group_by_prompt, load_examples, mixed_rows, prompt_keys, split_held_out
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Example, Lengths, Pair, list_names, prompt_turns
@@ -37,6 +40,7 @@ class Inputs:
     initial_params: Callable[[], Params]  # loads or initializes float32 weights
     chat: Chat
     given: dict[int, list[Pair]]  # pairs that selfplay.pairs gives, by iteration
+    added: list[Pair]  # pairs of selfplay.add_pairs; their prompt_ids are negative
     judge: Judge  # scores sampled answers
     pairing: Pairing  # says which answers make a row
     verifier: verifiers.Verifier | None  # says which held-out answers are right
@@ -83,7 +87,7 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
             "learn to write it; a template that has it (data.chat_template) would write it for the model"
         )
     chat = make_chat(config, model, today)
-    given = _read_given_pairs(config, chat, model.config.vocab_size, notes)
+    pairs = _read_given_pairs(config, chat, model.config.vocab_size, notes)
     c = config.data
     recorded, revisions = _recorded_data_revisions(config, began), {}
 
@@ -91,11 +95,11 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
         revisions[path] = sources.pinned(path, recorded.get(path) or c.revision)
         return sources.load_rows(path, split, name=c.name, revision=revisions[path], notes=notes)
 
-    rows = {path: load(path, c.split) for path in dict.fromkeys(config_values.data_paths(c.path))}
+    rows = {path: load(path, c.split) for path in config_values.data_paths(c.path)}
     held_out = load(config.eval.path, config.eval.split) if config.eval.path else None
     pinned = revisions if len(revisions) > 1 else next(iter(revisions.values()), None)
     judges = judge, pairing, verifier
-    return Inputs(config, model, initial_params, chat, given, *judges, rows, held_out, pinned, weights_digest, notes)
+    return Inputs(config, model, initial_params, chat, *pairs, *judges, rows, held_out, pinned, weights_digest, notes)
 
 
 def _recorded_revision(config: Config, began: Mapping[str, Any]) -> str | None:
@@ -116,7 +120,8 @@ def _recorded_data_revisions(config: Config, began: Mapping[str, Any]) -> Mappin
 
 def shared_content(read: Inputs) -> bytes:
     """What all processes must have read alike: config, model description, given pairs, some rows."""
-    pairs = [ids for pairs in read.given.values() for p in pairs for ids in (p.prompt, p.real, p.generated)]
+    given = itertools.chain(*read.given.values(), read.added)
+    pairs = [ids for p in given for ids in (p.prompt, p.real, p.generated)]
     some = [
         (len(rows), [_row(rows, number) for number in range(0, len(rows), max(len(rows) // 64, 1))])
         for rows in filter(None, (*read.rows.values(), read.held_out_rows))
@@ -179,19 +184,28 @@ def make_chat(config: Config, model: Model, today: str | None = None) -> Chat:
     return kind(model.tokenizer, model.stop_tokens, lengths=lengths, system_message=system, today=date)
 
 
-def _read_given_pairs(config: Config, chat: Chat, vocab_size: int, notes: list[str]) -> dict[int, list[Pair]]:
-    given, play = {}, config.selfplay
+def _read_given_pairs(
+    config: Config, chat: Chat, vocab_size: int, notes: list[str]
+) -> tuple[dict[int, list[Pair]], list[Pair]]:
+    """The pairs of selfplay.pairs by iteration, and those of selfplay.add_pairs."""
+    play = config.selfplay
     options = {"bad_rows": config.data.bad_rows, "max_bad": config.data.max_bad, "scored": bool(play.scorer)}
-    for t, path in config_values.given_pairs(config).items():
+
+    def read(path: str) -> list[Pair]:
         # This run holds out its own prompts, of whichever file of another run's.
         of_a_run = parquet.holds_pairs_of_a_run(path)
         rows = sources.load_rows(path, play.pairs_split, all_files=of_a_run, notes=notes)
-        given[t], counts = load_pairs(rows, chat, path=path, vocab_size=vocab_size, **options)
-        notes += [*_count_notes(path, counts), *_check_ends(config, chat, path, given[t])]
+        pairs, counts = load_pairs(rows, chat, path=path, vocab_size=vocab_size, **options)
+        notes.extend([*_count_notes(path, counts), *_check_ends(config, chat, path, pairs)])
+        return pairs
+
+    given = {t: read(path) for t, path in config_values.given_pairs(config).items()}
+    added = read(play.add_pairs) if play.add_pairs else []
     for t in range(max(0, play.start - play.mix_previous), play.start):
         if t not in given:
             notes.append(f"the pairs of iteration {t} are not mixed in: --config.selfplay.pairs={t}=PATH gives them")
-    return given
+    # No other pair of the run has a negative prompt_id.
+    return given, [dataclasses.replace(pair, prompt_id=-1 - pair.prompt_id) for pair in added]
 
 
 # Datasets after the first number their rows from here, from twice this, and so on, so that each prompt_id is unique
@@ -201,7 +215,9 @@ _NEXT_DATASET = 2**40
 
 def datasets_of(read: Inputs) -> tuple[list[list[Example]], list[Example]]:
     """Prompts with their human answers: one dataset for all iterations, or one for each; and those of eval.path."""
-    config = read.config
+    config, limit = read.config, read.config.data.limit
+    mixtures = config_values.data_mixtures(config.data.path)
+    has_mixture, numbers = any(len(shares) > 1 for shares in mixtures), {path: n for n, path in enumerate(read.rows)}
     keys = "prompt_column", "answer_column", "bad_rows", "max_bad"
     options = {"seed": config.seed, "all_turns": config.sft.turns == "all", **{key: config.data[key] for key in keys}}
 
@@ -210,16 +226,31 @@ def datasets_of(read: Inputs) -> tuple[list[list[Example]], list[Example]]:
         if repeated := len(examples) - len(set(group_by_prompt(examples))):
             counts["rows with the prompt of an earlier row"] = repeated
         read.notes.extend([*_count_notes(path, counts), *_check_ends(config, read.chat, path, examples)])
-        if number and max(example.prompt_id for example in examples) >= _NEXT_DATASET:
+        if (number or has_mixture) and max(example.prompt_id for example in examples) >= _NEXT_DATASET:
             raise ValueError(f"{path}: with several datasets, each prompt_id must be below {_NEXT_DATASET}")
         return [dataclasses.replace(e, prompt_id=e.prompt_id + number * _NEXT_DATASET) for e in examples]
+
+    @functools.cache
+    def load_part(path: str, limit: int | None) -> list[Example]:
+        return load(numbers[path], path, read.rows[path], limit)
+
+    @functools.cache
+    def load_mixture(shares: tuple[tuple[str, Fraction], ...]) -> list[Example]:
+        sizes = {path: len(read.rows[path]) for path, _ in shares}
+        if len(shares) == 1:
+            return load_part(shares[0][0], limit)
+        parts = {path: load_part(path, count) for path, count in mixed_rows(sizes, dict(shares), limit).items()}
+        total = sum(map(len, parts.values()))
+        for path, examples in parts.items():
+            share = f"{len(examples) / total:.1%} of the mixture's {total}"
+            read.notes.append(f"{path}: {len(examples)} of {sizes[path]} rows, {share}")
+        return list(itertools.chain(*parts.values()))
 
     held_out = []
     if read.held_out_rows is not None:
         held_out = load(max(len(read.rows), 1), config.eval.path, read.held_out_rows, config.eval.limit)
     if read.rows:
-        loaded = {p: load(n, p, rows, config.data.limit) for n, (p, rows) in enumerate(read.rows.items())}
-        return [loaded[path] for path in config_values.data_paths(config.data.path)], held_out
+        return [load_mixture(tuple(shares.items())) for shares in mixtures], held_out
     iterations = range(config.selfplay.start, config.selfplay.iterations)  # the given pairs are the data
     if absent := [t for t in iterations if t not in read.given]:
         raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")

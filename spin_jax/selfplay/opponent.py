@@ -61,30 +61,24 @@ class Opponent:
     def _pair_files(self, t: int) -> list[tuple[epath.Path, list]]:
         """The files of iteration t's pairs, each with what it is made from: examples, or given pairs.
 
-        Held-out prompts are answered too, into files of their own.
+        Held-out prompts are answered too, into files of their own. Pairs that are added have a folder of their own.
         """
-        run = self._run
-        train, test = run.examples(t), run.held_out
-        if t in run.given:
-            train, test = run.given_pairs(t)
-        size = run.config.sampling.shard_size
-        result = []
-        for split, items in (("train", train), ("test", test)):
-            shards = variants.in_files(items, size, grouped=t in run.given and run.pairing.chooses)
+        run, result = self._run, []
+        train, test = run.given_pairs(t) if t in run.given else (run.examples(t), run.held_out)
+        for split, items in (("train", train), ("test", test), ("added", run.added_pairs(t))):
+            shards = variants.in_files(items, run.config.sampling.shard_size, t in run.given and run.pairing.chooses)
             for number, shard in enumerate(shards):
                 name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
-                result.append((run.folder(t) / "pairs" / name, shard))
+                result.append((run.folder(t) / ("added" if split == "added" else "pairs") / name, shard))
         return result
 
     def _write_answers(self, t: int, params: Params | None) -> Params | None:
         """Answers every prompt of iteration t, or writes the pairs given for it; returns θ_t if it was needed."""
         run, metrics = self._run, self._metrics
-        shards = self._pair_files(t)
+        self._write_given(t)
+        shards = [(path, items) for path, items in self._pair_files(t) if not isinstance(items[0], Pair)]
         done = files.existing([path for path, _ in shards])
         if all(done):
-            return params
-        if t in run.given:
-            self._write_given(shards, done)
             return params
         params = self.weights(t) if params is None else params
         rounds = list(self._rounds(shards, done))
@@ -112,7 +106,12 @@ class Opponent:
                 self._engine.stop_if_asked()
         return params
 
-    def _write_given(self, shards: Sequence[tuple[epath.Path, list]], done: Sequence[bool]) -> None:
+    def _write_given(self, t: int) -> None:
+        """Writes the pairs that are given for iteration t, or added to its own."""
+        shards = [(path, items) for path, items in self._pair_files(t) if isinstance(items[0], Pair)]
+        done = files.existing([path for path, _ in shards])
+        if all(done):
+            return
         # All pairs are scored at once: a scorer may compare the answers to a prompt, and files part them.
         remaining = iter(variants.with_scores([pair for _, pairs in shards for pair in pairs], self._run.judge))
         for (path, pairs), exists in zip(shards, done, strict=True):
@@ -124,7 +123,7 @@ class Opponent:
     def _more_fields(self) -> bool:
         """Whether messages of the run have more fields than role and content: its files of pairs then have one more."""
         examples = (example.messages for example in itertools.chain(*self._run.datasets, self._run.held_out))
-        given = itertools.chain(*self._run.given.values())
+        given = itertools.chain(*self._run.given.values(), self._run.added)
         return parquet.has_more_fields(examples) or parquet.has_more_fields(
             messages for pair in given for messages in (pair.real_messages, pair.generated_messages)
         )
@@ -172,7 +171,7 @@ class Opponent:
         weights, roles = variants.reference_weights(self._run.config, t), self._run.roles
         shards = self._score_files(t)
         _need([shard.path for shard in shards], f"iteration {t} has no scores yet", "score")
-        shards = [shard for shard in shards if shard.pairs.name.startswith(split)]
+        shards = [shard for shard in shards if shard.pairs.name.startswith("test") == (split == "test")]
         scores: dict[int, dict[tuple[int, int, int, int], tuple[float, ...]]] = {by: {} for by in weights}
         for shard in shards:
             scores[shard.by] |= parquet.scores_from_parquet(shard.path.read_bytes(), shard.path, roles)
@@ -201,19 +200,18 @@ class Opponent:
                 by=by,
                 source=source,
                 pairs=path,
-                total=len(items if source in self._run.given else self._requests(path, items)),
+                total=len(items if isinstance(items[0], Pair) else self._requests(path, items)),
             )
             for by in variants.reference_weights(self._run.config, t)
             for source in self._run.sources(t)
             for path, items in self._pair_files(source)
-            if source == t or path.name.startswith("train")
+            if source == t or not path.name.startswith("test")
         ]
 
     def _write_scores(self, t: int, params: Params, by: int) -> None:
         run, metrics = self._run, self._metrics
         for source in self._needed(t):  # given pairs need no earlier --only=sample
-            if source in run.given:
-                self._write_answers(source, params)
+            self._write_given(source)
         shards = self._score_files(t)
         done = files.existing([shard.path for shard in shards])
         own = [number for number, shard in enumerate(shards) if shard.by == by]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from spin_jax import config_values
@@ -78,14 +79,39 @@ class Prepared(Inputs):
 
     def given_pairs(self, t: int) -> tuple[list[Pair], list[Pair]]:
         """The pairs given for iteration t: to train on, and held out. Their ids may belong to another dataset."""
+        return self._without_held_out(self.given[t])
+
+    def _without_held_out(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+        """The pairs whose prompts are not held out, and the others."""
         keys = {key for example in self.held_out for key in prompt_keys(example.messages, example.prompt)}
         split: tuple[list[Pair], list[Pair]] = [], []
-        for pair in self.given[t]:
+        for pair in pairs:
             split[not keys.isdisjoint(prompt_keys(pair.real_messages, pair.prompt))].append(pair)
         return split
 
+    @functools.cached_property
+    def pairs_to_add(self) -> list[Pair]:
+        """The pairs of selfplay.add_pairs whose prompts are not held out, in an order that the seed chose."""
+        pairs, _ = self._without_held_out(self.added)
+        return [pairs[number] for number in np.random.default_rng([self.config.seed, 2]).permutation(len(pairs))]
+
+    def added_pairs(self, t: int) -> list[Pair]:
+        """The pairs of selfplay.add_pairs that join those of iteration t: the next ones after iteration t − 1's."""
+        if not (pairs := self.pairs_to_add):
+            return []
+        count = min(self.wanted_pairs(t), len(pairs))
+        return [pairs[number % len(pairs)] for number in range(t * count, (t + 1) * count)]
+
+    def wanted_pairs(self, t: int) -> int:
+        """How many pairs selfplay.add_share asks to be added to those of iteration t."""
+        share = self.config.selfplay.add_share
+        return round(self.most_pairs(t) * share / (1 - share))
+
     def most_pairs(self, t: int) -> int:
-        """The most pairs that iteration t makes for training: selfplay.rows or selfplay.pairing may leave some out."""
+        """The most pairs that iteration t makes for training: selfplay.rows or selfplay.pairing may leave some out.
+
+        It counts no pairs of selfplay.add_pairs.
+        """
         rows = config_values.rows_of_a_prompt(self.config.selfplay)
         if t not in self.given:
             return len(self.examples(t)) * rows
@@ -160,17 +186,18 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
             )
         notes.append(problem)
     weights = {"weights": read.weights_digest, **read.judge.digests}
-    found = fingerprints.digests(config, model, datasets, held_out, given, weights)
+    found = fingerprints.digests(config, model, datasets, held_out, given, weights, read.added)
     processes.check_same("model, tokenizer, data or code", lambda: repr(found).encode())
     notes += fingerprints.check(root, config, found, began)
     _check_given(root, given, began)
+    added = {-1: read.added} if read.added else {}
     read.rows, read.held_out_rows = {}, None  # the examples are made of them; they only take up memory now
     prepared = Prepared(
         **vars(read),
         workdir=root,
         datasets=to_train_on,
         held_out=held_out,
-        pair_shape=from_config.pair_shape_of_lengths(config, model, lengths, given),
+        pair_shape=from_config.pair_shape_of_lengths(config, model, lengths, given | added),
         example_shape=from_config.example_shape_of_lengths(config, model, lengths),
         identity=found,
         began=began,
@@ -208,6 +235,8 @@ def _check_options(prepared: Prepared) -> None:
         hub.check(c.export.push_to)
     if "start" in prepared.roles:
         _check_start_answers(prepared)
+    if c.selfplay.add_pairs:
+        prepared.notes += _added_notes(prepared)
     if c.selfplay.start and c.selfplay.restart:
         raise ValueError("selfplay.restart trains the start anew: with selfplay.start that is another model")
     if c.selfplay.start and (c.loss.reference_alpha < 1 or c.loss.reference_decay):
@@ -253,12 +282,35 @@ def _schedule_notes(prepared: Prepared) -> list[str]:
         notes["sft"] = sft.check_schedule("sft", steps)
     for t in prepared.iterations:
         options = from_config.optimization(c, t)
-        pairs = sum(map(prepared.most_pairs, prepared.sources(t)))
+        pairs = sum(prepared.most_pairs(source) + len(prepared.added_pairs(source)) for source in prepared.sources(t))
         steps = training_steps(pairs, options.batch_size, options.epochs)
         notes["train"] = notes.get("train") or options.check_schedule("train", steps)
         if c.sft.control:
             notes["sft"] = notes.get("sft") or control.check_schedule("sft", steps, steps)
     return [note for found in notes.values() for note in found]
+
+
+def _added_notes(prepared: Prepared) -> list[str]:
+    """How many pairs of selfplay.add_pairs join those of an iteration; ValueError where they cannot."""
+    c, count = prepared.config, len(prepared.pairs_to_add)
+    if "real" not in prepared.roles:
+        raise ValueError(
+            f"selfplay.add_pairs: of these pairs, loss {c.loss.name!r} would read only the rejected answers"
+        )
+    if "start" in prepared.roles:
+        raise ValueError("selfplay.add_pairs: a row of this loss has an answer of the start, and these pairs have none")
+    if not count:
+        raise ValueError(f"selfplay.add_pairs={c.selfplay.add_pairs}: the prompts of all its pairs are held out")
+    notes = []
+    for t in prepared.iterations:
+        wanted, own, added = prepared.wanted_pairs(t), prepared.most_pairs(t), len(prepared.added_pairs(t))
+        if not added:
+            raise ValueError(f"selfplay.add_share={c.selfplay.add_share:g} adds no pair to the {own} of iteration {t}")
+        said = f"selfplay.add_pairs: {added} of {count} pairs join the {own} of an iteration"
+        notes.append(f"{said}, and selfplay.add_share asks for {wanted}" if wanted > added else said)
+    if left_out := len(prepared.added) - count:
+        notes.append(f"selfplay.add_pairs: {left_out} pairs are left out, because their prompts are held out")
+    return list(dict.fromkeys(notes))
 
 
 def _check_start_answers(prepared: Prepared) -> None:

@@ -195,13 +195,14 @@ class Pairing:
     def pairs_of(self, pairs: Sequence[Pair], file: epath.Path) -> list[Pair]:
         """The pairs to train on that are made of the answers in a file; held-out pairs are human and sampled answers.
 
-        A chosen answer takes the place of the human one (`real`), and a rejected one that of the generated one.
+        A chosen answer takes the place of the human one (`real`), and a rejected one that of the generated one. Pairs
+        of selfplay.add_pairs have both already.
 
         Raises:
             MissingInput: the answers were judged for another pairing.
             JudgeFailed: the user's function raised an error or returned no pairs; the message names the prompt.
         """
-        if self._rows != "all":
+        if self._rows != "all" and not file.name.startswith("added"):
             return [pair for pair in pairs if ((pair.score or 0.0) > 0.5) == (self._rows == "right")]
         if not (self.chooses and file.name.startswith("train")):
             return list(pairs)

@@ -1,16 +1,17 @@
 """Rows become conversations, and these become examples."""
 
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from dataset_rows import turn, write_jsonl
 from runs import SHARED
 
-from spin_jax import tiny
+from spin_jax import config_values, tiny
 from spin_jax.data import examples as examples_lib
 from spin_jax.data import sources
-from spin_jax.data.examples import group_by_prompt, load_examples, split_held_out
+from spin_jax.data.examples import group_by_prompt, load_examples, mixed_rows, split_held_out
 from spin_jax.data.records import Example
 from spin_jax.errors import BadRow
 
@@ -188,3 +189,43 @@ def test_example_type(chat):
     example = chat.example(1, [turn("user", "1"), turn("assistant", "2")], Counter())
     assert isinstance(example, Example)
     assert example.prompt.dtype == example.real.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("weights", "limit", "counts"),
+    [
+        ("0.7*a+0.3*b", None, [700, 300]),  # b, which has 300 rows, is used up
+        ("0.7*a+0.3*b", 100, [70, 30]),
+        ("7*a+3*b", 100, [70, 30]),
+        ("0.7*a+0.3*b", 5000, [700, 300]),  # a limit is no wish
+        ("0.1*a+0.9*b", None, [33, 300]),  # 333.3 rows
+        ("1*a+1*b+1*c", 10, [3, 3, 4]),  # no row is lost by rounding
+        ("0.1*a+0.2*b+0.7*c", None, [1, 2, 7]),  # exact, although 0.1 + 0.2 is not 0.3
+        ("1000*a+300*b", None, [1000, 300]),
+    ],
+)
+def test_rows_of_a_mixture_by_hand(weights, limit, counts):
+    (shares,) = config_values.data_mixtures(weights)
+    sizes = {"a": 1000, "b": 300, "c": 7}
+    assert list(mixed_rows({path: sizes[path] for path in shares}, shares, limit).values()) == counts
+
+
+def test_counts_of_mixtures_are_the_shares_rounded():
+    """None is above the rows of its dataset, and their sum is the most that is possible."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = {name: int(n) for name, n in zip("abcd", rng.integers(1, 60, 4), strict=True)}
+        shares = {
+            name: Fraction(int(n), 100) for name, n in zip("abcd", rng.multinomial(96, [0.25] * 4) + 1, strict=True)
+        }
+        most = min(sizes[name] / share for name, share in shares.items())
+        if min(shares.values()) * int(most) >= 1:
+            counts = mixed_rows(sizes, shares, None)
+            assert sum(counts.values()) == int(most)
+            assert all(abs(count - shares[name] * int(most)) < 1 for name, count in counts.items())
+            assert all(count <= sizes[name] for name, count in counts.items())
+
+
+def test_a_dataset_without_a_row_in_its_mixture():
+    with pytest.raises(ValueError, match=r"of the 10 rows that .*, none is of a"):
+        mixed_rows({"a": 10, "b": 10}, {"a": Fraction(1, 100), "b": Fraction(99, 100)}, None)

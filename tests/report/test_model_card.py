@@ -180,6 +180,10 @@ def test_what_is_of_the_hub_is_told_by_the_record_alone(tmp_path, monkeypatch):
     found = table(text)
     assert "datasets/owner/sums) at `f00d` (90 examples, 0123)" in found["data"][0]
     assert found["data of iteration 1"][0].startswith("`sums` (80 examples, 4567)")
+    c["data"]["path"] = "1*owner/sums+3*local/sums"  # one iteration's
+    text = model_card.model_card(facts(**c, revisions=revisions))
+    assert "owner/sums) at `f00d`, 25% of the mixture (90 examples, 0123); " in text
+    assert "| data | `sums`, 75% of the mixture (90 examples, 0123); " in text
 
 
 @pytest.mark.parametrize(
@@ -190,6 +194,8 @@ def test_what_is_of_the_hub_is_told_by_the_record_alone(tmp_path, monkeypatch):
         ("local/a,b", None, {"data": "x"}, [("local/a,b", None)]),  # a comma in a name
         ("org/a, org/a", "1f", {"data": "x", "data 1": "x"}, [("org/a", "1f")] * 2),
         ("a, b", {"a": None, "b": None}, {"data": "x", "data 1": "y"}, [("a", None), ("b", None)]),
+        ("1*org/a+3*b", {"org/a": "1f", "b": None}, {"data": "x"}, [("org/a", "1f"), ("b", None)]),
+        ("1*a+3*b", None, {"data": "x"}, [("1*a+3*b", None)]),  # a file with this name
     ],
 )
 def test_datasets_and_their_commits(path, revisions, fingerprints, found):

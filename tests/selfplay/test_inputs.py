@@ -186,6 +186,55 @@ def test_equal_prompts_are_held_out_together(tiny_config, tmp_path):
     assert f"{path}: rows with the prompt of an earlier row: 95" in prepared.notes
 
 
+def test_a_mixture_by_weight(tiny_config, tmp_path):
+    """30 rows of which 20 and 10 are of each file; ids are unique, and held-out prompts are in neither part."""
+    rows = tiny.problems()
+    a, b = (write_rows(tmp_path / f"{name}.jsonl", rows[i : i + 40]) for name, i in (("a", 0), ("b", 40)))
+    tiny_config.data.path, tiny_config.data.limit = f"2*{a}+1.0*{b}", 30
+    prepared = prepare(config.resolve(tiny_config), None)
+    (train,) = prepared.datasets
+    both = [*train, *prepared.held_out]
+    assert (len(train), len(prepared.held_out)) == (27, 3)
+    assert len({example.prompt_id for example in both}) == len(prompts(both)) == 30
+    questions = [row["question"] for row in rows]
+    of_a = [example for example in both if example.messages[0]["content"] in questions[:40]]
+    assert len(of_a) == 20
+    assert all(questions[example.prompt_id] == example.messages[0]["content"] for example in of_a)
+    assert prompts(both) <= {*questions[:80]}
+    assert prepared.notes == [
+        f"{a}: 20 of 40 rows, 66.7% of the mixture's 30",
+        f"{b}: 10 of 40 rows, 33.3% of the mixture's 30",
+    ]
+    again = prepare(config.resolve(tiny_config), None)
+    assert [e.prompt_id for e in again.datasets[0]] == [e.prompt_id for e in train]
+
+    # Each iteration can have its own; what a run that goes on compares are the rows, and not the text of data.path.
+    tiny_config.data.path = f"4*{a}+2*{b},{b}"
+    other = prepare(config.resolve(tiny_config), None)
+    assert [e.prompt_id for e in other.datasets[0]] == [e.prompt_id for e in train]
+    assert prompts(other.datasets[1]) <= {*questions[40:80]}
+    began = {"config": fingerprints.recorded(prepared.config), **prepared.identity}
+    assert fingerprints.differences(other.config, other.identity, began).keys() == {"fingerprints.data 1"}
+    tiny_config.data.path = f"1*{a}+2*{b}"
+    other = prepare(config.resolve(tiny_config), None)
+    assert fingerprints.differences(other.config, other.identity, began).keys() == {
+        "fingerprints.data",
+        "fingerprints.held-out data",
+    }
+
+
+def test_errors_of_a_mixture_name_the_file_and_the_row(tiny_config, tmp_path):
+    a, b = (write_rows(tmp_path / f"{name}.jsonl", tiny.problems()[:40]) for name in "ab")
+    (tmp_path / "b.jsonl").write_text((tmp_path / "b.jsonl").read_text() + '{"question": "1+2"}\n')
+    tiny_config.data.path, tiny_config.data.limit = f"1*{a}+1.025*{b}", None  # 40 rows and 41: all
+    with pytest.raises(ValueError, match=r"b\.jsonl.*41.*no field"):
+        prepare(config.resolve(tiny_config), None)
+    write_rows(tmp_path / "a.jsonl", [{**row, "prompt_id": 2**40} for row in tiny.problems()[:1]])
+    tiny_config.data.path = f"1*{a}+1*{b}"
+    with pytest.raises(ValueError, match=r"a\.jsonl: with several datasets, each prompt_id must be below"):
+        prepare(config.resolve(tiny_config), None)
+
+
 def test_a_run_that_cannot_learn(tiny_config, tmp_path):
     """An iteration of one step, whose learning rate the warm-up makes 0, is refused; few steps are noted."""
     tiny_config.data.path = write_rows(tmp_path / "train.jsonl", tiny.problems()[:40])
