@@ -143,6 +143,7 @@ def _asked(group: Sequence[Pair]) -> tuple[list[Message], list[str]]:
 
 
 def _judged(pairs: Sequence[Pair], judge: Judge) -> list[dict[str, Any]]:
+    assert not isinstance(judge.scorer, RewardModel)  # its numbers stand in its place
     said: dict[tuple[int, int], dict[str, Any]] = {}
     for prompt_id, group in by_prompt(pairs).items():
         messages, answers = _asked(group)
