@@ -85,6 +85,8 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "data.bad_rows": ("error", "drop"),
     "sft.turns": ("last", "all"),
+    "train.frozen_dtype": ("int8", "nf4"),
+    "sft.frozen_dtype": ("int8", "nf4"),
     "selfplay.rows": ("all", "right", "wrong"),
 }
 
@@ -184,6 +186,11 @@ def _contradictions(c: Any) -> Iterator[str]:
 def _adapter_contradictions(c: Any) -> Iterator[str]:
     if c.model.adapters and not c.model.path:
         yield "model.adapters needs model.path, the model that the adapters were trained on"
+    for name in ("train", "sft"):
+        if c[name].frozen_dtype and not c[name].lora_rank:
+            yield f"{name}.frozen_dtype needs {name}.lora_rank: without LoRA no weights are frozen"
+        if c[name].frozen_dtype and c.train.remat == "none":
+            yield f"{name}.frozen_dtype with train.remat='none' would keep all weights as floats: take another remat"
     if not c.export.adapters:
         return
     if not (c.train.lora_rank or c.sft.lora_rank):

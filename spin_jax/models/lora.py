@@ -7,12 +7,18 @@
 Without the adapters this is the model that an iteration began with, so SPIN's opponent needs no second copy.
 B is zero at first, and so is A B. Axes: L layers, r rank; then the weight's inputs and its outputs.
 
+With `frozen_dtype` the policy is Q(W) + (α / r) A B, with W rounded to a few bits (kernels/quantized.py). The opponent
+scores the pairs of training by Q(W) too, so that the first loss is ln 2. All else has W: the opponent answers, and the
+adapters are merged, as QLoRA's are. Merged into Q(W), most of what they learned would be lost when the next iteration
+rounds again, because a change of less than half a step leaves every weight where it was.
+
 Hugging Face's PEFT keeps A [r, in] and B [out, r] for each linear layer of transformers. `write_peft` and `read_peft`
 go from the one form to the other.
 """
 
 import functools
 import hashlib
+import importlib.util
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,6 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 from safetensors import numpy as safetensors_numpy
 
+from spin_jax.kernels import quantized
 from spin_jax.models import weight_files
 from spin_jax.models.architecture import ModelConfig, Params
 from spin_jax.models.params import abstract_params
@@ -38,13 +45,17 @@ from spin_jax.storage import files, seals
 TARGETS = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "gate": 1, "up": 1, "down": 1}  # how many axes are inputs
 
 
-def check(config: ModelConfig, targets: Sequence[str]) -> None:
-    """Raises ValueError for targets that the model does not have, or that take no adapters."""
+def check(config: ModelConfig, targets: Sequence[str], frozen_dtype: str | None = None) -> None:
+    """Raises ValueError for targets that the model does not have, or that take no adapters; or for `frozen_dtype`."""
     known = _known(config)
     unknown = [f"has {name!r}" for name in targets if name not in known]
     if unknown or not targets:
         what = unknown[0] if unknown else "is empty"
         raise ValueError(f"lora_targets {what}: this model has adapters for {', '.join(known)}")
+    if frozen_dtype and config.num_experts:
+        raise ValueError(f"frozen_dtype={frozen_dtype!r}: {config.model_type} has experts, which stay in model.dtype")
+    if frozen_dtype and importlib.util.find_spec("qwix") is None:
+        raise ValueError(f"frozen_dtype={frozen_dtype!r} needs qwix, which is not installed: pip install qwix")
 
 
 def _known(config: ModelConfig) -> list[str]:
@@ -107,20 +118,42 @@ def init(shapes: Params, key: Array) -> Params:
     return jax.jit(values, out_shardings=layouts)(key)
 
 
-def freeze(params: Params, dtype: Any) -> Params:
+def freeze(params: Params, dtype: Any, frozen_dtype: str | None = None, keep: bool = False) -> Params:
     """Casts the weights to the compute dtype, in which they are used anyway; norms keep their dtype.
 
-    `params` are freed leaf by leaf, so that memory never holds both trees.
+    With `frozen_dtype` the layers' matrices become QArrays. `params` are freed leaf by leaf, so that memory never holds
+    both trees; with `keep` they are not, and the trees share the leaves that do not change.
     """
 
-    def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        if path[-1].key == "scale" or leaf.dtype == dtype:
-            return leaf
-        smaller = leaf.astype(dtype)
-        leaf.delete()
-        return smaller
+    def smaller(path: Any, leaf: jax.Array) -> Any:
+        frozen = _frozen(path, leaf, dtype, frozen_dtype)
+        if frozen is not leaf and not keep:
+            leaf.delete()
+        return frozen
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
+        return jax.tree_util.tree_map_with_path(smaller, params)
+
+
+def frozen_on(params: Params, dtype: Any, frozen_dtype: str | None) -> Params:
+    """`freeze` for parameters that are only shapes and shardings."""
+    mesh, each = jax.tree.leaves(params)[0].sharding.mesh, functools.partial(_frozen, dtype=dtype, stored=frozen_dtype)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(functools.partial(jax.tree_util.tree_map_with_path, each), params)
+    return sharding.laid_out(mesh, shapes)
+
+
+def _frozen(path: Any, leaf: Any, dtype: Any, stored: str | None) -> Any:
+    name = path[-1].key
+    if stored and path[0].key == "layers" and name in TARGETS:
+        # The axis within a head or the MLP: fsdp splits neither, and blocks are the same on every mesh.
+        return _quantized(leaf, stored, TARGETS[name] if name in ("wo", "down") else leaf.ndim - 1)
+    return leaf if name == "scale" or leaf.dtype == dtype else leaf.astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantized(weight: Array, dtype: str, axis: int) -> Any:
+    return sharding.by_parts(functools.partial(quantized.quantize, dtype=dtype, axis=axis), weight)
 
 
 def joined(frozen: Params, adapters: Params, scale: float) -> Params:

@@ -78,6 +78,9 @@ def table(answer: Mapping[str, Any]) -> str:
         checkpoint = f"{saved['checkpoint_gib']:.2f} GiB instead of {saved['checkpoint_without_gib']:.1f}"
         memory = f"{saved['saved_gib']:.1f} GiB less per device; a step checkpoint has {checkpoint}"
         lines.insert(-2, f"LoRA       rank {saved['rank']}: {compact(saved['trained'])} numbers trained, {memory}")
+        if saved["frozen_dtype"]:
+            freed = f"{saved['frozen_saved_gib']:.1f} GiB of these by frozen weights in {saved['frozen_dtype']}"
+            lines.insert(-2, f"           {freed}, in training alone")
     for name, phase in phases.items():
         mark = " " if phase["hbm_gib"] <= room else "!"
         unit = f"{duration(phase['unit_s'])} a {phase['unit']}"

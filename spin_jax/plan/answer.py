@@ -75,14 +75,18 @@ def _lora_savings(run: PlannedRun) -> dict[str, Any] | None:
     t = run.config.train
     if not t.lora_rank:
         return None
-    without = dataclasses.replace(run, config=run.config.changed({"train.lora_rank": None}))
-    saved = estimated_phases(without)["train"].memory - estimated_phases(run)["train"].memory
+    def memory(**keys: None) -> float:
+        changed = run.config.changed({f"train.{key}": value for key, value in keys.items()})
+        return estimated_phases(dataclasses.replace(run, config=changed))["train"].memory / GIB
+
     trained = from_config.trained_params(run.config, run.model.config)
     each = 4 * (1 + OPTIMIZERS[t.optimizer].moments) / GIB
     return {
         "rank": t.lora_rank,
         "trained": trained,
-        "saved_gib": saved / GIB,
+        "saved_gib": memory(lora_rank=None, frozen_dtype=None) - memory(),
+        "frozen_dtype": t.frozen_dtype,
+        "frozen_saved_gib": memory(frozen_dtype=None) - memory(),
         "checkpoint_gib": each * trained,
         "checkpoint_without_gib": each * cost.all_params(run.model.config),
     }

@@ -50,7 +50,7 @@ def train_program(run: PlannedRun) -> tuple[Any, tuple]:
     options, mesh = from_config.optimization(run.config, 0), run.model.mesh
     params, frozen = params_on(mesh, run.model.config), None
     if options.lora_rank:
-        frozen = params_on(mesh, run.model.config, run.model.dtype)
+        frozen = lora.frozen_on(params, run.model.dtype, options.frozen_dtype)
         params = lora.adapters_on(params, options.lora_rank, options.lora_targets)
     state = abstract_state(params, options, mesh)
     batch = stacked(batches_of(run, run.pairs[: options.batch_size]), -(-options.batch_size // run.shape.rows))

@@ -7,6 +7,7 @@ from the compilers' answers; a comment says where.
 import math
 from typing import NamedTuple
 
+from spin_jax.kernels import quantized
 from spin_jax.models import cost
 from spin_jax.plan.collectives import BETWEEN_SLICES
 from spin_jax.plan.planned_run import PhaseCost, PlannedRun
@@ -19,6 +20,18 @@ from spin_jax.training.optimizer import OPTIMIZERS
 def _per_device(run: PlannedRun) -> float:
     """The number of parameters that each device keeps in training."""
     return cost.all_params(run.model.config) / sharding.weight_shards(run.model.mesh)
+
+
+def _frozen(run: PlannedRun) -> float:
+    """The bytes of each device's frozen weights."""
+    m, dtype, item = run.model.config, run.config.train.frozen_dtype, run.model.dtype.itemsize
+    if not dtype:
+        return item * _per_device(run)
+    heads, mlp = 2 * (m.num_attention_heads + m.num_key_value_heads) * m.head_dim, (2 + m.gated) * m.intermediate_size
+    axes = (heads, m.head_dim), (mlp, m.intermediate_size // sharding.tensor_shards(run.model.mesh))
+    each = [n * (item - quantized.BYTES[dtype] - 4 / quantized.block(size)) for n, size in axes]  # a scale is float32
+    saved = m.num_hidden_layers * m.hidden_size * sum(each) / sharding.weight_shards(run.model.mesh)
+    return item * _per_device(run) - saved
 
 
 def estimated_phases(run: PlannedRun) -> dict[str, PhaseCost]:
@@ -58,7 +71,7 @@ def _training(run: PlannedRun) -> PhaseCost:
     whole = _per_device(run)
     share = from_config.trained_params(c, m) / cost.all_params(m)
     adapters, offload = bool(c.train.lora_rank), c.train.offload
-    weights, mine = item * whole if adapters else 4 * whole, 4 * share * whole
+    weights, mine = _frozen(run) if adapters else 4 * whole, 4 * share * whole
     tensor, D = sharding.tensor_shards(run.model.mesh), m.hidden_size
     kept = {  # how many numbers are kept of a token in a layer, beside the layer's input
         "full": 0,
@@ -92,7 +105,8 @@ def _scoring(run: PlannedRun) -> PhaseCost:
     m, layer, item = run.model.config, _layer(run), run.model.dtype.itemsize
     table = item * m.vocab_size * m.hidden_size / sharding.tensor_shards(run.model.mesh)
     temporary = layer.weights + layer.working + table + layer.logits
-    parts = {"weights": 4 * _per_device(run), "optimizer": 0.0, "temporary": temporary}
+    weights = 4 * _per_device(run) + (_frozen(run) if run.config.train.frozen_dtype else 0.0)  # which score as well
+    parts = {"weights": weights, "optimizer": 0.0, "temporary": temporary}
     return PhaseCost(parts, _estimated_traffic(run, layer.tokens, passes=1), "micro-batch")
 
 

@@ -238,6 +238,14 @@ def by_rows(run: Callable[..., jax.Array], x: jax.Array, y: jax.Array, *weights:
     return jax.shard_map(local, in_specs=(rows, rows, *parts), out_specs=rows, check_vma=False)(x, y, *weights)
 
 
+def by_parts(run: Callable[[Any], Any], x: Any) -> Any:
+    """run(x) on each device's own part of an array, or of a tree of arrays that are split alike; so is the result."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(x)
+    split = jax.typeof(jax.tree.leaves(x)[0]).sharding.spec
+    return jax.shard_map(run, in_specs=(split,), out_specs=split, check_vma=False)(x)
+
+
 def gathered(x: jax.Array) -> jax.Array:
     """A stored parameter for use in the model: gathered over fsdp, and still split over tensor.
 

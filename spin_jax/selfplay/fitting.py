@@ -222,7 +222,7 @@ class Fitting:
         if not options.lora_rank:
             return init_state(params, options, run.model.mesh), None
         adapters = lora.adapters_on(abstract, options.lora_rank, options.lora_targets)
-        frozen = lora.freeze(params, run.model.dtype)
+        frozen = lora.freeze(params, run.model.dtype, options.frozen_dtype)
         if start:
             return step_checkpoints.restore(start, abstract_state(adapters, options, run.model.mesh)), frozen
         key = jax.random.key(self._data_seed(phase))

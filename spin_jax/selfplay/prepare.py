@@ -252,7 +252,7 @@ def _check_options(prepared: Prepared) -> None:
     prepared.notes += _schedule_notes(prepared)
     for section in (c.train, c.sft):
         if section.lora_rank:
-            lora.check(prepared.model.config, section.lora_targets)
+            lora.check(prepared.model.config, section.lora_targets, section.frozen_dtype)
 
 
 def _check_pairing(prepared: Prepared) -> None:

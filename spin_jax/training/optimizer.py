@@ -35,6 +35,7 @@ class Optimization:
     lora_rank: int | None = None  # the adapters' rank; None trains the weights themselves
     lora_alpha: float = 16.0
     lora_targets: tuple[str, ...] = ()
+    frozen_dtype: str | None = None  # int8 or nf4, in which the weights under adapters are stored
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:

@@ -118,7 +118,7 @@ def _make_step(objective: Objective, options: Optimization) -> Step:
         state: TrainState, batch: Any, learning_rate: Array, scalars: Mapping[str, Array], frozen: Params | None = None
     ):
         size = objective.size(batch)
-        cast = copies(state.params if frozen is None else frozen, objective.decoder.dtype)
+        cast = copies(state.params, objective.decoder.dtype) if frozen is None else {}  # frozen ones need no copies
 
         def mean_loss(params: Params, part: Any) -> tuple[Array, Metrics]:
             params = params if frozen is None else lora.joined(frozen, params, options.lora_scale)

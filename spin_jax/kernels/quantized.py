@@ -1,0 +1,45 @@
+"""Frozen weights in int8 or in NF4 (QLoRA, arXiv 2305.14314), stored by Google's qwix.
+
+A QArray of qwix is a tree of two arrays: `qvalue` has the weight's shape and a few bits for each number, and `scale`
+has a float32 for each block. A block is BLOCK numbers along one axis, or as many of them as divide it.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+BLOCK = 64
+BYTES = {"int8": 1.0, "nf4": 0.5}  # of a number without its scale
+
+
+def block(size: int) -> int:
+    """How many numbers of an axis of this size share a scale."""
+    return math.gcd(BLOCK, size)
+
+
+def quantize(weight: Array, dtype: str, axis: int) -> Any:
+    """A weight [L, …] as a QArray, with blocks along `axis`. One layer at a time, for NF4 takes 64 bytes a number."""
+    import qwix
+
+    def layer(w: Array) -> Any:
+        within = axis - 1
+        others = [n for n in range(w.ndim) if n != within]
+        tiles = {within: block(w.shape[within])}
+        return qwix.quantize(w.astype(jnp.float32), dtype, channelwise_axes=others, tiled_axes=tiles)
+
+    return jax.lax.map(layer, weight)
+
+
+def is_quantized(weight: Any) -> bool:
+    """Whether a weight of a tree is a QArray."""
+    return hasattr(weight, "qvalue")
+
+
+def dequantize(weight: Any) -> Array:
+    """The float32 numbers of a QArray."""
+    import qwix
+
+    return qwix.dequantize(weight)
