@@ -340,7 +340,7 @@ def _optimization(epochs: Any, learning_rate: Any) -> Any:
     train.lora_alpha = 16.0
     # The weights that get an adapter.
     train.lora_targets = ("wq", "wk", "wv", "wo", "gate", "up", "down")
-    # int8 or nf4: the matrices of the layers under the adapters are stored in so many bits, by qwix. Unset: model.dtype.
+    # int8 or nf4: what the frozen matrices of the layers are stored in, by qwix. Unset: model.dtype.
     train.frozen_dtype = placeholder(str)
     return train
 

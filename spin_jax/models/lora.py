@@ -55,7 +55,8 @@ def check(config: ModelConfig, targets: Sequence[str], frozen_dtype: str | None 
     if frozen_dtype and config.num_experts:
         raise ValueError(f"frozen_dtype={frozen_dtype!r}: {config.model_type} has experts, which stay in model.dtype")
     if frozen_dtype and importlib.util.find_spec("qwix") is None:
-        raise ValueError(f"frozen_dtype={frozen_dtype!r} needs qwix, which is not installed: pip install qwix")
+        hint = "is not installed: pip install 'spin_jax[quantized]'"
+        raise ValueError(f"frozen_dtype={frozen_dtype!r} needs qwix, which {hint}")
 
 
 def _known(config: ModelConfig) -> list[str]:

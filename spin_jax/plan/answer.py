@@ -75,6 +75,7 @@ def _lora_savings(run: PlannedRun) -> dict[str, Any] | None:
     t = run.config.train
     if not t.lora_rank:
         return None
+
     def memory(**keys: None) -> float:
         changed = run.config.changed({f"train.{key}": value for key, value in keys.items()})
         return estimated_phases(dataclasses.replace(run, config=changed))["train"].memory / GIB

@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from runs import ROOT
 
-TOOLS = ("gguf", "ipykernel", "jupytext", "nbclient", "pytest", "pytest-xdist", "torch")
+TOOLS = ("gguf", "ipykernel", "jupytext", "nbclient", "pytest", "pytest-xdist", "qwix", "torch")
 TESTS = (
     "tests/data",
     "tests/models",
