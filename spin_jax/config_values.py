@@ -190,7 +190,7 @@ def _adapter_contradictions(c: Any) -> Iterator[str]:
         if c[name].frozen_dtype and not c[name].lora_rank:
             yield f"{name}.frozen_dtype needs {name}.lora_rank: without LoRA no weights are frozen"
         if c[name].frozen_dtype and c.train.remat == "none":
-            yield f"{name}.frozen_dtype with train.remat='none' would keep all weights as floats: take another remat"
+            yield f"{name}.frozen_dtype with train.remat='none' would keep all weights as floats: set train.remat=full"
     if not c.export.adapters:
         return
     if not (c.train.lora_rank or c.sft.lora_rank):

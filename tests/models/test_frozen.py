@@ -250,6 +250,7 @@ def test_plan_says_what_they_save(mesh):
 RUN = (
     "--config.train.lora_rank=4",
     "--config.train.frozen_dtype=nf4",
+    "--config.train.remat=full",
     "--config.train.learning_rate=0.01",
     "--config.sft.control=False",
     "--config.selfplay.iterations=1",
