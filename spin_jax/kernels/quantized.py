@@ -5,6 +5,7 @@ has a float32 for each block. A block is BLOCK numbers along one axis, or as man
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,8 +39,14 @@ def is_quantized(weight: Any) -> bool:
     return hasattr(weight, "qvalue")
 
 
-def dequantize(weight: Any) -> Array:
-    """The float32 numbers of a QArray."""
-    import qwix
+def as_floats(tree: Any, by_parts: Callable[[Callable[[Any], Any], Any], Any]) -> Any:
+    """The tree with float32 in place of each QArray. by_parts(run, weight) runs run(weight) on parts of a weight."""
 
-    return qwix.dequantize(weight)
+    def plain(leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return leaf
+        import qwix
+
+        return by_parts(qwix.dequantize, leaf)
+
+    return jax.tree.map(plain, tree, is_leaf=is_quantized)

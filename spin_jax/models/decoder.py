@@ -17,6 +17,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from spin_jax.kernels import quantized
 from spin_jax.kernels.layout import Layout, matmul_precision
 from spin_jax.models.architecture import ModelConfig, Params
 from spin_jax.models.cache import Cache
@@ -91,7 +92,7 @@ class Decoder(nn.Module):
                     variables = jax.tree.map(lambda w: w[number], variables)
                 if copies := variables.pop("copies", None):
                     variables["params"] = jax.tree.map(copy_for, variables["params"], copies)
-                return block.apply(variables, x, layout)[0]
+                return block.apply(quantized.as_floats(variables, sharding.by_parts), x, layout)[0]
 
             if self.remat == "none":
                 return layer

@@ -12,7 +12,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from spin_jax.kernels import flash_decode, quantized
+from spin_jax.kernels import flash_decode
 from spin_jax.kernels.layout import KEPT, Layout, matmul_precision, on_cpu
 from spin_jax.models.architecture import ModelConfig
 from spin_jax.models.attention import attend, plain
@@ -124,12 +124,8 @@ class _Projections(nn.Module):
     dtype: Any
 
     def weight(self, name: str, axes: Axes, shape: tuple[int, ...]) -> Array:
-        stored: Any = self.get_variable("params", name)
-        if quantized.is_quantized(stored):  # two arrays, which Linen does not take for one parameter
-            stored = sharding.by_parts(quantized.dequantize, stored)
-        else:
-            init = nn.initializers.normal(self.config.initializer_range)
-            stored = self.param(name, nn.with_partitioning(init, axes), shape)
+        init = nn.initializers.normal(self.config.initializer_range)
+        stored: Any = self.param(name, nn.with_partitioning(init, axes), shape)
         return sharding.gathered(stored.astype(self.dtype))
 
     def bias(self, name: str, axes: Axes, shape: tuple[int, ...]) -> Array:

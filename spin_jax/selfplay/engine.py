@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from spin_jax.data.records import Example, Ids
 from spin_jax.errors import Interrupted
+from spin_jax.models import lora
 from spin_jax.models.architecture import Params
 from spin_jax.models.params import sampling_params
 from spin_jax.runtime import sharding
@@ -34,6 +35,7 @@ class Engine:
         self._run = run
         self.should_stop = should_stop
         self._copied: tuple[Params, Params] | None = None  # the last weights, and the sampler's copy of them
+        self._frozen: tuple[Params, Params] | None = None  # the last weights, and what training freezes of them
 
     def stop_if_asked(self) -> None:
         """Raises Interrupted where the run was asked to stop. It is called between two units of work."""
@@ -42,7 +44,7 @@ class Engine:
 
     def release(self) -> None:
         """Forgets the sampler's copy of the weights and frees a reward model: training needs their memory."""
-        self._copied = None
+        self._copied = self._frozen = None
         self._run.judge.free()
 
     def free(self, params: Params | None) -> None:
@@ -104,8 +106,12 @@ class Engine:
             self._copied = params, sampling_params(params, model.config, model.dtype, self._run.sampling_mesh)
         return self._copied[1]
 
-    def score(self, params: Params, groups: Sequence[Group], bar: Any = None) -> Float[np.ndarray, "groups A"]:
+    def score(
+        self, params: Params, groups: Sequence[Group], bar: Any = None, frozen: bool = False
+    ) -> Float[np.ndarray, "groups A"]:
         """Log-probs of the answers of each group, in nats, by float32 weights, in rows of the shape that training has.
+
+        With `frozen` they are rounded as train.frozen_dtype says: the policy begins there (models/lora.py).
 
         Raises:
             Interrupted: the run was asked to stop.
@@ -118,7 +124,16 @@ class Engine:
             shape = shape._replace(length=sharding.bucket(int(max(longest[0], shape.length))))
         count = functools.partial(self._count, bar)
         unattended = run.chat.unattended
+        params = self._as_frozen(params) if frozen else params
         return score_groups(run.decoder, params, groups, shape, run.model.mesh, unattended=unattended, on_batch=count)
+
+    def _as_frozen(self, params: Params) -> Params:
+        model, dtype = self._run.model, self._run.config.train.frozen_dtype
+        if not dtype:
+            return params
+        if self._frozen is None or self._frozen[0] is not params:
+            self._frozen = params, lora.freeze(params, model.dtype, dtype, keep=True)
+        return self._frozen[1]
 
     def _count(self, bar: Any, done: int) -> None:
         if bar is not None:

@@ -16,7 +16,6 @@ from etils import epath
 from spin_jax.data import parquet
 from spin_jax.data.records import Example, Ids, Pair
 from spin_jax.errors import MissingInput
-from spin_jax.models import lora
 from spin_jax.models.architecture import Params
 from spin_jax.runtime.console import compact, progress
 from spin_jax.selfplay import from_config, variants
@@ -221,17 +220,13 @@ class Opponent:
         metrics.rewind("score", t, lambda number: not done[number])
         total, left = (sum(shards[number].total for number in numbers) for numbers in (own, missing))
         title = f"iteration {t}: score" + ("" if by == t else f" (by opponent {by})")
-        rounded = params  # as training freezes them (lora.py): the policy begins there
-        if dtype := run.config.train.frozen_dtype:
-            rounded = lora.freeze(params, run.model.dtype, dtype, keep=True)
         with progress(title, total, total - left, unit="pair") as bar:
             for number in missing:
                 began, shard = time.perf_counter(), shards[number]
                 pairs = self._pairs_of(shard)
                 bar.update(shard.total - len(pairs))  # pairs that nobody trains on
                 groups = [pair_group(pair, run.roles) for pair in pairs]
-                trains = shard.pairs.name.startswith("train")
-                logps = self._engine.score(rounded if trains else params, groups, bar)
+                logps = self._engine.score(params, groups, bar, frozen=shard.pairs.name.startswith("train"))
                 _check_finite(pairs, logps, shard.pairs)
                 tokens = sum(len(group.prompt) + sum(map(len, group.answers)) for group in groups)
                 rate = tokens / (time.perf_counter() - began)
