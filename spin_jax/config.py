@@ -165,7 +165,7 @@ def default() -> Any:
     # stands in the place of the human one, and their rejected one in that of the generated one.
     c.selfplay.add_pairs = placeholder(str)
     # This share of an iteration's own pairs are added ones, which the seed chooses; fewer where there are not enough,
-    # because none is added twice. Pairs that selfplay.rows or selfplay.pairing leaves out count as well.
+    # because no iteration adds one twice. Pairs that selfplay.rows or selfplay.pairing leaves out count as well.
     c.selfplay.add_share = placeholder(float)
     # K: how many answers to a prompt are sampled; the prompt is read once.
     c.selfplay.samples = 1

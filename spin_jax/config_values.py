@@ -171,6 +171,8 @@ def _contradictions(c: Any) -> Iterator[str]:
         yield f"eval.include_path={c.eval.include_path!r} is of no use without eval.tasks"
     if play.rows != "all" and not c.eval.verifier:
         yield f"selfplay.rows={play.rows!r} needs eval.verifier, which says which answers are right"
+    if c.loss.reference_decay and not c.loss.reference_alpha:
+        yield "loss.reference_decay weighs earlier opponents, and with loss.reference_alpha=0 none counts: unset one"
     if play.length_penalty and not play.scorer:
         yield "selfplay.length_penalty lowers scores, and there are none: set selfplay.scorer"
     if play.rows != "all" and play.scorer:
@@ -265,16 +267,19 @@ def algorithm_notes(c: Mapping[str, Any]) -> list[str]:
     weight, options, alpha = (loss.get(key) for key in ("nll_weight", "options", "reference_alpha"))
     samples, rows, scorer, restart = (play.get(key) for key in ("samples", "rows", "scorer", "restart"))
     pairing, decay = play.get("pairing"), loss.get("reference_decay")
-    added = play.get("add_share")
+    added, penalty, frozen = play.get("add_share"), play.get("length_penalty"), c["train"].get("frozen_dtype")
     phrases = [
-        weight and f"{weight:g} × NLL of the human answer",
+        weight
+        and f"{weight:g} × NLL of the {'human' if (pairing or 'human').startswith('human/') else 'chosen'} answer",
         options,
         alpha not in (None, 1) and f"reference {alpha:g} × the opponent's and {1 - alpha:g} × the start's",
         decay and f"earlier opponents are references, each with {decay:g} × the weight of the next",
         samples not in (None, 1) and f"{samples} answers per prompt",
         pairing not in (None, "human/own") and f"pairing {pairing}",
         rows not in (None, "all") and f"only answers that {c['eval'].get('verifier')} finds {rows}",
-        scorer and f"scores of {scorer}",
+        scorer and f"scores of {scorer if ':' in scorer or not os.path.isabs(scorer) else os.path.basename(scorer)}",
+        penalty and f"{penalty:g} off a score for each token of an answer",
+        frozen and f"frozen weights in {frozen}",
         added and f"given pairs added, a share of {added:g}",
         restart and "each iteration trains the start's weights",
     ]

@@ -231,7 +231,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 
 
 def nll(policy: Any, opponent: Any) -> Array:
-    """−log p_θ(y|x), which keeps the human answer itself likely (loss.nll_weight)."""
+    """−log p_θ(y|x), which keeps the human answer, or the chosen one, itself likely (loss.nll_weight)."""
     del opponent
     return -policy.real
 

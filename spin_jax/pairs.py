@@ -140,6 +140,12 @@ def _opponent_folder(prepared: Any, t: int) -> str:
 
     c = prepared.config
     if t == c.selfplay.start and c.model.path and not c.sft.epochs:
+        if c.model.adapters:
+            raise ValueError(
+                f"model.adapters: iteration {t} is answered by {c.model.path} with the adapters merged, which is on no "
+                "disk: save it, spin_jax.save(spin_jax.load(PATH, adapters=ADAPTERS), FOLDER), and begin a run with "
+                "FOLDER as model.path"
+            )
         return c.model.path
     folder = prepared.folder(t - 1 if t > c.selfplay.start else -1) / "model"
     if not seals.sealed(folder):

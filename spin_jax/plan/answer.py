@@ -77,7 +77,8 @@ def _lora_savings(run: PlannedRun) -> dict[str, Any] | None:
         return None
 
     def memory(**keys: None) -> float:
-        changed = run.config.changed({f"train.{key}": value for key, value in keys.items()})
+        changed = {f"train.{key}": value for key, value in keys.items()}
+        changed = run.config.changed({**changed, "export.adapters": False})
         return estimated_phases(dataclasses.replace(run, config=changed))["train"].memory / GIB
 
     trained = from_config.trained_params(run.config, run.model.config)

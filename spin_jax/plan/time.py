@@ -74,12 +74,13 @@ def fill_in_times(run: PlannedRun, phases: dict[str, PhaseCost], assumed: Assume
 def run_time(run: PlannedRun, phases: Mapping[str, PhaseCost]) -> dict[str, float]:
     """Hours of all iterations. A later iteration also scores the pairs of earlier ones and trains on them."""
     c, hours = run.config, 0.0
+    with_added = 1 / (1 - (c.selfplay.add_share or 0.0))  # pairs that are scored and trained on, for each own one
     seconds = {name: phase.seconds * phase.units for name, phase in phases.items()}
     for t in range(c.selfplay.start, c.selfplay.iterations):
         sources = 1 + min(t - c.selfplay.start, c.selfplay.mix_previous)
         epochs = config_values.per_iteration(c.train.epochs, t) / config_values.per_iteration(c.train.epochs, 0)
         scoring = len(reference_weights(c, t)) * seconds["score"]
-        hours += (seconds["sample"] + sources * (scoring + epochs * seconds["train"])) / 3600
+        hours += (seconds["sample"] + sources * with_added * (scoring + epochs * seconds["train"])) / 3600
     iterations = c.selfplay.iterations - c.selfplay.start
     return {"iterations": iterations, "hours": hours, "device_hours": hours * run.model.mesh.size}
 

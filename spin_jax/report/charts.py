@@ -42,7 +42,7 @@ class Topic(NamedTuple):
 
 _RIGHT = {"sampled_accuracy": "temp. 1", "greedy_accuracy": "greedy"}
 _KL = {"kl_opponent": "from the opponent", "kl_start": "from the start"}
-_MARGIN_NOTE = "β times how much more the human answer gained over the opponent than the opponent's own."
+_MARGIN_NOTE = "β times how much more the human answer gained over the opponent than the opponent's own answer."
 _ACCURACY_NOTE = "The share of pairs with a margin above 0. Identical answers have none."
 _KL_NOTE = "Estimated on the model's own answers; a little below 0 is chance."
 _ITERATIONS = (
@@ -108,12 +108,12 @@ def _task_topics(rows: Sequence[Row]) -> list[Topic]:
 
 # --- over optimizer steps ------------------------------------------------------------------------
 
-_REWARDS = {"real_reward": "human answers", "generated_reward": "generated answers"}
-_LOG_PROBS = {"real_logp": "human answers", "generated_logp": "generated answers"}
-_REWARDS_NOTE = "β · log of how much likelier an answer is than under the opponent. Their difference is the margin."
+_REWARDS = {"real_reward": "preferred answers", "generated_reward": "the others"}
+_LOG_PROBS = {"real_logp": "preferred answers", "generated_logp": "the others"}
+_REWARDS_NOTE = "β · log of how much likelier an answer is than under the reference. Their difference is the margin."
 _LOG_PROBS_NOTE = (
-    "The loss asks for the difference alone: log p of human answers may fall while the margin grows, as long as that "
-    "of generated ones falls faster. Where it falls far, loss.nll_weight holds it."
+    "The loss asks for the difference alone: log p of preferred answers may fall while the margin grows, as long as "
+    "that of the others falls faster. Where it falls far, loss.nll_weight holds it."
 )
 _LEARNING = (
     Topic("loss", "Training loss", "loss", "Of each step's pairs, before its update."),

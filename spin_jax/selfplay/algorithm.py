@@ -6,8 +6,8 @@
         train     θ_{t+1} = argmin_θ Σ ℓ(β log p_θ(y|x)/p_θt(y|x) − β log p_θ(y'|x)/p_θt(y'|x))    fitting.py
 
 `run` is the whole of it. Each phase writes its results as it goes, and skips what exists already, so that running again
-with the same workdir continues. Only one set of weights is held at a time: the opponent's log-probs are computed before
-training starts from its weights. β is the paper's λ.
+with the same workdir continues. Plain SPIN holds one set of weights at a time: the opponent's log-probs are computed
+before training starts from its weights. β is the paper's λ.
 """
 
 import contextlib

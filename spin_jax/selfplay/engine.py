@@ -124,7 +124,10 @@ class Engine:
             shape = shape._replace(length=sharding.bucket(int(max(longest[0], shape.length))))
         count = functools.partial(self._count, bar)
         unattended = run.chat.unattended
-        params = self._as_frozen(params) if frozen else params
+        if frozen:  # sampling is over
+            self._copied = None
+            run.judge.free()
+            params = self._as_frozen(params)
         return score_groups(run.decoder, params, groups, shape, run.model.mesh, unattended=unattended, on_batch=count)
 
     def _as_frozen(self, params: Params) -> Params:

@@ -67,10 +67,10 @@ class Fitting:
         """Iteration t of self-play: the loss of policy and opponent on the scored pairs.
 
         Raises:
-            NothingToTrainOn: there is no pair.
+            NothingToTrainOn: there is no pair but those of selfplay.add_pairs, whose ids are negative.
         """
         run, options = self._run, from_config.optimization(self._run.config, t)
-        if not scored:
+        if all(each.pair.prompt_id < 0 for each in scored):
             folders = [run.folder(source) / "pairs" for source in run.sources(t)]
             raise NothingToTrainOn(f"iteration {t}: {run.pairing.nothing(folders)}")
 

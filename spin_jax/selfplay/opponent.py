@@ -226,13 +226,14 @@ class Opponent:
                 pairs = self._pairs_of(shard)
                 bar.update(shard.total - len(pairs))  # pairs that nobody trains on
                 groups = [pair_group(pair, run.roles) for pair in pairs]
-                logps = self._engine.score(params, groups, bar, frozen=shard.pairs.name.startswith("train"))
+                logps = self._engine.score(params, groups, bar, frozen=not shard.pairs.name.startswith("test"))
                 _check_finite(pairs, logps, shard.pairs)
                 tokens = sum(len(group.prompt) + sum(map(len, group.answers)) for group in groups)
                 rate = tokens / (time.perf_counter() - began)
                 means = {f"{r}_logp": float(logps[:, n].mean()) for n, r in enumerate(run.roles) if pairs}
                 row = {"source_iteration": shard.source, "pairs": len(pairs), **means, "tokens_per_s": rate}
-                metrics.write("score", t, number, row | run.pairing.metrics(shard.pairs))
+                reference = {} if by == t else {"reference": by}
+                metrics.write("score", t, number, row | reference | run.pairing.metrics(shard.pairs))
                 metrics.flush()
                 files.write(shard.path, parquet.scores_to_parquet(shard.source, pairs, logps, run.roles))
                 bar.set_postfix({"tok/s": compact(rate)}, refresh=False)

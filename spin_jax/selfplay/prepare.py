@@ -99,8 +99,8 @@ class Prepared(Inputs):
         """The pairs of selfplay.add_pairs that join those of iteration t: the next ones after iteration t − 1's."""
         if not (pairs := self.pairs_to_add):
             return []
-        count = min(self.wanted_pairs(t), len(pairs))
-        return [pairs[number % len(pairs)] for number in range(t * count, (t + 1) * count)]
+        counts = [min(self.wanted_pairs(k), len(pairs)) for k in range(t + 1)]
+        return [pairs[number % len(pairs)] for number in range(sum(counts[:-1]), sum(counts))]
 
     def wanted_pairs(self, t: int) -> int:
         """How many pairs selfplay.add_share asks to be added to those of iteration t."""

@@ -28,6 +28,7 @@ from spin_jax.evaluate import verifiers
 from spin_jax.evaluate.reward_model import RewardModel
 from spin_jax.runtime import processes
 from spin_jax.runtime.user_code import import_function
+from spin_jax.training import custom_loss
 
 # --- judges: a scorer and a verifier; what they say is stored with the pairs -------------------------
 
@@ -46,6 +47,7 @@ class Judge(NamedTuple):
     of_human: bool  # whether the scorer is asked about the human answer, too
     verifier: verifiers.Verifier | None  # eval.verifier, for the pairing right/wrong
     length_penalty: float = 0.0  # what each token of an answer takes from its score
+    of_added: bool = True  # whether it is asked about pairs of selfplay.add_pairs
 
     @property
     def fields(self) -> list[str]:
@@ -85,7 +87,7 @@ def find_judge(config: Config, mesh: jax.sharding.Mesh | None = None) -> Judge:
         verifier = verifiers.find_verifier(config.eval.verifier)
     # Where the human answer is chosen by name, nobody asks how good it is.
     of_human = ":" in play.pairing or ("human" in play.pairing and not play.pairing.startswith("human/"))
-    return Judge(scorer, of_human, verifier, play.length_penalty)
+    return Judge(scorer, of_human, verifier, play.length_penalty, custom_loss.takes_score(config.loss))
 
 
 def _verdicts(verifier: verifiers.Verifier, messages: list[Message], answers: list[str]) -> list[float]:
@@ -93,18 +95,32 @@ def _verdicts(verifier: verifiers.Verifier, messages: list[Message], answers: li
 
 
 def with_scores(pairs: Sequence[Pair], judge: Judge) -> list[Pair]:
-    """The pairs with what the judge says; pairs that have a score already keep it.
+    """The pairs with what the judge says. Prompts whose pairs have all scores already keep them.
+
+    Pairs of selfplay.add_pairs, whose ids are negative, are judged only for a loss that reads the score.
 
     Raises:
         JudgeFailed: the judge raised an error or gave no number; the message names the prompt.
     """
-    if all(getattr(pair, name) is not None for pair in pairs for name in judge.fields):
+    if not judge.of_added and any(pair.prompt_id < 0 for pair in pairs):
+        own = iter(with_scores([pair for pair in pairs if pair.prompt_id >= 0], judge))
+        return [pair if pair.prompt_id < 0 else next(own) for pair in pairs]
+    # What is compared comes from one source: the judge, if one answer to a prompt lacks its number.
+    kinds = [[name for name in judge.fields if name != "right"], [name for name in judge.fields if name == "right"]]
+    lacking = {
+        (prompt_id, name)
+        for prompt_id, group in by_prompt(pairs).items()
+        for kind in kinds
+        if any(getattr(pair, name) is None for pair in group for name in kind)
+        for name in kind
+    }
+    if not lacking:
         return list(pairs)
     if isinstance(judge.scorer, RewardModel):
         judge = judge._replace(scorer=_scored(pairs, judge.scorer, judge.of_human))
     said = processes.exchanged(processes.together(lambda: _judged(pairs, judge) if processes.first() else []))[0]
     return [
-        dataclasses.replace(pair, **{name: value for name, value in one.items() if getattr(pair, name) is None})
+        dataclasses.replace(pair, **{name: value for name, value in one.items() if (pair.prompt_id, name) in lacking})
         for pair, one in zip(pairs, said, strict=True)
     ]
 

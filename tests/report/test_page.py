@@ -26,7 +26,7 @@ def test_the_page_of_a_run(finished, tmp_path):
         "gsm8k/acc 0.2500 0.5000 ± 0.013 0.5000 ± 0.013",
         "novel_number – 12.5 12.5",
         "known to ±0.400 (two standard errors, 6 held-out prompts)",
-        "log p of human answers may fall while the margin grows",
+        "log p of preferred answers may fall while the margin grows",
         "Above 0: 67%, 67%.",
         "human generated, by the start",
         "Means: 4.8 and 4.0 tokens.",

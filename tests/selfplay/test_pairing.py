@@ -49,8 +49,8 @@ def answers(scores=(None,), right=None, human=None, prompt_id=7):
 
 
 def config(**keys):
-    values = {"pairing": "human/own", "rows": "all", "scorer": None, **keys}
-    return config_lib.Config({"selfplay": values, "eval": {"verifier": "exact"}})
+    values = {"pairing": "human/own", "rows": "all", "scorer": None, "length_penalty": 0.0, **keys}
+    return config_lib.Config({"selfplay": values, "eval": {"verifier": "exact"}, "loss": {"name": "logistic"}})
 
 
 FILE = epath.Path("iteration_0/pairs/train-00000-of-00001.parquet")
@@ -261,12 +261,33 @@ def test_the_human_answer_is_scored_where_it_is_compared(pairing, asked_of_human
     judge = variants.find_judge(config(pairing=pairing, scorer="test_pairing:lengths"))
     first, second = variants.with_scores(answers([None, 9.0]), judge)
     assert [["own 0", "own 1", "human"][: 2 + asked_of_human]] == ASKED
-    assert (first.score, second.score) == (5.0, 9.0)  # a score that was given stays
+    assert (first.score, second.score) == (5.0, 5.0)  # scores that are compared come from one source
     assert {first.real_score, second.real_score} == {5.0 if asked_of_human else None}
     right = [pair.right for pair in (first, second)]
     assert right == ([False, False] if pairing == "right/wrong" else [None, None])
     assert variants.with_scores([first, second], judge) == [first, second]
     assert len(ASKED) == 1  # nobody is asked again
+
+
+def test_each_token_takes_something_from_a_score():
+    judge = variants.find_judge(config(pairing="best/human", scorer="test_pairing:lengths", length_penalty=0.5))
+    pairs = answers([None, None])
+    judged = variants.with_scores(pairs, judge)
+    assert [pair.score for pair in judged] == [5.0 - 0.5 * len(pair.generated) for pair in pairs]
+    assert {pair.real_score for pair in judged} == {5.0 - 0.5 * len(pairs[0].real)}
+
+
+def test_given_scores_stay_where_a_prompt_has_all_of_them():
+    judge = variants.find_judge(config(pairing="best/worst", scorer="test_pairing:lengths"))
+    pairs = [*answers([8.0, 9.0]), *(dataclasses.replace(pair, prompt_id=8) for pair in answers([None, 9.0]))]
+    assert [pair.score for pair in variants.with_scores(pairs, judge)] == [8.0, 9.0, 5.0, 5.0]
+
+
+def test_added_pairs_are_judged_only_for_a_loss_that_reads_the_score():
+    pairs = [*answers([None]), *(dataclasses.replace(pair, prompt_id=-1) for pair in answers([None]))]
+    judge = variants.find_judge(config(scorer="test_pairing:lengths"))
+    assert [pair.score for pair in variants.with_scores(pairs, judge)] == [5.0, None]
+    assert [pair.score for pair in variants.with_scores(pairs, judge._replace(of_added=True))] == [5.0, 5.0]
 
 
 def test_verdicts_are_those_of_the_verifier():
