@@ -321,7 +321,7 @@ def test_a_fixed_reference_is_the_start(settings, tmp_path):
         ({"selfplay.rows": "right", "selfplay.scorer": "a:b"}, "both judge answers"),
         (
             {"selfplay.scorer": "exact"},
-            "selfplay.scorer='exact' is no module:function and no reward model: .*no such dir",
+            "selfplay.scorer='exact' is no module:function and no reward model: reward model path 'exact' is no dir",
         ),
         (
             {"loss.name": "likelihood", "selfplay.pairing": "right/wrong", "selfplay.samples": 2},
