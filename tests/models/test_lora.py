@@ -252,6 +252,7 @@ def test_plan_says_what_adapters_save(capsys):
     c = config.default()
     c.data.path, c.model.architecture = "planned", architecture
     c.train.lora_rank = 16
+    c.export.adapters = True
     run = planned_run.planned_run(config.resolve(c), "h200:1", compiles=False)
     found = answer.plan(run, time.Assumed(pairs=1000))
     with_adapters = found["phases"]["train"]["parts_gib"]

@@ -54,6 +54,15 @@ def prepared(c):
     return prepare(config.resolve(c), None)
 
 
+def test_iterations_of_different_sizes_take_turns(settings, tmp_path):
+    """4 beside 36, then 2 beside 18: the second iteration goes on where the first one ended."""
+    paths = [write_jsonl(tmp_path / f"{n}.jsonl", tiny.problems()[40:][:n]) for n in (36, 18)]
+    found = prepared(settings(**{"data.path": ",".join(map(str, paths)), "selfplay.iterations": 2}))
+    of_each = [questions(found.added_pairs(t)) for t in range(2)]
+    assert list(map(len, of_each)) == [4, 2]
+    assert len({*of_each[0], *of_each[1]}) == 6
+
+
 def questions(pairs):
     return [pair.real_messages[0]["content"] for pair in pairs]
 
