@@ -488,7 +488,7 @@ def test_a_preference_without_its_prompt(settings, tmp_path):
 
 
 def test_given_scores(settings, tmp_path, runs):
-    """Pairs that bring their scores keep them; the others are judged here."""
+    """Prompts whose pairs bring their scores keep them; the others are judged here."""
     rows = read_pairs(runs["sppo"] / "iteration_0" / "pairs")
     rows = [
         {
@@ -496,9 +496,9 @@ def test_given_scores(settings, tmp_path, runs):
             "generated": r["generated"],
             "prompt_id": r["prompt_id"],
             "sample_id": r["sample_id"],
-            **({"score": 0.75} if n % 2 else {}),
+            **({"score": 0.75} if r["prompt_id"] % 2 else {}),
         }
-        for n, r in enumerate(rows)
+        for r in rows
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
