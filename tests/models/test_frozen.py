@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from architectures import SMALL
+from architectures import MISTRAL_7B, SMALL
 from training_examples import RMSPROP, random_pairs
 
 from spin_jax import config, errors, losses, tiny
@@ -217,20 +217,9 @@ def test_what_cannot_be_frozen(mesh, monkeypatch):
 
 def test_plan_says_what_they_save(mesh):
     """A 7B model; 6.98e9 of its numbers are in the layers' matrices, in 2, 1 + 1/16 or 1/2 + 1/16 bytes."""
-    architecture = dict(
-        SMALL,
-        model_type="mistral",
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=32000,
-    )
     matrices = 32 * 4096 * (2 * (32 + 8) * 128 + 3 * 14336)
     c = config.default()
-    c.data.path, c.model.architecture, c.train.lora_rank = "planned", architecture, 16
+    c.data.path, c.model.architecture, c.train.lora_rank = "planned", MISTRAL_7B, 16
     for dtype, each in (("int8", 17 / 16), ("nf4", 9 / 16)):
         c.train.frozen_dtype = dtype
         run = planned_run.planned_run(config.resolve(c), "h200:1", compiles=False)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from architectures import SMALL
+from architectures import MISTRAL_7B
 
 import spin_jax
 from spin_jax import config, tiny
@@ -238,19 +238,8 @@ def test_bad_values_are_errors_before_anything_runs(command, tmp_path):
 
 def test_plan_says_what_adapters_save(capsys):
     """A 7B model whose full training one H200 does not hold."""
-    architecture = dict(
-        SMALL,
-        model_type="mistral",
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=32000,
-    )
     c = config.default()
-    c.data.path, c.model.architecture = "planned", architecture
+    c.data.path, c.model.architecture = "planned", MISTRAL_7B
     c.train.lora_rank = 16
     c.export.adapters = True
     run = planned_run.planned_run(config.resolve(c), "h200:1", compiles=False)
