@@ -18,7 +18,11 @@ ALGORITHM_SETTINGS: dict[str, dict[str, Any]] = {
     "exponential": {"loss.beta": (3.0,), "train.learning_rate": (1e-4, 7e-5, *[3e-5] * 8)},
     "correlation": {"train.learning_rate": (1e-5, 7e-6, *[3e-6] * 8)},
     "spin_nll": {"loss.nll_weight": 10.0},
-    "dpo": {"train.epochs": (5,)},
+    # What trains on the pairs of the start alone takes as many steps as three iterations of the others.
+    **{
+        name: {"train.epochs": (5,)}
+        for name in ("dpo", "cdpo", "robust_dpo", "exo", "nca", "apo_zero", "apo_down", "dpo_per_token", "simpo")
+    },
     "ipo": {"train.epochs": (5,), "loss.beta": (0.5,)},
     "rest_em": {"selfplay.samples": 2},
     "sppo": {"selfplay.samples": 2, "selfplay.scorer": "spin_jax.tiny:wins", "loss.beta": (0.25,)},
