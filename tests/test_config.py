@@ -721,9 +721,11 @@ def test_revisions_that_are_none(revision, monkeypatch):
     "path",
     ["..", "a/..", "../a", "/etc/a", "a/b/c", "-a/b", ".a/b", "a b", "ä/b", "a\\b", "a/b?c", "a/b\n", ""],
 )
-def test_hub_ids_that_are_none(path, monkeypatch):
+def test_hub_ids_that_are_none(path, monkeypatch, tmp_path):
     import huggingface_hub
 
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     if path == "..":
         path = "a.."

@@ -86,6 +86,8 @@ def read(workdir: str) -> Run:
     record = _parsed(path, path.read_bytes())
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise ValueError(f"{path} was not written by spin_jax: it has no config")
+    read = {"loss", "selfplay", "eval"} & record["config"].keys()
+    _check(f"{path}, config", record["config"], **dict.fromkeys(read, dict))
     metrics = _lines(root / "metrics.jsonl", _NUMBER, phase=str, iteration=int, step=int)
     ordered = sorted(metrics, key=lambda row: (row["phase"], row["iteration"], row["step"]))
     folders = dict(sorted((int(p.name[10:]), p) for p in root.glob("iteration_*") if p.name[10:].isdecimal()))

@@ -10,6 +10,7 @@ import pytest
         ("config.json", None, "config.json is missing: is .* a run's?"),
         ("config.json", "{", "config.json is damaged: no valid JSON"),
         ("config.json", "[]", "config.json was not written by spin_jax"),
+        ("config.json", '{"config": {"loss": 3}}', "config.json, config is damaged: loss is 3"),
         ("summary.json", "{}", "summary.json is damaged: no list of rows"),
         ("summary.json", "[1]", "summary.json, row 0 is damaged: a JSON int in place of an object"),
         ("summary.json", '[{"nll": 1}]', "summary.json, row 0 is damaged: iteration is None"),
