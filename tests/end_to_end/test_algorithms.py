@@ -3,7 +3,6 @@
 import json
 import runpy
 
-import jax
 import numpy as np
 import pytest
 from runs import ROOT, assert_same_run, read_metrics, read_pairs, weights
@@ -16,17 +15,11 @@ from spin_jax.selfplay.prepare import prepare
 ALGORITHMS = runpy.run_path(str(ROOT / "configs" / "algorithms.py"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_device():
-    """What algorithms differ in has nothing to do with devices, and one compiles in less time."""
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: first)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, _one_device):
+def settings(tmp_path_factory, one_device):
     """settings(algorithm, **{"section.key": value}) → the config over tiny.py:smoke, from one start."""
     base = ALGORITHMS["get_config"]("spin/tiny:smoke")
     base.update({"sft": {"control": False}, "selfplay": {"iterations": 0}, "eval": {"kl": False}})
@@ -343,8 +336,10 @@ def test_a_fixed_reference_is_the_start(settings, tmp_path):
         ({"loss.name": "tspin", "loss.options": "alpha=nan"}, "loss.options='alpha=nan': numbers"),
         ({"loss.name": "likelihood", "checkpoint.best": "margin"}, "checkpoint.best='margin': rows of loss"),
         ({"selfplay.restart": True, "selfplay.start": 1}, "selfplay.restart trains the start anew"),
-        ({"loss.reference_alpha": 0.5, "selfplay.start": 1}, "loss.reference_alpha asks the start"),
-        ({"loss.reference_decay": 0.5, "selfplay.start": 1}, "loss.reference_decay asks the start"),
+        ({"loss.reference_alpha": 0.5, "selfplay.start": 1}, "loss.reference_alpha needs the start"),
+        ({"loss.reference_decay": 0.5, "selfplay.start": 1}, "loss.reference_decay needs the start"),
+        ({"selfplay.opponent_decay": 0.5, "selfplay.start": 1}, "selfplay.opponent_decay needs the start"),
+        ({"selfplay.opponent_decay": 1.0}, "selfplay.opponent_decay=1.0: at least 0 and below 1"),
         (
             {"loss.name": "tspin", "selfplay.start": 1},
             "which after selfplay.start selfplay.pairs=0=PATH gives",
