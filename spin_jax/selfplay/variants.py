@@ -74,8 +74,7 @@ def find_judge(config: Config, mesh: jax.sharding.Mesh | None = None) -> Judge:
             tokens = config.train.tokens_per_device
             scorer = RewardModel(play.scorer, mesh=mesh, dtype=config.model.dtype, tokens_per_device=tokens)
         except (ValueError, FileNotFoundError) as error:
-            message = f"selfplay.scorer={play.scorer!r} is no module:function and no reward model: {error}"
-            raise ValueError(message) from error
+            raise ValueError(f"selfplay.scorer={play.scorer!r}, as a reward model: {error}") from error
     if play.rows != "all":
         scorer = functools.partial(_verdicts, verifiers.find_verifier(config.eval.verifier))
     if play.pairing == "right/wrong":

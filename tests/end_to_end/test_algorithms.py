@@ -6,6 +6,7 @@ import runpy
 import numpy as np
 import pytest
 from runs import ROOT, assert_same_run, read_metrics, read_pairs, weights
+from torch_reference import torch_greedy, torch_score
 
 from spin_jax import config as config_lib
 from spin_jax import errors
@@ -63,6 +64,13 @@ def first_step(workdir, t):
 RELATIVES = {
     "alpha_spin": {},
     "fictitious_spin": {"selfplay.iterations": 3, "selfplay.mix_previous": 0},
+    # In the last iteration the weights stay what they are.
+    "ema_spin": {
+        "selfplay.iterations": 3,
+        "selfplay.mix_previous": 0,
+        "sampling.temperature": 0.0,
+        "train.learning_rate": (1e-3, 1e-3, 1e-30),
+    },
     "tspin": {},
     "rest_em": {"eval.verifier": "test_algorithms:even"},
     "sppo": {"selfplay.scorer": "test_algorithms:lengths"},
@@ -73,18 +81,52 @@ RELATIVES = {
 
 @pytest.fixture(scope="module")
 def runs(settings, tmp_path_factory):
-    """{algorithm: workdir} of two iterations each."""
-    made = {}
-    for name, keys in RELATIVES.items():
-        made[name] = tmp_path_factory.mktemp(name)
-        run(settings(name, **keys), str(made[name]))
-    return made
+    """{algorithm: workdir} of two iterations each, which are run when they are first asked for."""
+
+    class Made(dict):
+        def __missing__(self, name):
+            self[name] = tmp_path_factory.mktemp(name)
+            run(settings(name, **RELATIVES[name]), str(self[name]))
+            return self[name]
+
+    return Made()
 
 
 def test_all_opponents_so_far_score(runs):
     folder = runs["fictitious_spin"] / "iteration_2" / "scores"
     names = {path.name for path in folder.glob("*train*")}
     assert names == {f"{by}iteration_2-train-00000-of-00001.parquet" for by in ("", "opponent_1-", "start-")}
+
+
+def test_the_opponent_of_ema_spin_is_an_average_of_weights(runs, settings):
+    """It answers and scores as transformers does with that average; training goes on from the trained weights.
+
+    The average is updated as TRL's SyncRefModelCallback does it. Log-probs are sums of float32 numbers.
+    """
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    workdir = runs["ema_spin"]
+    exports = [settings().model.path, *(workdir / f"iteration_{t}" / "model" for t in (0, 1))]
+    average, *trained = map(AutoModelForCausalLM.from_pretrained, exports)
+    for model in trained:
+        for target, source in zip(average.parameters(), model.parameters(), strict=True):
+            with torch.no_grad():
+                target.mul_(1 - 0.5).add_(source, alpha=0.5)
+    scores = {row["prompt_id"]: row for row in scores_of(workdir, 2)}
+    pairs = read_pairs(workdir / "iteration_2" / "pairs")[:8]
+    for pair in pairs:
+        prompt = pair["prompt_tokens"]
+        assert torch_greedy(average, prompt, len(pair["generated_tokens"]), [2]) == pair["generated_tokens"]
+        for name in ("real", "generated"):
+            ours = scores[pair["prompt_id"]][f"{name}_logp"]
+            assert ours == pytest.approx(torch_score(average, prompt, pair[f"{name}_tokens"]), abs=1e-4)
+            assert abs(ours - torch_score(trained[-1], prompt, pair[f"{name}_tokens"])) > 1e-3
+    assert first_step(workdir, 0)["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert abs(first_step(workdir, 2)["loss"] - np.log(2)) > 1e-3
+    before, after = (weights(workdir / f"iteration_{t}" / "model") for t in (1, 2))
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
 
 
 @pytest.mark.parametrize("name", RELATIVES)
@@ -314,7 +356,7 @@ def test_a_fixed_reference_is_the_start(settings, tmp_path):
         ({"selfplay.rows": "right", "selfplay.scorer": "a:b"}, "both judge answers"),
         (
             {"selfplay.scorer": "exact"},
-            "selfplay.scorer='exact' is no module:function and no reward model: reward model path 'exact' is no dir",
+            "selfplay.scorer='exact', as a reward model: reward model path 'exact' is no directory here",
         ),
         (
             {"loss.name": "likelihood", "selfplay.pairing": "right/wrong", "selfplay.samples": 2},
