@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 
 import numpy as np
 import pytest
@@ -63,7 +64,13 @@ def first_step(workdir, t):
 
 RELATIVES = {
     "alpha_spin": {},
-    "fictitious_spin": {"selfplay.iterations": 3, "selfplay.mix_previous": 0},
+    "fictitious_spin": {
+        "selfplay.iterations": 3,
+        "selfplay.mix_previous": 0,
+        "selfplay.samples": 2,
+        "selfplay.pairing": "human/worst",
+        "selfplay.scorer": "test_algorithms:lengths",
+    },
     # In the last iteration the weights stay what they are.
     "ema_spin": {
         "selfplay.iterations": 3,
@@ -96,6 +103,21 @@ def test_all_opponents_so_far_score(runs):
     folder = runs["fictitious_spin"] / "iteration_2" / "scores"
     names = {path.name for path in folder.glob("*train*")}
     assert names == {f"{by}iteration_2-train-00000-of-00001.parquet" for by in ("", "opponent_1-", "start-")}
+
+
+def test_what_pairing_made_is_told_once_for_all_references(runs, settings, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(runs["fictitious_spin"], workdir)
+    shutil.rmtree(workdir / "iteration_2" / "scores")
+    summary = json.loads((workdir / "summary.json").read_text())
+    (workdir / "summary.json").write_text(json.dumps([row for row in summary if row["iteration"] < 2]))
+    capsys.readouterr()
+    run(settings("fictitious_spin", **RELATIVES["fictitious_spin"]), str(workdir), only="score")
+    said = [line for line in capsys.readouterr().out.splitlines() if "selfplay.pairing=human/worst makes" in line]
+    assert said == ["iteration 2: score: selfplay.pairing=human/worst makes 72 pairs of the answers to 72 prompts"]
+    scores = [row for row in read_metrics(workdir) if (row["phase"], row["iteration"]) == ("score", 2)]
+    assert {row.get("reference") for row in scores} == {None, 0, 1}
+    assert sum(row.get("prompts", 0) for row in scores) == 72
 
 
 def test_the_opponent_of_ema_spin_is_an_average_of_weights(runs, settings):
