@@ -35,6 +35,7 @@ class Facts(NamedTuple):
     versions: Mapping[str, str]
     commit: str | None  # of the code
     license: Mapping[str, Any]  # what the base's card says of its license
+    hub_names: Mapping[str, str] = {}  # OWNER/NAME@COMMIT of keys such as model.adapters, where they are on the hub
     adapters_base: str | None = None  # the model that the adapters in adapters/ stand on; None where there are none
 
 
@@ -62,7 +63,7 @@ def model_card(facts: Facts) -> str:
         facts=facts,
         config=config,
         model_name=source_name(model["path"], None) if model["path"] else model["architecture"]["model_type"],
-        adapters=model["adapters"] and source_name(model["adapters"], None),
+        adapters=facts.hub_names.get("model.adapters") or (model["adapters"] and source_name(model["adapters"], None)),
         adapters_base=facts.adapters_base and source_name(facts.adapters_base, None),
         datasets=[(path, source_name(path, revision), revision, t, share) for path, revision, t, share in datasets],
         loss=[loss["name"], f"β {per_iteration(loss['beta'], now):g}", *algorithm_notes(config)],

@@ -115,6 +115,9 @@ def test_adapters():
     text = model_card.model_card(facts(model={"path": "owner/base-sft", "adapters": "/home/me/lora"}))
     assert table(text)["base"][0].endswith("(4567), with the adapters `lora` merged")
     assert "PeftModel" not in text
+    of_hub = facts(model={"path": "owner/base-sft", "adapters": "me/lora"})
+    text_of_hub = model_card.model_card(of_hub._replace(hub_names={"model.adapters": "me/lora@c0de"}))
+    assert table(text_of_hub)["base"][0].endswith("with the adapters `me/lora@c0de` merged")
     here = model_card.model_card(facts()._replace(adapters_base="/home/me/run/iteration_0/model"))
     assert "the model that it began from (`iteration_0/model`)" in here
     assert 'peft.PeftModel.from_pretrained(BASE, "DIRECTORY OF THIS FILE", subfolder="adapters")' in here
