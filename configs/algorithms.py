@@ -23,6 +23,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "alpha_spin": {"loss.reference_alpha": 0.5},
     # The reference is the geometric mean of all opponents so far, which all weigh alike.
     "fictitious_spin": {"loss.reference_decay": 1.0},
+    # The opponent is a moving average of the weights after each iteration.
+    "ema_spin": {"selfplay.opponent_decay": 0.5},
+    # The same on fixed pairs, which each iteration gets: --config.selfplay.pairs=PATH,PATH,PATH. The paper's α is
+    # 1 − opponent_decay: arXiv 2404.09656, with the α of TRL.
+    "tr_dpo": {"selfplay.opponent_decay": 0.4, "selfplay.mix_previous": 0},
     # No reference model; the answer of the start is a third answer in each row: arXiv 2601.08198.
     "tspin": {"loss.name": "tspin", "loss.beta": (0.1,)},
     # Fixed pairs and a fixed reference: arXiv 2305.18290. For your own pairs: --config.selfplay.pairs=PATH.

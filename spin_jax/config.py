@@ -182,6 +182,10 @@ def default() -> Any:
     c.selfplay.scorer = placeholder(str)
     # Each token of an answer takes this much from its score.
     c.selfplay.length_penalty = 0.0
+    # The opponent is a moving average of weights: the next one is opponent_decay × this one + the rest × the trained
+    # weights. It answers and is the reference. Training goes on from the trained weights, and those are evaluated and
+    # exported. With 0 they are the next opponent themselves.
+    c.selfplay.opponent_decay = 0.0
     # Each iteration trains the start's weights, and not those of the iteration before (ReST-EM).
     c.selfplay.restart = False
 

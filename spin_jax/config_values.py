@@ -3,6 +3,7 @@
 `check` has the rules for single values and for keys that depend on each other.
 """
 
+import contextlib
 import difflib
 import itertools
 import os
@@ -71,7 +72,7 @@ _RANGES = {
     "[0, 500]": "eval.limit",
     "[0, 0.1]": "eval.fraction",
     "[0, 1]": "max_bad min_ended reference_alpha reference_decay warmup_ratio",
-    "[0, 1)": "momentum decay",
+    "[0, 1)": "momentum decay opponent_decay",
     "(0, 1)": "add_share",
     "(0, 1]": "top_p",
     "[1e-37, 1]": "eps",
@@ -239,17 +240,43 @@ def data_mixtures(path: str | None, known: Callable[[str], bool] = os.path.exist
 
 
 def _mixture(entry: str) -> dict[str, Fraction]:
-    parts = [part.partition("*") for part in entry.split("+")]
-    try:
-        weights = {path.strip(): Fraction(weight.strip()) for weight, _, path in parts}
-    except (ValueError, ZeroDivisionError):
-        weights = {}
-    if not 2 <= len(weights) == len(parts) or not all(weights) or min(weights.values()) <= 0:
+    parts: list[tuple[Fraction, str]] = []
+    with contextlib.suppress(ValueError):
+        parts = _weighted(entry)
+    weights = {path: weight for weight, path in parts}
+    if not 2 <= len(weights) == len(parts) or not all(weights):
         raise ConfigError(
             f"data.path has {entry!r}, and there is no such file: a mixture of datasets is 0.7*PATH+0.3*PATH, where "
             "each path stands once and has a weight above 0"
         )
     return {path: weight / sum(weights.values()) for path, weight in weights.items()}
+
+
+def loss_parts(name: str) -> list[tuple[float, str]]:
+    """The (weight, name) of each loss in loss.name, which is a loss, or WEIGHT*LOSS+WEIGHT*LOSS….
+
+    Raises:
+        ConfigError: a weight is not a number above 0.
+    """
+    try:
+        return [(float(weight), loss) for weight, loss in _weighted(name, "1")]
+    except ValueError as error:
+        raise ConfigError(f"loss.name={name!r}: {error}; 0.8*logistic+0.2*hinge is a sum") from error
+
+
+def _weighted(text: str, default: str = "") -> list[tuple[Fraction, str]]:
+    """The (weight, name) of each part of WEIGHT*NAME+WEIGHT*NAME…; a name alone has the weight `default`."""
+    found = []
+    for part in text.split("+"):
+        weight, name = part.split("*", 1) if "*" in part else (default, part)
+        try:
+            number = Fraction(weight.strip())
+        except (ValueError, ZeroDivisionError):
+            number = Fraction(0)
+        if not 1e-30 <= number <= 1e30:
+            raise ValueError(f"{weight!r} is no weight above 0")
+        found.append((number, name.strip()))
+    return found
 
 
 def data_paths(path: str | None) -> list[str]:
@@ -266,7 +293,7 @@ def algorithm_notes(c: Mapping[str, Any]) -> list[str]:
     loss, play = c["loss"], c["selfplay"]
     weight, options, alpha = (loss.get(key) for key in ("nll_weight", "options", "reference_alpha"))
     samples, rows, scorer, restart = (play.get(key) for key in ("samples", "rows", "scorer", "restart"))
-    pairing, decay = play.get("pairing"), loss.get("reference_decay")
+    pairing, decay, average = play.get("pairing"), loss.get("reference_decay"), play.get("opponent_decay")
     added, penalty, frozen = play.get("add_share"), play.get("length_penalty"), c["train"].get("frozen_dtype")
     phrases = [
         weight
@@ -281,6 +308,7 @@ def algorithm_notes(c: Mapping[str, Any]) -> list[str]:
         penalty and f"{penalty:g} off a score for each token of an answer",
         frozen and f"frozen weights in {frozen}",
         added and f"given pairs added, a share of {added:g}",
+        average and f"the opponent is {average:g} × the one before and {1 - average:g} × the trained weights",
         restart and "each iteration trains the start's weights",
     ]
     return [phrase for phrase in phrases if phrase]

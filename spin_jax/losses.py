@@ -212,7 +212,7 @@ def _share(label_smoothing: float) -> float:
     return label_smoothing
 
 
-# --- losses by name, and sums of them ------------------------------------------------------------
+# --- losses by name ------------------------------------------------------------------------------
 
 _ALL = (logistic, hinge, exponential, correlation, ipo, tspin, likelihood, sppo, space, xpo)
 _ALL += (cdpo, robust_dpo, dpo_per_token, simpo, exo, nca, apo_zero, apo_down)
@@ -234,25 +234,6 @@ def nll(policy: Any, opponent: Any) -> Array:
     """−log p_θ(y|x), which keeps the human answer, or the chosen one, itself likely (loss.nll_weight)."""
     del opponent
     return -policy.real
-
-
-def parts(name: str) -> list[tuple[float, str]]:
-    """The (weight, name) of each loss in loss.name, which is a loss, or WEIGHT*LOSS+WEIGHT*LOSS….
-
-    Raises:
-        ValueError: a weight is not a number above 0.
-    """
-    found = []
-    for part in name.split("+"):
-        weight, star, loss = part.rpartition("*")
-        try:
-            number = float(weight) if star else 1.0
-        except ValueError:
-            number = math.nan
-        if not 0 < number < math.inf:
-            raise ValueError(f"loss.name={name!r}: {weight!r} is no weight above 0; 0.8*logistic+0.2*hinge is a sum")
-        found.append((number, loss.strip()))
-    return found
 
 
 def metrics(policy: Any, opponent: Any, *, beta: Beta) -> dict[str, Float[Array, " B"]]:

@@ -60,6 +60,15 @@ def mesh8():
     return sharding.make_mesh(2, 2, 2)
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """Hides all devices but the first: programs for one compile in less time, and many tests are not about devices."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: first)
+        yield
+
+
 @pytest.fixture(scope="session")
 def gsm8k():
     """Rows of question and answer."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from spin_jax import config, losses
+from spin_jax.config_values import loss_parts
 from spin_jax.data.records import Pair
 from spin_jax.losses import LOSSES, PairLogps
 from spin_jax.selfplay import variants
@@ -329,15 +330,16 @@ def test_metrics():
 
 
 def test_parts_of_a_name():
-    assert losses.parts("hinge") == [(1.0, "hinge")]
-    assert losses.parts("a.b:c") == [(1.0, "a.b:c")]
-    assert losses.parts("0.8*logistic + 2e-1 * a.b:c+hinge") == [(0.8, "logistic"), (0.2, "a.b:c"), (1.0, "hinge")]
+    assert loss_parts("hinge") == [(1.0, "hinge")]
+    assert loss_parts("a.b:c") == [(1.0, "a.b:c")]
+    assert loss_parts("0.8*logistic + 2e-1 * a.b:c+hinge") == [(0.8, "logistic"), (0.2, "a.b:c"), (1.0, "hinge")]
     for name, weight in (
         ("x*hinge", "x"),
         ("0*hinge", "0"),
         ("0.5*hinge+-1*ipo", "-1"),
         ("nan*ipo", "nan"),
         ("*a", ""),
+        ("1e400*a", "1e400"),
     ):
         with pytest.raises(ValueError, match=rf"loss.name='.*': '{weight}' is no weight above 0"):
-            losses.parts(name)
+            loss_parts(name)

@@ -4,6 +4,7 @@
     python -m spin_jax.evaluate --model=DIR --questions=FILE --output=model_answer/NAME.jsonl
 
   --model=DIR             a Hugging Face directory or hub id; --revision=COMMIT for a hub id
+  --adapters=DIR          LoRA adapters in PEFT's format, which are merged into the weights; also a hub id
   --tasks=TASK[,TASK…]    tasks, groups or tags of the harness (pip install 'spin_jax[eval]'); leaderboard_v1
                           means the six tasks of the SPIN paper with its few-shot examples, and prints the
                           paper's own numbers beside them
@@ -40,6 +41,7 @@ from spin_jax.runtime.interrupts import Interrupts, say
 # Any in place of `str | None`: `read_flags` checks that those are set that are needed.
 _MODEL: flags.FlagHolder[Any] = flags.DEFINE_string("model", None, "Hugging Face directory or hub id.")
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id.")
+_ADAPTERS = flags.DEFINE_string("adapters", None, "Directory or hub id of LoRA adapters in PEFT's format.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "Of the computation; unset: that of the checkpoint."
 )
@@ -105,7 +107,8 @@ def prepare(names: list[str]) -> Callable[[], None]:
         tasks = load_tasks(names, include_path=_INCLUDE_PATH.value, num_fewshot=num_fewshot)
         check_model(tasks, model, _CHAT.value)
         work = functools.partial(run_tasks, tasks, leaderboard)
-    return functools.partial(work, loading.load(_MODEL.value, _REVISION.value, dtype=_DTYPE.value))
+    loaded = loading.load(_MODEL.value, _REVISION.value, dtype=_DTYPE.value, adapters=_ADAPTERS.value)
+    return functools.partial(work, loaded)
 
 
 def check_output(path: str) -> None:
@@ -159,6 +162,7 @@ def run_tasks(tasks: Any, leaderboard: bool, model: Any) -> None:
     report = {
         "model": _MODEL.value,
         "revision": model.revision,
+        "adapters": _ADAPTERS.value,
         "dtype": str(model.dtype),
         "metrics": flat_metrics(results, tasks),
         "stderr": flat_metrics(results, tasks, stderr=True),

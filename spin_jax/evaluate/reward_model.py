@@ -9,6 +9,7 @@ Axes: N rows, T tokens of a row, G conversations of a row, D model.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 
 import jax
@@ -23,7 +24,8 @@ from spin_jax.models.architecture import Params
 from spin_jax.models.attention import kernel_for
 from spin_jax.models.decoder import Decoder, forward
 from spin_jax.runtime import sharding
-from spin_jax.training.packing import Group, Rows, RowShape, packed
+from spin_jax.training.log_probs import score_groups
+from spin_jax.training.packing import Group, Rows, RowShape
 
 _HEAD = "score.weight"
 _GROUPS = 16  # conversations of a row at most
@@ -50,10 +52,13 @@ class RewardModel:
             tokens_per_device: how many tokens a device reads at a time, unless one conversation is longer.
 
         Raises:
-            ValueError, FileNotFoundError: what is wrong with the checkpoint, naming the file.
+            ValueError, FileNotFoundError: what is wrong with the checkpoint, naming the file; or the mesh cannot split
+                the model.
         """
         self._directory = loading.resolve_name(path, "reward model")
         model, _ = loading.describe(str(self._directory), dtype=dtype, mesh=mesh)
+        shards, heads = sharding.tensor_shards(model.mesh), model.config.num_key_value_heads
+        sharding.check_heads("mesh.tensor", shards, heads, "the reward model's")
         # Without an output head of its own: it has the head for the score instead.
         decoder_only = dataclasses.replace(model.config, tie_word_embeddings=True, head_bias=False)
         self._model = dataclasses.replace(model, config=decoder_only)
@@ -64,12 +69,14 @@ class RewardModel:
         self._template = Template(model.tokenizer)
         self._tokens_per_device = tokens_per_device
         self._length = _GRANULE  # of a row; it only grows, so that few programs are compiled
-        self._weights: tuple[Params, Array] | None = None
+        self._weights: Params | None = None
 
     @property
     def digest(self) -> str:
-        """A digest of the weights."""
-        return weight_files.digest(self._directory)
+        """A digest of the weights, and of the config, the tokenizer and the chat template beside them."""
+        texts = (path for path in sorted(self._directory.iterdir()) if path.suffix in (".json", ".jinja", ".model"))
+        beside = hashlib.sha256(b"|".join(part for path in texts for part in (path.name.encode(), path.read_bytes())))
+        return f"{weight_files.digest(self._directory)} {beside.hexdigest()[:16]}"
 
     def free(self) -> None:
         """Frees the memory of the weights; they are read again when they are next used."""
@@ -110,20 +117,15 @@ class RewardModel:
         )
         if self._weights is None:
             params = loading.load_params(self._directory, model.config, model.mesh, model.dtype)
-            self._weights = params, jnp.asarray(self._tensor().map()[0], jnp.float32)
-        decoder, result = Decoder(model.config, model.dtype, kernel=kernel), np.zeros(len(groups), np.float32)
-        with jax.set_mesh(model.mesh):
-            for rows in packed(groups, shape):
-                values = sharding.to_host(_values(decoder, *self._weights, sharding.put_batch(model.mesh, rows)))
-                filled = rows.items > 0
-                result[rows.items[filled] - 1] = values[filled]
-        return result
+            self._weights = {"decoder": params, "head": jnp.asarray(self._tensor().map()[0], jnp.float32)}
+        decoder = Decoder(model.config, model.dtype, kernel=kernel)
+        return score_groups(decoder, self._weights, groups, shape, model.mesh, values_of=_values)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
-def _values(decoder: Decoder, params: Params, head: Float[Array, " D"], rows: Rows) -> Float[Array, "N G"]:
+def _values(decoder: Decoder, weights: Params, rows: Rows) -> Float[Array, "N G 1"]:
     """The number of each group, read at the token before its answer."""
-    hidden, _ = forward(decoder, params, rows.tokens, rows.layout)
+    hidden, _ = forward(decoder, weights["decoder"], rows.tokens, rows.layout)
     places = rows.predictors[:, : rows.items.shape[1]]  # each group has one response token, so they stand in its order
     read = jnp.take_along_axis(hidden, places[..., None], axis=1).astype(jnp.float32)
-    return jnp.sum(read * head, axis=-1)
+    return jnp.sum(read * weights["head"], axis=-1, keepdims=True)

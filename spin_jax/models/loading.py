@@ -223,8 +223,20 @@ def resolve(path: str, revision: str | None = None, what: str = "model") -> tupl
 
 def resolve_name(name: str, what: str) -> Path:
     """The local directory of a path, a hub id, or OWNER/NAME@REVISION; it raises the errors of `resolve`."""
+    return resolve(*_path_and_revision(name), what)[0]
+
+
+def pinned(name: str) -> str | None:
+    """OWNER/NAME@COMMIT, with the commit that a hub id or OWNER/NAME@REVISION stands for now; None for other names."""
+    path, revision = _path_and_revision(name)
+    with contextlib.suppress(ValueError, FileNotFoundError):  # what opens the model says what is wrong
+        commit = resolve(path, revision)[1]
+        return commit and f"{path}@{commit}"
+
+
+def _path_and_revision(name: str) -> tuple[str, str | None]:
     path, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
-    return resolve(path, revision or None, what)[0]
+    return path, revision or None
 
 
 def _read_generation_config(directory: Path, vocab_size: int) -> dict[str, Any]:

@@ -98,5 +98,11 @@ def init_params(config: ModelConfig, key: Array, mesh: jax.sharding.Mesh) -> Par
     return jax.jit(init, out_shardings=shardings)(key)
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def mixed(first: Params, second: Params, share: float) -> Params:
+    """share · first + (1 − share) · second, of the float32 weights of two models; `first` are donated."""
+    return jax.tree.map(lambda a, b: share * a + (1 - share) * b, first, second)
+
+
 def count_params(params: Params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -12,13 +12,12 @@ from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from spin_jax import losses
 from spin_jax.config_values import algorithm_notes, data_mixtures, per_iteration
 from spin_jax.report.numbers import START, Row
 from spin_jax.runtime import secrets
 
 # Names of a summary's row that are no measurements, that differ between equal runs, or that the recipe tells already.
-_LEFT_OUT = re.compile(r"iteration|beta|pairs|steps|skipped|final|stopped|.*(minutes|seconds|_s|_stderr)")
+_LEFT_OUT = re.compile(r"iteration|beta|(added_)?pairs|steps|skipped|final|stopped|.*(minutes|seconds|_s|_stderr)")
 
 Revisions = str | Mapping[str, str | None] | None
 
@@ -36,6 +35,7 @@ class Facts(NamedTuple):
     versions: Mapping[str, str]
     commit: str | None  # of the code
     license: Mapping[str, Any]  # what the base's card says of its license
+    hub_names: Mapping[str, str] = {}  # OWNER/NAME@COMMIT of keys such as model.adapters, where they are on the hub
     adapters_base: str | None = None  # the model that the adapters in adapters/ stand on; None where there are none
 
 
@@ -63,13 +63,9 @@ def model_card(facts: Facts) -> str:
         facts=facts,
         config=config,
         model_name=source_name(model["path"], None) if model["path"] else model["architecture"]["model_type"],
-        adapters=model["adapters"] and source_name(model["adapters"], None),
+        adapters=facts.hub_names.get("model.adapters") or (model["adapters"] and source_name(model["adapters"], None)),
         adapters_base=facts.adapters_base and source_name(facts.adapters_base, None),
         datasets=[(path, source_name(path, revision), revision, t, share) for path, revision, t, share in datasets],
-        own_objective=play["restart"]
-        or play["add_pairs"]
-        or any(name in losses.ROLES for _, name in losses.parts(loss["name"]))
-        or play.get("pairing", "human/own") != "human/own",
         loss=[loss["name"], f"β {per_iteration(loss['beta'], now):g}", *algorithm_notes(config)],
         earlier=range(max(t - play["mix_previous"], play["start"]), t),
         steps=sum(row.get("steps", 0) for row in facts.rows),

@@ -94,6 +94,12 @@ def tensor_shards(mesh: Mesh) -> int:
     return mesh.shape["tensor"]
 
 
+def check_heads(key: str, tensor: int, heads: int, whose: str = "the model's") -> None:
+    """Raises ValueError where `tensor` devices cannot share the key/value heads; `key` is what the config says."""
+    if heads % tensor:
+        raise ValueError(f"{key}={tensor} does not divide {whose} {heads} key/value heads")
+
+
 def weight_shards(mesh: Mesh) -> int:
     """Into how many parts the stored parameters of one replica are split."""
     return mesh.shape["fsdp"] * mesh.shape["tensor"]

@@ -19,6 +19,7 @@ from typing import Any
 from spin_jax import config as config_lib
 from spin_jax.errors import NothingToTrainOn
 from spin_jax.models.architecture import Params
+from spin_jax.models.params import mixed
 from spin_jax.report.numbers import START
 from spin_jax.runtime import interrupts, processes
 from spin_jax.selfplay import announce, fingerprints, from_config
@@ -114,7 +115,7 @@ class SelfPlay:
                 params = self.opponent.score(t, params)
             if only in (None, "train"):
                 try:
-                    params = self.train(t, params)  # θ_{t+1} is the next opponent
+                    params = self.train(t, params)  # the next opponent
                 except NothingToTrainOn as error:
                     if t == self.run.config.selfplay.start:
                         raise
@@ -133,7 +134,17 @@ class SelfPlay:
     # --- weights ---------------------------------------------------------------------------------
 
     def weights(self, t: int) -> Params:
-        """θ_t, the opponent of iteration t: the start, or the weights that iteration t − 1 ended with."""
+        """The opponent of iteration t: θ_t, or with selfplay.opponent_decay a moving average of θ_start … θ_t."""
+        first, decay = self.run.config.selfplay.start, self.run.config.selfplay.opponent_decay
+        if not decay:
+            return self.trained(t)
+        average = self.trained(first)
+        for k in range(first + 1, t + 1):  # from the files, so that a run that continues has the same to the bit
+            average = mixed(average, self.trained(k), decay)
+        return average
+
+    def trained(self, t: int) -> Params:
+        """θ_t: the weights of the start, or those that iteration t − 1 ended with."""
         run = self.run
         if t > run.config.selfplay.start:
             return self.fitting.checkpointed(run.folder(t - 1), lambda: self._retrained(t - 1))
@@ -171,8 +182,8 @@ class SelfPlay:
     def train(self, t: int, params: Params | None) -> Params | None:
         """Iteration t from its scored pairs to its checkpoint, export and evaluation.
 
-        `params` are θ_t; None reads them where they are needed. Returns θ_{t+1}, or None where the end of the
-        evaluation needed their memory.
+        `params` are the opponent's; None reads them where they are needed. Returns θ_{t+1}, or None where it is not the
+        next opponent, or where the end of the evaluation needed its memory.
         """
         began, folder, phase = time.perf_counter(), self.run.folder(t), self._phase(t)
         params = self.fitting.checkpointed(folder, lambda: self._fitted(t, params, phase))
@@ -180,12 +191,17 @@ class SelfPlay:
         beta, steps = phase.scalars["beta"], phase.steps
         skipped = self.metrics.count("train", t, lambda row: row.get("skipped"))
         row: Row = {"iteration": t, "beta": beta, "pairs": len(phase.items), "steps": steps, "skipped": skipped}
+        added = sum(each.pair.prompt_id < 0 for each in phase.items)
+        row |= {"added_pairs": added} if added else {}
         row |= self.evaluation.measure_pairs(t, params, beta)
         self.evaluation.write_samples(t, params)
         sampled = self.evaluation.sample(params)
         row |= self.evaluation.measure_alone(folder, params, sampled)
         if self.run.config.eval.kl and sampled:
             row |= self.evaluation.divergence(t, params, sampled)
+            params = None
+        elif self.run.config.selfplay.opponent_decay:
+            self.engine.free(params)
             params = None
         row["minutes"] = round((time.perf_counter() - began) / 60, 3)
         self.exports.describe("iteration", folder, [*self.summary.rows, row])
@@ -194,19 +210,17 @@ class SelfPlay:
         return params
 
     def _phase(self, t: int) -> TrainingPhase:
-        scored = self.opponent.scored_pairs(t, "train")
-        return self.fitting.spin_phase(t, self.objective, scored, lambda: self.weights(self._trained_from(t)))
+        scored, play = self.opponent.scored_pairs(t, "train"), self.run.config.selfplay
+        initial_params = functools.partial(self.trained, play.start if play.restart else t)
+        return self.fitting.spin_phase(t, self.objective, *scored, initial_params)
 
     def _fitted(self, t: int, params: Params | None, phase: TrainingPhase) -> Params:
-        """θ_{t+1}, trained from θ_t; with selfplay.restart from the start's weights."""
-        if self._trained_from(t) != t:
+        """θ_{t+1}, trained from θ_t; with selfplay.restart from the start's weights. `params` are the opponent's."""
+        play = self.run.config.selfplay
+        if t > play.start and (play.restart or play.opponent_decay):  # the opponent is not what is trained
             self.engine.free(params)
             params = None
         return self.fitting.fit(params, phase)
-
-    def _trained_from(self, t: int) -> int:
-        """The iteration whose opponent's weights iteration t trains: t; with selfplay.restart the first."""
-        return self.run.config.selfplay.start if self.run.config.selfplay.restart else t
 
     def hand_out(self) -> None:
         """Copies the best model so far to best/, and pushes to the hub what is not there yet."""
@@ -236,10 +250,7 @@ class SelfPlay:
 
     def _control_weights(self, t: int, params: Params | None) -> Params:
         """The control beside iteration t; `params` are the weights of the control before it, or None."""
-
-        def initial_params() -> Params:
-            is_first = t == self.run.config.selfplay.start
-            return self.weights(t) if is_first else self._control_weights(t - 1, None)
-
+        before = functools.partial(self._control_weights, t - 1, None)
+        initial_params = functools.partial(self.trained, t) if t == self.run.config.selfplay.start else before
         phase = self.fitting.sft_phase(t, initial_params, self.summary.row(t)["steps"])
         return self.fitting.checkpointed(phase.folder, lambda: self.fitting.fit(params, phase))

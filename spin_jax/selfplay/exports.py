@@ -44,6 +44,7 @@ class Exports:
             model_revision=run.model.revision,
             data_revision=run.data_revision,
             commit=run.commit,
+            hub_names=run.hub_names,
             adapters_base=adapters.get("base_model_name_or_path"),
             license=model_card.stated_license(hub.readme(run.config.model.path, run.model.revision)),
             **run.identity,

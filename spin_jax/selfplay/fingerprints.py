@@ -19,7 +19,8 @@ from etils import epath
 
 import spin_jax
 from spin_jax import config as config_lib
-from spin_jax import config_values, losses
+from spin_jax import config_values
+from spin_jax.config_values import loss_parts
 from spin_jax.data.records import Example, Pair
 from spin_jax.models.architecture import Model
 from spin_jax.runtime import secrets
@@ -27,8 +28,8 @@ from spin_jax.runtime import secrets
 Identity = Mapping[str, Mapping[str, str]]
 
 # These sections, and these keys of others, may change when a run continues; any other change makes another run. The
-# contents of data.path, eval.path, model.path, model.adapters, selfplay.pairs and selfplay.add_pairs are compared in
-# place of their names.
+# contents of data.path, eval.path, model.path, model.adapters, selfplay.pairs, selfplay.add_pairs and of a reward model
+# are compared in place of their names.
 _FREE_SECTIONS = ("mesh", "checkpoint", "export", "logging")
 _FREE = {
     "": ("resume_anyway", "compiler_flags"),
@@ -69,7 +70,7 @@ def digests(
         "code": _source_of_package(),
     }
     play, own = config.selfplay, dict[str, str | None]()
-    own |= {f"loss {n}" if n else "loss": name for n, (_, name) in enumerate(losses.parts(config.loss.name))}
+    own |= {f"loss {n}" if n else "loss": name for n, (_, name) in enumerate(loss_parts(config.loss.name))}
     own |= {"scorer": play.scorer, "pairing": play.pairing}
     if config_values.verifier_judges(play):
         own["verifier"] = config.eval.verifier
@@ -154,6 +155,7 @@ def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[
         section, _, key = name.rpartition(".")
         judges = name == "eval.verifier" and config_values.verifier_judges(config.selfplay)
         may_change = not judges and (section in _FREE_SECTIONS or key in _FREE.get(section, ()))
+        may_change |= name == "selfplay.scorer" and all(path and ":" not in path for path in (theirs, ours))
         if not may_change and theirs != ours:
             result[name] = before.get(name, defaults.get(name)), value
     for kind, values in found.items():

@@ -4,6 +4,7 @@ A phase goes on from its newest good step checkpoint, and a phase that has its f
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,17 +63,24 @@ class Fitting:
     # --- phases ----------------------------------------------------------------------------------
 
     def spin_phase(
-        self, t: int, objective: SPIN, scored: Sequence[ScoredPair], initial_params: Callable[[], Params]
+        self,
+        t: int,
+        objective: SPIN,
+        scored: Sequence[ScoredPair],
+        counts: Counter[str],
+        initial_params: Callable[[], Params],
     ) -> TrainingPhase:
         """Iteration t of self-play: the loss of policy and opponent on the scored pairs.
+
+        Args:
+            counts: what `Pairing.pairs_of` counted.
 
         Raises:
             NothingToTrainOn: there is no pair but those of selfplay.add_pairs, whose ids are negative.
         """
         run, options = self._run, from_config.optimization(self._run.config, t)
         if all(each.pair.prompt_id < 0 for each in scored):
-            folders = [run.folder(source) / "pairs" for source in run.sources(t)]
-            raise NothingToTrainOn(f"iteration {t}: {run.pairing.nothing(folders)}")
+            raise NothingToTrainOn(f"iteration {t}: {run.pairing.nothing(counts)}")
 
         def collate(chosen: Sequence[ScoredPair]) -> list[PairBatch]:
             return pair_batches(chosen, run.pair_shape, run.chat.unattended, run.roles)

@@ -129,9 +129,8 @@ def longest(config: Config) -> int:
 def check_mesh(config: Config, model: Model) -> None:
     """Raises ValueError where the model cannot be split over the mesh."""
     sampling, heads = sampling_tensor(config, model), model.config.num_key_value_heads
-    for name, tensor in (("mesh", sharding.tensor_shards(model.mesh)), ("sampling", sampling)):
-        if heads % tensor:
-            raise ValueError(f"{name}.tensor={tensor} does not divide the model's {heads} key/value heads")
+    sharding.check_heads("mesh.tensor", sharding.tensor_shards(model.mesh), heads)
+    sharding.check_heads("sampling.tensor", sampling, heads)
     if model.mesh.size % sampling:
         raise ValueError(f"sampling.tensor={sampling} does not divide {model.mesh.size} devices")
 

@@ -37,7 +37,7 @@ class Evaluation:
     def measure_pairs(self, t: int, params: Params, beta: float) -> Row:
         """Loss, margin, accuracy … on held-out pairs, against the opponent; held_out.parquet has those of each pair."""
         run, roles = self._run, self._run.roles
-        scored = self._opponent.scored_pairs(t, "test")
+        scored, _ = self._opponent.scored_pairs(t, "test")
         if not scored:
             return {}
         groups = [pair_group(s.pair, roles) for s in scored]

@@ -27,7 +27,8 @@ from spin_jax.models.architecture import Model, Params
 from spin_jax.models.params import init_params
 from spin_jax.runtime import user_code
 from spin_jax.selfplay import from_config
-from spin_jax.selfplay.variants import Judge, Pairing, find_judge
+from spin_jax.selfplay.pairing import Pairing
+from spin_jax.selfplay.variants import Judge, find_judge
 from spin_jax.training import custom_loss
 
 
@@ -47,6 +48,7 @@ class Inputs:
     rows: dict[str, Any]  # datasets by path; empty where the given pairs are the data
     held_out_rows: Any  # those of eval.path; None where it is not set
     data_revision: str | dict[str, str | None] | None  # the commit of a hub dataset; of several, by path
+    hub_names: dict[str, str]  # OWNER/NAME@COMMIT of model.adapters and selfplay.scorer, where they are on the hub
     weights_digest: str  # of the checkpoint that the run starts from; "" for new weights
     notes: list[str]  # what was dropped, cut, left out or assumed
 
@@ -64,9 +66,11 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
     custom_loss.check(config.loss)
     name = config.eval.verifier
     verifier = verifiers.find_verifier(name) if name else None
-    model, initial_params, weights_digest = open_model(config, _recorded_revision(config, began))
+    hub_names = _hub_names(config, began)
+    pinned_config = config.changed(hub_names)
+    model, initial_params, weights_digest = open_model(pinned_config, _recorded_revision(config, began))
     from_config.check_mesh(config, model)
-    judge = find_judge(config, model.mesh)
+    judge = find_judge(pinned_config, model.mesh)
     pairing = Pairing(config, judge.fields)
     custom_loss.check(config.loss, model.mesh)
     stated, theirs = config.model.architecture, model.hf_config
@@ -98,8 +102,8 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
     rows = {path: load(path, c.split) for path in config_values.data_paths(c.path)}
     held_out = load(config.eval.path, config.eval.split) if config.eval.path else None
     pinned = revisions if len(revisions) > 1 else next(iter(revisions.values()), None)
-    judges = judge, pairing, verifier
-    return Inputs(config, model, initial_params, chat, *pairs, *judges, rows, held_out, pinned, weights_digest, notes)
+    read = rows, held_out, pinned, hub_names, weights_digest, notes
+    return Inputs(config, model, initial_params, chat, *pairs, judge, pairing, verifier, *read)
 
 
 def _recorded_revision(config: Config, began: Mapping[str, Any]) -> str | None:
@@ -107,6 +111,18 @@ def _recorded_revision(config: Config, began: Mapping[str, Any]) -> str | None:
     before = began.get("config", {}).get("model", {})
     is_same = all(before.get(key) == config.model[key] for key in ("path", "revision"))
     return began.get("model_revision") if is_same else None
+
+
+def _hub_names(config: Config, began: Mapping[str, Any]) -> dict[str, str]:
+    """model.adapters and selfplay.scorer as OWNER/NAME@COMMIT, where they are on the hub.
+
+    The run continues with the commits that it began with, unless the config has other names now.
+    """
+    before, now = config_values.flat(began.get("config", {})), config_values.flat(config)
+    recorded = {key: name for key, name in began.get("hub_names", {}).items() if before.get(key) == now[key]}
+    keys = ("model.adapters", "selfplay.scorer")
+    names = {key: recorded.get(key) or loading.pinned(now[key] or "") for key in keys}
+    return {key: name for key, name in names.items() if name}
 
 
 def _recorded_data_revisions(config: Config, began: Mapping[str, Any]) -> Mapping[str, str | None]:
@@ -127,7 +143,7 @@ def shared_content(read: Inputs) -> bytes:
         for rows in filter(None, (*read.rows.values(), read.held_out_rows))
     ]
     m = read.model
-    alike = read.config, m.hf_config, m.generation_config, m.stop_tokens, m.revision, some
+    alike = read.config, m.hf_config, m.generation_config, m.stop_tokens, m.revision, read.hub_names, some
     return b"|".join([repr(alike).encode(), *(ids.tobytes() for ids in pairs)])
 
 

@@ -7,6 +7,7 @@ all pairs that iteration t trains on. A file that exists is never made again.
 import functools
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ from spin_jax.data import parquet
 from spin_jax.data.records import Example, Ids, Pair
 from spin_jax.errors import MissingInput
 from spin_jax.models.architecture import Params
+from spin_jax.runtime import processes
 from spin_jax.runtime.console import compact, progress
-from spin_jax.selfplay import from_config, variants
+from spin_jax.selfplay import from_config, pairing, variants
 from spin_jax.selfplay.engine import Engine
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
@@ -38,10 +40,10 @@ class ScoreFile(NamedTuple):
 
 
 class Opponent:
-    """The model θ_t that iteration t plays against, and that its training starts from."""
+    """The model that iteration t plays against: θ_t, which its training starts from, or an average (opponent_decay)."""
 
     def __init__(self, run: Prepared, engine: Engine, metrics: Metrics, weights: Callable[[int], Params]):
-        """`weights(t)` reads or makes θ_t: the start's weights, or those that iteration t − 1 ended with."""
+        """`weights(t)` reads or makes the weights of iteration t's opponent."""
         self._run = run
         self._engine = engine
         self._metrics = metrics
@@ -166,8 +168,8 @@ class Opponent:
                 self._write_scores(t, self.weights(by), by)
         return params
 
-    def scored_pairs(self, t: int, split: str) -> list[ScoredPair]:
-        """Iteration t's pairs of a split with their log-probs by the opponent, in the order of the files."""
+    def scored_pairs(self, t: int, split: str) -> tuple[list[ScoredPair], Counter[str]]:
+        """Iteration t's pairs of a split with the opponent's log-probs, in the order of the files; and their counts."""
         weights, roles = variants.reference_weights(self._run.config, t), self._run.roles
         shards = self._score_files(t)
         _need([shard.path for shard in shards], f"iteration {t} has no scores yet", "score")
@@ -175,11 +177,11 @@ class Opponent:
         scores: dict[int, dict[tuple[int, int, int, int], tuple[float, ...]]] = {by: {} for by in weights}
         for shard in shards:
             scores[shard.by] |= parquet.scores_from_parquet(shard.path.read_bytes(), shard.path, roles)
-        return [
-            ScoredPair(pair, variants.mixed_logps(weights, scores, shard.source, pair))
-            for shard in {shard.pairs: shard for shard in shards}.values()  # each file of pairs once
-            for pair in self._pairs_of(shard)
-        ]
+        once = {shard.pairs: shard for shard in shards}.values()  # each file of pairs
+        made = [(shard.source, *self._pairs_of(shard)) for shard in once]
+        counts = sum((counts for *_, counts in made), Counter[str]())
+        mixed = functools.partial(variants.mixed_logps, weights, scores)
+        return [ScoredPair(pair, mixed(source, pair)) for source, pairs, _ in made for pair in pairs], counts
 
     @property
     def _answers_of_start(self) -> int:
@@ -220,10 +222,12 @@ class Opponent:
         metrics.rewind("score", t, lambda number: not done[number])
         total, left = (sum(shards[number].total for number in numbers) for numbers in (own, missing))
         title = f"iteration {t}: score" + ("" if by == t else f" (by opponent {by})")
+        is_first, total_counts = by == shards[0].by, Counter[str]()  # all references score the same pairs
         with progress(title, total, total - left, unit="pair") as bar:
             for number in missing:
                 began, shard = time.perf_counter(), shards[number]
-                pairs = self._pairs_of(shard)
+                pairs, counts = self._pairs_of(shard)
+                total_counts += counts
                 bar.update(shard.total - len(pairs))  # pairs that nobody trains on
                 groups = [pair_group(pair, run.roles) for pair in pairs]
                 logps = self._engine.score(params, groups, bar, frozen=not shard.pairs.name.startswith("test"))
@@ -233,19 +237,20 @@ class Opponent:
                 means = {f"{r}_logp": float(logps[:, n].mean()) for n, r in enumerate(run.roles) if pairs}
                 row = {"source_iteration": shard.source, "pairs": len(pairs), **means, "tokens_per_s": rate}
                 reference = {} if by == t else {"reference": by}
-                metrics.write("score", t, number, row | reference | run.pairing.metrics(shard.pairs))
+                metrics.write("score", t, number, row | reference | (pairing.metrics(counts) if is_first else {}))
                 metrics.flush()
                 files.write(shard.path, parquet.scores_to_parquet(shard.source, pairs, logps, run.roles))
                 bar.set_postfix({"tok/s": compact(rate)}, refresh=False)
-        run.pairing.say(title, [shards[number].pairs for number in missing])
+        if is_first and (note := run.pairing.note(total_counts)):
+            processes.say(f"{title}: {note}")
 
-    def _pairs_of(self, shard: ScoreFile) -> list[Pair]:
-        """The pairs that are made of the answers in a file; with the start's answers where a loss reads them."""
+    def _pairs_of(self, shard: ScoreFile) -> tuple[list[Pair], Counter[str]]:
+        """What `Pairing.pairs_of` makes of a file; with the start's answers where a loss reads them."""
         pairs = parquet.pairs_from_parquet(shard.pairs.read_bytes(), shard.pairs)
-        pairs = self._run.pairing.pairs_of(pairs, shard.pairs)
-        if "start" not in self._run.roles:
-            return pairs
-        return variants.with_start_answers(pairs, self._start_answers, shard.pairs, self._answers_of_start)
+        pairs, counts = self._run.pairing.pairs_of(pairs, shard.pairs)
+        if "start" in self._run.roles:
+            pairs = variants.with_start_answers(pairs, self._start_answers, shard.pairs, self._answers_of_start)
+        return pairs, counts
 
     @functools.cached_property
     def _start_answers(self) -> dict[tuple[bytes, int], Ids]:

@@ -17,12 +17,13 @@ from spin_jax import config_values
 from spin_jax.config import Config
 from spin_jax.data.examples import prompt_keys
 from spin_jax.data.records import Example, Pair, prompt_turns
+from spin_jax.evaluate import best
 from spin_jax.models import lora
 from spin_jax.models.architecture import Model
 from spin_jax.models.decoder import Decoder
 from spin_jax.report.numbers import START
 from spin_jax.runtime import processes
-from spin_jax.selfplay import best, fingerprints, from_config
+from spin_jax.selfplay import fingerprints, from_config
 from spin_jax.selfplay.inputs import Inputs, datasets_of, lengths_of, read_inputs, shared_content, split
 from spin_jax.selfplay.variants import by_prompt
 from spin_jax.storage import files, hub
@@ -239,9 +240,10 @@ def _check_options(prepared: Prepared) -> None:
         prepared.notes += _added_notes(prepared)
     if c.selfplay.start and c.selfplay.restart:
         raise ValueError("selfplay.restart trains the start anew: with selfplay.start that is another model")
-    if c.selfplay.start and (c.loss.reference_alpha < 1 or c.loss.reference_decay):
-        key = "reference_alpha" if c.loss.reference_alpha < 1 else "reference_decay"
-        raise ValueError(f"loss.{key} asks the start: with selfplay.start that is another model")
+    needs_start = {"loss.reference_alpha": c.loss.reference_alpha < 1, "loss.reference_decay": c.loss.reference_decay}
+    needs_start |= {"selfplay.opponent_decay": c.selfplay.opponent_decay}
+    if c.selfplay.start and (keys := [key for key, needs in needs_start.items() if needs]):
+        raise ValueError(f"{keys[0]} needs the start: with selfplay.start that is another model")
     if wanted in ("margin", "accuracy") and not {"real", "generated"} <= set(prepared.roles):
         raise ValueError(f"checkpoint.best={wanted!r}: rows of loss {c.loss.name!r} have none")
     if c.selfplay.scorer is None and custom_loss.takes_score(c.loss):
@@ -364,6 +366,7 @@ def locked(run: Prepared) -> Iterator[None]:
             "config": fingerprints.recorded(run.config),
             "model_revision": run.model.revision,
             "data_revision": run.data_revision,
+            "hub_names": run.hub_names,
             "today": run.today,
             "commit": run.commit,
             **run.identity,

@@ -1,8 +1,8 @@
 """summary.json: a row for the start and for each iteration, which one is best, and when a run stops early."""
 
+from spin_jax.evaluate.best import best_row
 from spin_jax.report import charts, drawing, numbers
 from spin_jax.runtime import processes
-from spin_jax.selfplay.best import best_row
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics, Row

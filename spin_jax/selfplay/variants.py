@@ -1,8 +1,7 @@
 """What only some algorithms need, apart from plain SPIN.
 
 ReST-EM, RFT    a verifier says which answers are right, and `selfplay.rows` picks those
-SPPO            a scorer gives each answer a number, which the loss reads as `score`
-DNO, iter. DPO  `selfplay.pairing` says which two answers to a prompt make a row
+SPPO, DNO, …    a scorer gives each answer a number; the loss reads it as `score`, or pairing.py compares it
 α-SPIN, DPO     the start's log-probs count as well as the opponent's, or instead (`loss.reference_alpha`); those of
                 earlier opponents may count, too (`loss.reference_decay`)
 T-SPIN          a row also holds what the start answered (role `start`)
@@ -12,14 +11,10 @@ import dataclasses
 import functools
 import itertools
 import math
-import operator
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from etils import epath
 
 from spin_jax.config import Config
 from spin_jax.data.records import HUMAN, Ids, Message, Pair
@@ -79,8 +74,7 @@ def find_judge(config: Config, mesh: jax.sharding.Mesh | None = None) -> Judge:
             tokens = config.train.tokens_per_device
             scorer = RewardModel(play.scorer, mesh=mesh, dtype=config.model.dtype, tokens_per_device=tokens)
         except (ValueError, FileNotFoundError) as error:
-            message = f"selfplay.scorer={play.scorer!r} is no module:function and no reward model: {error}"
-            raise ValueError(message) from error
+            raise ValueError(f"selfplay.scorer={play.scorer!r}, as a reward model: {error}") from error
     if play.rows != "all":
         scorer = functools.partial(_verdicts, verifiers.find_verifier(config.eval.verifier))
     if play.pairing == "right/wrong":
@@ -152,7 +146,7 @@ def in_files(items: Sequence[Any], size: int, grouped: bool) -> list[list[Any]]:
     return [list(itertools.chain(*groups[i : i + size])) for i in range(0, len(groups), size)]
 
 
-def _asked(group: Sequence[Pair]) -> tuple[list[Message], list[str]]:
+def question_of(group: Sequence[Pair]) -> tuple[list[Message], list[str]]:
     """What a function is asked about: messages that end with the human answer, and all answers, the human one last."""
     messages = [dict(message) for message in group[0].real_messages]  # the function may change them
     return messages, [*(p.generated_messages[-1]["content"] for p in group), messages[-1].get("content", "")]
@@ -162,7 +156,7 @@ def _judged(pairs: Sequence[Pair], judge: Judge) -> list[dict[str, Any]]:
     assert not isinstance(judge.scorer, RewardModel)  # its numbers stand in its place
     said: dict[tuple[int, int], dict[str, Any]] = {}
     for prompt_id, group in by_prompt(pairs).items():
-        messages, answers = _asked(group)
+        messages, answers = question_of(group)
         to_score = answers if judge.of_human else answers[:-1]
         scores, right = [], []
         try:
@@ -185,166 +179,6 @@ def _judged(pairs: Sequence[Pair], judge: Judge) -> list[dict[str, Any]]:
         for number, pair in enumerate(group):
             said[prompt_id, pair.sample_id] = {name: columns[name][number] for name in judge.fields}
     return [said[pair.prompt_id, pair.sample_id] for pair in pairs]
-
-
-# --- which answers make a row ------------------------------------------------------------------------
-
-TIE = "the scores are equal"
-
-
-class Pairing:
-    """Which answers to a prompt make a row (selfplay.pairing), and why some prompts have none.
-
-    selfplay.rows is no pairing: it keeps or drops each row of a human and a sampled answer by itself.
-    """
-
-    def __init__(self, config: Config, judged: Sequence[str]):
-        """`judged` are the fields of a Pair that hold what the judge says."""
-        self.name, self._rows, self._judged = config.selfplay.pairing, config.selfplay.rows, judged
-        self._function = import_function(self.name) if ":" in self.name else None
-        self.counts: dict[epath.Path, Counter[str]] = {}  # of each file: pairs, prompts, and prompts without a pair
-
-    @property
-    def chooses(self) -> bool:
-        """Whether answers to a prompt are compared; in SPIN each sampled one makes a row with the human one."""
-        return self.name != "human/own"
-
-    def pairs_of(self, pairs: Sequence[Pair], file: epath.Path) -> list[Pair]:
-        """The pairs to train on that are made of the answers in a file; held-out pairs are human and sampled answers.
-
-        A chosen answer takes the place of the human one (`real`), and a rejected one that of the generated one. Pairs
-        of selfplay.add_pairs have both already.
-
-        Raises:
-            MissingInput: the answers were judged for another pairing.
-            JudgeFailed: the user's function raised an error or returned no pairs; the message names the prompt.
-        """
-        if self._rows != "all" and not file.name.startswith("added"):
-            return [pair for pair in pairs if ((pair.score or 0.0) > 0.5) == (self._rows == "right")]
-        if not (self.chooses and file.name.startswith("train")):
-            return list(pairs)
-        if absent := [name for name in self._judged if any(getattr(pair, name) is None for pair in pairs)]:
-            raise MissingInput(f"{file} has no {absent[0]}, for another selfplay.pairing wrote it: remove it")
-        groups = list(by_prompt(pairs).values())
-        found = self._chosen_and_rejected(groups)
-        chosen = [(group, rows) for group, rows in zip(groups, found, strict=True) if not isinstance(rows, str)]
-        result = [_row(group, *places) for group, rows in chosen for places in rows]
-        self.counts[file] = Counter(pairs=len(result), prompts=len(groups))
-        self.counts[file].update(reason for reason in found if isinstance(reason, str))
-        return result
-
-    def metrics(self, file: epath.Path) -> dict[str, int]:
-        """The numbers of a file in metrics.jsonl; none where there was no choice."""
-        if file not in self.counts:
-            return {}
-        counts = self.counts[file]
-        without = counts.total() - counts["pairs"] - counts["prompts"]
-        return {"prompts": counts["prompts"], "ties": counts[TIE], "without_pair": without}
-
-    def say(self, title: str, files: Iterable[epath.Path]) -> None:
-        """Prints what was made of these files, where there was a choice."""
-        if note := self._note(files):
-            processes.say(f"{title}: {note}")
-
-    def _note(self, files: Iterable[epath.Path]) -> str:
-        counts = sum((self.counts[file] for file in files if file in self.counts), Counter[str]())
-        without = ", ".join(f"{n} where {why}" for why, n in counts.items() if why not in ("pairs", "prompts"))
-        said = (
-            f"selfplay.pairing={self.name} makes {counts['pairs']} pairs of the answers to {counts['prompts']} prompts"
-        )
-        return said + (f"; no pair of {without}" if without else "") if counts else ""
-
-    def nothing(self, folders: Collection[epath.Path]) -> str:
-        """Why there is no pair at all in these folders of pairs, and what to do."""
-        if self.chooses:
-            note = self._note(file for file in self.counts if file.parent in folders)
-            way = "More selfplay.samples, a higher sampling.temperature, or another scorer, verifier or pairing"
-            return f"{note}. {way} may find some, in a new --workdir"
-        why = f"no answer is {self._rows}, and selfplay.rows asks for those"
-        return f"{why}; more selfplay.samples or another eval.verifier may find some, in a new --workdir"
-
-    def _chosen_and_rejected(self, groups: Sequence[Sequence[Pair]]) -> Sequence[Sequence[Sequence[int]] | str]:
-        """For each prompt the places of the chosen and the rejected answer of each row, or why it has no row."""
-        if self._function is None:
-            return [_named_pairs(self.name, group) for group in groups]
-        ask = functools.partial(_function_pairs, self.name, self._function)
-        # Process 0 alone asks the user's function, so that all processes have the same pairs.
-        return processes.exchanged(processes.together(lambda: list(map(ask, groups)) if processes.first() else []))[0]
-
-
-def _row(group: Sequence[Pair], chosen: int, rejected: int) -> Pair:
-    if chosen == HUMAN:
-        return group[rejected]
-    first, second = group[chosen], group[rejected]
-    # A pair that was given as text may have a shorter prompt, which ends where its two answers differ.
-    shared = min(len(first.prompt), len(second.prompt))
-
-    def ids(pair: Pair, answer: Ids) -> Ids:
-        return np.concatenate([pair.prompt[shared:], answer])
-
-    row = dataclasses.replace(
-        second,
-        chosen_id=first.sample_id,
-        real_messages=first.generated_messages,
-        prompt=first.prompt[:shared],
-        real=ids(first, first.generated),
-        generated=ids(second, second.generated),
-    )
-    if rejected != HUMAN:
-        return row
-    human = {"generated_messages": second.real_messages, "generated": ids(second, second.real), "truncated": False}
-    return dataclasses.replace(row, sample_id=HUMAN, score=second.real_score, **human)
-
-
-def _named_pairs(name: str, group: Sequence[Pair]) -> list[tuple[int, int]] | str:
-    """The rows of one prompt by a pairing such as best/worst. Of equal answers the first one counts."""
-    chosen, _, rejected = name.partition("/")
-    own = range(len(group))
-    among = {
-        "human": [HUMAN],
-        "best_with_human": [HUMAN, *own],
-        "right": [n for n in own if group[n].right],
-        "wrong": [n for n in own if not group[n].right],
-    }
-    scores = [*(pair.score or 0.0 for pair in group), group[0].real_score or 0.0]  # scores[HUMAN] is the last one
-
-    def place(word: str) -> int | None:
-        extreme = min if word in ("worst", "wrong") else max
-        return extreme(among.get(word, own), key=scores.__getitem__, default=None)
-
-    first, *others = [place(word) for word in (chosen, *rejected.split("+"))]
-    if first is None or None in others:
-        return f"no answer is {chosen if first is None else rejected}"
-    compared = {"human": others, "right": []}.get(chosen, [first, *others])  # human and right win without a score
-    if len(compared) > 1 and scores[compared[0]] <= scores[compared[1]]:
-        if len(group) == 1 and HUMAN not in compared:
-            return "there is only one answer"
-        return TIE if scores[compared[0]] == scores[compared[1]] else "the human answer has the highest score"
-    return [(first, other) for other in others if other is not None]
-
-
-def _function_pairs(name: str, function: Callable, group: Sequence[Pair]) -> list[list[int]] | str:
-    where = f"prompt_id {group[0].prompt_id}: selfplay.pairing={name}"
-    messages, answers = _asked(group)
-    scores = None if group[0].score is None else [*(pair.score for pair in group), group[0].real_score]
-    try:
-        found = [[operator.index(place) for place in pair] for pair in function(messages, list(answers), scores)]
-    except Exception as error:  # a user's function can raise anything
-        raise JudgeFailed(
-            f"{where} failed: {type(error).__name__}: {error}. It returns a list of (chosen, rejected), each the place "
-            "of an answer in `answers`"
-        ) from error
-    last = len(group)  # the place of the human answer, which is −1 as well
-    pairs = [[HUMAN if place == last else place for place in pair] for pair in found]
-    for number, pair in enumerate(pairs):
-        is_pair = len(pair) == 2 and pair[0] != pair[1] and all(HUMAN <= place < last for place in pair)
-        if not is_pair or pair in pairs[:number]:
-            fault = "comes twice" if is_pair else "is not the places of two different answers"
-            raise JudgeFailed(
-                f"{where} returned {found!r:.80}, where {found[number]} {fault}: the answers are 0 to {last}, of which "
-                "the last one, or −1, is the human answer"
-            )
-    return pairs or "the function returned no pair"
 
 
 # --- the start and earlier opponents as references -------------------------------------------------

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from spin_jax import losses
 from spin_jax.config import Config
+from spin_jax.config_values import loss_parts
 from spin_jax.runtime import sharding
 from spin_jax.runtime.user_code import import_function
 
@@ -37,7 +38,7 @@ def find(name: str) -> losses.Loss:
 def roles(c: Config) -> tuple[str, ...]:
     """The roles of the answers that a row has: those in loss.answers, or all that the losses of loss.name need."""
     if not c.answers:
-        needed = {role for _, name in losses.parts(c.name) for role in losses.ROLES.get(name, losses.PAIR)}
+        needed = {role for _, name in loss_parts(c.name) for role in losses.ROLES.get(name, losses.PAIR)}
         return tuple(role for role in KNOWN_ROLES if role in needed)
     named = tuple(dict.fromkeys(part.strip() for part in c.answers.split(",")))
     if not set(named) <= set(KNOWN_ROLES) or "generated" not in named:
@@ -66,7 +67,7 @@ def make(c: Config) -> losses.Loss:
 
     Equal configs give the same object, so that they share the programs compiled with it.
     """
-    weighted = tuple((weight, find(name)) for weight, name in losses.parts(c.name))
+    weighted = tuple((weight, find(name)) for weight, name in loss_parts(c.name))
     return _made(weighted, tuple(options(c).items()), c.nll_weight)
 
 
@@ -119,7 +120,7 @@ def _options(loss: losses.Loss) -> dict[str, inspect.Parameter]:
 
 def takes_score(c: Config) -> bool:
     """Whether a loss has the parameter `score`, which selfplay.scorer provides."""
-    return any("score" in _parameters(find(name)) for _, name in losses.parts(c.name))
+    return any("score" in _parameters(find(name)) for _, name in loss_parts(c.name))
 
 
 # --- checks: each `…_problem` returns what is wrong, or "" ---------------------------------------
@@ -134,7 +135,7 @@ def check(c: Config, mesh: jax.sharding.Mesh | None = None) -> None:
     raises an error, returns another shape than [B], is not finite where an iteration begins, or depends on more than
     the log-probs of a row. Of several losses it names the one that is wrong.
     """
-    parts, names, chosen = [name for _, name in losses.parts(c.name)], roles(c), options(c)
+    parts, names, chosen = [name for _, name in loss_parts(c.name)], roles(c), options(c)
     problem = _unknown_option_problem([find(part) for part in parts], chosen)
     if c.nll_weight and "real" not in names:
         problem = problem or f"loss.nll_weight={c.nll_weight:g} is for rows with a human answer: these have none"

@@ -123,12 +123,14 @@ def score_groups(
     shape: RowShape,
     mesh: jax.sharding.Mesh,
     *,
+    values_of: Callable[[Decoder, Params, Rows], Array] = score_rows,
     unattended: int | None = None,
     on_batch: Callable[[int], None] = lambda groups: None,
 ) -> Float[np.ndarray, "groups A"]:
     """Log-probabilities of the answers of any number of groups, in the order of the groups.
 
     Args:
+        values_of: computes [N, G, A], other numbers than log-probabilities where it is not `score_rows`.
         unattended: a token id that no token attends to (only for `config.official`).
         on_batch: called after each micro-batch with the number of groups in it; it may raise to stop.
 
@@ -138,9 +140,9 @@ def score_groups(
     scores = np.zeros((len(groups), len(groups[0].answers)), np.float32)
     with jax.set_mesh(mesh):
         for rows in packed(groups, shape, unattended):
-            logps = sharding.to_host(score_rows(decoder, params, sharding.put_batch(mesh, rows)))
+            values = sharding.to_host(values_of(decoder, params, sharding.put_batch(mesh, rows)))
             filled = rows.items > 0
-            scores[rows.items[filled] - 1] = logps[filled]
+            scores[rows.items[filled] - 1] = values[filled]
             on_batch(int(filled.sum()))
     return scores
 

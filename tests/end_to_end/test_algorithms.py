@@ -2,11 +2,12 @@
 
 import json
 import runpy
+import shutil
 
-import jax
 import numpy as np
 import pytest
 from runs import ROOT, assert_same_run, read_metrics, read_pairs, weights
+from torch_reference import torch_greedy, torch_score
 
 from spin_jax import config as config_lib
 from spin_jax import errors
@@ -16,17 +17,11 @@ from spin_jax.selfplay.prepare import prepare
 ALGORITHMS = runpy.run_path(str(ROOT / "configs" / "algorithms.py"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_device():
-    """What algorithms differ in has nothing to do with devices, and one compiles in less time."""
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: first)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, _one_device):
+def settings(tmp_path_factory, one_device):
     """settings(algorithm, **{"section.key": value}) → the config over tiny.py:smoke, from one start."""
     base = ALGORITHMS["get_config"]("spin/tiny:smoke")
     base.update({"sft": {"control": False}, "selfplay": {"iterations": 0}, "eval": {"kl": False}})
@@ -69,7 +64,20 @@ def first_step(workdir, t):
 
 RELATIVES = {
     "alpha_spin": {},
-    "fictitious_spin": {"selfplay.iterations": 3, "selfplay.mix_previous": 0},
+    "fictitious_spin": {
+        "selfplay.iterations": 3,
+        "selfplay.mix_previous": 0,
+        "selfplay.samples": 2,
+        "selfplay.pairing": "human/worst",
+        "selfplay.scorer": "test_algorithms:lengths",
+    },
+    # In the last iteration the weights stay what they are.
+    "ema_spin": {
+        "selfplay.iterations": 3,
+        "selfplay.mix_previous": 0,
+        "sampling.temperature": 0.0,
+        "train.learning_rate": (1e-3, 1e-3, 1e-30),
+    },
     "tspin": {},
     "rest_em": {"eval.verifier": "test_algorithms:even"},
     "sppo": {"selfplay.scorer": "test_algorithms:lengths"},
@@ -80,18 +88,67 @@ RELATIVES = {
 
 @pytest.fixture(scope="module")
 def runs(settings, tmp_path_factory):
-    """{algorithm: workdir} of two iterations each."""
-    made = {}
-    for name, keys in RELATIVES.items():
-        made[name] = tmp_path_factory.mktemp(name)
-        run(settings(name, **keys), str(made[name]))
-    return made
+    """{algorithm: workdir} of two iterations each, which are run when they are first asked for."""
+
+    class Made(dict):
+        def __missing__(self, name):
+            self[name] = tmp_path_factory.mktemp(name)
+            run(settings(name, **RELATIVES[name]), str(self[name]))
+            return self[name]
+
+    return Made()
 
 
 def test_all_opponents_so_far_score(runs):
     folder = runs["fictitious_spin"] / "iteration_2" / "scores"
     names = {path.name for path in folder.glob("*train*")}
     assert names == {f"{by}iteration_2-train-00000-of-00001.parquet" for by in ("", "opponent_1-", "start-")}
+
+
+def test_what_pairing_made_is_told_once_for_all_references(runs, settings, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(runs["fictitious_spin"], workdir)
+    shutil.rmtree(workdir / "iteration_2" / "scores")
+    summary = json.loads((workdir / "summary.json").read_text())
+    (workdir / "summary.json").write_text(json.dumps([row for row in summary if row["iteration"] < 2]))
+    capsys.readouterr()
+    run(settings("fictitious_spin", **RELATIVES["fictitious_spin"]), str(workdir), only="score")
+    said = [line for line in capsys.readouterr().out.splitlines() if "selfplay.pairing=human/worst makes" in line]
+    assert said == ["iteration 2: score: selfplay.pairing=human/worst makes 72 pairs of the answers to 72 prompts"]
+    scores = [row for row in read_metrics(workdir) if (row["phase"], row["iteration"]) == ("score", 2)]
+    assert {row.get("reference") for row in scores} == {None, 0, 1}
+    assert sum(row.get("prompts", 0) for row in scores) == 72
+
+
+def test_the_opponent_of_ema_spin_is_an_average_of_weights(runs, settings):
+    """It answers and scores as transformers does with that average; training goes on from the trained weights.
+
+    The average is updated as TRL's SyncRefModelCallback does it. Log-probs are sums of float32 numbers.
+    """
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    workdir = runs["ema_spin"]
+    exports = [settings().model.path, *(workdir / f"iteration_{t}" / "model" for t in (0, 1))]
+    average, *trained = map(AutoModelForCausalLM.from_pretrained, exports)
+    for model in trained:
+        for target, source in zip(average.parameters(), model.parameters(), strict=True):
+            with torch.no_grad():
+                target.mul_(1 - 0.5).add_(source, alpha=0.5)
+    scores = {row["prompt_id"]: row for row in scores_of(workdir, 2)}
+    pairs = read_pairs(workdir / "iteration_2" / "pairs")[:8]
+    for pair in pairs:
+        prompt = pair["prompt_tokens"]
+        assert torch_greedy(average, prompt, len(pair["generated_tokens"]), [2]) == pair["generated_tokens"]
+        for name in ("real", "generated"):
+            ours = scores[pair["prompt_id"]][f"{name}_logp"]
+            assert ours == pytest.approx(torch_score(average, prompt, pair[f"{name}_tokens"]), abs=1e-4)
+            assert abs(ours - torch_score(trained[-1], prompt, pair[f"{name}_tokens"])) > 1e-3
+    assert first_step(workdir, 0)["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert abs(first_step(workdir, 2)["loss"] - np.log(2)) > 1e-3
+    before, after = (weights(workdir / f"iteration_{t}" / "model") for t in (1, 2))
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
 
 
 @pytest.mark.parametrize("name", RELATIVES)
@@ -321,7 +378,7 @@ def test_a_fixed_reference_is_the_start(settings, tmp_path):
         ({"selfplay.rows": "right", "selfplay.scorer": "a:b"}, "both judge answers"),
         (
             {"selfplay.scorer": "exact"},
-            "selfplay.scorer='exact' is no module:function and no reward model: reward model path 'exact' is no dir",
+            "selfplay.scorer='exact', as a reward model: reward model path 'exact' is no directory here",
         ),
         (
             {"loss.name": "likelihood", "selfplay.pairing": "right/wrong", "selfplay.samples": 2},
@@ -343,8 +400,10 @@ def test_a_fixed_reference_is_the_start(settings, tmp_path):
         ({"loss.name": "tspin", "loss.options": "alpha=nan"}, "loss.options='alpha=nan': numbers"),
         ({"loss.name": "likelihood", "checkpoint.best": "margin"}, "checkpoint.best='margin': rows of loss"),
         ({"selfplay.restart": True, "selfplay.start": 1}, "selfplay.restart trains the start anew"),
-        ({"loss.reference_alpha": 0.5, "selfplay.start": 1}, "loss.reference_alpha asks the start"),
-        ({"loss.reference_decay": 0.5, "selfplay.start": 1}, "loss.reference_decay asks the start"),
+        ({"loss.reference_alpha": 0.5, "selfplay.start": 1}, "loss.reference_alpha needs the start"),
+        ({"loss.reference_decay": 0.5, "selfplay.start": 1}, "loss.reference_decay needs the start"),
+        ({"selfplay.opponent_decay": 0.5, "selfplay.start": 1}, "selfplay.opponent_decay needs the start"),
+        ({"selfplay.opponent_decay": 1.0}, "selfplay.opponent_decay=1.0: at least 0 and below 1"),
         (
             {"loss.name": "tspin", "selfplay.start": 1},
             "which after selfplay.start selfplay.pairs=0=PATH gives",

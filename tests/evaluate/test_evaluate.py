@@ -118,6 +118,10 @@ def test_questions(evaluate, tiny_dir, tmp_path):
         (["--model=MODEL", "--questions=q.jsonl"], "needs --output"),
         (["--model=MODEL", "--tasks=leaderboard_v1", "--num_fewshot=3"], "leaderboard_v1 goes with neither"),
         (["--model=/nowhere", "--tasks=sums"], "/nowhere"),
+        (
+            ["--model=MODEL", "--adapters=/nowhere", "--questions=HERE/file", "--limit=1", "--output=HERE/a.jsonl"],
+            "adapters path '/nowhere': no such directory",
+        ),
         (["--model=MODEL", "--tasks=sums", "--include_path=/nowhere"], "no such directory"),
         (["--model=MODEL", "--tasks=sums", "--output=HERE"], "is a directory"),
         (["--model=MODEL", "--tasks=sums", "--output=HERE/file/numbers.json"], "cannot be written"),

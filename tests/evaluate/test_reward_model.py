@@ -2,12 +2,15 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from reward_models import write
 
-from spin_jax import tiny
+from spin_jax import config, tiny
 from spin_jax.evaluate.reward_model import RewardModel
+from spin_jax.runtime import sharding
+from spin_jax.selfplay import variants
 
 CONVERSATIONS = [
     [{"role": "user", "content": "1+2+3"}, {"role": "assistant", "content": "6"}],
@@ -53,6 +56,31 @@ def test_eight_devices_are_one(tmp_path, mesh, mesh8):
     one, eight = (RewardModel(str(tmp_path / "model"), mesh=m) for m in (mesh, mesh8))
     ids = [one.tokens(messages) for messages in CONVERSATIONS * 5]
     np.testing.assert_allclose(eight.scores(ids), one.scores(ids), atol=1e-5)
+
+
+def test_another_model_in_the_same_directory_is_noticed(tmp_path, mesh):
+    """Other weights, another chat template, another padding token; not another place."""
+    write(tmp_path / "model", "llama")
+    digests = [RewardModel(str(tmp_path / "model"), mesh=mesh).digest]
+    assert RewardModel(str(shutil.copytree(tmp_path / "model", tmp_path / "copy")), mesh=mesh).digest == digests[0]
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    digests.append(RewardModel(str(tmp_path / "model"), mesh=mesh).digest)
+    for options in ({"pad_token_id": 2}, {"initializer_range": 0.1}):
+        write(tmp_path / "model", "llama", **options)
+        digests.append(RewardModel(str(tmp_path / "model"), mesh=mesh).digest)
+    assert len(set(digests)) == 4
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_the_weights_are_read(tmp_path):
+    write(tmp_path / "model", "llama")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    mesh = sharding.make_mesh(1, 1, 4, jax.devices()[:4])
+    message = "mesh.tensor=4 does not divide the reward model's 2 key/value heads"
+    with pytest.raises(ValueError, match=message):
+        RewardModel(str(tmp_path / "model"), mesh=mesh)
+    c = config.resolve({"model": {"path": "-"}, "data": {"path": "-"}, "selfplay": {"scorer": str(tmp_path / "model")}})
+    with pytest.raises(ValueError, match=f"selfplay.scorer='.*model', as a reward model: {message}"):
+        variants.find_judge(c, mesh)
 
 
 def test_what_is_refused(tmp_path, tiny_dir, mesh):

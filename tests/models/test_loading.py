@@ -5,6 +5,7 @@ import json
 import shutil
 
 import architectures
+import hub_cache
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -439,13 +440,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture
 def hub(tiny_dir, tmp_path, monkeypatch):
     """A hub cache that holds org/name, without a network."""
-    repository = tmp_path / "models--org--name"
-    shutil.copytree(tiny_dir, repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub_cache.publish(tmp_path, "org/name", COMMIT, tiny_dir)
+    hub_cache.use(tmp_path, monkeypatch)
     return tmp_path
+
+
+def test_a_name_with_the_commit_that_it_stands_for(hub, tiny_dir):
+    for name in ("org/name", "org/name@main", f"org/name@{COMMIT}"):
+        assert loading.pinned(name) == f"org/name@{COMMIT}"
+    for name in ("", str(tiny_dir), "module:function", "org/other", "org/name@v2", "org/name@../.."):
+        assert loading.pinned(name) is None
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])

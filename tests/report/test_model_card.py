@@ -97,11 +97,27 @@ def test_an_iteration_tells_its_recipe_and_numbers():
     assert "chen2024self" in text
 
 
+@pytest.mark.parametrize("loss", ["logistic", "apo_down", "likelihood"])
+def test_what_a_model_learned_is_said_by_its_loss(loss):
+    """apo_down makes both answers less likely, and likelihood reads no human answer: neither prefers human ones."""
+    text = model_card.model_card(facts(loss={"name": loss}))
+    assert (
+        f"began with the weights of the iteration before, and was trained on those answers by the loss `{loss}`" in text
+    )
+    assert "The model of the iteration before answered the prompts." in text
+    average = model_card.model_card(facts(selfplay={"opponent_decay": 0.25}))
+    assert "A moving average of the models before answered the prompts." in average
+    assert "the opponent is 0.25 × the one before and 0.75 × the trained weights" in table(average)["loss"][0]
+
+
 def test_adapters():
     """Those of the export, with the end of their base's path; and those that were merged into the base."""
     text = model_card.model_card(facts(model={"path": "owner/base-sft", "adapters": "/home/me/lora"}))
     assert table(text)["base"][0].endswith("(4567), with the adapters `lora` merged")
     assert "PeftModel" not in text
+    of_hub = facts(model={"path": "owner/base-sft", "adapters": "me/lora"})
+    text_of_hub = model_card.model_card(of_hub._replace(hub_names={"model.adapters": "me/lora@c0de"}))
+    assert table(text_of_hub)["base"][0].endswith("with the adapters `me/lora@c0de` merged")
     here = model_card.model_card(facts()._replace(adapters_base="/home/me/run/iteration_0/model"))
     assert "the model that it began from (`iteration_0/model`)" in here
     assert 'peft.PeftModel.from_pretrained(BASE, "DIRECTORY OF THIS FILE", subfolder="adapters")' in here

@@ -4,7 +4,6 @@ import itertools
 import math
 import runpy
 
-import jax
 import pytest
 from dataset_rows import turn, write_jsonl
 from etils import epath
@@ -16,13 +15,7 @@ from spin_jax.selfplay import fingerprints
 from spin_jax.selfplay.algorithm import PHASES, run
 from spin_jax.selfplay.prepare import prepare
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_device():
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: first)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 # The first 2 of 12 have prompts of held-out rows.
@@ -132,9 +125,9 @@ def test_rows_and_pairing_do_not_apply(settings):
     """They choose among sampled answers."""
     for name, value in (("rows", "right"), ("pairing", "right/wrong")):
         found = prepared(settings(**{f"selfplay.{name}": value, "selfplay.samples": 2}))
-        assert found.pairing.pairs_of(found.added, epath.Path("added-00000-of-00001.parquet")) == found.added
+        assert found.pairing.pairs_of(found.added, epath.Path("added-00000-of-00001.parquet")) == (found.added, {})
         if name == "rows":
-            assert found.pairing.pairs_of(found.added, epath.Path("train-00000-of-00001.parquet")) == []
+            assert found.pairing.pairs_of(found.added, epath.Path("train-00000-of-00001.parquet")) == ([], {})
 
 
 def lengths(messages, answers):
@@ -148,6 +141,7 @@ def test_a_run_and_the_same_phase_by_phase(settings, tmp_path):
     summary = run(settings(**keys), str(whole))
     found = prepared(settings(**keys))
     assert [row.get("pairs") for row in summary] == [None, 33, 66]
+    assert [row.get("added_pairs") for row in summary] == [None, 3, 6]
     for t, sources in ((0, [0]), (1, [0, 1])):
         added = read_pairs(whole / f"iteration_{t}" / "added")
         assert [row["real"][0]["content"] for row in added] == questions(found.added_pairs(t))

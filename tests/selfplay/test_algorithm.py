@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ from runs import ROOT, SHARED, Command, assert_same_run, read_metrics, read_pair
 
 from spin_jax import config, pairs
 from spin_jax.report import tables
+from spin_jax.selfplay.algorithm import SelfPlay
 from spin_jax.selfplay.opponent import Opponent
 from spin_jax.selfplay.prepare import prepare
 
@@ -155,6 +157,18 @@ def test_phase_by_phase_equals_one_run(command, finished, tmp_path):
     for phase in ("score", "train", "sample", "score", "train"):
         command(relative, f"--only={phase}")
     assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("decay", "averages"), [(0.0, [1, 3, 7]), (0.25, [1, 2.5, 5.875])])
+def test_a_moving_average_by_hand(decay, averages):
+    """0.25 · 1 + 0.75 · 3 = 2.5, and 0.25 · 2.5 + 0.75 · 7 = 5.875; all are exact in float32."""
+    play = object.__new__(SelfPlay)
+    play.run = types.SimpleNamespace(config=config.resolve({**RESOLVED, "selfplay": {"opponent_decay": decay}}))
+    play.trained = lambda t: {"w": jnp.float32([1, 3, 7][t])}
+    assert [float(play.weights(t)["w"]) for t in range(3)] == averages
+
+
+RESOLVED = {"model": {"path": "-"}, "data": {"path": "-"}}
 
 
 def test_enough_files_are_sampled_together_to_keep_all_slots_busy(mesh):

@@ -63,3 +63,22 @@ def test_each_own_loss_of_a_sum_is_fingerprinted():
     model = SimpleNamespace(tokenizer=tiny.tokenizer(), config=architecture, stop_tokens=())
     found = fingerprints.digests(c, model, [[]], [], {}, {"weights": ""})["fingerprints"]
     assert [name for name in found if name.startswith("loss")] == ["loss", "loss 2"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "differs"),
+    [
+        ("some/judge", "a/copy/of/it", False),  # its digest is compared
+        ("some/judge", "module:function", True),
+        ("module:function", "some/judge", True),
+        (None, "some/judge", True),
+        ("some/judge", None, True),
+    ],
+)
+def test_the_place_of_a_reward_model_is_free(before, now, differs):
+    then, after = (config.resolve({**BASE, "selfplay": {"scorer": scorer}}) for scorer in (before, now))
+    found = fingerprints.differences(after, {}, {"config": fingerprints.recorded(then)})
+    assert found == ({"selfplay.scorer": (before, now)} if differs else {})
+
+
+BASE = {"model": {"path": "none"}, "data": {"path": "none"}}

@@ -7,7 +7,6 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -17,9 +16,9 @@ from torch_reference import torch_score
 import spin_jax
 from spin_jax import config, errors
 from spin_jax.evaluate import measures
+from spin_jax.evaluate.best import best_row, direction
 from spin_jax.report import charts, drawing, numbers, page
 from spin_jax.selfplay import held_out
-from spin_jax.selfplay.best import best_row, direction
 from spin_jax.tiny import problems
 
 
@@ -70,13 +69,7 @@ def read_summary(workdir):
     return json.loads((workdir / "summary.json").read_text())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Of the eight that are there: programs for one compile in half the time."""
-    devices = jax.devices()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: devices[:1])
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

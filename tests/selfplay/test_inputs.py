@@ -4,16 +4,21 @@ import copy
 import json
 import runpy
 
+import hub_cache
+import jax
 import pytest
+import reward_models
 from runs import ROOT
 
 from spin_jax import config, tiny
 from spin_jax.data import parquet
 from spin_jax.errors import ConfigError
+from spin_jax.models import lora
+from spin_jax.models.params import params_on
 from spin_jax.report.numbers import START
 from spin_jax.selfplay import announce, fingerprints
 from spin_jax.selfplay.fitting import Fitting
-from spin_jax.selfplay.prepare import prepare
+from spin_jax.selfplay.prepare import locked, prepare
 
 
 @pytest.fixture
@@ -298,3 +303,44 @@ def test_texts_beyond_the_positions(kind, tiny_config, tmp_path, hf_model_dir):
         prepare(config.resolve(tiny_config), None)
     tiny_config.lengths.max_length = 64
     assert exceeds not in prepare(config.resolve(tiny_config), None).notes
+
+
+def write_adapters(directory, model, seed, mesh):
+    shapes = lora.adapters_on(params_on(mesh, model.config), 2, ["wq"])
+    lora.write_peft(directory, lora.init(shapes, jax.random.key(seed)), model.config, scale=1.0, base="org/base")
+
+
+def test_a_run_keeps_the_commits_of_adapters_and_reward_model(tiny_config, tiny_model, tiny_dir, tmp_path, monkeypatch):
+    """Their branches move on, and a run that continues reads what it began with; a new run reads what is there now."""
+    cache, commits = tmp_path / "cache", ["a" * 40, "b" * 40]
+    hub_cache.use(cache, monkeypatch)
+
+    def publish(number):
+        write_adapters(tmp_path / f"lora_{number}", tiny_model, number, tiny_model.mesh)
+        reward_models.write(tmp_path / f"judge_{number}", "llama", initializer_range=0.1 + number / 10)
+        for name in ("lora", "judge"):
+            hub_cache.publish(cache, f"org/{name}", commits[number], tmp_path / f"{name}_{number}")
+
+    def prepared(scorer="org/judge@main", workdir=tmp_path / "run"):
+        tiny_config.model.update({"path": str(tiny_dir), "adapters": "org/lora"})
+        tiny_config.data.path = write_rows(tmp_path / "rows.jsonl", tiny.problems()[:30])
+        tiny_config.sft.epochs, tiny_config.selfplay.scorer = 0, scorer
+        return prepare(config.resolve(tiny_config), workdir and str(workdir))
+
+    publish(0)
+    first = prepared()
+    assert first.hub_names == {"model.adapters": f"org/lora@{commits[0]}", "selfplay.scorer": f"org/judge@{commits[0]}"}
+    with locked(first):
+        publish(1)
+    again = prepared()
+    assert (again.hub_names, again.identity) == (first.hub_names, first.identity)
+
+    new = prepared(workdir=None)
+    assert new.hub_names == {key: name.replace(commits[0], commits[1]) for key, name in first.hub_names.items()}
+    ours, theirs = (run.identity["fingerprints"] for run in (new, first))
+    assert {key for key in ours if ours[key] != theirs[key]} == {"weights", "reward model"}
+    # The same model in a directory, and the newer one under another name.
+    moved = prepared(scorer=str(tmp_path / "judge_0"))
+    assert (moved.hub_names, moved.identity) == ({"model.adapters": f"org/lora@{commits[0]}"}, first.identity)
+    with pytest.raises(ValueError, match=r"holds another run: there fingerprints\.reward model is"):
+        prepared(scorer="org/judge")

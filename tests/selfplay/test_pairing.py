@@ -2,7 +2,11 @@
 
 import dataclasses
 import io
+import re
 import runpy
+import sys
+import textwrap
+import types
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +20,7 @@ from spin_jax.data import parquet
 from spin_jax.data.records import HUMAN, Pair
 from spin_jax.errors import ConfigError, JudgeFailed, MissingInput
 from spin_jax.pairs import export
-from spin_jax.selfplay import fingerprints, from_config, inputs, variants
+from spin_jax.selfplay import fingerprints, from_config, inputs, pairing, variants
 from spin_jax.training.packing import pair_group
 
 
@@ -58,8 +62,8 @@ FILE = epath.Path("iteration_0/pairs/train-00000-of-00001.parquet")
 
 def paired(name, pairs):
     """(the rows, the counts of prompts without any)."""
-    pairing = variants.Pairing(config(pairing=name), [])
-    rows, counts = pairing.pairs_of(pairs, FILE), dict(pairing.counts[FILE])
+    rows, counts = pairing.Pairing(config(pairing=name), []).pairs_of(pairs, FILE)
+    counts = dict(counts)
     assert counts.pop("pairs") == len(rows)
     assert counts.pop("prompts") == len({pair.prompt_id for pair in pairs})
     return rows, counts
@@ -123,33 +127,33 @@ def test_several_prompts_are_counted():
     assert counts == {TIE: 1}
 
 
-def test_what_is_told_of_several_files(capsys):
-    """Numbers of each file for metrics.jsonl, a line for all, and an error of those where nothing was found."""
-    pairing = variants.Pairing(config(pairing="best/worst"), ["score"])
+def test_what_is_told_of_several_files():
+    """Numbers of each file for metrics.jsonl, a line for all, and an error where nothing was found."""
+    best_worst = pairing.Pairing(config(pairing="best/worst"), ["score"])
     second, held_out = FILE.with_name("train-00001-of-00002.parquet"), FILE.with_name("test-00000-of-00001.parquet")
-    pairing.pairs_of([*answers([1, 2], prompt_id=5), *answers([4, 4], prompt_id=3)], FILE)
-    pairing.pairs_of([*answers([3, 3]), *answers([1], prompt_id=8)], second)
-    assert pairing.pairs_of(answers([1, 2]), held_out) == answers([1, 2])
-    assert pairing.metrics(FILE) == {"prompts": 2, "ties": 1, "without_pair": 1}
-    assert pairing.metrics(second) == {"prompts": 2, "ties": 1, "without_pair": 2}
-    assert pairing.metrics(held_out) == {}
-    pairing.say("iteration 0", [FILE, second, held_out])
-    pairing.say("iteration 0", [held_out])
-    assert capsys.readouterr().out == (
-        "iteration 0: selfplay.pairing=best/worst makes 1 pairs of the answers to 4 prompts; no pair of 2 where the "
-        "scores are equal, 1 where there is only one answer\n"
+    _, of_first = best_worst.pairs_of([*answers([1, 2], prompt_id=5), *answers([4, 4], prompt_id=3)], FILE)
+    _, of_second = best_worst.pairs_of([*answers([3, 3]), *answers([1], prompt_id=8)], second)
+    same, nothing = best_worst.pairs_of(answers([1, 2]), held_out)
+    assert same == answers([1, 2])
+    assert pairing.metrics(of_first) == {"prompts": 2, "ties": 1, "without_pair": 1}
+    assert pairing.metrics(of_second) == {"prompts": 2, "ties": 1, "without_pair": 2}
+    assert pairing.metrics(nothing) == {}
+    assert best_worst.note(of_first + of_second + nothing) == (
+        "selfplay.pairing=best/worst makes 1 pairs of the answers to 4 prompts; no pair of 2 where the scores are "
+        "equal, 1 where there is only one answer"
     )
-    other = FILE.parent.parent.with_name("iteration_1") / "pairs" / "train-00000-of-00001.parquet"
-    pairing.pairs_of(answers([4, 4]), other)
-    assert "makes 0 pairs of the answers to 1 prompts; no pair of 1 where the scores" in pairing.nothing([other.parent])
+    assert best_worst.note(nothing) == ""
+    _, of_other = best_worst.pairs_of(answers([4, 4]), FILE)
+    assert "makes 0 pairs of the answers to 1 prompts; no pair of 1 where the scores" in best_worst.nothing(of_other)
+    assert best_worst.pairs_of(answers([4, 4]), FILE)[1] == of_other  # nothing is kept between calls
     with pytest.raises(MissingInput, match=r"train-00001-of-00002.parquet has no score, for another selfplay.pairing"):
-        pairing.pairs_of(answers([None]), second)
+        best_worst.pairs_of(answers([None]), second)
 
 
 def test_spin_needs_no_pairing():
-    pairs, pairing = answers([1, 2]), variants.Pairing(config(), [])
-    assert pairing.pairs_of(pairs, FILE) == pairs
-    assert (pairing.chooses, pairing.metrics(FILE)) == (False, {})
+    pairs, own = answers([1, 2]), pairing.Pairing(config(), [])
+    assert own.pairs_of(pairs, FILE) == (pairs, {})
+    assert not own.chooses
 
 
 def test_the_chosen_answer_stands_where_the_human_one_did():
@@ -244,7 +248,7 @@ def lengths(messages, texts):
 
 
 @pytest.mark.parametrize(
-    ("pairing", "asked_of_human"),
+    ("name", "asked_of_human"),
     [
         ("human/own", False),
         ("human/worst", False),
@@ -256,15 +260,15 @@ def lengths(messages, texts):
         ("test_pairing:neighbours", True),
     ],
 )
-def test_the_human_answer_is_scored_where_it_is_compared(pairing, asked_of_human):
+def test_the_human_answer_is_scored_where_it_is_compared(name, asked_of_human):
     ASKED.clear()
-    judge = variants.find_judge(config(pairing=pairing, scorer="test_pairing:lengths"))
+    judge = variants.find_judge(config(pairing=name, scorer="test_pairing:lengths"))
     first, second = variants.with_scores(answers([None, 9.0]), judge)
     assert [["own 0", "own 1", "human"][: 2 + asked_of_human]] == ASKED
     assert (first.score, second.score) == (5.0, 5.0)  # scores that are compared come from one source
     assert {first.real_score, second.real_score} == {5.0 if asked_of_human else None}
     right = [pair.right for pair in (first, second)]
-    assert right == ([False, False] if pairing == "right/wrong" else [None, None])
+    assert right == ([False, False] if name == "right/wrong" else [None, None])
     assert variants.with_scores([first, second], judge) == [first, second]
     assert len(ASKED) == 1  # nobody is asked again
 
@@ -304,6 +308,33 @@ def test_a_scorer_that_forgets_the_human_answer(monkeypatch):
     judge = variants.find_judge(config(pairing="best/human", scorer="test_pairing:lengths"))
     with pytest.raises(JudgeFailed, match=r"prompt_id 7: the scorer gave \[0.0, 1.0\] for 3 answers"):
         variants.with_scores(answers([None, None]), judge)
+
+
+def test_a_model_of_duels_as_the_readme_has_it(monkeypatch):
+    """Win rates by hand, of a model that prefers longer answers and, wrongly, the first place."""
+    text = (ROOT / "configs" / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def win_rates" in block]
+    duels = types.ModuleType("duels")
+    exec(textwrap.dedent(code), vars(duels))
+    chances = {(5, 3): 0.9, (3, 5): 0.3, (5, 5): 0.6, (3, 3): 0.6}  # by the lengths of the two answers
+    asked = []
+
+    def beats(conversation, first, second):
+        asked.append(conversation)
+        return chances[len(first), len(second)]
+
+    monkeypatch.setattr(duels, "beats", beats, raising=False)
+    monkeypatch.setitem(sys.modules, "duels", duels)
+    pairs = answers([None, None, None])
+    for pair, length in zip(pairs, (3, 5, 3), strict=True):
+        pair.generated_messages[-1]["content"] = "x" * length
+    c = config(pairing="best/worst", scorer="duels:win_rates")
+    scored = variants.with_scores(pairs, variants.find_judge(c))
+    # (0.3 + 1 − 0.9) / 2 = 0.2 of a duel with the long one, and half of one among equals
+    assert [pair.score for pair in scored] == pytest.approx([(0.2 + 0.5) / 2, 0.8, (0.2 + 0.5) / 2])
+    assert asked == [[{"role": "user", "content": "q"}]] * 6
+    rows, _ = pairing.Pairing(c, ["score"]).pairs_of(scored, FILE)
+    assert [(row.chosen_id, row.sample_id) for row in rows] == [(1, 0)]
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -394,17 +425,17 @@ def test_a_run_that_continues_keeps_pairing_and_verifier():
 
 
 @pytest.mark.parametrize("human", [1, 20, 50])
-@pytest.mark.parametrize("pairing", [*PAIRINGS, "some_module:function"])
-def test_every_row_fits_the_shape(pairing, human):
+@pytest.mark.parametrize("name", [*PAIRINGS, "some_module:function"])
+def test_every_row_fits_the_shape(name, human):
     """Short and long human answers, at any place of a row; and held-out rows, which are human/own."""
-    c = config_lib.resolve(tiny(pairing=pairing, scorer="a:b"))
+    c = config_lib.resolve(tiny(pairing=name, scorer="a:b"))
     c = c.changed({"lengths.max_length": 64, "sampling.max_new_tokens": 30})
     model, _, _ = inputs.open_model(c)
-    chosen, _, rejected = pairing.partition("/")
+    chosen, _, rejected = name.partition("/")
     prompt, real, generated = (ids(*[5] * n) for n in (12, human, 45))
     given = {0: [dataclasses.replace(answers()[0], prompt=prompt, real=real, generated=generated)]}
     for own, pairs in ((30, {}), (45, given)):  # the most tokens of a sampled answer
         shape = from_config.pair_shape_of_lengths(c, model, np.array([[12, human]]), pairs)
-        kinds, any_one = {"human": [human], "best_with_human": [human, own]}, [human, own] if ":" in pairing else [own]
+        kinds, any_one = {"human": [human], "best_with_human": [human, own]}, [human, own] if ":" in name else [own]
         rows = [a + b for a in kinds.get(chosen, any_one) for b in kinds.get(rejected, any_one) if {a, b} != {human}]
         assert shape.length >= 12 + max([*rows, human + own])

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from spin_jax.selfplay.best import best_row
+from spin_jax.evaluate.best import best_row
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics
 

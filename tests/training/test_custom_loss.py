@@ -174,7 +174,7 @@ def test_lengths_on_held_out_pairs(tmp_path):
     """The mean of 301 and 205."""
     run = MagicMock(roles=("real", "generated"), folder=lambda t: epath.Path(tmp_path))
     engine = MagicMock(score=lambda params, groups: np.full((2, 2), -6.0, np.float32))
-    opponent = MagicMock(scored_pairs=lambda t, split: pairs_of_lengths())
+    opponent = MagicMock(scored_pairs=lambda t, split: (pairs_of_lengths(), {}))
     evaluation = held_out.Evaluation(run, engine, opponent, step.SPIN(MagicMock(), counts))
     assert evaluation.measure_pairs(0, None, 0.1)["loss"] == 253
 
