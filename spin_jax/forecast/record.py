@@ -64,11 +64,12 @@ class Record(contextlib.AbstractContextManager):
 
 def comparison(expected: Mapping[str, float], took: Mapping[str, float]) -> str:
     """A table of the seconds of each phase, and a line on those that the expectation is off by more than 30%."""
-    rest = {"other": sum(seconds for name, seconds in took.items() if name not in PHASES)}
-    every = {"all": sum(expected.values())}, {"all": sum(took.values())}
+    rest = sum(seconds for name, seconds in took.items() if name not in PHASES)
+    ours_of = {**expected, "all": sum(expected.values())}
+    theirs_of = {**took, "other": rest, "all": sum(took.values())}
     lines, off = [f"{'time':<12}{'expected':>10}{'took':>10}"], []
     for name in (*PHASES, "other", "all"):
-        ours, theirs = (expected | every[0]).get(name, 0.0), (took | rest | every[1]).get(name, 0.0)
+        ours, theirs = ours_of.get(name, 0.0), theirs_of.get(name, 0.0)
         if max(ours, theirs) >= 0.05:
             lines.append(f"{name:<12}{duration(ours):>10}{duration(theirs):>10}")
         if max(ours, theirs) >= _SHORT_S and name in PHASES and not ours / _OFF <= theirs <= ours * _OFF:
