@@ -124,9 +124,9 @@ def _disk(prepared: Prepared, finished: int) -> str:
     """What the iterations to come will write, and how much room there is."""
     all_work, left = work(prepared), prepared.iterations[finished:]
     to_come = all_work._replace(iterations={t: all_work.iterations[t] for t in left})
-    need = sum(
-        sizes.of_run(from_config.job(prepared.config, prepared.model, prepared.pair_shape, ()), to_come).values()
-    )
+    job = from_config.job(prepared.config, prepared.model, prepared.pair_shape, ())
+    written = sizes.of_run(job, to_come) if left else {}
+    need = sum(size for what, size in written.items() if what != "start" or not finished)
     room = files.free(prepared.workdir)
     text = f"{need / 2**30:.2f} GiB for {len(left)} iterations to come, step checkpoints included"
     if room is None:

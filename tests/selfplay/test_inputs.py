@@ -13,7 +13,7 @@ from runs import ROOT
 from spin_jax import config, tiny
 from spin_jax.data import parquet
 from spin_jax.errors import ConfigError
-from spin_jax.models import lora
+from spin_jax.models import cost, lora
 from spin_jax.models.params import params_on
 from spin_jax.report.numbers import START
 from spin_jax.selfplay import announce, fingerprints
@@ -114,6 +114,21 @@ def test_the_memory_of_adapters_counts_the_weights_under_them(tiny_config):
     assert whole == pytest.approx(4 * matrices / 2**30, rel=0.05)
     tiny_config.train.frozen_dtype = "nf4"
     assert whole - said() == pytest.approx((4 - 9 / 16) * matrices / 2**30, abs=0.011)
+
+
+def test_the_disk_that_iterations_to_come_need(tiny_config):
+    """By hand, of P float32 numbers: the start, two iterations, and the control of each have a checkpoint.
+
+    Of the control there is one export. An iteration that is done counts no more.
+    """
+    tiny_config.model.architecture.update(hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, head_dim=256)
+    prepared = prepare(config.resolve(tiny_config), None)
+    weights = 4 * cost.all_params(prepared.model.config) / 2**30
+    for done, count in ((0, 2 * 3 + 3), (1, 2 + 2), (2, 0)):
+        (line,) = [line for line in announce.run_overview(prepared, done).splitlines() if line.startswith("disk")]
+        need, unit, _, left = line.split()[1:5]
+        assert (unit, left) == ("GiB", str(2 - done))
+        assert float(need) == pytest.approx(count * weights, rel=0.02, abs=0.006)
 
 
 def test_the_token_that_ends_answers_is_said(tiny_config):
