@@ -33,6 +33,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ from spin_jax.data.records import Ids, Pair
 from spin_jax.models import cost, loading
 from spin_jax.models.architecture import Model, Params
 from spin_jax.models.params import count_params, init_params, sampling_params
-from spin_jax.runtime import chips, processes, sharding
+from spin_jax.runtime import chips, processes, sharding, stopwatch
 from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import prompt_keys
 from spin_jax.selfplay import from_config, inputs
@@ -117,13 +118,7 @@ def workload(config: Any) -> Workload:
 
 def measure(work: Workload) -> dict[str, Any]:
     """Samples, scores and trains. Training comes last, so no optimizer state takes memory before."""
-    compilations: list[float] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            compilations.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)  # pyright: ignore[reportArgumentType]
+    seconds = stopwatch.count_in(Counter())
     devices = list(work.model.mesh.devices.flat)
     params = work.params()
     parameters = count_params(params)
@@ -140,7 +135,7 @@ def measure(work: Workload) -> dict[str, Any]:
         "train": train,
         "score": score,
         "sample": sample,
-        "compile_s": sum(compilations),
+        "compile_s": seconds["compile"],
         "peak_host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
         "peak_device_gb": max(peaks) / 2**30 or None,  # a CPU does not report any
         "device": f"{len(devices)} × {devices[0].device_kind}",

@@ -301,6 +301,9 @@ def default() -> Any:
     c.logging.tensorboard = True
     # Metrics are also logged to this project of Weights & Biases.
     c.logging.wandb_project = placeholder(str)
+    # The first and the last step of training that are profiled: 10,13. The trace is of the first iteration that takes
+    # these steps, and goes to WORKDIR/profile, which xprof and TensorBoard open; a workdir gets one. Unset: none.
+    c.logging.profile_steps = placeholder(tuple)
     # The charts of summary.png are made at the end.
     c.logging.plot = True
     return c

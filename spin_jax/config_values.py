@@ -26,8 +26,8 @@ def typed(section: Any, key: str, value: Any, name: str) -> Any:
 
     A whole number is a number too; True and False are not numbers.
     """
-    several = isinstance(section[key], tuple)
-    kind = type(section[key][0]) if several else section.get_type(key)
+    several = section.get_type(key) is tuple
+    kind = type((section[key] or (0,))[0]) if several else section.get_type(key)  # unset: whole numbers
     values = tuple(value) if several and isinstance(value, list | tuple) else (value,)
     result = values if several else value
     accepted = int | float if kind is float else kind
@@ -61,7 +61,7 @@ def per_iteration(values: tuple, iteration: int) -> Any:
 # exclude it. In a tuple each number is checked. The intervals of floats leave out what float32 would round to 0 or
 # infinity.
 _RANGES = {
-    "[0, 2147483647]": "seed fixed_prompts",
+    "[0, 2147483647]": "seed fixed_prompts profile_steps",
     "[1, 2147483647]": "data.limit eval.tasks_limit expected every_steps keep lora_rank max_new_tokens max_prompt "
     "most_skipped row_length selfplay.samples sampling.tensor shard_size top_k",
     "[2, 2147483647]": "max_length",  # one token for the prompt and one for the answer
@@ -181,6 +181,8 @@ def _contradictions(c: Any) -> Iterator[str]:
     yield from _pairing_problems(c)
     if bool(play.add_pairs) != bool(play.add_share):
         yield "selfplay.add_pairs and selfplay.add_share go together: which pairs are added, and what share they are"
+    if (traced := c.logging.profile_steps) and (len(traced) != 2 or traced[0] > traced[1]):
+        yield f"logging.profile_steps={traced}: the first and the last step of the trace, as in 10,13"
     datasets = data_mixtures(c.data.path)
     if 2 <= len(datasets) < iterations:
         yield f"data.path has {len(datasets)} datasets for {iterations} iterations: give one, or one for each"

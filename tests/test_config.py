@@ -66,6 +66,7 @@ COMMANDS = [
     ([TINY, "--config.train.remat=3"], "train.remat='3': one of none, attention, attention+mlp, full"),
     ([TINY, "--config.logging.plot=maybe"], "config.logging.plot=maybe: true or false is wanted"),
     ([TINY, "--config.train.eps=small"], "config.train.eps=small: a number is wanted"),
+    ([TINY, "--config.logging.profile_steps=13,10"], "logging.profile_steps=(13, 10): the first and the last step"),
     ([TINY, "--config.loss.beta=x"], "loss.beta=('x',): a number is wanted, or several"),
     ([TINY, "--config.loss.beta=(1,'a')"], "loss.beta=(1, 'a'): a number is wanted, or several"),
     ([TINY, "--config.sft=3"], "--config.sft=3: a section is wanted"),
@@ -157,8 +158,8 @@ def numbers(section, prefix=""):
         name, kind = f"{prefix}{key}", section.get_type(key)
         if hasattr(value, "items"):
             yield from numbers(value, f"{name}.")
-        elif kind in (int, float) or (kind is tuple and not isinstance(value[0], str)):
-            yield name, value
+        elif kind in (int, float) or (kind is tuple and not isinstance((value or (0,))[0], str)):
+            yield name, (value or (0,)) if kind is tuple else value
 
 
 def changed(name, value):
@@ -216,6 +217,10 @@ def test_every_number_has_a_range(name):
         ("model.dtype", "int8", "model.dtype='int8': one of float32, bfloat16, float16"),
         ("model.attention", "triton", "model.attention='triton': one of plain, splash, flash"),
         ("official", 1, "official=1: true or false is wanted"),
+        ("logging.profile_steps", (3,), r"profile_steps=\(3,\): the first and the last step of the trace, as in 10,13"),
+        ("logging.profile_steps", (3, 2), r"profile_steps=\(3, 2\): the first and the last step"),
+        ("logging.profile_steps", (-1, 2), r"profile_steps=\(-1, 2\): at least 0"),
+        ("logging.profile_steps", ("a", 2), r"profile_steps=\('a', 2\): a whole number is wanted, or several"),
         ("train.batchsize", 1, "no key train.batchsize; did you mean train.batch_size?"),
         ("train", 3, "config.train is a section, and got 3"),
         ("train", [("batch_size", 3)], "config.train is a section"),

@@ -21,7 +21,7 @@ FLOORS = (
     ("data", "storage", "cli"),
     ("models", "report", "tiny"),
     ("sampling", "training"),
-    ("evaluate",),
+    ("evaluate", "forecast"),
     ("selfplay",),
     ("plan", "main", "benchmark", "pairs", "sweep"),
     ("spin_jax",),  # __init__.py, where users find the public functions

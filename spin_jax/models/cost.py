@@ -4,7 +4,9 @@ Axes: L layers, D model, N query heads, K key/value heads, H head dim, F mlp, V 
 """
 
 import functools
+from typing import Any
 
+from spin_jax.kernels import quantized
 from spin_jax.models.architecture import ModelConfig
 from spin_jax.models.params import abstract_params, count_params
 from spin_jax.runtime import sharding
@@ -23,6 +25,18 @@ def layer_params(c: ModelConfig, experts: int | None = None) -> int:
 def all_params(c: ModelConfig) -> int:
     """How many numbers the parameter tree has."""
     return count_params(sharding.unboxed(abstract_params(c)))
+
+
+def frozen_bytes(c: ModelConfig, mesh: Any, itemsize: int, stored: str | None) -> float:
+    """The bytes of each device's frozen weights under adapters; `stored` is train.frozen_dtype."""
+    shards = sharding.weight_shards(mesh)
+    whole = itemsize * all_params(c) / shards
+    if not stored:
+        return whole
+    heads, mlp = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim, (2 + c.gated) * c.intermediate_size
+    axes = (heads, c.head_dim), (mlp, c.intermediate_size // sharding.tensor_shards(mesh))
+    saved = [n * (itemsize - quantized.BYTES[stored] - 4 / quantized.block(size)) for n, size in axes]  # float32 scales
+    return whole - c.num_hidden_layers * c.hidden_size * sum(saved) / shards
 
 
 def cached_numbers(c: ModelConfig, columns: int) -> int:

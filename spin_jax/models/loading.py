@@ -7,6 +7,7 @@ part is copied out of the map, so host memory never holds the model twice.
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -28,7 +29,7 @@ from spin_jax.models.families import FAMILIES, TRANSFORMERS_4, Tensor, family, m
 from spin_jax.models.params import abstract_params
 from spin_jax.models.tokenizers import check_vocabulary, load_tokenizer
 from spin_jax.models.weight_files import Part, from_hf, parts_of, split
-from spin_jax.runtime import sharding
+from spin_jax.runtime import sharding, stopwatch
 from spin_jax.storage import files, hub, seals
 
 # --- configs -------------------------------------------------------------------------------------
@@ -141,6 +142,7 @@ def _finite(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: jnp.isfinite(leaf).all() for path, leaf in params.items()}
 
 
+@stopwatch.phase("load")
 def load_params(
     directory: epath.PathLike,
     config: ModelConfig,
@@ -261,6 +263,12 @@ def _eos_of(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     known = [stop for stop in (stops if isinstance(stops, list) else [stops]) if weight_files.whole(stop)]
     known = [stop for stop in known if stop < vocab_size]
     return {"eos_token_id": known} if known else {}
+
+
+@functools.cache
+def architecture(directory: epath.PathLike) -> ModelConfig:
+    """The architecture of a checkpoint, by its config.json alone."""
+    return model_config(_read_hf_config(Path(directory)))
 
 
 def describe(

@@ -15,7 +15,7 @@ from spin_jax.models.architecture import Model
 from spin_jax.models.families import FAMILIES
 from spin_jax.models.tokenizers import save_tokenizer
 from spin_jax.models.weight_files import Part, join, parts_of, to_hf
-from spin_jax.runtime import processes, sharding
+from spin_jax.runtime import processes, sharding, stopwatch
 from spin_jax.storage import files, seals
 
 _SHARD_BYTES = 2 * 2**30
@@ -77,6 +77,7 @@ def _export_generation(model: Model) -> dict[str, Any]:
     return {**content, "eos_token_id": eos if complete else stops}
 
 
+@stopwatch.phase("export")
 def save(
     model: Model, directory: epath.PathLike, *, dtype: Any = None, on_tensor: Callable[[], None] = lambda: None
 ) -> None:

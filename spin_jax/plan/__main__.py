@@ -3,20 +3,25 @@
     python -m spin_jax.plan --config=FILE[:VARIANT] --topology=TOPOLOGY [--config.section.key=value …]
 
   --topology=TOPOLOGY      TPUs: v4:2x2x4, v5e:8x8, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1 …; GPUs: h200:1, h100:8,
-                           a100:8 …; v5e:8x8*2 are two slices, h100:8*2 two nodes
+                           a100:8 …; v5e:8x8*2 are two slices, h100:8*2 two nodes; cpu:1: this machine
   --pairs=N                pairs of an iteration; unset: those of data.limit prompts, or of 50,000, by
                            selfplay.samples and selfplay.pairing
   --json                   prints one JSON object in place of the table
-  --mfu=0.45               share of the peak that training and scoring reach
+  --mfu=0.45               share of the peak that training and scoring reach; on a CPU 0.6 of a matrix product
+                           that is measured here
   --decode_efficiency=0.5  share of its roofline that decoding reaches
   --dcn_gbit_s=50          Gbit per second that a device receives from other slices
+  --read_gb_s=0.6          GB per second that each process reads of a checkpoint, its check included
+  --write_gb_s=0.6         GB per second that each process writes of a checkpoint or export, its seal included
+  --compile_s=N            seconds that each of the run's programs compiles; 0: 40 for TPUs, 15 for GPUs,
+                           2 for a CPU
   --compile=true           compiles the run's programs; --nocompile: arithmetic alone, which takes seconds
 
 The programs of the run are compiled for the topology. No TPU or GPU is needed: the compiler for TPUs comes
 with jax[tpu], the compiler for GPUs with jax[cuda13] or with jax-cuda13-plugin alone. Without the plugin,
 memory on GPUs comes from arithmetic, and the answer says so. The plan assumes the lengths of
 `lengths.expected`, and room for the longest pairs that `lengths` allows. Times come from a roofline at the
-efficiencies above.
+efficiencies above. Reading and tokenizing the data, the tasks of eval.tasks and pushes to the hub do not count.
 
 On a machine without a GPU, XLA cannot time kernels to choose between them (autotuning), cuDNN's kernels are
 not compiled, and no kernel is assembled to machine code. Memory is compared with the 92% of the card that
@@ -42,19 +47,22 @@ from spin_jax import config as config_lib
 from spin_jax import config_values
 from spin_jax.cli import fail, parse, read_config
 from spin_jax.errors import CompilerFailed
+from spin_jax.forecast.job import Rates
 from spin_jax.plan.answer import plan
 from spin_jax.plan.machine import expect_no_device
 from spin_jax.plan.planned_run import planned_run
-from spin_jax.plan.time import Assumed, duration
 from spin_jax.runtime import platforms
-from spin_jax.runtime.console import compact
+from spin_jax.runtime.console import compact, duration
 
 flags.DEFINE_string("config", None, "Config file; --config.key=value changes a key of it.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:8x8, v5p:2x2x2 …; GPUs: h200:1, h100:8 …")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object in place of the table.")
 _PAIRS = flags.DEFINE_integer("pairs", None, "Pairs of an iteration; unset: data.limit.", lower_bound=1)
-_MFU = flags.DEFINE_float("mfu", 0.45, "Share of the peak that training and scoring reach, padding counted as work.")
+_MFU = flags.DEFINE_float("mfu", 0.0, "Share of the peak that training and scoring reach, padding counted as work.")
 _DECODE = flags.DEFINE_float("decode_efficiency", 0.5, "Share of its roofline that decoding reaches.")
+_READ = flags.DEFINE_float("read_gb_s", Rates().read_gb_s, "GB a second that each process reads of a checkpoint.")
+_WRITE = flags.DEFINE_float("write_gb_s", Rates().write_gb_s, "GB a second that each process writes of a checkpoint.")
+_COMPILE_S = flags.DEFINE_float("compile_s", 0.0, "Seconds that each program compiles; 0: by platform.")
 _COMPILE = flags.DEFINE_bool("compile", True, "Compile the run's programs; --nocompile: arithmetic alone.")
 _DCN = flags.DEFINE_float("dcn_gbit_s", 50.0, "Gbit a second that a device gets from other slices.")
 
@@ -98,12 +106,18 @@ def table(answer: Mapping[str, Any]) -> str:
         lines += ["", f"{offloaded:.2f} GiB of each device's optimizer state wait in the hosts' memory"]
     lines += [
         "",
+        f"memory of each process, GiB  {_sizes(answer['host_gib'])}",
+        f"files, GiB   an iteration: {_sizes(run['iteration_gib'])}",
+        f"             the run: {_sizes(run['written_gib'])}; {sum(run['written_gib'].values()):.3g} in all",
+        "",
         f"the first iteration: {duration(answer['iteration_s'])} for {assumed['pairs']:,} pairs and "
         f"{assumed['epochs']} epoch(s) of {'/'.join(map(str, assumed['lengths']))} tokens",
         f"(prompt/human/generated), at {assumed['mfu']:.0%} MFU, padding counted, and "
         f"{assumed['decode_efficiency']:.0%} of the decode roofline",
         f"all {run['iterations']}, with the pairs mixed in: {duration(3600 * run['hours'])}, "
-        f"{run['device_hours']:.3g} device-hours",
+        f"{run['chip_hours']:.3g} chip-hours",
+        f"({', '.join(f'{name} {duration(seconds)}' for name, seconds in run['phases_s'].items())})",
+        *(f"not counted: {what}" for what in run["not_counted"]),
         "it fits" if answer["fits"] else "it does not fit",
     ]
     if other := answer["suggestion"]:
@@ -116,6 +130,10 @@ def table(answer: Mapping[str, Any]) -> str:
     elif not answer["fits"]:
         lines.append("no setting was found that fits, up to the largest machine of this family")
     return "\n".join(lines)
+
+
+def _sizes(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {size:.3g}" for name, size in parts.items())
 
 
 def read_flags() -> tuple[Any, str, int]:
@@ -140,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error))
     try:
-        answer = plan(run, Assumed(pairs, _MFU.value, _DECODE.value, _DCN.value))
+        rates = Rates(_MFU.value, _DECODE.value, _DCN.value, Rates().host_gb_s, _READ.value, _WRITE.value)
+        answer = plan(run, pairs, rates._replace(compile_s=_COMPILE_S.value))
     except CompilerFailed as error:
         return fail(f"{error}\n--nocompile gives the answer of arithmetic", 1)
     print(json.dumps(answer, ensure_ascii=False) if _JSON.value else table(answer), flush=True)

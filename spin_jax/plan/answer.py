@@ -2,31 +2,40 @@
 
 import dataclasses
 import itertools
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from spin_jax import config_values
+from spin_jax.forecast import sizes, times
+from spin_jax.forecast.job import Rates, Work, assumed_work
 from spin_jax.models import cost
 from spin_jax.plan.compiled import compiled_phases
 from spin_jax.plan.estimate import estimated_phases
 from spin_jax.plan.machine import FAMILIES, Topology
 from spin_jax.plan.planned_run import GIB, PlannedRun, fits, limit, planned_run
-from spin_jax.plan.time import Assumed, fill_in_times, run_time
 from spin_jax.runtime import sharding
 from spin_jax.runtime.console import compact
 from spin_jax.selfplay import from_config
 from spin_jax.training.optimizer import OPTIMIZERS
 
+_RATES = Rates()
 
-def plan(run: PlannedRun, assumed: Assumed) -> dict[str, Any]:
-    """The answer, as --json prints it."""
+
+def plan(run: PlannedRun, pairs: int, rates: Rates = _RATES) -> dict[str, Any]:
+    """The answer, as --json prints it, for iterations of so many pairs each."""
     phases, margin = estimated_phases(run), 1.0
     if run.compiles:
         guess, phases = phases, compiled_phases(run, phases)
         # Suggestions are found by arithmetic. It errs for other settings about as much as for these, and the compiler
         # tells how much that is.
         margin = min(0.9, *(0.97 * guess[name].memory / phase.memory for name, phase in phases.items()))
-    fill_in_times(run, phases, assumed)
     c, model, mesh, whole = run.config, run.model.config, run.model.mesh, fits(run, phases)
+    work, job, rates = assumed_work(c, pairs), run.job, rates.on(run.job.platform)
+    speeds = times.speeds(job, run.chip, rates, {name: phase.traffic for name, phase in phases.items()})
+    seconds = times.phase_seconds(job, work, run.chip, rates, speeds)
+    first = seconds.get(c.selfplay.start, {})
+    on_host = max(phase.memory for phase in phases.values()) if job.platform == "cpu" else 0.0
     other = None if whole else _suggestion(run, margin)
     confirmed = None
     if other and other[0].compiles:
@@ -50,23 +59,42 @@ def plan(run: PlannedRun, assumed: Assumed) -> dict[str, Any]:
                 "parts_gib": {part: size / GIB for part, size in phase.parts.items()},
                 "collective_gib": {kind: size / GIB for kind, size in phase.traffic.items()},
                 "offloaded_gib": phase.offloaded / GIB,
-                "tflops": phase.tflops,
+                "tflops": speeds[name].tflops,
                 "unit": phase.unit,
-                "unit_s": phase.seconds,
-                "iteration_s": phase.seconds * phase.units,
-                "tokens_per_s": phase.tokens_per_s,
-                "bottleneck": phase.bottleneck,
+                "unit_s": speeds[name].seconds,
+                "iteration_s": first.get(name, 0.0),
+                "tokens_per_s": speeds[name].tokens_per_s,
+                "bottleneck": speeds[name].bottleneck,
             }
             for name, phase in phases.items()
         },
-        "iteration_s": sum(phase.seconds * phase.units for phase in phases.values()),
-        "run": run_time(run, phases),
+        "iteration_s": sum(first.values()),
+        "run": _whole_run(run, work, seconds),
+        "host_gib": {what: size / GIB for what, size in sizes.host_memory(job, work, on_host).items() if size},
         "assumed": {
-            **assumed._asdict(),
+            "pairs": pairs,
+            **rates._asdict(),
             "epochs": config_values.per_iteration(c.train.epochs, 0),
             "lengths": list(c.lengths.expected),
         },
         "suggestion": None if other is None else {"flags": other[1], "compiled": confirmed},
+    }
+
+
+def _whole_run(run: PlannedRun, work: Work, seconds: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """Time, chip-hours and bytes of all iterations, with what comes before them and after."""
+    phases = sum(map(Counter, seconds.values()), Counter())
+    hours = phases.total() / 3600
+    first = {t: sizes.of_iteration(run.job, amounts, work, t) for t, amounts in [*work.iterations.items()][:1]}
+    return {
+        "iterations": len(work.iterations),
+        "hours": hours,
+        "device_hours": hours * run.model.mesh.size,
+        "chip_hours": hours * run.model.mesh.size / FAMILIES[run.topology.family].per_chip,
+        "phases_s": dict(phases),
+        "iteration_gib": {what: size / GIB for sizes_of in first.values() for what, size in sizes_of.items()},
+        "written_gib": {what: size / GIB for what, size in sizes.of_run(run.job, work).items()},
+        "not_counted": [f"eval.tasks={run.config.eval.tasks}"] if run.config.eval.tasks else [],
     }
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-BETWEEN_SLICES = "between slices"  # by way of the hosts and the data-centre network
+from spin_jax.forecast.times import BETWEEN_SLICES, COLLECTIVES
+
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -19,7 +19,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 class Collective(NamedTuple):
     """A collective operation that a program runs."""
 
-    kind: str  # one of KINDS, or BETWEEN_SLICES
+    kind: str  # one of COLLECTIVES, or BETWEEN_SLICES
     bytes: int  # of the whole array on a device: after it is gathered, or before it is reduced
     times: int  # how often it runs at most; a loop without a known bound counts once
 
@@ -41,7 +41,7 @@ def find_collectives(hlo: str, node: int = 0) -> list[Collective]:
             # all-gather, for `%x = bf16[8,4] all-gather-start(%y), …`
             match = re.search(r"[\]})] ([a-z][a-z\-]*)\(", line.split(" = ", 1)[1])
             operation = match[1].removesuffix("-start") if match else ""
-            if operation in KINDS:
+            if operation in COLLECTIVES:
                 kind = "reduce-scatter" if "all-reduce-scatter" in name else operation
                 channel = re.search(r"channel_id=(\d+)", line)
                 size, members = _size(line, operation), _group(line)
@@ -76,11 +76,6 @@ def bytes_by_kind(found: list[Collective]) -> dict[str, int]:
     for one in found:
         sums[one.kind] += one.bytes * one.times
     return dict(sums)
-
-
-def received_bytes(sums: Mapping[str, float]) -> float:
-    """Bytes that reach a device over the links of its slice. An all-reduce counts twice, there and back."""
-    return sum(size * (2 if kind == "all-reduce" else 1) for kind, size in sums.items() if kind in KINDS)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:

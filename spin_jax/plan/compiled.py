@@ -7,15 +7,15 @@ with the same flags. The docstring of `plan/__main__.py` says what it leaves out
 import concurrent.futures
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spin_jax.data.records import Pair
 from spin_jax.errors import CompilerFailed, OutOfMemory
+from spin_jax.forecast.job import batches_of
 from spin_jax.models import lora
 from spin_jax.models.params import params_on, sampling_params_on
 from spin_jax.plan.collectives import bytes_by_kind, find_collectives
@@ -25,8 +25,7 @@ from spin_jax.sampling.continuous import DECODE_STEPS, cache_columns, fixed_step
 from spin_jax.sampling.next_token import KEYS
 from spin_jax.sampling.slots import decode, new_slots, prefill
 from spin_jax.selfplay import from_config
-from spin_jax.training import custom_loss
-from spin_jax.training.batches import PairBatch, ScoredPair, pair_batches, stacked
+from spin_jax.training.batches import stacked
 from spin_jax.training.log_probs import score_rows
 from spin_jax.training.step import abstract_state, make_step
 
@@ -39,12 +38,6 @@ def _abstract(mesh: Any, batch: Any, axis: int = 0) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), batch)
 
 
-def batches_of(run: PlannedRun, pairs: Sequence[Pair]) -> list[PairBatch]:
-    """Micro-batches of pairs, with zeros as the opponent's log-probs."""
-    roles = custom_loss.roles(run.config.loss)
-    return pair_batches([ScoredPair(pair, (0.0,) * len(roles)) for pair in pairs], run.shape, roles=roles)
-
-
 def train_program(run: PlannedRun) -> tuple[Any, tuple]:
     """(the training step, its abstract arguments)."""
     options, mesh = from_config.optimization(run.config, 0), run.model.mesh
@@ -53,13 +46,15 @@ def train_program(run: PlannedRun) -> tuple[Any, tuple]:
         frozen = lora.frozen_on(params, run.model.dtype, options.frozen_dtype)
         params = lora.adapters_on(params, options.lora_rank, options.lora_targets)
     state = abstract_state(params, options, mesh)
-    batch = stacked(batches_of(run, run.pairs[: options.batch_size]), -(-options.batch_size // run.shape.rows))
+    batch = stacked(
+        batches_of(run.config, run.shape, run.pairs[: options.batch_size]), -(-options.batch_size // run.shape.rows)
+    )
     arguments = state, _abstract(mesh, batch, 1), _NUMBER, {"beta": _NUMBER}, frozen
     return make_step(from_config.spin(run.config, run.model), options), arguments
 
 
 def _score_program(run: PlannedRun) -> tuple[Any, tuple]:
-    (rows, *_) = batches_of(run, run.pairs[:1])
+    (rows, *_) = batches_of(run.config, run.shape, run.pairs[:1])
     decoder, params = from_config.decoder(run.config, run.model), params_on(run.model.mesh, run.model.config)
     return score_rows, (decoder, params, _abstract(run.model.mesh, rows.rows))
 
@@ -126,7 +121,7 @@ def compiled_phases(
     """
     mesh, slices = run.model.mesh, run.topology.slices
     node = mesh.size // slices if run.on_gpu and slices > 1 else 0
-    little_effort = 0.0 if run.on_gpu else -1.0
+    little_effort = -1.0 if run.job.platform == "tpu" else 0.0
 
     def step(name: str) -> PhaseCost:
         make, effort = (train_program, 0.0) if name == "train" else (_score_program, little_effort)

@@ -4,12 +4,10 @@ This takes a moment and works for any machine, so suggestions are found by it. S
 from the compilers' answers; a comment says where.
 """
 
-import math
 from typing import NamedTuple
 
-from spin_jax.kernels import quantized
+from spin_jax.forecast import times
 from spin_jax.models import cost
-from spin_jax.plan.collectives import BETWEEN_SLICES
 from spin_jax.plan.planned_run import PhaseCost, PlannedRun
 from spin_jax.runtime import sharding
 from spin_jax.sampling.continuous import cache_columns, prefill_rows
@@ -24,14 +22,7 @@ def _per_device(run: PlannedRun) -> float:
 
 def _frozen(run: PlannedRun) -> float:
     """The bytes of each device's frozen weights."""
-    m, dtype, item = run.model.config, run.config.train.frozen_dtype, run.model.dtype.itemsize
-    if not dtype:
-        return item * _per_device(run)
-    heads, mlp = 2 * (m.num_attention_heads + m.num_key_value_heads) * m.head_dim, (2 + m.gated) * m.intermediate_size
-    axes = (heads, m.head_dim), (mlp, m.intermediate_size // sharding.tensor_shards(run.model.mesh))
-    each = [n * (item - quantized.BYTES[dtype] - 4 / quantized.block(size)) for n, size in axes]  # a scale is float32
-    saved = m.num_hidden_layers * m.hidden_size * sum(each) / sharding.weight_shards(run.model.mesh)
-    return item * _per_device(run) - saved
+    return cost.frozen_bytes(run.model.config, run.model.mesh, run.model.dtype.itemsize, run.config.train.frozen_dtype)
 
 
 def estimated_phases(run: PlannedRun) -> dict[str, PhaseCost]:
@@ -97,8 +88,7 @@ def _training(run: PlannedRun) -> PhaseCost:
         temporary += moments
     optimizer = (mine if adapters else 0.0) + (0.0 if offload else moments)
     parts = {"weights": weights, "optimizer": optimizer, "temporary": temporary}
-    traffic = _estimated_traffic(run, layer.tokens, passes=3, gradients=share)
-    return PhaseCost(parts, traffic, "step", offloaded=moments if offload else 0.0)
+    return PhaseCost(parts, times.estimated_traffic(run.job)["train"], "step", offloaded=moments if offload else 0.0)
 
 
 def _scoring(run: PlannedRun) -> PhaseCost:
@@ -107,7 +97,7 @@ def _scoring(run: PlannedRun) -> PhaseCost:
     temporary = layer.weights + layer.working + table + layer.logits
     weights = 4 * _per_device(run) + (_frozen(run) if run.config.train.frozen_dtype else 0.0)  # which score as well
     parts = {"weights": weights, "optimizer": 0.0, "temporary": temporary}
-    return PhaseCost(parts, _estimated_traffic(run, layer.tokens, passes=1), "micro-batch")
+    return PhaseCost(parts, times.estimated_traffic(run.job)["score"], "micro-batch")
 
 
 def _sampling(run: PlannedRun) -> PhaseCost:
@@ -122,39 +112,18 @@ def _sampling(run: PlannedRun) -> PhaseCost:
     states = item * prompt * (4 * m.hidden_size + 3 * m.intermediate_size / share)
     prompts = rows * item * cost.cached_numbers(m, prompt) / share
     temporary = 4 * c.sampling.batch_size * m.vocab_size + rows * (scores + states)
+    if judge := run.job.judge:  # it answers between two rounds, when no prompts are read
+        tokens = max(c.train.tokens_per_device, c.lengths.max_length)
+        temporary = max(temporary, item * tokens * (3 * judge.intermediate_size + 6 * judge.hidden_size))
     parts = {
         "weights": 4 * _per_device(run),
         "copy": item * cost.all_params(m) / share,
         "cache": item * cost.cached_numbers(m, columns) * c.sampling.batch_size / share,
         "temporary": temporary,
     }
+    if judge:
+        parts["reward model"] = item * cost.all_params(judge) / sharding.weight_shards(run.model.mesh)
     # The cache of prompts with several answers is kept while answers are decoded, that of others while they are read.
     part = "prompts" if c.selfplay.samples > 1 else "temporary"
     parts[part] = parts.get(part, 0.0) + prompts
     return PhaseCost(parts, {}, "token")
-
-
-def _estimated_traffic(run: PlannedRun, tokens: float, passes: int, gradients: float = 1.0) -> dict[str, float]:
-    """The bytes of a micro-batch. FSDP gathers weights in each pass over them, and scatters their gradients.
-
-    `passes` is 1 for a forward pass, 3 for a forward and a backward pass; `gradients` is the share of the weights that
-    have gradients.
-    """
-    m, mesh, item = run.model.config, run.model.mesh, run.model.dtype.itemsize
-    data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
-    weights = item * cost.all_params(m) / tensor
-    result = {}
-    if fsdp > 1:
-        result["all-gather"] = weights * min(passes, 2)
-    if passes > 1 and sharding.batch_shards(mesh) > 1:
-        result["reduce-scatter"] = gradients * weights
-    replicas = math.gcd(data, run.topology.slices)
-    between = 2 * (1 - 1 / replicas) * gradients * weights / fsdp if passes > 1 else 0.0
-    if parts := run.topology.slices // replicas - 1:  # fsdp spans slices: each slice gets the parts of the others
-        mine = mesh.size / run.topology.slices
-        between += (min(passes, 2) + (passes > 2) * gradients) * weights * parts / (parts + 1) / mine
-    if between:
-        result[BETWEEN_SLICES] = between
-    if tensor > 1:
-        result["all-reduce"] = 2 * passes * m.num_hidden_layers * tokens * m.hidden_size * item
-    return result

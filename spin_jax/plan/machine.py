@@ -1,7 +1,7 @@
 """The machines that `plan` knows, and devices to compile for that need not be there.
 
 A topology is FAMILY:SIZE or FAMILY:SIZE*COUNT. `v5e:8x8` is a slice of TPUs and `v5e:8x8*2` are two; `h100:8` is a node
-of eight GPUs and `h100:8*2` are two.
+of eight GPUs and `h100:8*2` are two. `cpu:1` is the machine that runs the command.
 
 A compiler works without the device that it compiles for. The compiler for TPUs, in libtpu, knows them by name. XLA's
 compiler for GPUs, in a plugin of JAX, needs a description of the chip. Without a compiler there is still arithmetic.
@@ -65,6 +65,7 @@ FAMILIES = {
     "a100": Family("NVIDIA A100-SXM4-80GB", _NODE, _A100),
     "h100": Family("NVIDIA H100 80GB HBM3", _NODE, _H100),
     "h200": Family("NVIDIA H200", _NODE, _H200),
+    "cpu": Family("cpu", ("1",)),  # this machine, whose rates are measured
 }
 
 
@@ -79,6 +80,12 @@ class Topology(NamedTuple):
     def devices(self) -> int:
         return math.prod(map(int, self.size.split("x"))) * FAMILIES[self.family].per_chip * self.slices
 
+    @property
+    def hosts(self) -> int:
+        """Processes: one for each node of GPUs, or four chips of TPUs."""
+        family = FAMILIES[self.family]
+        return self.slices * (1 if family.gpu else math.ceil(self.devices / self.slices / family.per_chip / 4))
+
     def __str__(self) -> str:
         return f"{self.family}:{self.size}" + (f"*{self.slices}" if self.slices > 1 else "")
 
@@ -87,8 +94,9 @@ def parse_topology(topology: str) -> Topology:
     """The topology with a name such as v5e:8x8*2; ValueError for a name that is not known."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*([1-9]\d*))?", topology)
     family = FAMILIES.get(found[1]) if found else None
-    if not found or not family or (family.gpu and "x" in found[2]) or int(found[2].split("x")[0]) == 0:
-        machines = ", ".join(f"{name}:{known.sizes[3]}" for name, known in FAMILIES.items())
+    on_cpu = found and found[1] == "cpu" and topology != "cpu:1"
+    if not found or not family or (family.gpu and "x" in found[2]) or int(found[2].split("x")[0]) == 0 or on_cpu:
+        machines = ", ".join(f"{name}:{known.sizes[-1]}" for name, known in FAMILIES.items())
         raise ValueError(f"--topology={topology}: a machine such as {machines}; v5e:8x8*2 is two slices")
     return Topology(found[1], found[2], int(found[3] or 1))
 
@@ -104,7 +112,8 @@ def planning_mesh(topology: Topology, shape: Mapping[str, int]) -> Any:
     """What arithmetic asks of a mesh of the topology; it needs no compiler."""
     family = FAMILIES[topology.family]
     devices = np.empty(topology.devices, object)
-    devices[:] = [Device(family.device_kind, "gpu" if family.gpu else "tpu")] * devices.size
+    platform = "gpu" if family.gpu else "cpu" if topology.family == "cpu" else "tpu"
+    devices[:] = [Device(family.device_kind, platform)] * devices.size
     return types.SimpleNamespace(devices=devices, shape=shape, size=topology.devices)
 
 
@@ -137,6 +146,8 @@ def topology_devices(topology: Topology) -> list[Any]:
 
     family = FAMILIES[topology.family]
     expect_no_device()
+    if topology.family == "cpu":
+        return jax.devices("cpu")[:1]
     if family.gpu:
         # Slices × processes × devices of each process. A run has one process for each node.
         grid = f"1x{topology.slices}x{topology.size}"

@@ -1,6 +1,7 @@
 """A config on a machine, and what its phases take of each device."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from spin_jax import errors
 from spin_jax.data.records import Pair
+from spin_jax.forecast.job import Job
 from spin_jax.models import loading
 from spin_jax.models.architecture import Model
 from spin_jax.plan.machine import Topology, parse_topology, planning_mesh, topology_devices
@@ -37,11 +39,16 @@ class PlannedRun:
 
     @property
     def on_gpu(self) -> bool:
-        return self.model.mesh.devices.flat[0].platform == "gpu"
+        return self.job.platform == "gpu"
 
-    @property
+    @functools.cached_property
     def chip(self) -> chips.Chip:
-        return chips.CHIPS[self.model.mesh.devices.flat[0].device_kind]
+        return chips.chip_of(list(self.model.mesh.devices.flat))
+
+    @functools.cached_property
+    def job(self) -> Job:
+        machine = self.topology
+        return from_config.job(self.config, self.model, self.shape, self.pairs, machine.hosts, machine.slices)
 
 
 @dataclasses.dataclass
@@ -50,13 +57,8 @@ class PhaseCost:
 
     parts: dict[str, float]  # bytes of device memory, by what fills them
     traffic: dict[str, float]  # bytes per unit, by the kind of collective
-    unit: str  # a step, a micro-batch or a token: what `seconds` and `traffic` count for
+    unit: str  # a step, a micro-batch or a token: what `traffic` and the speed count for
     offloaded: float = 0.0  # bytes of each device that stay in the host's memory
-    seconds: float = 0.0  # per unit
-    units: float = 0.0  # in an iteration
-    tflops: float = 0.0  # of the model, per unit and device
-    tokens_per_s: float = 0.0  # of all devices together
-    bottleneck: str = ""
 
     @property
     def memory(self) -> float:

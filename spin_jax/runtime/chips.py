@@ -1,6 +1,10 @@
 """The data sheets of accelerators: peak FLOP/s, memory and bandwidth, by JAX's device kind."""
 
 import dataclasses
+import functools
+import os
+import timeit
+from collections.abc import Callable, Sequence
 from typing import Any
 
 GPU_MEMORY = "0.92"  # the share of a GPU's memory that JAX takes; its default is three quarters
@@ -48,6 +52,30 @@ CHIPS = {
 def chip(device_kind: str) -> Chip | None:
     """The chip of `jax.Device.device_kind`, or None for one that is not listed, such as a CPU."""
     return CHIPS.get(device_kind)
+
+
+def chip_of(devices: Sequence[Any]) -> Chip:
+    """The chip of these devices, which one process has. One that is not listed, such as a CPU, is measured."""
+    return chip(devices[0].device_kind) or _measured(devices[0].platform, len(devices))
+
+
+@functools.cache
+def _measured(platform: str, devices: int) -> Chip:
+    """The rates of a matrix product and of a sum, in half a second. The devices of a CPU share them."""
+    import jax  # the commands that need no devices import this file, too
+    import jax.numpy as jnp
+
+    def seconds(run: Callable[..., Any], *arguments: Any) -> float:
+        """The least seconds of a call; the first one compiles."""
+        call = jax.jit(run)
+        return min(timeit.repeat(lambda: jax.block_until_ready(call(*arguments)), number=1, repeat=6)[1:])
+
+    size, dtype, share = (1024, jnp.float32, devices) if platform == "cpu" else (8192, jnp.bfloat16, 1)
+    square = jnp.ones((size, size), dtype)
+    flops = 2 * size**3 / seconds(jnp.matmul, square, square) / share
+    bandwidth = 2.0**28 / seconds(jnp.sum, jnp.ones(2**26, jnp.float32)) / share
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / share
+    return Chip(flops, bandwidth, memory, links=bandwidth)
 
 
 def unknown_peak(device: Any) -> str:

@@ -29,3 +29,11 @@ def compact(number: float) -> str:
         if abs(number) >= limit:
             return f"{number / limit:.3g}{suffix}"
     return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """3 significant digits in the unit that suits them: 1.5 h, 20 ms."""
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"

@@ -8,7 +8,7 @@ from spin_jax.runtime import chips, sharding
 from spin_jax.sampling.continuous import cache_columns
 
 
-def devices_per_copy(model: Model, batch_size: int, longest: int) -> int:
+def devices_per_copy(model: Model, batch_size: int, longest: int, beside: float = 0.0) -> int:
     """How many devices share one copy of the sampler's weights: the fewest that have room for it.
 
     A device holds its part of the copy and of the cache, beside its part of the float32 weights. A fifth of
@@ -17,12 +17,13 @@ def devices_per_copy(model: Model, batch_size: int, longest: int) -> int:
     Args:
         batch_size: answers in progress at a time for each copy.
         longest: tokens of the longest prompt and its answer together.
+        beside: bytes of all devices that something else takes while answers are sampled.
     """
     chip = chips.chip(model.mesh.devices.flat[0].device_kind)
     if chip is None:
         return 1
     heads, devices = model.config.num_key_value_heads, model.mesh.size
-    stored = 4 * cost.all_params(model.config) / sharding.weight_shards(model.mesh)
+    stored = (4 * cost.all_params(model.config) + beside) / sharding.weight_shards(model.mesh)
     cached = cost.cached_numbers(model.config, cache_columns(model.config, longest)) * batch_size
     copy = model.dtype.itemsize * (cost.all_params(model.config) + cached)
     shares = [n for n in range(1, heads + 1) if heads % n == 0 and devices % n == 0]

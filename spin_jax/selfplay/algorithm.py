@@ -12,7 +12,6 @@ before training starts from its weights. β is the paper's λ.
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +63,7 @@ def run(
         stack.enter_context(locked(prepared))
         play = SelfPlay(prepared, lambda: processes.most(stop()))
         stack.callback(play.metrics.close)
+        stack.enter_context(play.summary.record)
         processes.say(announce.run_overview(prepared, sum(map(play.finished, prepared.iterations))))
         play.iterate(only)
         return play.summary.rows
@@ -103,7 +103,7 @@ class SelfPlay:
         """Runs the start and every iteration that is not finished; with `only`, one phase of the next one."""
         params, spent = self.start(), ""
         self.hand_out()  # an earlier attempt may have failed
-        for t in self.run.iterations:
+        for t in self.summary.record.each(self.run.iterations):
             if self.finished(t):
                 params = None
                 continue
@@ -185,7 +185,7 @@ class SelfPlay:
         `params` are the opponent's; None reads them where they are needed. Returns θ_{t+1}, or None where it is not the
         next opponent, or where the end of the evaluation needed its memory.
         """
-        began, folder, phase = time.perf_counter(), self.run.folder(t), self._phase(t)
+        folder, phase = self.run.folder(t), self._phase(t)
         params = self.fitting.checkpointed(folder, lambda: self._fitted(t, params, phase))
         self.exports.save(folder, params)
         beta, steps = phase.scalars["beta"], phase.steps
@@ -203,7 +203,6 @@ class SelfPlay:
         elif self.run.config.selfplay.opponent_decay:
             self.engine.free(params)
             params = None
-        row["minutes"] = round((time.perf_counter() - began) / 60, 3)
         self.exports.describe("iteration", folder, [*self.summary.rows, row])
         self.summary.add(row, step=steps)
         self.hand_out()

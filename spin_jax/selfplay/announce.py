@@ -9,6 +9,8 @@ import numpy as np
 
 from spin_jax import config_values
 from spin_jax.config import default
+from spin_jax.forecast import sizes
+from spin_jax.forecast.job import Amounts, Work
 from spin_jax.models import cost
 from spin_jax.runtime import processes, sharding
 from spin_jax.runtime.console import compact
@@ -77,10 +79,10 @@ def run_overview(prepared: Prepared, finished: int) -> str:
     device = jax.devices()[0]
     count, trained = cost.all_params(model.config), from_config.trained_params(c, model.config)
     rank = c.train.lora_rank
-    frozen = count * model.dtype.itemsize if rank else 0
+    frozen = cost.frozen_bytes(model.config, model.mesh, model.dtype.itemsize, c.train.frozen_dtype) if rank else 0
     # float32 weights and gradients, and the optimizer's moments
     copies = 2 + OPTIMIZERS[c.train.optimizer].moments
-    gib = (trained * 4 * copies + frozen) / sharding.weight_shards(model.mesh) / 2**30
+    gib = (trained * 4 * copies / sharding.weight_shards(model.mesh) + frozen) / 2**30
     mesh = " × ".join(f"{name} {size}" for name, size in model.mesh.shape.items())
     source = c.model.path or "initialized here"
     revision = f" at {model.revision[:12]}" if model.revision else ""
@@ -93,7 +95,7 @@ def run_overview(prepared: Prepared, finished: int) -> str:
         ("model", f"{model.config.model_type}, {source}{revision}: {compact(count)} parameters, {model.dtype}"),
         ("memory", f"{gib:.2f} GiB a device for weights, gradients and optimizer; activations come on top"),
         *([("LoRA", f"rank {rank}: {compact(trained)} numbers are trained")] if rank else []),
-        ("disk", _disk(prepared, finished, count, trained)),
+        ("disk", _disk(prepared, finished)),
         ("data", f"{data} prompts to train on, {len(prepared.held_out)} held out"),
         ("rows", f"{shape.rows} × {shape.length} tokens a micro-batch, {c.train.batch_size} pairs a step"),
         ("attention", prepared.decoder.kernel),
@@ -105,14 +107,28 @@ def run_overview(prepared: Prepared, finished: int) -> str:
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
 
 
-def _disk(prepared: Prepared, finished: int, parameters: int, trained: int) -> str:
+def work(prepared: Prepared) -> Work:
+    """What the run has to do. selfplay.rows or selfplay.pairing may leave some pairs out."""
+    play, held_out, iterations = prepared.config.selfplay, len(prepared.held_out), {}
+    held_pairs = held_out * (play.samples if play.scorer else 1)
+    for t in prepared.iterations:
+        sampled = len(prepared.examples(t)) * play.samples + held_pairs
+        answers, written = (0, len(prepared.given[t])) if t in prepared.given else (sampled, sampled)
+        sources = prepared.sources(t)
+        pairs = sum(prepared.most_pairs(source) + len(prepared.added_pairs(source)) for source in sources)
+        iterations[t] = Amounts(answers, written + len(prepared.added_pairs(t)), pairs)
+    return Work(iterations, len(prepared.datasets[0]), held_out, held_pairs)
+
+
+def _disk(prepared: Prepared, finished: int) -> str:
     """What the iterations to come will write, and how much room there is."""
-    c, left = prepared.config, len(prepared.iterations) - finished
-    iteration = parameters * (4 + prepared.model.dtype.itemsize)  # float32 parameters, and the export
-    steps = (c.checkpoint.keep + 1) * trained * 4 * (1 + OPTIMIZERS[c.train.optimizer].moments)
-    need = left * iteration + (steps if left else 0)
+    all_work, left = work(prepared), prepared.iterations[finished:]
+    to_come = all_work._replace(iterations={t: all_work.iterations[t] for t in left})
+    job = from_config.job(prepared.config, prepared.model, prepared.pair_shape, ())
+    written = sizes.of_run(job, to_come) if left else {}
+    need = sum(size for what, size in written.items() if what != "start" or not finished)
     room = files.free(prepared.workdir)
-    text = f"{need / 2**30:.2f} GiB for {left} iterations to come, step checkpoints included"
+    text = f"{need / 2**30:.2f} GiB for {len(left)} iterations to come, step checkpoints included"
     if room is None:
         return text
     short = " (TOO LITTLE: the run will stop where it runs out)" if room < need else ""

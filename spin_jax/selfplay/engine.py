@@ -17,7 +17,7 @@ from spin_jax.errors import Interrupted
 from spin_jax.models import lora
 from spin_jax.models.architecture import Params
 from spin_jax.models.params import sampling_params
-from spin_jax.runtime import sharding
+from spin_jax.runtime import sharding, stopwatch
 from spin_jax.runtime.console import compact
 from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import Sampling, prompt_keys
@@ -52,6 +52,7 @@ class Engine:
         self.release()
         sharding.free(params)
 
+    @stopwatch.phase("sample")
     def answer(
         self,
         params: Params,
@@ -106,6 +107,7 @@ class Engine:
             self._copied = params, sampling_params(params, model.config, model.dtype, self._run.sampling_mesh)
         return self._copied[1]
 
+    @stopwatch.phase("score")
     def score(
         self, params: Params, groups: Sequence[Group], bar: Any = None, frozen: bool = False
     ) -> Float[np.ndarray, "groups A"]:

@@ -19,7 +19,7 @@ from spin_jax.models import lora
 from spin_jax.models.architecture import Params
 from spin_jax.models.params import params_on
 from spin_jax.report.numbers import START
-from spin_jax.runtime import processes, sharding
+from spin_jax.runtime import processes, sharding, stopwatch
 from spin_jax.runtime.console import compact, progress
 from spin_jax.selfplay import from_config
 from spin_jax.selfplay.engine import Engine
@@ -32,6 +32,7 @@ from spin_jax.training.loop import Loop, fit
 from spin_jax.training.optimizer import Optimization
 from spin_jax.training.packing import Rows, RowShape, packed, sft_group
 from spin_jax.training.step import SFT, SPIN, Objective, TrainState, abstract_state, init_state, make_step
+from spin_jax.training.trace import traced
 
 
 @dataclasses.dataclass
@@ -163,7 +164,11 @@ class Fitting:
         items, size, seed = phase.items, options.batch_size, self._data_seed(phase)
         epochs = -(-phase.steps // training_steps(len(items), size, 1))
         title = phase.name if t == START else f"iteration {t}: {phase.name}"
-        with progress(title, phase.steps, start) as bar:
+        with (
+            stopwatch.phase(phase.name),
+            traced(make_step(phase.objective, options), *self._traced(phase, start)) as step,
+            progress(title, phase.steps, start) as bar,
+        ):
 
             def on_step(number: int, values: dict[str, float], waited: float) -> None:
                 self._metrics.write(phase.name, t, number, values)
@@ -177,7 +182,7 @@ class Fitting:
                 state = fit(
                     state,
                     batches(items, phase.collate, size, phase.shape, seed=seed, epochs=epochs, start=start),
-                    make_step(phase.objective, options),
+                    step,
                     start=start,
                     learning_rates=options.learning_rates(phase.schedule_steps),
                     scalars=phase.scalars,
@@ -195,6 +200,13 @@ class Fitting:
         if run.config.export.adapters:
             self._export_adapters(phase, state.params)
         return lora.merged(phase.initial_params(), state.params, options.lora_scale)
+
+    def _traced(self, phase: TrainingPhase, start: int) -> tuple[int, range, epath.Path, str]:
+        """The arguments of `traced`: a workdir gets one trace, of the first iteration that takes those steps."""
+        wanted, folder, steps = self._run.config.logging.profile_steps, self._run.workdir / "profile", range(0)
+        if wanted and phase.name == "train" and not files.exists(folder):
+            steps = range(max(start, wanted[0]), min(wanted[1] + 1, phase.steps))
+        return start, steps, folder, f"iteration_{phase.iteration}"
 
     def _export_adapters(self, phase: TrainingPhase, adapters: Params) -> None:
         """Writes the adapters into the export to come, unless it is there already: it has its own then.

@@ -5,6 +5,7 @@ A run, `benchmark` and `plan` all use these functions, so that they compile the 
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,15 @@ import numpy as np
 from spin_jax import config_values
 from spin_jax.config import Config
 from spin_jax.data.records import Pair
-from spin_jax.models import cost, lora
+from spin_jax.forecast.job import Job
+from spin_jax.models import cost, loading, lora
 from spin_jax.models.architecture import Model, ModelConfig
 from spin_jax.models.attention import kernel_for
 from spin_jax.models.decoder import Decoder
 from spin_jax.runtime import sharding
 from spin_jax.sampling import placement
 from spin_jax.sampling.next_token import Sampling
+from spin_jax.selfplay.variants import reference_weights
 from spin_jax.training import batch_shape, custom_loss
 from spin_jax.training.optimizer import Optimization
 from spin_jax.training.packing import RowShape, sizes
@@ -79,6 +82,26 @@ def sampling(config: Config) -> Sampling:
     return Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p)
 
 
+def job(
+    config: Config, model: Model, shape: RowShape, pairs: Sequence[Pair] | None = None, hosts: int = 1, slices: int = 1
+) -> Job:
+    """The run as arithmetic sees it; `pairs` are some that are as long as `lengths.expected` says."""
+    iterations = range(config.selfplay.start, config.selfplay.iterations)
+    return Job(
+        config,
+        model,
+        shape,
+        expected_pairs(config, model.config.vocab_size, 16 * config.train.batch_size) if pairs is None else pairs,
+        tensor=sampling_tensor(config, model),
+        slots=slots(config, model),
+        trained=trained_params(config, model.config),
+        references={t: len(reference_weights(config, t)) for t in iterations},
+        judge=judge_architecture(config, model),
+        hosts=hosts,
+        slices=slices,
+    )
+
+
 # --- meshes --------------------------------------------------------------------------------------
 
 
@@ -107,8 +130,17 @@ def placed(config: Config, model: Model) -> Model:
 
 def sampling_tensor(config: Config, model: Model) -> int:
     """How many devices share one copy of the sampler's weights: sampling.tensor, or as few as have room."""
-    c = config.sampling
-    return c.tensor or placement.devices_per_copy(model, c.batch_size, longest(config))
+    c, judge = config.sampling, judge_architecture(config, model)
+    beside = model.dtype.itemsize * cost.all_params(judge) if judge else 0.0
+    return c.tensor or placement.devices_per_copy(model, c.batch_size, longest(config), beside)
+
+
+def judge_architecture(config: Config, model: Model) -> ModelConfig | None:
+    """The architecture of the reward model; of one on the hub, whose files may not be here, that of the model."""
+    scorer = config.selfplay.scorer
+    if not scorer or ":" in scorer:
+        return None
+    return loading.architecture(scorer) if os.path.isdir(scorer) else model.config
 
 
 def sampling_mesh(config: Config, model: Model) -> jax.sharding.Mesh:

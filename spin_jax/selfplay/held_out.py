@@ -14,6 +14,7 @@ from spin_jax.data.records import Ids
 from spin_jax.evaluate import measures, verifiers
 from spin_jax.models.architecture import Params
 from spin_jax.report.numbers import START
+from spin_jax.runtime import stopwatch
 from spin_jax.sampling.next_token import Sampling
 from spin_jax.selfplay.engine import Engine
 from spin_jax.selfplay.opponent import Opponent
@@ -34,6 +35,7 @@ class Evaluation:
         self._opponent = opponent
         self._objective = objective
 
+    @stopwatch.phase(stopwatch.EVALUATION)
     def measure_pairs(self, t: int, params: Params, beta: float) -> Row:
         """Loss, margin, accuracy … on held-out pairs, against the opponent; held_out.parquet has those of each pair."""
         run, roles = self._run, self._run.roles
@@ -57,6 +59,7 @@ class Evaluation:
         columns["identical"] = np.array([pair.identical for pair in pairs])
         return {name: float(np.mean(values, dtype=np.float64)) for name, values in columns.items()}
 
+    @stopwatch.phase(stopwatch.EVALUATION)
     def sample(self, params: Params) -> list[Ids]:
         """A model's own answers to the held-out prompts, at temperature 1; `eval.samples` for each prompt."""
         return self._answer_held_out(params, 1.0, self._run.config.eval.samples)
@@ -69,6 +72,7 @@ class Evaluation:
         sample_ids = [number for number in range(samples) for _ in examples]
         return self._engine.answer(params, [*examples] * samples, sampling, iteration=START, sample_ids=sample_ids)
 
+    @stopwatch.phase(stopwatch.EVALUATION)
     def measure_alone(self, folder: epath.Path, params: Params, sampled: Sequence[Ids]) -> Row:
         """The numbers that need no other model: held-out answers, human and the model's own, and tasks."""
         return {**self._measure_answers(folder, params, sampled), **self._run_tasks(folder, params)}
@@ -128,6 +132,7 @@ class Evaluation:
         numbers = {metric: value for name in names for metric, value in done["tasks"][name].items()}
         return {metric: math.nan if value is None else value for metric, value in numbers.items()}
 
+    @stopwatch.phase(stopwatch.EVALUATION)
     def divergence(self, t: int, params: Params, sampled: Sequence[Ids]) -> Row:
         """KL of iteration t from its opponent and from the start, estimated on its answers; `params` are freed."""
         own = self._logps(params, sampled)
@@ -148,6 +153,7 @@ class Evaluation:
             groups.append(Group(run.chat.sampling_prompt(example), answers))
         return self._engine.score(params, groups)[:, run.roles.index("generated")]
 
+    @stopwatch.phase(stopwatch.EVALUATION)
     def write_samples(self, t: int, params: Params) -> None:
         """samples.jsonl: the human answer beside this iteration's greedy one, on fixed prompts."""
         run = self._run

@@ -277,7 +277,7 @@ def _check_pairing(prepared: Prepared) -> None:
 
 def _schedule_notes(prepared: Prepared) -> list[str]:
     """The first note of each section on steps that learn nothing; ConfigError for a phase that has no other steps."""
-    c, notes = prepared.config, {}
+    c, notes, most = prepared.config, {}, 0
     sft, control = (from_config.sft_optimization(c, control) for control in (False, True))
     if sft.epochs:
         steps = training_steps(len(prepared.examples(START)), sft.batch_size, sft.epochs)
@@ -286,9 +286,12 @@ def _schedule_notes(prepared: Prepared) -> list[str]:
         options = from_config.optimization(c, t)
         pairs = sum(prepared.most_pairs(source) + len(prepared.added_pairs(source)) for source in prepared.sources(t))
         steps = training_steps(pairs, options.batch_size, options.epochs)
+        most = max(most, steps)
         notes["train"] = notes.get("train") or options.check_schedule("train", steps)
         if c.sft.control:
             notes["sft"] = notes.get("sft") or control.check_schedule("sft", steps, steps)
+    if (traced := c.logging.profile_steps) and traced[1] >= most:
+        raise ValueError(f"logging.profile_steps={traced}: iterations have at most {most} steps, 0 to {most - 1}")
     return [note for found in notes.values() for note in found]
 
 

@@ -1,8 +1,17 @@
 """summary.json: a row for the start and for each iteration, which one is best, and when a run stops early."""
 
+from collections import Counter
+
+import jax
+
 from spin_jax.evaluate.best import best_row
+from spin_jax.forecast import times
+from spin_jax.forecast.job import Rates
+from spin_jax.forecast.record import Record, comparison
 from spin_jax.report import charts, drawing, numbers
-from spin_jax.runtime import processes
+from spin_jax.runtime import chips, processes, sharding
+from spin_jax.selfplay import from_config
+from spin_jax.selfplay.announce import work
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics, Row
@@ -14,6 +23,8 @@ class Summary:
     def __init__(self, run: Prepared, metrics: Metrics):
         self._run = run
         self._metrics = metrics
+        self.record = Record(run.workdir / "times.json")
+        metrics.on_flush = self.record.flush
         self.rows: list[Row] = files.read_agreed(run.workdir / "summary.json") or []
 
     def row(self, t: int) -> Row:
@@ -27,7 +38,9 @@ class Summary:
 
     def add(self, row: Row, step: int) -> None:
         """Adds a row and writes the file; `step` is the step of the row in metrics.jsonl."""
-        row, t = processes.exchanged(row)[0], row["iteration"]  # all processes decide by the same numbers
+        t = row["iteration"]
+        row = row if t == numbers.START else row | {"minutes": self.record.minutes(t)}
+        row = processes.exchanged(row)[0]  # all processes decide by the same numbers
         self._forget_conclusion()
         values = {k: float(v) for k, v in row.items() if k != "iteration"}
         self._metrics.rewind("eval", t)
@@ -87,7 +100,17 @@ class Summary:
 
     def report(self) -> None:
         """Prints the table and writes summary.png."""
-        processes.say(f"\n{numbers.summary_table(self.rows)}\n")
+        processes.say(f"\n{numbers.summary_table(self.rows)}\n\n{self._times()}\n")
         if self._run.config.logging.plot:
             files.write(self._run.workdir / "summary.png", drawing.png_grid(charts.over_iterations(self.rows)))
         processes.say(f"models, metrics and pairs are in {self._run.workdir}")
+
+    def _times(self) -> str:
+        """What the phases of the run took, beside what `plan` expects on this machine."""
+        run, machine = self._run, chips.chip_of(jax.local_devices())
+        slices = sharding.slices_of(jax.devices())
+        job = from_config.job(run.config, run.model, run.pair_shape, None, jax.process_count(), slices)
+        expected = times.phase_seconds(job, work(run), machine, Rates(), times.speeds(job, machine, Rates()))
+        # Of iterations that an earlier version of this code ran nothing is known.
+        done = [expected[t] for t, taken in self.record.seconds.items() if self.row(t) and "evaluation" in taken]
+        return comparison(sum(map(Counter, done), Counter()), self.record.total()) if done else ""

@@ -21,7 +21,7 @@ from spin_jax.data.records import HUMAN, Ids, Message, Pair
 from spin_jax.errors import JudgeFailed, MissingInput
 from spin_jax.evaluate import verifiers
 from spin_jax.evaluate.reward_model import RewardModel
-from spin_jax.runtime import processes
+from spin_jax.runtime import processes, stopwatch
 from spin_jax.runtime.user_code import import_function
 from spin_jax.training import custom_loss
 
@@ -88,6 +88,7 @@ def _verdicts(verifier: verifiers.Verifier, messages: list[Message], answers: li
     return [float(bool(verifier(messages[-1].get("content", ""), answer))) for answer in answers]
 
 
+@stopwatch.phase("judge")
 def with_scores(pairs: Sequence[Pair], judge: Judge) -> list[Pair]:
     """The pairs with what the judge says. Prompts whose pairs have all scores already keep them.
 

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1 import options as ocp_options
 
 from spin_jax import errors
-from spin_jax.runtime import processes
+from spin_jax.runtime import processes, stopwatch
 from spin_jax.storage import files, seals
 
 
@@ -30,6 +30,7 @@ def size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) + 2**20
 
 
+@stopwatch.phase("checkpoint")
 def save(path: epath.PathLike, tree: Any) -> None:
     """Writes a tree of arrays, in place of what `path` holds; NoRoom where the disk is too small or full."""
     path = epath.Path(path)
@@ -50,6 +51,7 @@ def save(path: epath.PathLike, tree: Any) -> None:
     seals.seal(path)
 
 
+@stopwatch.phase("load")
 def restore(path: epath.PathLike, like: Any) -> Any:
     """Reads a tree of arrays into the shapes, dtypes and shardings of `like`.
 
@@ -128,6 +130,7 @@ class StepCheckpoints:
             files.remove(self._path / str(step))
         return 0
 
+    @stopwatch.phase("load")
     def restore(self, steps_done: int, like: Any) -> Any:
         """Reads the state after so many steps, a number that the method `steps_done` returned."""
         return _load(self._path / str(steps_done), like)

@@ -38,6 +38,7 @@ class Metrics:
         self._workdir = workdir = epath.Path(workdir)
         self.path = workdir / "metrics.jsonl"
         self._rows: list[Row] = []
+        self.on_flush: Callable[[], None] = lambda: None  # process 0 calls it with each flush
         self._writes = processes.first()
         if not self._writes:
             return
@@ -98,6 +99,7 @@ class Metrics:
         """Puts all rows on the disk, so that later files may rely on them."""
         if not self._writes:
             return
+        self.on_flush()
         if self._file:
             os.fsync(self._file.fileno())
         else:

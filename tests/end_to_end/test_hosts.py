@@ -160,7 +160,7 @@ def test_an_object_store_serves_as_workdir(start, whole, bucket, tmp_path):
     more = {name: count for name, count in writes.items() if count > 1}
     seals = [more.pop(f"run/{folder}/model/SHA256SUMS") for folder in ("start", "iteration_0")]
     assert seals == [2, 2]  # without the card, and with it
-    assert {name.split("/")[1] for name in more} <= {"metrics.jsonl", "summary.json", "tensorboard"}, more
+    assert {name.split("/")[1] for name in more} <= {"metrics.jsonl", "summary.json", "tensorboard", "times.json"}, more
     for name in ("config.json", "summary.png", "iteration_0/model/config.json"):
         assert writes[f"run/{name}"] == 1
 

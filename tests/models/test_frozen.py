@@ -19,7 +19,7 @@ from spin_jax.models import lora
 from spin_jax.models.decoder import Decoder
 from spin_jax.models.loading import new_model
 from spin_jax.models.params import init_params, params_on
-from spin_jax.plan import __main__, answer, planned_run, time
+from spin_jax.plan import __main__, answer, planned_run
 from spin_jax.runtime import sharding
 from spin_jax.training.batches import ScoredPair, pair_batches, stacked
 from spin_jax.training.log_probs import score_groups
@@ -223,7 +223,7 @@ def test_plan_says_what_they_save(mesh):
     for dtype, each in (("int8", 17 / 16), ("nf4", 9 / 16)):
         c.train.frozen_dtype = dtype
         run = planned_run.planned_run(config.resolve(c), "h200:1", compiles=False)
-        found = answer.plan(run, time.Assumed(pairs=1000))
+        found = answer.plan(run, 1000)
         assert found["lora"]["frozen_saved_gib"] == pytest.approx((2 - each) * matrices / 2**30, rel=1e-6)
         assert found["lora"]["saved_gib"] > found["lora"]["frozen_saved_gib"]
         weights = found["phases"]["train"]["parts_gib"]["weights"]

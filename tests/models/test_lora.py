@@ -15,7 +15,7 @@ from spin_jax.kernels.layout import Layout
 from spin_jax.models import loading, lora
 from spin_jax.models.decoder import Decoder, forward, output_head, project
 from spin_jax.models.params import params_on
-from spin_jax.plan import __main__, answer, planned_run, time
+from spin_jax.plan import __main__, answer, planned_run
 from spin_jax.storage import seals
 
 RANK, SCALE = 3, 0.7
@@ -243,7 +243,7 @@ def test_plan_says_what_adapters_save(capsys):
     c.train.lora_rank = 16
     c.export.adapters = True
     run = planned_run.planned_run(config.resolve(c), "h200:1", compiles=False)
-    found = answer.plan(run, time.Assumed(pairs=1000))
+    found = answer.plan(run, 1000)
     with_adapters = found["phases"]["train"]["parts_gib"]
     assert with_adapters["weights"] == pytest.approx(2 * 7.24e9 / 2**30, rel=0.01)  # bfloat16
     # Per layer and rank: q, k, v, o of 8192, 5120, 5120, 8192; gate, up, down of 18432 each.

@@ -4,13 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from spin_jax.plan.collectives import (
-    BETWEEN_SLICES,
-    Collective,
-    bytes_by_kind,
-    find_collectives,
-    received_bytes,
-)
+from spin_jax.forecast.times import BETWEEN_SLICES, received_bytes
+from spin_jax.plan.collectives import Collective, bytes_by_kind, find_collectives
 
 HLO = """\
 HloModule jit_step, is_scheduled=true

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from plan_examples import SMALL, zephyr
 
+from spin_jax.forecast.times import BETWEEN_SLICES
 from spin_jax.plan import compiled
 from spin_jax.plan.__main__ import table
 from spin_jax.plan.answer import plan
-from spin_jax.plan.collectives import BETWEEN_SLICES, bytes_by_kind, find_collectives
+from spin_jax.plan.collectives import bytes_by_kind, find_collectives
 from spin_jax.plan.estimate import estimated_phases
 from spin_jax.plan.planned_run import planned_run
-from spin_jax.plan.time import Assumed
 from spin_jax.selfplay import from_config
 
 
@@ -87,7 +87,7 @@ def small_on(topology):
 def test_a_gpu_plan_is_compiled():
     """Eight GPUs: the state is that by hand, weights are gathered for both passes, gradients scattered."""
     run = small_on("h100:8")
-    answer = plan(run, Assumed(pairs=1000))
+    answer = plan(run, 1000)
     assert answer["by"] == "compilation"
     assert "memory by compilation" in table(answer)
     assert answer["fits"]

@@ -16,6 +16,10 @@ from etils import epath
 from runs import ROOT, SHARED, Command, assert_same_run, read_metrics, read_pairs, weights
 
 from spin_jax import config, pairs
+from spin_jax.forecast import sizes
+from spin_jax.forecast.job import assumed_work
+from spin_jax.models import cost
+from spin_jax.plan.planned_run import planned_run
 from spin_jax.report import tables
 from spin_jax.selfplay.algorithm import SelfPlay
 from spin_jax.selfplay.opponent import Opponent
@@ -76,6 +80,40 @@ def test_the_values_of_the_prompts_have_the_numbers_of_the_summary_as_their_mean
         for number, value in model.numbers.items():
             assert len(model.prompts[number]) == 20
             assert np.mean(list(model.prompts[number].values())) == pytest.approx(value, rel=1e-6)
+
+
+def test_the_phases_are_timed_beside_what_plan_expects(finished):
+    """The start is trained, each iteration is sampled, scored and trained; the control comes after the last one."""
+    workdir, output = finished
+    seconds = json.loads((workdir / "times.json").read_text())
+    assert list(seconds) == ["-1", "0", "1"]
+    assert seconds["-1"].keys() >= {"compile", "sft", "evaluation", "checkpoint", "export"}
+    for t in ("0", "1"):
+        assert seconds[t].keys() >= {"sample", "score", "train", "evaluation", "checkpoint", "export", "load"}
+    assert "control" in seconds["1"]
+    assert min(min(phases.values()) for phases in seconds.values()) >= 0
+    rows = json.loads((workdir / "summary.json").read_text())
+    for row in rows[1:]:  # the last one's has no control yet
+        assert 0 < row["minutes"] <= sum(seconds[str(row["iteration"])].values()) / 60 + 0.001
+    lines = [line.split() for line in output.splitlines()]
+    assert ["time", "expected", "took"] in lines
+    assert {"compile", "train", "evaluation", "all"} <= {line[0] for line in lines if len(line) == 5}
+
+
+def test_plan_knows_the_bytes_of_a_run(finished):
+    """What plan says of tiny:smoke on this machine, and the files: each kind, and all but the charts, to a tenth."""
+    workdir, _ = finished
+    c = config.resolve(json.loads((workdir / "config.json").read_text())["config"])
+    job, size = planned_run(c, "cpu:1", compiles=False).job, {}
+    for path in (p for p in workdir.rglob("*") if p.is_file()):
+        kind = next((kind for kind in ("checkpoint", "pairs", "scores", "model") if kind in path.parts), path.name)
+        size[kind] = size.get(kind, 0) + path.stat().st_size
+    expected = sizes.of_run(job, assumed_work(c, 200))
+    made = 6 * 4 * cost.all_params(job.model.config)  # the start's checkpoint and export; the control's two and one
+    assert expected["start"] + expected["control"] == pytest.approx(5 / 6 * made)
+    assert size["checkpoint"] == pytest.approx(5 / 6 * made, rel=0.1)
+    assert size["model"] == pytest.approx(4 / 6 * made, rel=0.1)
+    assert sum(expected.values()) == pytest.approx(sum(size.values()) - size["summary.png"], rel=0.1)
 
 
 def test_metrics_follow_the_contract(finished):

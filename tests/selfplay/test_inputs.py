@@ -13,7 +13,7 @@ from runs import ROOT
 from spin_jax import config, tiny
 from spin_jax.data import parquet
 from spin_jax.errors import ConfigError
-from spin_jax.models import lora
+from spin_jax.models import cost, lora
 from spin_jax.models.params import params_on
 from spin_jax.report.numbers import START
 from spin_jax.selfplay import announce, fingerprints
@@ -85,6 +85,50 @@ def test_answers_without_a_stop_token(tiny_config, tmp_path):
     tiny_config.data.path = write_rows(tmp_path / "long.jsonl", [row | {"answer": "1" * 99} for row in rows])
     (note,) = prepare(config.resolve(tiny_config), None).notes
     assert "cut: answer too long: 20" in note
+
+
+def test_steps_to_profile_that_no_iteration_has(tiny_config):
+    """180 pairs, and then 360 with the ones before, in batches of 64."""
+    tiny_config.logging.profile_steps = (3, 5)
+    prepare(config.resolve(tiny_config), None)
+    tiny_config.logging.profile_steps = (3, 6)
+    with pytest.raises(ValueError, match=r"profile_steps=\(3, 6\): iterations have at most 6 steps, 0 to 5"):
+        prepare(config.resolve(tiny_config), None)
+
+
+def test_the_memory_of_adapters_counts_the_weights_under_them(tiny_config):
+    """By hand: a layer of D = 1024 has 12.6M weights in its matrices, of 4 bytes, or of 1/2 + 1/16 as nf4.
+
+    The test has 8 devices, which share them; what is said has two decimals."""
+    tiny_config.model.architecture.update(hidden_size=1024, intermediate_size=3072, num_hidden_layers=64, head_dim=256)
+    tiny_config.train.update(lora_rank=1, remat="full")
+    heads = 2 * (4 + 2) * 256  # of queries, keys, values and outputs
+    matrices = 64 * 1024 * (heads + 3 * 3072) / len(jax.devices())
+
+    def said():
+        prepared = prepare(config.resolve(tiny_config), None)
+        (line,) = [line for line in announce.run_overview(prepared, 0).splitlines() if line.startswith("memory")]
+        return float(line.split()[1])
+
+    whole = said()
+    assert whole == pytest.approx(4 * matrices / 2**30, rel=0.05)
+    tiny_config.train.frozen_dtype = "nf4"
+    assert whole - said() == pytest.approx((4 - 9 / 16) * matrices / 2**30, abs=0.011)
+
+
+def test_the_disk_that_iterations_to_come_need(tiny_config):
+    """By hand, of P float32 numbers: the start, two iterations, and the control of each have a checkpoint.
+
+    Of the control there is one export. An iteration that is done counts no more.
+    """
+    tiny_config.model.architecture.update(hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, head_dim=256)
+    prepared = prepare(config.resolve(tiny_config), None)
+    weights = 4 * cost.all_params(prepared.model.config) / 2**30
+    for done, count in ((0, 2 * 3 + 3), (1, 2 + 2), (2, 0)):
+        (line,) = [line for line in announce.run_overview(prepared, done).splitlines() if line.startswith("disk")]
+        need, unit, _, left = line.split()[1:5]
+        assert (unit, left) == ("GiB", str(2 - done))
+        assert float(need) == pytest.approx(count * weights, rel=0.02, abs=0.006)
 
 
 def test_the_token_that_ends_answers_is_said(tiny_config):

@@ -1,9 +1,9 @@
 """Configs that the tests plan."""
 
 from spin_jax import config
+from spin_jax.forecast.job import Rates
 from spin_jax.plan.answer import plan
 from spin_jax.plan.planned_run import planned_run
-from spin_jax.plan.time import Assumed
 
 # Mistral's shape, small enough to be compiled in half a minute, large enough that weights exceed a MiB.
 SMALL = {
@@ -40,4 +40,4 @@ def zephyr(**changes):
 def planned(c, topology, **assumed):
     """By arithmetic."""
     run = planned_run(c, topology, compiles=False)
-    return plan(run, Assumed(pairs=50_000, **assumed))
+    return plan(run, 50_000, Rates(**assumed))
