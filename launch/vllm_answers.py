@@ -32,6 +32,7 @@ def sampling(how, prompt):
 
     limits = {key: how[key] for key in ("top_k", "top_p") if how[key] is not None}
     return SamplingParams(
+        n=prompt["samples"],
         temperature=how["temperature"],
         max_tokens=prompt["max_tokens"],
         stop_token_ids=how["stop_token_ids"],
@@ -41,7 +42,7 @@ def sampling(how, prompt):
 
 
 def answer(how, prompts, model, engine):
-    """A pair for each prompt: its ids, the human answer's and vLLM's."""
+    """A pair for each answer: the ids of the prompt, of the human answer and of vLLM's."""
     from vllm import LLM
 
     options = {"revision": how["revision"]} if how["revision"] and model == how["model"] else {}
@@ -52,17 +53,19 @@ def answer(how, prompts, model, engine):
         [sampling(how, prompt) for prompt in prompts],
     )
     for prompt, output in zip(prompts, outputs, strict=True):
-        (answered,) = output.outputs
-        ids = list(answered.token_ids)
         place = f"prompt_id {prompt['prompt_id']}"
         if list(output.prompt_token_ids) != prompt["prompt_tokens"]:
             raise SystemExit(f"{place}: vLLM answered other token ids than it was given")
-        if answered.finish_reason not in ("stop", "length"):
-            raise SystemExit(f"{place}: vLLM did not finish the answer ({answered.finish_reason})")
-        if answered.finish_reason == "stop" and ids[-1:] not in [[stop] for stop in how["stop_token_ids"]]:
-            raise SystemExit(f"{place}: the answer ends without its stop token: this vLLM leaves it out")
-        fields = ("prompt_id", "real", "prompt_tokens", "real_tokens")
-        yield {**{field: prompt[field] for field in fields}, "sample_id": 0, "generated_tokens": ids}
+        if len(output.outputs) != prompt["samples"]:
+            raise SystemExit(f"{place}: vLLM gave {len(output.outputs)} answers, and {prompt['samples']} are wanted")
+        for sample_id, answered in enumerate(output.outputs):
+            ids = list(answered.token_ids)
+            if answered.finish_reason not in ("stop", "length"):
+                raise SystemExit(f"{place}: vLLM did not finish the answer ({answered.finish_reason})")
+            if answered.finish_reason == "stop" and ids[-1:] not in [[stop] for stop in how["stop_token_ids"]]:
+                raise SystemExit(f"{place}: the answer ends without its stop token: this vLLM leaves it out")
+            fields = ("prompt_id", "real", "prompt_tokens", "real_tokens")
+            yield {**{field: prompt[field] for field in fields}, "sample_id": sample_id, "generated_tokens": ids}
 
 
 def main(argv=None):

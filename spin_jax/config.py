@@ -201,6 +201,15 @@ def default() -> Any:
     c.sampling.top_p = placeholder(float)
     # Slots: how many answers each copy of the weights has in progress at a time.
     c.sampling.batch_size = 64
+    # Who answers for the opponent: ours, or http://HOST:PORT[,http://…] of servers such as vLLM and SGLang, which serve
+    # the opponent's export and get batch_size requests at a time each, with the key in the environment variable
+    # OPENAI_API_KEY. Held-out answers are always those of our own engine. Unset: ours.
+    c.sampling.engine = placeholder(str)
+    # In place of it, a shell command that starts such a server for each iteration: vllm serve {model} --port {port}.
+    # The run fills in the folder and a free port, and stops it afterwards; launch/README.md has more.
+    c.sampling.command = placeholder(str)
+    # A server that does not start, or does not answer, within this many seconds is given up.
+    c.sampling.timeout_s = 1200
     # How many devices share one copy of the weights. Unset: as few as have room for it.
     c.sampling.tensor = placeholder(int)
     # How many prompts a file of pairs has. An interruption loses the work on one file, or on four times as

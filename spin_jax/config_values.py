@@ -65,7 +65,7 @@ _RANGES = {
     "[1, 2147483647]": "data.limit eval.tasks_limit expected every_steps keep lora_rank max_new_tokens max_prompt "
     "most_skipped row_length selfplay.samples sampling.tensor shard_size top_k",
     "[2, 2147483647]": "max_length",  # one token for the prompt and one for the answer
-    "[1, 1048576]": "batch_size tokens_per_device",
+    "[1, 1048576]": "batch_size timeout_s tokens_per_device",
     "[-1, 1048576]": "mesh.data mesh.fsdp mesh.tensor",
     "[0, 10000]": "iterations start mix_previous sft.epochs",
     "[1, 10000]": "train.epochs eval.samples patience schedule_epochs",
@@ -183,9 +183,16 @@ def _contradictions(c: Any) -> Iterator[str]:
         yield "selfplay.add_pairs and selfplay.add_share go together: which pairs are added, and what share they are"
     if (traced := c.logging.profile_steps) and (len(traced) != 2 or traced[0] > traced[1]):
         yield f"logging.profile_steps={traced}: the first and the last step of the trace, as in 10,13"
+    yield from _engine_problems(c)
     datasets = data_mixtures(c.data.path)
     if 2 <= len(datasets) < iterations:
         yield f"data.path has {len(datasets)} datasets for {iterations} iterations: give one, or one for each"
+
+
+MERGED = (
+    "model.path with model.adapters merged is on no disk: save it, "
+    "spin_jax.save(spin_jax.load(PATH, adapters=ADAPTERS), FOLDER), and give FOLDER as model.path"
+)
 
 
 def _adapter_contradictions(c: Any) -> Iterator[str]:
@@ -203,10 +210,29 @@ def _adapter_contradictions(c: Any) -> Iterator[str]:
     if trains_on_path(c) and not c.model.path:
         yield "export.adapters with sft.lora_rank needs model.path: new weights are written nowhere as a base"
     if trains_on_path(c) and c.model.adapters:
-        yield (
-            "export.adapters needs a base that PEFT can open, and model.path with model.adapters merged is on no disk: "
-            "save it, spin_jax.save(spin_jax.load(PATH, adapters=ADAPTERS), FOLDER), and give FOLDER as model.path"
-        )
+        yield f"export.adapters needs a base that PEFT can open, and {MERGED}"
+
+
+def engine_addresses(sampling: Any) -> list[str]:
+    """The servers of sampling.engine, without a final /v1; none where our own engine answers."""
+    addresses = [] if sampling.engine in (None, "ours") else sampling.engine.split(",")
+    return list(dict.fromkeys(re.sub("(/v1)?/?$", "", address.strip()) for address in addresses))
+
+
+def _engine_problems(c: Any) -> Iterator[str]:
+    command, addresses = c.sampling.command, engine_addresses(c.sampling)
+    for address in addresses:
+        if not re.fullmatch(r"https?://(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./-]+)?", address):
+            wanted = "ours, or addresses such as http://HOST:8000, a comma between"
+            yield f"sampling.engine has {address!r}: {wanted}. A key is read from the variable OPENAI_API_KEY"
+    if command and addresses:
+        yield "sampling.engine and sampling.command are both set: leave one of them out"
+    if command and not all(name in command for name in ("{model}", "{port}")):
+        yield f"sampling.command={command!r} needs {{model}} and {{port}}, which the run fills in"
+    if (command or addresses) and c.model.adapters and not c.sft.epochs:
+        yield f"an outside engine needs the opponent as a folder, and {MERGED}"
+    if (command or addresses) and c.selfplay.opponent_decay:
+        yield "selfplay.opponent_decay: an outside engine needs the opponent as a folder, and the average is in none"
 
 
 def trains_on_path(c: Any) -> bool:

@@ -80,6 +80,14 @@ class JudgeFailed(SpinJaxError, RuntimeError):
     """A verifier, a scorer or a pairing function raised an error, or did not return what it should."""
 
 
+class EngineFailed(SpinJaxError, RuntimeError):
+    """The servers of sampling.engine, or the command of sampling.command, no longer answer; a later try may succeed."""
+
+
+class EngineRefused(BadInput, RuntimeError):
+    """A server of sampling.engine refuses a request, and would refuse it again."""
+
+
 class CompilerFailed(SpinJaxError):
     """The compiler failed on a program for a reason other than memory."""
 

@@ -9,7 +9,8 @@
                       generated: the training pairs to train-00000-of-00001.parquet, the held-out pairs to
                       test-00000-of-00001.parquet. A name that ends in .parquet or .jsonl is one file, which
                       gets the training pairs alone.
-  --prompts=FILE      writes what launch/vllm_answers.py reads: how to sample, and the prompts as token ids
+  --prompts=FILE      writes what launch/vllm_answers.py reads: how to sample, the prompts as token ids, and
+                      how many answers each of them gets
 
 datasets.load_dataset opens a folder of pairs. --config.selfplay.pairs takes a file, or a folder
 and of it the split selfplay.pairs_split.
@@ -101,19 +102,18 @@ def write_prompts(workdir: str, output: str, iteration: int | None = None) -> st
 
     ValueError or FileNotFoundError says that the model that will answer is not there yet, or that the answers are.
     """
+    from spin_jax.selfplay.exports import model_of_opponent
     from spin_jax.selfplay.prepare import prepare
     from spin_jax.storage import files
 
     prepared = prepare(_read_config(workdir), workdir)
-    play = prepared.config.selfplay
-    if play.samples > 1:
-        raise ValueError(f"selfplay.samples={play.samples}: prompts are written for one answer to each")
     done = files.read_agreed(prepared.workdir / "summary.json") or []
-    t = max([play.start, *(row["iteration"] + 1 for row in done)]) if iteration is None else iteration
+    first = prepared.config.selfplay.start
+    t = max([first, *(row["iteration"] + 1 for row in done)]) if iteration is None else iteration
     answers = prepared.folder(t) / "pairs"
     if files.exists(answers):
         raise ValueError(f"iteration {t} has answers already, in {answers}")
-    model = _opponent_folder(prepared, t)
+    model = model_of_opponent(prepared, t)
     lines = list(_lines(prepared, t, model))
     files.write_jsonl(output, lines)
     return f"{output}: {len(lines) - 1} prompts of iteration {t}, to be answered by {model}"
@@ -134,28 +134,10 @@ def _read_config(workdir: str) -> Any:
     return config_lib.resolve({**recorded, "mesh": {}, "export": {}})
 
 
-def _opponent_folder(prepared: Any, t: int) -> str:
-    """The folder or hub id of the model that answers in iteration t."""
-    from spin_jax.storage import seals
-
-    c = prepared.config
-    if t == c.selfplay.start and c.model.path and not c.sft.epochs:
-        if c.model.adapters:
-            raise ValueError(
-                f"model.adapters: iteration {t} is answered by {c.model.path} with the adapters merged, which is on no "
-                "disk: save it, spin_jax.save(spin_jax.load(PATH, adapters=ADAPTERS), FOLDER), and begin a run with "
-                "FOLDER as model.path"
-            )
-        return c.model.path
-    folder = prepared.folder(t - 1 if t > c.selfplay.start else -1) / "model"
-    if not seals.sealed(folder):
-        what = f"{folder}, which will answer in iteration {t}, is not there yet"
-        raise FileNotFoundError(f"{what}: a run with --config.selfplay.iterations={t} ends with it")
-    return str(folder)
-
-
 def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
     """The lines of the file: how to sample, then each prompt, the held-out ones last."""
+    from spin_jax.selfplay import variants
+
     c = prepared.config
     yield {
         "prompts_of_iteration": t,
@@ -167,10 +149,12 @@ def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
         "top_p": c.sampling.top_p,
         "stop_token_ids": list(prepared.model.stop_tokens),
     }
-    for example in [*prepared.examples(t), *prepared.held_out]:
+    train, test = prepared.examples(t), prepared.held_out
+    for number, example in enumerate([*train, *test]):
         prompt = prepared.chat.sampling_prompt(example)
         yield {
             "prompt_id": example.prompt_id,
+            "samples": variants.answers_wanted(c.selfplay, held_out=number >= len(train)),
             "real": example.messages,
             "prompt_tokens": prompt.tolist(),
             "real_tokens": example.real.tolist(),

@@ -29,7 +29,7 @@ from spin_jax.models import loading
 from spin_jax.runtime import sharding
 
 # Files that take minutes come first, so that no worker is left alone with one at the end.
-_SLOW = ("algorithm", "kill", "families", "held_out", "durable", "hosts", "lora", "harness", "config")
+_SLOW = ("algorithm", "kill", "outside_engine", "families", "held_out", "durable", "hosts", "lora", "harness", "config")
 
 
 def pytest_collection_modifyitems(items):

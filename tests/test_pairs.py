@@ -240,7 +240,7 @@ def vllm(tmp_path):
     return start
 
 
-def prompts_file(path, chat, model):
+def prompts_file(path, chat, model, samples=1):
     row = by_ids(chat)
     del row["generated_tokens"]
     how = {
@@ -253,7 +253,7 @@ def prompts_file(path, chat, model):
         "top_p": 0.9,
         "stop_token_ids": [2],
     }
-    path.write_text("".join(json.dumps(line) + "\n" for line in (how, {**row, "max_tokens": 3})))
+    path.write_text("".join(json.dumps(line) + "\n" for line in (how, {**row, "samples": samples, "max_tokens": 3})))
     return row
 
 
@@ -276,6 +276,19 @@ def test_the_script_writes_pairs_that_load(vllm, chat, tmp_path):
         (pair,), _ = load_pairs(rows, chat, path="x", vocab_size=272)
         assert (pair.prompt_id, pair.generated.tolist()) == (7, kept)
         assert pair.truncated == (kept[-1] != 2)
+
+
+def test_the_script_writes_each_of_several_answers(vllm, chat, tmp_path):
+    (tmp_path / "SHA256SUMS").write_text("")
+    row = prompts_file(tmp_path / "prompts.jsonl", chat, tmp_path, samples=3)
+    both, generated = ["--prompts=prompts.jsonl", "--output=pairs.jsonl"], [[40, 2], [41, 42, 2], [40, 2]]
+    done = vllm(*both, answers=[[row["prompt_tokens"], ids] for ids in generated])
+    assert "pairs.jsonl: 3 pairs for iteration 1" in done.stdout, done.stderr
+    loaded, _ = load_pairs(sources.load_rows(str(tmp_path / "pairs.jsonl")), chat, path="x", vocab_size=272)
+    assert [(pair.prompt_id, pair.sample_id) for pair in loaded] == [(7, 0), (7, 1), (7, 2)]
+    assert [pair.generated.tolist() for pair in loaded] == generated
+    done = vllm(*both, answers=[[row["prompt_tokens"], [40, 2]]])
+    assert "prompt_id 7: vLLM gave 1 answers, and 3 are wanted" in done.stderr
 
 
 def test_what_the_script_refuses(vllm, chat, tmp_path):

@@ -100,6 +100,7 @@ def run_overview(prepared: Prepared, finished: int) -> str:
         ("rows", f"{shape.rows} × {shape.length} tokens a micro-batch, {c.train.batch_size} pairs a step"),
         ("attention", prepared.decoder.kernel),
         ("self-play", f"iterations {first} to {last}, {finished} of them done"),
+        ("engine", c.sampling.command or c.sampling.engine or "ours"),
         ("loss", f"{c.loss.name}, β {betas}{beside}"),
         ("workdir", str(prepared.workdir)),
         *(("note", note) for note in prepared.notes),

@@ -1,27 +1,34 @@
 """The engine of a run: it answers prompts and scores answers, with whatever weights it is given.
 
 The opponent, the policy on held-out rows, the start and the control all go through it, so that one set of compiled
-programs serves them.
+programs serves them. Where sampling.engine or sampling.command is set, servers answer for the opponent.
 """
 
+import contextlib
 import functools
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
+from spin_jax import config_values
 from spin_jax.data.records import Example, Ids
 from spin_jax.errors import Interrupted
 from spin_jax.models import lora
 from spin_jax.models.architecture import Params
 from spin_jax.models.params import sampling_params
-from spin_jax.runtime import sharding, stopwatch
+from spin_jax.runtime import processes, sharding, stopwatch
 from spin_jax.runtime.console import compact
 from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import Sampling, prompt_keys
-from spin_jax.selfplay import from_config
+from spin_jax.sampling.server_process import ServerProcess
+from spin_jax.sampling.servers import Protocol, Request, Servers
+from spin_jax.selfplay import exports, from_config
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.training.log_probs import score_groups
 from spin_jax.training.packing import Group, group_sizes
@@ -52,10 +59,38 @@ class Engine:
         self.release()
         sharding.free(params)
 
+    @contextlib.contextmanager
+    def opponent(
+        self, t: int, params: Params | None, weights: Callable[[int], Params]
+    ) -> Iterator[tuple[Params | None, Params | Servers]]:
+        """What answers for the opponent of iteration t: its weights, or servers, which sampling.command starts here.
+
+        `params` are θ_t, or None. Yields θ_t where it is in memory, and what `answer` takes.
+        """
+        run, c = self._run, self._run.config.sampling
+        addresses, check = config_values.engine_addresses(c), lambda: None
+        if not c.command and not addresses:
+            params = weights(t) if params is None else params
+            yield params, params
+            return
+        model = exports.model_of_opponent(run, t, is_local=bool(c.command))
+        fixed = run.model.stop_tokens, run.model.config.vocab_size, c.batch_size, c.timeout_s
+        protocol = Protocol(model, from_config.sampling(run.config), *fixed)
+        with contextlib.ExitStack() as stack:
+            if c.command:
+                self.free(params)  # the server may need the memory of these devices
+                params, folder = None, str(run.folder(t))
+                log = Path(tempfile.mkdtemp() if "://" in folder else folder) / "engine.log"
+                start = functools.partial(ServerProcess, c.command, model, log)
+                if process := processes.together(lambda: start() if processes.first() else None):
+                    stack.callback(process.stop)
+                    addresses, check = [process.address], process.check
+            yield params, Servers(addresses, protocol, check)
+
     @stopwatch.phase("sample")
     def answer(
         self,
-        params: Params,
+        params: Params | Servers,
         examples: Sequence[Example],
         sampling: Sampling,
         *,
@@ -66,13 +101,14 @@ class Engine:
         """Answers the examples' prompts; each answer is cut to the room that `lengths` leaves.
 
         Args:
-            params: float32 weights.
+            params: float32 weights, or the servers that answer with them.
             iteration: a part of each random key, with the seed, the prompt_id and the sample_id.
             sample_ids: one id for all answers, or one for each example.
             bar: a progress bar that counts answers.
 
         Raises:
             Interrupted: the run was asked to stop.
+            EngineFailed, EngineRefused: servers do not answer.
         """
         run, c = self._run, self._run.config
         sampled, began = 0, time.perf_counter()
@@ -85,18 +121,26 @@ class Engine:
             self._count(bar, prompts)
 
         prompts = [run.chat.sampling_prompt(example) for example in examples]
+        limits = [max(c.lengths.max_length - len(prompt), 1) for prompt in prompts]
+        keys = prompt_keys(c.seed, iteration + 1, [e.prompt_id for e in examples], sample_ids)
+        if isinstance(params, Servers):
+            seeds = np.asarray(jax.random.key_data(keys))[:, 0] >> 1
+            numbers = np.broadcast_to(sample_ids, len(examples)).tolist()
+            names = [f"prompt_id {e.prompt_id}, sample_id {k}" for e, k in zip(examples, numbers, strict=True)]
+            asked = zip(names, prompts, [min(n, sampling.max_new_tokens) for n in limits], seeds.tolist(), strict=True)
+            return params.answer([Request(*one) for one in asked], on_chunk)
         # A limit for useful slots. It is the same in all phases, or each would compile the sampler anew.
         most_answers = max(map(len, run.datasets)) * c.selfplay.samples + len(run.held_out)
         return answer_prompts(
             run.decoder,
             self._for_sampling(params),
             prompts,
-            prompt_keys(c.seed, iteration + 1, [e.prompt_id for e in examples], sample_ids),
+            keys,
             mesh=run.sampling_mesh,
             sampling=sampling,
             stop_tokens=run.model.stop_tokens,
             slots=min(from_config.slots(c, run.model), most_answers),
-            limits=[max(c.lengths.max_length - len(prompt), 1) for prompt in prompts],
+            limits=limits,
             on_chunk=on_chunk,
         )
 

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 
 from etils import epath
 
-from spin_jax.models import saving
+from spin_jax.config_values import MERGED
+from spin_jax.errors import MissingInput
+from spin_jax.models import loading, saving
 from spin_jax.models.architecture import Params
 from spin_jax.report import model_card
 from spin_jax.report.numbers import START
@@ -14,6 +16,29 @@ from spin_jax.selfplay import fingerprints
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files, hub, seals
 from spin_jax.storage.metrics import Row
+
+
+def model_of_opponent(run: Prepared, t: int, is_local: bool = False) -> str:
+    """The folder or hub id of the model that answers in iteration t; with `is_local`, where it is on this disk.
+
+    ValueError says that it is on no disk, and MissingInput that it is not there yet.
+    """
+    c = run.config
+    if t == c.selfplay.start and not run.makes_start:
+        if c.model.adapters:
+            raise ValueError(f"another engine needs the opponent as a folder, and {MERGED}")
+        return str(loading.resolve(c.model.path, run.model.revision)[0]) if is_local else c.model.path
+    if t > c.selfplay.start and c.selfplay.opponent_decay:
+        raise ValueError(
+            "selfplay.opponent_decay: the average of models that answers is in no folder, so only ours can"
+        )
+    folder = run.folder(t - 1 if t > c.selfplay.start else START) / "model"
+    if not seals.sealed(folder):
+        raise MissingInput(
+            f"{folder}, which will answer in iteration {t}, is not there yet: a run with "
+            f"--config.selfplay.iterations={t} ends with it"
+        )
+    return str(folder)
 
 
 class Exports:

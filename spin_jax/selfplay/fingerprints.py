@@ -36,11 +36,13 @@ _FREE = {
     "data": ("path",),
     "model": ("path", "adapters"),
     "selfplay": ("pairs", "add_pairs", "iterations", "patience"),
-    "sampling": ("batch_size", "tensor"),
+    "sampling": ("batch_size", "tensor", "timeout_s"),
     "train": ("remat", "offload", "most_skipped"),
     "sft": ("offload", "control", "control_learning_rate"),
     "eval": ("path", "verifier", "samples", "fixed_prompts", "kl", "tasks", "include_path", "tasks_limit"),
 }
+# A run goes on although one of these has changed, says so, and records it.
+_NOTED = ("versions.", "sampling.engine", "sampling.command")
 _PACKAGES = ["spin_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "datasets", "grain"]
 
 
@@ -170,7 +172,8 @@ def differences(config: Any, found: Identity, began: Mapping[str, Any]) -> dict[
 def check(workdir: epath.Path, config: Any, found: Identity, began: Mapping[str, Any]) -> list[str]:
     """Notes on what has changed since the run began; none for a new run.
 
-    Other versions of libraries only give notes, because a machine that was set up again often has some.
+    Other versions of libraries only give notes, because a machine that was set up again often has some; so does another
+    engine, because its address changes with the machine.
 
     Raises:
         ValueError: something else has changed, and `resume_anyway` is not set; the message lists it all.
@@ -178,7 +181,7 @@ def check(workdir: epath.Path, config: Any, found: Identity, began: Mapping[str,
     if not began:
         return []
     changed = differences(config, found, began)
-    serious = {name: values for name, values in changed.items() if not name.startswith("versions.")}
+    serious = {name: values for name, values in changed.items() if not name.startswith(_NOTED)}
     if serious and not config.resume_anyway:
         listed = "; ".join(f"there {name} is {a!r}, and now {b!r}" for name, (a, b) in serious.items())
         raise ValueError(

@@ -75,25 +75,25 @@ class Opponent:
         return result
 
     def _write_answers(self, t: int, params: Params | None) -> Params | None:
-        """Answers every prompt of iteration t, or writes the pairs given for it; returns θ_t if it was needed."""
+        """Answers every prompt of iteration t, or writes the pairs given for it; returns θ_t if it is in memory."""
         run, metrics = self._run, self._metrics
         self._write_given(t)
         shards = [(path, items) for path, items in self._pair_files(t) if not isinstance(items[0], Pair)]
         done = files.existing([path for path, _ in shards])
         if all(done):
             return params
-        params = self.weights(t) if params is None else params
+        opponent = self._engine.opponent(t, params, self.weights)
         rounds = list(self._rounds(shards, done))
         requests = [self._requests(path, examples) for path, examples in shards]
         total = sum(map(len, requests))
         left = sum(len(requests[number]) for chosen in rounds for number in chosen)
         metrics.rewind("sample", t, lambda number: not done[number])
-        with progress(f"iteration {t}: sample", total, total - left, unit="answer") as bar:
+        with opponent as (params, by), progress(f"iteration {t}: sample", total, total - left, unit="answer") as bar:
             for chosen in rounds:
                 began = time.perf_counter()
                 examples, ids = zip(*(one for number in chosen for one in requests[number]), strict=True)
                 sampling = from_config.sampling(run.config)
-                answers = self._engine.answer(params, examples, sampling, iteration=t, sample_ids=ids, bar=bar)
+                answers = self._engine.answer(by, examples, sampling, iteration=t, sample_ids=ids, bar=bar)
                 rate = sum(map(len, answers)) / (time.perf_counter() - began)
                 remaining = iter(answers)
                 for number in chosen:
@@ -131,10 +131,9 @@ class Opponent:
         )
 
     def _requests(self, path: epath.Path, examples: Sequence[Example]) -> list[tuple[Example, int]]:
-        """(example, sample_id) of each answer in a file. Held-out prompts have one, unless a scorer compares them."""
-        play = self._run.config.selfplay
-        many = play.samples if path.name.startswith("train") or play.scorer else 1
-        return list(itertools.product(examples, range(many)))
+        """(example, sample_id) of each answer in a file."""
+        count = variants.answers_wanted(self._run.config.selfplay, held_out=path.name.startswith("test"))
+        return list(itertools.product(examples, range(count)))
 
     def _rounds(self, shards: Sequence[tuple[epath.Path, list]], done: Sequence[bool]) -> Iterator[tuple[int, ...]]:
         """The files that are answered together: enough of them to keep all slots busy.

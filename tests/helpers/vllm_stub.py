@@ -1,6 +1,7 @@
 """Stands in for vLLM where that cannot be installed: its names and signatures, and answers from a file.
 
-VLLM_STUB names a JSON file of [[prompt's ids, answer's ids], …]. What was asked of it goes to stdout.
+VLLM_STUB names a JSON file of [[prompt's ids, answer's ids], …], where a prompt may come with several answers. What was
+asked of it goes to stdout.
 """
 
 import dataclasses
@@ -73,7 +74,9 @@ class LLM:
         assert os.path.exists(os.path.join(model, "SHA256SUMS"))
         print("LLM", json.dumps({"tensor_parallel_size": tensor_parallel_size, "seed": seed, **kwargs}))
         with open(os.environ["VLLM_STUB"]) as file:
-            self.answers = {tuple(prompt): answer for prompt, answer in json.load(file)}
+            self.answers: dict[tuple[int, ...], list[list[int]]] = {}
+            for prompt, answer in json.load(file):
+                self.answers.setdefault(tuple(prompt), []).append(answer)
 
     def generate(
         self, prompts: Any, sampling_params: Any = None, *, use_tqdm: bool = True, lora_request: Any = None
@@ -84,9 +87,10 @@ class LLM:
     def _answer(self, number: int, prompt: dict[str, Any], params: SamplingParams) -> RequestOutput:
         ids = prompt["prompt_token_ids"]
         assert not params.detokenize
-        assert params.n == 1
-        answer = self.answers[tuple(ids)][: params.max_tokens]
-        stopped = answer[-1] in params.stop_token_ids
-        reason = os.environ.get("VLLM_STUB_REASON") or ("stop" if stopped else "length")
-        output = CompletionOutput(0, "", answer, finish_reason=reason)
-        return RequestOutput(str(number), None, list(ids), [output])
+        outputs = []
+        for index, whole in enumerate(self.answers[tuple(ids)][: params.n]):
+            answer = whole[: params.max_tokens]
+            stopped = answer[-1] in params.stop_token_ids
+            reason = os.environ.get("VLLM_STUB_REASON") or ("stop" if stopped else "length")
+            outputs.append(CompletionOutput(index, "", answer, finish_reason=reason))
+        return RequestOutput(str(number), None, list(ids), outputs)
