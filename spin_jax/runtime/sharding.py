@@ -128,9 +128,13 @@ def one_device() -> bool:
 
 def spec(*logical: str | None) -> PartitionSpec | None:
     """The PartitionSpec of logical axes, or None outside of a mesh (a plain one-device program)."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return None
-    return PartitionSpec(*(RULES[name] if name else None for name in logical))
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else PartitionSpec(*(_mesh_axes(name, mesh.shape) for name in logical))
+
+
+def _mesh_axes(name: str | None, sizes: Mapping[str, int]) -> str | tuple[str, ...] | None:
+    """The mesh axes of a logical axis. Tokens have none where rows stay whole: keys need not be gathered then."""
+    return None if name is None or (name == "tokens" and sizes["context"] == 1) else RULES[name]
 
 
 def reshard(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -145,12 +149,12 @@ def _divided(shape: Sequence[int], logical: Sequence[str | None], sizes: Mapping
     A dimension that its mesh axes do not divide stays whole: a vocabulary of 32,003 is legal.
     """
 
-    def axis(size: int, name: str | None) -> str | tuple[str, ...] | None:
-        axes = RULES[name] if name else ()
-        parts = math.prod(sizes[axis] for axis in ([axes] if isinstance(axes, str) else axes))
-        return None if size % parts else axes or None
+    def fitting(size: int, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return None if size % math.prod(sizes[name] for name in names) else axes
 
-    return PartitionSpec(*(axis(size, name) for size, name in zip(shape, logical, strict=True)))
+    axes = (_mesh_axes(name, sizes) for name in logical)
+    return PartitionSpec(*(fitting(*pair) for pair in zip(shape, axes, strict=True)))
 
 
 def _local() -> bool:
@@ -236,11 +240,11 @@ def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
     def take(x: jax.Array, index: jax.Array) -> jax.Array:
         return jax.numpy.take_along_axis(x, index[..., None], axis=1)
 
-    if jax.sharding.get_abstract_mesh().empty:
+    if context_shards() == 1:
         return take(x, index)
-    specs = PartitionSpec(RULES["batch"], None, None), PartitionSpec(RULES["batch"], RULES["tokens"])
-    x, index = jax.sharding.reshard(x, specs[0]), jax.sharding.reshard(index, specs[1])
-    return jax.shard_map(take, in_specs=specs, out_specs=PartitionSpec(*specs[1], None), check_vma=False)(x, index)
+    x, index = reshard(x, "batch", None, None), reshard(index, "batch", "tokens")
+    specs = spec("batch", None, None), spec("batch", "tokens")
+    return jax.shard_map(take, in_specs=specs, out_specs=spec("batch", "tokens", None), check_vma=False)(x, index)
 
 
 def by_rows_and_heads(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
@@ -252,7 +256,7 @@ def by_rows_and_heads(run: Callable[..., jax.Array], *operands: jax.Array) -> ja
     if jax.sharding.get_abstract_mesh().empty:
         return run(*operands)
     q, k, v, *others = operands
-    heads = PartitionSpec(RULES["batch"], RULES["tokens"], _heads_axis(k.shape[2]), None)
+    heads = PartitionSpec(*spec("batch", "tokens"), _heads_axis(k.shape[2]), None)
     q, k, v = (jax.sharding.reshard(x, heads) for x in (q, k, v))
     specs = (PartitionSpec(heads[2]) if x.ndim == 1 else PartitionSpec(RULES["batch"]) for x in others)
 
@@ -299,7 +303,7 @@ def by_rows(run: Callable[..., jax.Array], x: jax.Array, y: jax.Array, *weights:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return run(x, y, *weights)
-    rows, parts = PartitionSpec(RULES["batch"], RULES["tokens"]), [jax.typeof(w).sharding.spec for w in weights]
+    rows, parts = spec("batch", "tokens"), [jax.typeof(w).sharding.spec for w in weights]
     split = any("tensor" in part.partitions for part in parts)
 
     def local(*arguments: jax.Array) -> jax.Array:
