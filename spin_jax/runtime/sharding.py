@@ -41,7 +41,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def mesh_sizes(data: int | None, fsdp: int, context: int, tensor: int, devices: int, slices: int = 1) -> dict[str, int]:
-    """The size of each axis of the mesh. One may be -1: the devices that are left. `data` None: a replica for each slice.
+    """The size of each axis. One may be -1: the devices that are left. `data` None: a replica for each slice.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices, or do not suit the slices.
