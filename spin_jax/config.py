@@ -251,7 +251,8 @@ def default() -> Any:
     c.mesh.data = placeholder(int)
     # Splits the weights and the batch.
     c.mesh.fsdp = -1
-    # Splits the tokens of a row, and the weights, for rows that are longer than one device has room for.
+    # Splits the tokens of a row, and the weights: for rows that are longer than one device has room for. Training and
+    # scoring do this; the sampler has whole answers.
     c.mesh.context = 1
     # Splits heads, MLP and vocabulary, into at most as many parts as there are key/value heads. Unset: 1, or
     # more where a step has fewer than two pairs for each device.

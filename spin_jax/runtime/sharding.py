@@ -253,10 +253,11 @@ def by_rows_and_heads(run: Callable[..., jax.Array], *operands: jax.Array) -> ja
     A device has the queries of its own tokens, and keys and values of all tokens of its rows. `others` are numbers of
     all tokens of a row, [B, T], or of the query heads, [N].
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return run(*operands)
     q, k, v, *others = operands
-    heads = PartitionSpec(*spec("batch", "tokens"), _heads_axis(k.shape[2]), None)
+    heads = PartitionSpec(RULES["batch"], _mesh_axes("tokens", mesh.shape), _heads_axis(k.shape[2]), None)
     q, k, v = (jax.sharding.reshard(x, heads) for x in (q, k, v))
     specs = (PartitionSpec(heads[2]) if x.ndim == 1 else PartitionSpec(RULES["batch"]) for x in others)
 

@@ -14,10 +14,11 @@ from spin_jax.models.decoder import Decoder
 from spin_jax.models.loading import new_model
 from spin_jax.models.params import abstract_params
 from spin_jax.runtime import sharding
-from spin_jax.training import log_probs
+from spin_jax.sampling.generate import generate
+from spin_jax.training import batch_shape, log_probs
 from spin_jax.training.batches import ScoredPair, pair_batches, stacked
 from spin_jax.training.log_probs import logits, response_logps, score_groups, score_tokens
-from spin_jax.training.packing import RowShape, packed, pair_group
+from spin_jax.training.packing import RowShape, packed, pair_group, sizes
 from spin_jax.training.step import SFT, SPIN, init_state, make_step
 
 # Two layers, grouped heads and a window; a row of 48 tokens holds several pairs, and both answers share a prompt.
@@ -84,9 +85,9 @@ def assert_trees_close(ours, expected):
         np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **CLOSE)
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("stage", ["SPIN", "SFT"])
-def test_a_step_on_shared_rows(stage, sizes, model, mesh, mesh8):
+def test_a_step_on_shared_rows(stage, axes, model, mesh, mesh8):
     """Two micro-batches of self-play and of SFT: parameters less their gradient, loss and metrics."""
     decoder, pairs = Decoder(model.config, remat="attention"), random_pairs(24)
     if stage == "SPIN":
@@ -98,15 +99,15 @@ def test_a_step_on_shared_rows(stage, sizes, model, mesh, mesh8):
     expected, metrics = after_step(objective, batch, mesh)
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), before, expected)
     assert min(jax.tree.leaves(moved)) > 1e-3
-    ours, own_metrics = after_step(objective, batch, sharding.make_mesh(**sizes))
+    ours, own_metrics = after_step(objective, batch, sharding.make_mesh(**axes))
     assert_trees_close(ours, expected)
     assert own_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_scores_of_shared_rows(sizes, model, mesh, mesh8):
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_scores_of_shared_rows(axes, model, mesh, mesh8):
     """Of whole answers, of each token, and logits of rows whose length the devices do not divide."""
-    wide, decoder = sharding.make_mesh(**sizes), Decoder(model.config)
+    wide, decoder = sharding.make_mesh(**axes), Decoder(model.config)
     groups = [pair_group(pair) for pair in random_pairs(24)]
     (rows, *_) = packed(groups, SHAPE)
     results = []
@@ -158,3 +159,28 @@ def test_gradients_of_other_decoders(options, model, mesh, mesh8):
         largest = np.abs(y).max()
         assert largest > 1e-2, jax.tree_util.keystr(path)
         np.testing.assert_allclose(x / largest, y / largest, rtol=0, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_rows_have_equal_parts(model, mesh8):
+    """Lengths are multiples of 16 tokens a device, and a device has the tokens that `tokens_per_device` allows."""
+    there = dataclasses.replace(model, mesh=sharding.make_mesh(**MESHES["context 4"]))
+    groups = sizes([40] * 64, [9] * 64, [8] * 64)
+    options = {"kernel": "plain", "batch_size": 64, "tokens_per_device": 32}
+    shape = batch_shape.row_shape(there, groups, groups.max(axis=0), **options)
+    assert (shape.rows, shape.length) == (4, 64)  # of 57 tokens: two rows for 4 devices × 32 tokens, in 2 replicas
+    stated = batch_shape.row_shape(there, groups, groups.max(axis=0), **options, row_length=70)
+    assert (stated.rows, stated.length) == (2, 128)
+    assert sharding.row_length(17, there.mesh) == 24
+    assert sharding.row_length(57, there.mesh, 128) == 512
+
+
+def test_answers_by_a_model_whose_devices_share_rows(model, mesh, mesh8):
+    """Its devices have whole answers; greedy."""
+    answers = []
+    for where in (mesh, sharding.make_mesh(**MESHES["context 2"])):
+        there = dataclasses.replace(model, params=params_of(model.config, where), mesh=where)
+        answers.append(
+            generate(there, [[{"role": "user", "content": "Why?"}], [{"role": "user", "content": "No."}]], 8)
+        )
+    assert answers[0] == answers[1]
+    assert all(answers[0])
