@@ -8,8 +8,8 @@ other answer: `plain` computes a mask, `flash` the end of the queries that see e
 row `unshared`, as [prompt + real | prompt + generated | …], for any causal kernel with segment ids.
 
 Where the mesh splits the tokens of a row (`mesh.context`), a device has the queries of its own tokens and gathers
-the keys and values of the whole row. They are small, for few heads have any, and no other step of the attention
-waits for another device. At 32k tokens, keys and values of one layer of a 7B Mistral take 128 MiB in bfloat16.
+the keys and values of the whole row. Few heads have any, so they are small: at 32k tokens, those of one layer of a
+7B Mistral take 128 MiB in bfloat16. Splash also gathers queries and results, because its rows have another order.
 
 Axes: B rows, T queries, S keys, U tokens of an unshared row, N query heads, K key/value heads, G = N / K, H head dim.
 """
@@ -182,7 +182,7 @@ def _attend_unshared(kernel, q, k, v, positions, unshared):
     out = kernel(queries, take(k, slots), take(v, slots), both, order, block)
     # A prompt's token occurs once for every answer, each time with the same output: the first one is taken.
     first = jax.vmap(lambda t: jnp.full(T, U - 1).at[t].min(jnp.arange(U)))(slots)
-    return take(sharding.all_tokens(out), sharding.own_tokens(jnp.argsort(order)[first]))
+    return take(sharding.all_tokens(out), sharding.own_tokens(jnp.asarray(np.argsort(order))[first]))
 
 
 def splash(
