@@ -331,7 +331,9 @@ def gathered(x: jax.Array) -> jax.Array:
     if one_device():
         return x
     partition = [None if entry == RULES["embed"] else entry for entry in jax.typeof(x).sharding.spec]
-    return jax.sharding.reshard(x, PartitionSpec(*partition, reduced=frozenset((*RULES["batch"], RULES["tokens"]))))
+    # The gradient is a sum over the tokens of all devices that have different ones.
+    reduced = RULES["batch"] if context_shards() == 1 else (*RULES["batch"], RULES["tokens"])
+    return jax.sharding.reshard(x, PartitionSpec(*partition, reduced=frozenset(reduced)))
 
 
 def summed(x: jax.Array) -> jax.Array:
