@@ -34,7 +34,6 @@ class _Layer(NamedTuple):
     """What one layer takes of a device for one micro-batch."""
 
     tokens: int
-    shared: float  # how many numbers of a token the other devices of its row need
     wide: float  # the inner width of the MLP, of all experts that a token goes through
     heads: float  # how many numbers a token's queries, keys, values and attended values are
     weights: float  # bytes of a layer's weights, gathered
@@ -48,15 +47,14 @@ def _layer(run: PlannedRun) -> _Layer:
     context = sharding.context_shards(run.model.mesh)
     tokens = shape.rows // sharding.batch_shards(run.model.mesh) * shape.length // context
     heads = 2 * (m.num_attention_heads + m.num_key_value_heads) * m.head_dim / tensor
-    shared = times.shared_numbers(run.job)
+    gathered = context * times.shared_numbers(run.job)
     wide = max(1, m.experts_per_token) * m.intermediate_size / tensor
     return _Layer(
         tokens,
-        shared,
         wide,
         heads,
         weights=item * cost.layer_params(m, m.num_experts) / tensor,
-        working=item * tokens * (3 * wide + 6 * m.hidden_size + 2 * heads + 2 * context * shared),
+        working=item * tokens * (3 * wide + 6 * m.hidden_size + 2 * heads + 2 * gathered),
         logits=2 * 4 * min(2**25, tokens * m.vocab_size / 4) / tensor,  # a chunk is a quarter at most
     )
 
