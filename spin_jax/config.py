@@ -245,12 +245,15 @@ def default() -> Any:
     # results of the parts that they name, or none (most memory, a quarter less work).
     c.train.remat = "full"
 
-    # --- devices: data × fsdp × tensor, where −1 takes the devices that are left ---
+    # --- devices: data × fsdp × context × tensor, where −1 takes the devices that are left ---
     c.mesh = ConfigDict()
     # Replicas of the weights. Unset: one for each TPU slice or GPU node, and 1 where there is only one.
     c.mesh.data = placeholder(int)
     # Splits the weights and the batch.
     c.mesh.fsdp = -1
+    # Splits the tokens of a row, and the weights: for rows that are longer than one device has room for. Training and
+    # scoring do this; the sampler has whole answers.
+    c.mesh.context = 1
     # Splits heads, MLP and vocabulary, into at most as many parts as there are key/value heads. Unset: 1, or
     # more where a step has fewer than two pairs for each device.
     c.mesh.tensor = placeholder(int)

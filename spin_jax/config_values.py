@@ -65,7 +65,7 @@ _RANGES = {
     "[1, 2147483647]": "data.limit eval.tasks_limit expected every_steps keep lora_rank max_new_tokens max_prompt "
     "most_skipped row_length selfplay.samples sampling.tensor shard_size top_k",
     "[2, 2147483647]": "max_length",  # one token for the prompt and one for the answer
-    "[1, 1048576]": "batch_size timeout_s tokens_per_device",
+    "[1, 1048576]": "batch_size mesh.context timeout_s tokens_per_device",
     "[-1, 1048576]": "mesh.data mesh.fsdp mesh.tensor",
     "[0, 10000]": "iterations start mix_previous sft.epochs",
     "[1, 10000]": "train.epochs eval.samples patience schedule_epochs",

@@ -107,7 +107,7 @@ class RewardModel:
         # A group has one more token, which is not read: packing keeps the place from which it would be predicted.
         groups = [Group(ids, (ids[-1:],)) for ids in conversations]
         longest = max(len(ids) for ids in conversations) + 1
-        self._length = max(self._length, sharding.round_up(sharding.bucket(longest), _GRANULE))
+        self._length = max(self._length, sharding.row_length(longest, model.mesh, _GRANULE))
         kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype, model.config.sinks)
         shape = RowShape(
             rows=max(1, self._tokens_per_device // self._length) * sharding.batch_shards(model.mesh),
@@ -127,5 +127,6 @@ def _values(decoder: Decoder, weights: Params, rows: Rows) -> Float[Array, "N G 
     """The number of each group, read at the token before its answer."""
     hidden, _ = forward(decoder, weights["decoder"], rows.tokens, rows.layout)
     places = rows.predictors[:, : rows.items.shape[1]]  # each group has one response token, so they stand in its order
+    hidden = sharding.reshard(hidden, "batch", None, None)
     read = jnp.take_along_axis(hidden, places[..., None], axis=1).astype(jnp.float32)
     return jnp.sum(read * weights["head"], axis=-1, keepdims=True)

@@ -149,23 +149,37 @@ def estimated_traffic(job: Job) -> dict[str, dict[str, float]]:
     return {"train": _traffic(job, 3, gradients), "score": _traffic(job, 1, 0.0), "sample": {}}
 
 
+def shared_numbers(job: Job) -> float:
+    """How many numbers of a token each device gets in a layer from those that share its rows."""
+    m, mesh = job.model.config, job.model.mesh
+    if sharding.context_shards(mesh) == 1:
+        return 0.0
+    # Splash gathers queries and their results as well, for it has them in another order.
+    heads = m.num_key_value_heads + (m.num_attention_heads if job.shape.unshared else 0)
+    return 2 * heads * m.head_dim / sharding.tensor_shards(mesh)
+
+
 def _traffic(job: Job, passes: int, gradients: float) -> dict[str, float]:
     """The bytes of a micro-batch. FSDP gathers weights in each pass over them, and scatters their gradients.
+
+    Devices that share a row split the weights too, and gather keys and values in each layer.
 
     `passes` is 1 for a forward pass, 3 for a forward and a backward pass; `gradients` is the share of the weights that
     have gradients.
     """
     m, mesh, item = job.model.config, job.model.mesh, job.model.dtype.itemsize
-    data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
-    tokens = job.shape.rows // sharding.batch_shards(mesh) * job.shape.length
-    weights = item * cost.all_params(m) / tensor
+    data, tensor = mesh.shape["data"], sharding.tensor_shards(mesh)
+    of_rows = job.shape.rows // sharding.batch_shards(mesh) * job.shape.length
+    tokens = of_rows // sharding.context_shards(mesh)
+    weights, stored = item * cost.all_params(m) / tensor, sharding.weight_shards(mesh) // tensor
+    rows = item * m.num_hidden_layers * of_rows * shared_numbers(job)
     result = {}
-    if fsdp > 1:
-        result["all-gather"] = weights * min(passes, 2)
-    if passes > 1 and sharding.batch_shards(mesh) > 1:
-        result["reduce-scatter"] = gradients * weights
+    if stored > 1:
+        result["all-gather"] = (weights + rows) * min(passes, 2)
+    if passes > 1 and data * stored > 1:
+        result["reduce-scatter"] = gradients * weights + rows
     replicas = math.gcd(data, job.slices)
-    between = 2 * (1 - 1 / replicas) * gradients * weights / fsdp if passes > 1 else 0.0
+    between = 2 * (1 - 1 / replicas) * gradients * weights / stored if passes > 1 else 0.0
     if parts := job.slices // replicas - 1:  # fsdp spans slices: each slice gets the parts of the others
         mine = mesh.size / job.slices
         between += (min(passes, 2) + (passes > 2) * gradients) * weights * parts / (parts + 1) / mine

@@ -85,6 +85,7 @@ def attend(
     v: Float[Array, "B T K H"],
     layout: Layout,
     *,
+    first: Array | int | None = None,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -98,6 +99,7 @@ def attend(
     Args:
         layout: as `batches.packed` lays rows out: the tokens of a group side by side, first the prompt
             (branch 0), then answer by answer. Without branches a segment is one sequence.
+        first: `q` has only the queries of the tokens from this one on; None: of all tokens.
         window: a token sees itself and the window − 1 tokens before it; None: all tokens before it.
         scale: multiplies the scores; None: H^−½.
         softcap: tanh keeps scores within ± this number; None: no limit.
@@ -107,14 +109,20 @@ def attend(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     plan = Plan(factor, softcap, None if layout.branches is None else window, interpret, blocks)
     until = seen_until(layout, window)
+    own = None if first is None else (first, first + q.shape[1])
     sight = Sight(
         until,
         layout.positions,
-        forward=key_stretches(until, layout.segments, forward),
-        dq=key_stretches(until, layout.segments, dq),
-        dkv=query_stretches(until, dkv),
+        forward=key_stretches(until, layout.segments, forward, own),
+        dq=key_stretches(until, layout.segments, dq, own),
+        dkv=query_stretches(until, dkv, own),
     )
-    return _attention(plan, q, k, v, sight)
+    if first is None:
+        return _attention(plan, q, k, v, sight)
+    # The kernels index queries and keys alike. Other queries are zeros, and their blocks visit no keys.
+    places = jnp.zeros((q.shape[0], k.shape[1], *q.shape[2:]), q.dtype)
+    places = lax.dynamic_update_slice_in_dim(places, q, first, axis=1)
+    return lax.dynamic_slice_in_dim(_attention(plan, places, k, v, sight), first, q.shape[1], axis=1)
 
 
 # --- inside a kernel -----------------------------------------------------------------------------

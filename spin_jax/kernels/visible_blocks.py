@@ -1,7 +1,7 @@
 """Which blocks of keys and queries see each other: a kernel visits only those."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -45,13 +45,14 @@ def seen_until(layout: Layout, window: int | None) -> Int[Array, "B T"]:
 
 
 def key_stretches(
-    until: Int[Array, "B T"], segments: Int[Array, "B T"], blocks: Blocks
+    until: Int[Array, "B T"], segments: Int[Array, "B T"], blocks: Blocks, own: tuple[Any, Any] | None = None
 ) -> tuple[Int[Array, "B T"], Int[Array, "B I 4"]]:
     """(the index after each key's block, the blocks of keys that each block of queries visits).
 
     Groups are cut into blocks from their beginning on, so that one block begins where the last one ends.
     Queries visit those of a prompt, and those up to their own end, as (first, far, near, count): of count
-    blocks the first `far` begin at key `first`, the rest at key `near`.
+    blocks the first `far` begin at key `first`, the rest at key `near`. With `own`, only blocks that have a
+    query from own[0] to own[1] visit any.
     """
     end, begins, reach = _group_blocks(until, segments, blocks.keys)
     i = jnp.arange(pl.cdiv(until.shape[1], blocks.queries), dtype=jnp.int32)[:, None] * blocks.queries
@@ -69,6 +70,8 @@ def key_stretches(
     start = first(seen)
     far = jnp.sum(begins & (key >= start) & (key <= last(seen & (key < gap))), axis=-1, keepdims=True)
     near = jnp.sum(seen & (key > gap), axis=-1, keepdims=True)
+    if own is not None:
+        far, near = (jnp.where((i < own[1]) & (i + blocks.queries > own[0]), n, 0) for n in (far, near))
     stretches = jnp.concatenate([start, far, first(seen & (key > gap)), far + near], axis=-1)
     return end, stretches.astype(jnp.int32)
 
@@ -98,9 +101,13 @@ def _end_of_run(*numbers: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return lax.cummin(jnp.where(last, jnp.arange(1, T + 1, dtype=jnp.int32), T), axis=1, reverse=True)
 
 
-def query_stretches(until: Int[Array, "B T"], blocks: Blocks) -> Int[Array, "B J 2"]:
-    """(first, count) of the blocks of queries that look at each block of keys."""
+def query_stretches(
+    until: Int[Array, "B T"], blocks: Blocks, own: tuple[Any, Any] | None = None
+) -> Int[Array, "B J 2"]:
+    """(first, count) of the blocks of queries that look at each block of keys; `own` as for `key_stretches`."""
     begin, end = _extents(until, blocks.keys)
+    if own is not None:
+        begin, end = jnp.maximum(begin, own[0]), jnp.minimum(end, own[1])
     begin, end = begin // blocks.queries, pl.cdiv(end, blocks.queries)
     return jnp.stack([begin, jnp.maximum(end - begin, 0)], axis=-1)
 

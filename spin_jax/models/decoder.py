@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         With a cache, params["layers"] is a tuple of layers (`sampling_params`), because a scanned cache would
         be copied at every step.
         """
-        out_sharding = sharding.spec("batch", None, None)
+        out_sharding = sharding.spec("batch", "tokens", None)
         x = sharding.gathered(self.embed).at[tokens].get(out_sharding=out_sharding).astype(self.dtype)
         if self.config.embedding_scale:
             x *= jnp.asarray(self.config.embedding_scale, self.dtype)

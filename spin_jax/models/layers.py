@@ -143,7 +143,7 @@ class _Projections(nn.Module):
         x_axes, w_axes, y_axes = re.split(",|->", equation)
         inputs = "".join(axis for axis in w_axes if axis in x_axes)
         outputs = w_axes.removeprefix(inputs)
-        narrow = self.einsum(f"{x_axes},{inputs}r->BTr", x, sharding.gathered(a), out=("batch", None, None))
+        narrow = self.einsum(f"{x_axes},{inputs}r->BTr", x, sharding.gathered(a), out=("batch", "tokens", None))
         return y + self.einsum(f"BTr,r{outputs}->{y_axes}", narrow, sharding.gathered(b), out=out)
 
     def einsum(self, equation: str, x: Array, weight: Array, out: Axes | None = None) -> Array:
@@ -199,7 +199,7 @@ class Attention(_Projections):
             k = lax.dynamic_update_slice_in_dim(cached_k, k.swapaxes(1, 2), column, axis=2)
             v = lax.dynamic_update_slice_in_dim(cached_v, v.swapaxes(1, 2), column, axis=2)
             out = self._attend_ring(q, k, v, layout, column, **options)
-        axes, rows = ("heads", None, "embed"), ("batch", None, None)
+        axes, rows = ("heads", None, "embed"), ("batch", "tokens", None)
         out = self.linear("BTNH,NHD->BTD", out, "wo", axes, (N, H, D), out=rows)
         return out + self.bias("bo", (None,), (D,)) if c.output_bias else out, (k, v)
 
@@ -256,7 +256,7 @@ class MLP(_Projections):
             inner = _gated(c, widened("gate"), widened("up"))
         else:
             inner = _ACTIVATIONS[c.activation](widened("up"))
-        rows = ("batch", None, None)
+        rows = ("batch", "tokens", None)
         out = self.linear("BTF,FD->BTD", inner.astype(self.dtype), "down", ("mlp", "embed"), (F, D), out=rows)
         return out + self.bias("down_bias", (None,), (D,)) if c.mlp_bias else out
 

@@ -131,10 +131,13 @@ def _suggestion(run: PlannedRun, margin: float) -> tuple[PlannedRun, list[str]] 
     c, own_machine, sizes = run.config, run.topology, FAMILIES[run.topology.family].sizes
     larger = sizes[sizes.index(own_machine.size) :] if own_machine.size in sizes else (own_machine.size,)
     remats = ("none", "attention+mlp", "attention", "full")
+    # A micro-batch of one row has fewer tokens for each device only if more devices share the row.
+    long_rows = run.shape.length > c.train.tokens_per_device * c.mesh.context
     choices = {  # the values that are tried after the config's own, in this order
         "sampling.batch_size": [n for n in (64, 32, 16) if n < c.sampling.batch_size],
         "train.offload": [True] * (not c.train.offload),
         "mesh.tensor": [n for n in (2, 4, 8) if n > sharding.tensor_shards(run.model.mesh)],
+        "mesh.context": [n for n in (2, 4, 8, 16) if n > c.mesh.context] * long_rows,
         "train.tokens_per_device": [n for n in (4096, 2048) if n < c.train.tokens_per_device],
         "train.remat": remats[remats.index(c.train.remat) + 1 :],
     }
@@ -151,7 +154,8 @@ def _suggestion(run: PlannedRun, margin: float) -> tuple[PlannedRun, list[str]] 
         return candidate if fits(candidate, estimated_phases(candidate), margin) else None, keys
 
     for machine in [own_machine._replace(size=size) for size in larger]:
-        frugal = [values if key == "mesh.tensor" else values[-1:] for key, values in zip(choices, options, strict=True)]
+        meshes = ("mesh.tensor", "mesh.context")
+        frugal = [values if key in meshes else values[-1:] for key, values in zip(choices, options, strict=True)]
         if not any(candidate_with(machine, values)[0] for values in itertools.product(*frugal)):
             continue
         for values in itertools.product(*options):

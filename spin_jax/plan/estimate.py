@@ -44,15 +44,17 @@ class _Layer(NamedTuple):
 def _layer(run: PlannedRun) -> _Layer:
     m, shape, item = run.model.config, run.shape, run.model.dtype.itemsize
     tensor = sharding.tensor_shards(run.model.mesh)
-    tokens = shape.rows // sharding.batch_shards(run.model.mesh) * shape.length
+    context = sharding.context_shards(run.model.mesh)
+    tokens = shape.rows // sharding.batch_shards(run.model.mesh) * shape.length // context
     heads = 2 * (m.num_attention_heads + m.num_key_value_heads) * m.head_dim / tensor
+    gathered = context * times.shared_numbers(run.job)
     wide = max(1, m.experts_per_token) * m.intermediate_size / tensor
     return _Layer(
         tokens,
         wide,
         heads,
         weights=item * cost.layer_params(m, m.num_experts) / tensor,
-        working=item * tokens * (3 * wide + 6 * m.hidden_size + 2 * heads),
+        working=item * tokens * (3 * wide + 6 * m.hidden_size + 2 * heads + 2 * gathered),
         logits=2 * 4 * min(2**25, tokens * m.vocab_size / 4) / tensor,  # a chunk is a quarter at most
     )
 

@@ -79,10 +79,10 @@ def planned_run(config: Any, topology: str, compiles: bool = True) -> PlannedRun
     model = loading.new_model(stated, None, dtype=config.model.dtype)
     sizes = from_config.mesh_sizes(config, model.config, machine.devices, machine.slices)
     uncompiled = "" if compiles else "--nocompile"
-    mesh: Any = planning_mesh(machine, dict(zip(sharding.AXES, sizes, strict=True)))
+    mesh: Any = planning_mesh(machine, sizes)
     if compiles:
         try:
-            mesh = sharding.make_mesh(*sizes, topology_devices(machine))
+            mesh = sharding.make_mesh(**sizes, devices=topology_devices(machine))
         except errors.NoCompiler as missing:
             uncompiled = str(missing)
     model = dataclasses.replace(model, mesh=mesh)

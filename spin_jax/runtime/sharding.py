@@ -6,6 +6,7 @@ tracing, and whatever is derived from a parameter (gradient, optimizer state) is
 
     data     replicas of the model; splits the batch. Slices of TPUs and nodes of GPUs are replicas first
     fsdp     splits the batch and every parameter; parameters are gathered layer by layer when used
+    context  splits the tokens of each row, and every parameter as fsdp does; only attention looks beyond its own tokens
     tensor   splits heads, the MLP and the vocabulary
 """
 
@@ -20,31 +21,32 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
 RULES: dict[str, str | tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
+    "tokens": "context",
     # parameters as they are stored
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     # parameters and activations
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
     # the embedding table the other way round: a lookup then needs no gathered table
-    "vocab_rows": "fsdp",
+    "vocab_rows": ("fsdp", "context"),
     "embed_columns": "tensor",
 }
 
 
-def mesh_sizes(data: int | None, fsdp: int, tensor: int, devices: int, slices: int = 1) -> tuple[int, int, int]:
-    """The sizes of the mesh's axes. One may be -1: the devices that are left. `data` None: a replica for each slice.
+def mesh_sizes(data: int | None, fsdp: int, context: int, tensor: int, devices: int, slices: int = 1) -> dict[str, int]:
+    """The size of each axis. One may be -1: the devices that are left. `data` None: a replica for each slice.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices, or do not suit the slices.
     """
-    sizes = [slices if data is None else data, fsdp, tensor]
+    sizes = [slices if data is None else data, fsdp, context, tensor]
     wanted = " × ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
     if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"mesh {wanted}: sizes are positive, and at most one is -1 (inferred)")
@@ -54,9 +56,10 @@ def mesh_sizes(data: int | None, fsdp: int, tensor: int, devices: int, slices: i
     if math.prod(sizes) != devices:
         asked = f"mesh {wanted} asks for {math.prod(sizes)} devices and there are {devices}"
         raise ValueError(f"{asked}: set config.mesh.* so that the product is {devices}")
-    if (devices // slices) % sizes[2]:
-        raise ValueError(f"mesh {wanted}: tensor does not divide the {devices // slices} devices of a slice")
-    return sizes[0], sizes[1], sizes[2]
+    if (devices // slices) % (sizes[2] * sizes[3]):
+        split = "tensor" if sizes[2] == 1 else "context × tensor"
+        raise ValueError(f"mesh {wanted}: {split} does not divide the {devices // slices} devices of a slice")
+    return dict(zip(AXES, sizes, strict=True))
 
 
 def slices_of(devices: Sequence[Any]) -> int:
@@ -64,29 +67,41 @@ def slices_of(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", None) or 0 for device in devices})
 
 
-def make_mesh(data: int | None = None, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Builds the (data, fsdp, tensor) mesh of all devices, or of those given, by `mesh_sizes`.
+def make_mesh(
+    data: int | None = None,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+    *,
+    context: int = 1,
+) -> Mesh:
+    """Builds the (data, fsdp, context, tensor) mesh of all devices, or of those given, by `mesh_sizes`.
 
     Neighbours on an axis are neighbours on the machine. If there are several slices, the data axis is split
     over them as far as possible, and the fsdp axis over the rest.
     """
     devices = list(devices if devices is not None else jax.devices())
     slices = slices_of(devices)
-    sizes = mesh_sizes(data, fsdp, tensor, len(devices), slices)
+    sizes = tuple(mesh_sizes(data, fsdp, context, tensor, len(devices), slices).values())
     if slices > 1:
         replicas = math.gcd(sizes[0], slices)
-        across = replicas, slices // replicas, 1
+        across = replicas, slices // replicas, 1, 1
         within = tuple(size // count for size, count in zip(sizes, across, strict=True))
         grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh | None = None) -> int:
     """Into how many parts a mesh splits the batch; by default the mesh in use."""
     shape = (mesh or jax.sharding.get_abstract_mesh()).shape
     return shape.get("data", 1) * shape.get("fsdp", 1)
+
+
+def context_shards(mesh: Mesh | None = None) -> int:
+    """Into how many parts a mesh splits the tokens of a row; by default the mesh in use."""
+    return (mesh or jax.sharding.get_abstract_mesh()).shape.get("context", 1)
 
 
 def tensor_shards(mesh: Mesh) -> int:
@@ -102,7 +117,7 @@ def check_heads(key: str, tensor: int, heads: int, whose: str = "the model's") -
 
 def weight_shards(mesh: Mesh) -> int:
     """Into how many parts the stored parameters of one replica are split."""
-    return mesh.shape["fsdp"] * mesh.shape["tensor"]
+    return math.prod(mesh.shape[axis] for axis in (*RULES["embed"], "tensor"))
 
 
 def one_device() -> bool:
@@ -113,9 +128,13 @@ def one_device() -> bool:
 
 def spec(*logical: str | None) -> PartitionSpec | None:
     """The PartitionSpec of logical axes, or None outside of a mesh (a plain one-device program)."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return None
-    return PartitionSpec(*(RULES[name] if name else None for name in logical))
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else PartitionSpec(*(_mesh_axes(name, mesh.shape) for name in logical))
+
+
+def _mesh_axes(name: str | None, sizes: Mapping[str, int]) -> str | tuple[str, ...] | None:
+    """The mesh axes of a logical axis. Tokens have none where rows stay whole: keys need not be gathered then."""
+    return None if name is None or (name == "tokens" and sizes["context"] == 1) else RULES[name]
 
 
 def reshard(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -127,11 +146,21 @@ def reshard(x: jax.Array, *logical: str | None) -> jax.Array:
 def _divided(shape: Sequence[int], logical: Sequence[str | None], sizes: Mapping[str, int]) -> PartitionSpec:
     """The PartitionSpec of logical axes.
 
-    A dimension that its one mesh axis does not divide stays whole: a vocabulary of 32,003 is legal.
+    A dimension that its mesh axes do not divide stays whole: a vocabulary of 32,003 is legal.
     """
-    axes = [RULES[name] if name else None for name in logical]
-    split = zip(shape, axes, strict=True)
-    return PartitionSpec(*(None if isinstance(axis, str) and size % sizes[axis] else axis for size, axis in split))
+
+    def fitting(size: int, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return None if size % math.prod(sizes[name] for name in names) else axes
+
+    axes = (_mesh_axes(name, sizes) for name in logical)
+    return PartitionSpec(*(fitting(*pair) for pair in zip(shape, axes, strict=True)))
+
+
+def _local() -> bool:
+    """Whether the program is not split here: it runs outside of a mesh, or on the parts of one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.are_all_axes_manual
 
 
 def _heads_axis(kv_heads: int) -> str | None:
@@ -142,7 +171,7 @@ def _heads_axis(kv_heads: int) -> str | None:
 def grouped(x: jax.Array, kv_heads: int) -> jax.Array:
     """[..., N, H] queries, or their weights → [..., K, N / K, H], split over tensor as keys and values are."""
     shape = (*x.shape[:-2], kv_heads, x.shape[-2] // kv_heads, x.shape[-1])
-    if jax.sharding.get_abstract_mesh().empty:
+    if _local():
         return x.reshape(shape)
     first = (*jax.typeof(x).sharding.spec[:-2], _heads_axis(kv_heads))
     x = jax.sharding.reshard(x, PartitionSpec(*first, None))
@@ -152,10 +181,10 @@ def grouped(x: jax.Array, kv_heads: int) -> jax.Array:
 def merged_heads(x: jax.Array) -> jax.Array:
     """[B, T, K, G, H] → [B, T, K · G, H]: the inverse of `grouped`."""
     B, T, K, G, H = x.shape
-    if jax.sharding.get_abstract_mesh().empty:
+    if _local():
         return x.reshape(B, T, K * G, H)
-    batch, _, tensor, _, _ = jax.typeof(x).sharding.spec
-    return jax.lax.reshape(x, (B, T, K * G, H), out_sharding=PartitionSpec(batch, None, tensor, None))
+    batch, tokens, tensor, _, _ = jax.typeof(x).sharding.spec
+    return jax.lax.reshape(x, (B, T, K * G, H), out_sharding=PartitionSpec(batch, tokens, tensor, None))
 
 
 def merged_tokens(x: jax.Array) -> jax.Array:
@@ -205,15 +234,55 @@ def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.shard_map(lambda x, i: x[i], in_specs=specs, out_specs=specs[0], check_vma=False)(x, index)
 
 
+def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
+    """[B, T, D] at the tokens [B, C] of each row → [B, C, D], which the devices of a row compute in equal parts."""
+
+    def take(x: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.numpy.take_along_axis(x, index[..., None], axis=1)
+
+    if context_shards() == 1:
+        return take(x, index)
+    x, index = reshard(x, "batch", None, None), reshard(index, "batch", "tokens")
+    specs = spec("batch", None, None), spec("batch", "tokens")
+    return jax.shard_map(take, in_specs=specs, out_specs=spec("batch", "tokens", None), check_vma=False)(x, index)
+
+
 def by_rows_and_heads(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-    """run(q, k, v, *rows) on each device's own rows and heads, as a kernel of attention needs it."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """run(q, k, v, *others) on each device's own rows and heads, as attention needs it.
+
+    A device has the queries of its own tokens, and keys and values of all tokens of its rows. `others` are numbers of
+    all tokens of a row, [B, T], or of the query heads, [N].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return run(*operands)
     q, k, v, *others = operands
-    heads = PartitionSpec(RULES["batch"], None, _heads_axis(k.shape[2]), None)
+    heads = PartitionSpec(RULES["batch"], _mesh_axes("tokens", mesh.shape), _heads_axis(k.shape[2]), None)
     q, k, v = (jax.sharding.reshard(x, heads) for x in (q, k, v))
-    specs = (heads, heads, heads, *[PartitionSpec(RULES["batch"])] * len(others))
-    return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, *others)
+    specs = (PartitionSpec(heads[2]) if x.ndim == 1 else PartitionSpec(RULES["batch"]) for x in others)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, *others: jax.Array) -> jax.Array:
+        return run(q, all_tokens(k), all_tokens(v), *others)
+
+    return jax.shard_map(local, in_specs=(heads, heads, heads, *specs), out_specs=heads, check_vma=False)(
+        q, k, v, *others
+    )
+
+
+def all_tokens(x: jax.Array) -> jax.Array:
+    """[B, T / C, …] of one device, within `by_rows_and_heads` → [B, T, …], from all devices of the row."""
+    return x if context_shards() == 1 else jax.lax.all_gather(x, "context", axis=1, tiled=True)
+
+
+def own_tokens(x: jax.Array, axis: int = 1) -> jax.Array:
+    """The inverse of `all_tokens`: the part of one device."""
+    size = x.shape[axis] // context_shards()
+    return x if size == x.shape[axis] else jax.lax.dynamic_slice_in_dim(x, first_token(size), size, axis)
+
+
+def first_token(size: int) -> jax.Array | int:
+    """Where the device's own tokens begin in the row, if each device has `size` of them."""
+    return 0 if context_shards() == 1 else jax.lax.axis_index("context") * size
 
 
 def by_slots_and_heads(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
@@ -229,13 +298,13 @@ def by_slots_and_heads(run: Callable[..., jax.Array], *operands: jax.Array) -> j
 
 
 def by_rows(run: Callable[..., jax.Array], x: jax.Array, y: jax.Array, *weights: jax.Array) -> jax.Array:
-    """run(x, y, *weights) on each device's own rows of x and y, and its part of gathered weights.
+    """run(x, y, *weights) on each device's own tokens of x and y, and its part of gathered weights.
 
     If the weights are split over tensor, the results of the devices are summed.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return run(x, y, *weights)
-    rows, parts = PartitionSpec(RULES["batch"]), [jax.typeof(w).sharding.spec for w in weights]
+    rows, parts = spec("batch", "tokens"), [jax.typeof(w).sharding.spec for w in weights]
     split = any("tensor" in part.partitions for part in parts)
 
     def local(*arguments: jax.Array) -> jax.Array:
@@ -253,7 +322,7 @@ def by_parts(run: Callable[[Any], Any], x: Any) -> Any:
 
 
 def gathered(x: jax.Array) -> jax.Array:
-    """A stored parameter for use in the model: gathered over fsdp, and still split over tensor.
+    """A stored parameter for use in the model: gathered over fsdp and context, and still split over tensor.
 
     `reduced` says how its gradient is summed: each device keeps its own share until the transpose of this
     function, which then needs one reduce-scatter in place of an all-reduce and a slice. One device has
@@ -261,8 +330,10 @@ def gathered(x: jax.Array) -> jax.Array:
     """
     if one_device():
         return x
-    partition = [None if entry == "fsdp" else entry for entry in jax.typeof(x).sharding.spec]
-    return jax.sharding.reshard(x, PartitionSpec(*partition, reduced=frozenset(RULES["batch"])))
+    partition = [None if entry == RULES["embed"] else entry for entry in jax.typeof(x).sharding.spec]
+    # The gradient is a sum over the tokens of all devices that have different ones.
+    reduced = RULES["batch"] if context_shards() == 1 else (*RULES["batch"], RULES["tokens"])
+    return jax.sharding.reshard(x, PartitionSpec(*partition, reduced=frozenset(reduced)))
 
 
 def summed(x: jax.Array) -> jax.Array:
@@ -363,6 +434,11 @@ def bucket(length: int) -> int:
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
+
+
+def row_length(longest: int, mesh: Mesh, granule: int = 1) -> int:
+    """The bucket for rows of up to `longest` tokens: each device of a row gets a multiple of `granule` tokens."""
+    return round_up(bucket(longest), granule * context_shards(mesh))
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -13,6 +13,7 @@ from spin_jax.models.architecture import Model
 from spin_jax.models.attention import kernel_for
 from spin_jax.models.decoder import Decoder
 from spin_jax.models.params import sampling_params
+from spin_jax.runtime import sharding
 from spin_jax.sampling import placement
 from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import Sampling, prompt_keys
@@ -63,8 +64,9 @@ def generate(
             f"answers are cut where they reach them, not at {max_new_tokens} tokens",
             stacklevel=2,
         )
+    mesh, tensor = model.mesh, sharding.tensor_shards(model.mesh)
     answers = _answer_on(
-        model.mesh,
+        mesh if sharding.context_shards(mesh) == 1 else placement.sampling_mesh(model, tensor),
         model,
         prompts,
         prompt_keys(seed, 0, range(len(prompts))),

@@ -167,7 +167,7 @@ class Engine:
             return np.zeros((0, len(run.roles)), np.float32)
         longest = group_sizes(groups).max(axis=0)
         if (longest > shape.capacity).any():  # `official` samples from whole prompts that it cuts in training
-            shape = shape._replace(length=sharding.bucket(int(max(longest[0], shape.length))))
+            shape = shape._replace(length=sharding.row_length(int(max(longest[0], shape.length)), run.model.mesh))
         count = functools.partial(self._count, bar)
         unattended = run.chat.unattended
         if frozen:  # sampling is over

@@ -105,27 +105,27 @@ def job(
 # --- meshes --------------------------------------------------------------------------------------
 
 
-def mesh_sizes(config: Config, model: ModelConfig, devices: int, slices: int = 1) -> tuple[int, int, int]:
-    """The sizes of the mesh axes (data, fsdp, tensor) for a model on this many devices.
+def mesh_sizes(config: Config, model: ModelConfig, devices: int, slices: int = 1) -> dict[str, int]:
+    """The size of each axis of the mesh for a model on this many devices.
 
     Raises:
         ValueError: the sizes in the config do not fit the number of devices.
     """
-    data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    data, fsdp, context, tensor = (config.mesh[axis] for axis in sharding.AXES)
     if tensor is None:
         # Two pairs for each part of the batch, where heads allow it: a row of one pair is half empty.
-        widest = math.gcd(model.num_key_value_heads, devices // slices)
+        widest = math.gcd(model.num_key_value_heads, max(devices // slices // context, 1))
         fitting = [n for n in range(1, widest + 1) if widest % n == 0]
-        few = [n for n in fitting if 2 * devices // n <= config.train.batch_size]
+        few = [n for n in fitting if 2 * devices // context // n <= config.train.batch_size]
         tensor = 1 if fsdp != -1 else few[0] if few else widest
-    return sharding.mesh_sizes(data, fsdp, tensor, devices, slices)
+    return sharding.mesh_sizes(data, fsdp, context, tensor, devices, slices)
 
 
 def placed(config: Config, model: Model) -> Model:
     """A model without weights, with the mesh of training and scoring, over all devices."""
     devices = jax.devices()
     sizes = mesh_sizes(config, model.config, len(devices), sharding.slices_of(devices))
-    return dataclasses.replace(model, mesh=sharding.make_mesh(*sizes, devices))
+    return dataclasses.replace(model, mesh=sharding.make_mesh(**sizes, devices=devices))
 
 
 def sampling_tensor(config: Config, model: Model) -> int:

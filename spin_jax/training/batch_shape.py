@@ -22,6 +22,8 @@ def row_shape(model: Model, expected: np.ndarray, largest: np.ndarray, *, kernel
         options: `batch_size`, `tokens_per_device` and `row_length` of `choose_shape`.
     """
     on_cpu = model.mesh.devices.flat[0].platform == "cpu"
+    devices = sharding.context_shards(model.mesh)  # that share a row, and have room for that many times the tokens
+    options["tokens_per_device"] *= devices
     return choose_shape(
         expected,
         largest,
@@ -31,8 +33,8 @@ def row_shape(model: Model, expected: np.ndarray, largest: np.ndarray, *, kernel
         attention=cost.score_share(model.config) * {"plain": 1.5, "splash": 0.5, "flash": 0}[kernel],
         # On an accelerator, reading the weights and adding up the gradients takes as long as some hundred
         # tokens. A CPU needs about 2 ms to start (at 100 GFLOP/s), which is many tokens of a small model.
-        overhead=2e8 / (3 * cost.forward_flops(model.config, 1, 1, 0)) if on_cpu else 256,
-        granule=16 if kernel == "plain" else 128,
+        overhead=devices * (2e8 / (3 * cost.forward_flops(model.config, 1, 1, 0)) if on_cpu else 256),
+        granule=devices * (16 if kernel == "plain" else 128),
         unshared=kernel == "splash",
         **options,
     )

@@ -18,7 +18,7 @@ from spin_jax.kernels.layout import Layout
 from spin_jax.models.architecture import Model, Params
 from spin_jax.models.decoder import Decoder, Head, forward, output_head, project
 from spin_jax.runtime import sharding
-from spin_jax.runtime.sharding import bucket, round_up
+from spin_jax.runtime.sharding import round_up
 from spin_jax.training.packing import Group, Rows, RowShape, packed
 
 _CHUNK_LOGITS = 2**25  # logits of one chunk; float32: 128 MiB, or 1,024 tokens of a vocabulary of 32,768
@@ -32,6 +32,7 @@ def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array,
     It is differentiable in `params`. The same function scores the opponent and trains the policy.
     """
     hidden, _ = forward(decoder, params, rows.tokens, rows.layout)
+    hidden = sharding.reshard(hidden, "batch", None, None)  # once, and not for every chunk
     # The head is float32 outside of the loop, so that the gradients of the chunks are added up in float32.
     head = output_head(decoder, params).astype(jnp.float32)
     N, G, A = rows.lengths.shape
@@ -62,7 +63,7 @@ def _chunk_logits(
     hidden: Float[Array, "N T D"], head: Head, predictors: Int[Array, "N C"], targets: Int[Array, "N C"]
 ) -> tuple[Float[Array, "N C V"], Float[Array, "N C"]]:
     """The logits at the C predictors of a chunk, and the logit of each one's target."""
-    logits = project(jnp.take_along_axis(hidden, predictors[..., None], axis=1), head)
+    logits = project(sharding.take_tokens(hidden, predictors), head)
     # A masked sum needs no communication where the vocabulary is split over devices; a gather would.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     return logits, jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
@@ -70,16 +71,17 @@ def _chunk_logits(
 
 def _split_into_chunks(rows: Rows, vocab_size: int) -> tuple[Array, Array, Array]:
     """Splits the response tokens: (predictors, targets, owners), each [chunks, N, columns]."""
-    N, R = rows.owners.shape
+    (N, R), shares = rows.owners.shape, sharding.context_shards()
     rows_per_shard = N // sharding.batch_shards()
-    columns = max(1, min(_CHUNK_LOGITS // (rows_per_shard * vocab_size), R))
-    if rows_per_shard * R * vocab_size > _FEW_LOGITS:
+    columns = max(1, min(_CHUNK_LOGITS * shares // (rows_per_shard * vocab_size), R))
+    if rows_per_shard * R * vocab_size > _FEW_LOGITS * shares:
         columns = min(columns, -(-R // _FEWEST_CHUNKS))
+    columns = round_up(columns, shares)
     count = -(-R // columns)
 
     def split(x: Int[Array, "N R"]) -> Int[Array, "chunks N columns"]:
         x = jnp.pad(x, ((0, 0), (0, count * columns - R)))
-        return x.reshape(N, count, columns).swapaxes(0, 1)
+        return sharding.reshard(x.reshape(N, count, columns).swapaxes(0, 1), None, "batch", "tokens")
 
     return split(rows.predictors), split(rows.targets), split(rows.owners)
 
@@ -91,7 +93,7 @@ def score_tokens(decoder: Decoder, params: Params, rows: Rows) -> tuple[Float[Ar
     `lengths` and `items` of the rows are not read, and may be None.
     """
     hidden, _ = forward(decoder, params, rows.tokens, rows.layout)
-    head = output_head(decoder, params)
+    hidden, head = sharding.reshard(hidden, "batch", None, None), output_head(decoder, params)
 
     def chunk_scores(predictors, targets, owners):
         logits, target_logits = _chunk_logits(hidden, head, predictors, targets)
@@ -101,19 +103,16 @@ def score_tokens(decoder: Decoder, params: Params, rows: Rows) -> tuple[Float[Ar
         return jnp.where(is_token, logps, 0.0), greedy & is_token
 
     def zeros_and_false(predictors, *_):
-        zeros = jnp.zeros(predictors.shape, out_sharding=sharding.spec("batch", None))
+        zeros = jnp.zeros(predictors.shape, out_sharding=sharding.spec("batch", "tokens"))
         return zeros, zeros > 0
 
     def score_chunk(chunk):
         return jax.lax.cond(jnp.any(chunk[-1] > 0), chunk_scores, zeros_and_false, *chunk)
 
     N, R = rows.owners.shape
-    logps, greedy = jax.lax.map(score_chunk, _split_into_chunks(rows, decoder.config.vocab_size))
-
-    def join_chunks(x: Array) -> Array:
-        return x.swapaxes(0, 1).reshape(N, -1)[:, :R]
-
-    return join_chunks(logps), join_chunks(greedy)
+    chunks = jax.lax.map(score_chunk, _split_into_chunks(rows, decoder.config.vocab_size))
+    logps, greedy = (sharding.reshard(x, None, "batch", None).swapaxes(0, 1).reshape(N, -1)[:, :R] for x in chunks)
+    return logps, greedy
 
 
 def score_groups(
@@ -166,13 +165,14 @@ def logits(model: Model, tokens: ArrayLike) -> Float[Array, "B T V"]:
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < model.config.vocab_size:
         raise ValueError(f"token ids must lie in [0, {model.config.vocab_size})")
     B, T = tokens.shape
-    filled = np.zeros((round_up(B, sharding.batch_shards(model.mesh)), T), np.int32)
-    filled[:B] = tokens
-    layout = Layout(np.broadcast_to(np.arange(T, dtype=np.int32), filled.shape), np.ones_like(filled))
+    shards = sharding.batch_shards(model.mesh), sharding.context_shards(model.mesh)
+    filled = np.zeros([*map(round_up, (B, T), shards)], np.int32)
+    filled[:B, :T] = tokens
+    layout = Layout(np.broadcast_to(np.arange(filled.shape[1], dtype=np.int32), filled.shape), np.ones_like(filled))
     with jax.set_mesh(model.mesh):
         placed = sharding.put_batch(model.mesh, (filled, layout))
         decoder = Decoder(model.config, dtype=model.dtype)
-        host = sharding.to_host(_logits(decoder, model.params, *placed))[:B]
+        host = sharding.to_host(_logits(decoder, model.params, *placed))[:B, :T]
     # The result is on one device and outside of the mesh, so that users can compute with it as they like.
     return jnp.asarray(host)
 
@@ -193,7 +193,7 @@ def score(model: Model, conversations: Sequence[list[Message]], *, batch_size: i
     if not encoded:
         return np.zeros(0, np.float32)
     groups = [Group(prompt, (response,)) for prompt, response in encoded]
-    length = bucket(max(len(prompt) + len(response) for prompt, response in encoded))
+    length = sharding.row_length(max(len(prompt) + len(response) for prompt, response in encoded), model.mesh)
     rows = round_up(min(batch_size, len(groups)), sharding.batch_shards(model.mesh))
     shape, decoder = RowShape(rows, length, -(-length // 8)), Decoder(model.config, dtype=model.dtype)
     return score_groups(decoder, model.params, groups, shape, model.mesh)[:, 0]

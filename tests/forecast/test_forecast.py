@@ -119,7 +119,7 @@ def test_a_reward_model_takes_memory_and_time(tiny_dir):
 
 def test_the_sampler_makes_room_for_the_reward_model():
     """On v5e 0.8 × 16 GiB hold a half of the copy and its cache; beside 6 GiB of a reward model they hold a quarter."""
-    mesh = machine.planning_mesh(machine.parse_topology("v5e:8x8"), {"data": 1, "fsdp": 64, "tensor": 1})
+    mesh = machine.planning_mesh(machine.parse_topology("v5e:8x8"), {"data": 1, "fsdp": 64, "context": 1, "tensor": 1})
     model = dataclasses.replace(planned_run(zephyr(), "v5e:8x8", compiles=False).model, mesh=mesh)
     # Float32 weights: 0.42 GiB a device. A copy and 16 caches of 512 tokens: 13.5 + 1 GiB.
     alone = placement.devices_per_copy(model, 16, 512)

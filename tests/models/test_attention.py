@@ -253,6 +253,23 @@ def test_eight_devices_attend_as_one(kernel, kv_heads, mesh8):
     assert_close(results, expected)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("context", [2, 4])
+@pytest.mark.parametrize("kernel", ["plain", "splash", "flash"])
+def test_devices_that_share_rows_attend_as_one(kernel, context, window, mesh8):
+    """Two or four devices have the queries of a row, beside rows and heads that are split; hence `CLOSE`.
+
+    A device's 28 or 56 tokens end within flash's blocks of 16, and within groups.
+    """
+    _, rows = full_rows(2, SHAPE._replace(rows=4))
+    arrays = arrays_of(rows.layout)
+    expected = attended("plain", arrays, rows.layout, window)
+    mesh = sharding.make_mesh(1, 4 // context, 2, context=context)
+    with jax.set_mesh(mesh):
+        results = attended(kernel, *sharding.put_batch(mesh, (arrays, rows.layout)), window)
+    assert_close(results, expected)
+
+
 def test_which_kernel_runs_where():
     """float32 is given to no kernel by itself: splash would multiply in less, and flash slowly."""
     names = {platform: kernel_for(platform, jnp.bfloat16) for platform in ("cpu", "tpu", "gpu", "cuda")}
@@ -375,7 +392,7 @@ def test_what_remat_keeps_of_splash(mesh):
 def test_training_with_flash_lowers_for_gpus(dim):
     """Pallas writes a whole step's kernels down for a GPU, forward and backward: blocks and dims suit."""
     gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-    mesh = AbstractMesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Explicit,) * 3, abstract_device=gpu)
+    mesh = AbstractMesh((1,) * 4, sharding.AXES, axis_types=(AxisType.Explicit,) * 4, abstract_device=gpu)
     config = config_of(head_dim=dim)
     decoder = Decoder(config, dtype=jnp.bfloat16, remat="full", kernel="flash")
     rows = abstract_rows(mesh, 2)

@@ -100,7 +100,7 @@ def test_blocks_are_the_same_on_every_mesh(dtype, mesh, mesh8):
     one, eight = (frozen_params(llama(m), dtype)["layers"] for m in (mesh, mesh8))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert "fsdp" in eight["mlp"]["up"].qvalue.sharding.spec
+    assert ("fsdp", "context") in eight["mlp"]["up"].qvalue.sharding.spec
     assert eight["mlp"]["up"].qvalue.sharding.spec == eight["mlp"]["up"].scale.sharding.spec
 
 

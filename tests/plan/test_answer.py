@@ -68,6 +68,16 @@ def test_what_would_fit_is_suggested():
     assert "it does not fit" in table(answer)
 
 
+def test_devices_are_told_to_share_a_row_that_is_too_long_for_one():
+    """Rows of 32k tokens on chips of 16 GB: by hand, the inputs of 32 layers alone take 16 GiB of float32."""
+    long = {"lengths__max_prompt": 2048, "lengths__max_length": 31744, "train__row_length": 32768}
+    keys = {**long, "sampling__max_new_tokens": 1024, "sampling__batch_size": 8, "mesh__tensor": 1}
+    answer = planned(zephyr(**keys), "v5e:4x8")
+    assert answer["phases"]["train"]["parts_gib"]["temporary"] > 16
+    assert not answer["fits"]
+    assert answer["suggestion"]["flags"] == ["--config.mesh.context=4"]
+
+
 def test_links_bind_where_they_are_slow(monkeypatch):
     quick = planned(zephyr(), "h100:8")
     assert quick["phases"]["train"]["bottleneck"] == "compute"
@@ -103,7 +113,7 @@ def test_offloaded_state_is_told_and_takes_its_time():
 def test_nodes_exchange_gradients_over_their_network():
     """Two nodes are two replicas: each GPU exchanges its share of the gradients with another."""
     answer = planned(zephyr(), "h100:8*2")
-    assert answer["mesh"] == {"data": 2, "fsdp": 8, "tensor": 1}
+    assert answer["mesh"] == {"data": 2, "fsdp": 8, "context": 1, "tensor": 1}
     across = answer["phases"]["train"]["collective_gib"]["between slices"]
     assert across == pytest.approx(2 * 7.24e9 / 8 / 2**30, rel=0.01)
     assert answer["phases"]["train"]["bottleneck"] == "compute"

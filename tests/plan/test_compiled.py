@@ -58,7 +58,7 @@ def test_slices_exchange_gradients_alone():
     """Two slices of four chips, compiled: a chip sends the quarter that it keeps, once."""
     pytest.importorskip("libtpu", reason="needs jax[tpu], though no TPU")
     run = planned_run(zephyr(model__architecture=SMALL), "v5e:2x2*2")
-    assert dict(run.model.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(run.model.mesh.shape) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
     step, arguments = compiled.train_program(run)
     program = compiled.compiled(run.model.mesh, step, arguments, effort=-1.0)
     sums = bytes_by_kind(find_collectives(program.as_text()))
@@ -110,7 +110,7 @@ def test_a_gpu_plan_is_compiled():
 def test_gpu_nodes_exchange_gradients_alone():
     """Between two nodes of two goes what arithmetic says: no weights, each gradient there and back."""
     run = small_on("h100:2*2")
-    assert dict(run.model.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert dict(run.model.mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 1}
     program = compiled.compiled(run.model.mesh, *compiled.train_program(run))
     sums = bytes_by_kind(find_collectives(program.as_text(), node=2))
     guess = estimated_phases(run)["train"].traffic

@@ -27,24 +27,27 @@ def sizes(devices, slices=1, heads=8, **mesh):
     c = config.default()
     for key, value in mesh.items():
         c.mesh[key] = value
-    return from_config.mesh_sizes(c, types.SimpleNamespace(num_key_value_heads=heads), devices, slices)
+    return (*from_config.mesh_sizes(c, types.SimpleNamespace(num_key_value_heads=heads), devices, slices).values(),)
 
 
 @pytest.mark.parametrize(
     ("devices", "slices", "stated", "expected"),
     [
-        (1, 1, {}, (1, 1, 1)),
-        (32, 1, {}, (1, 32, 1)),  # two pairs of each step for every device
-        (64, 1, {}, (1, 32, 2)),  # fewer: a layer is split too
-        (512, 1, {}, (1, 64, 8)),
-        (512, 1, {"heads": 3}, (1, 512, 1)),  # as far as heads allow
-        (512, 1, {"heads": 4}, (1, 128, 4)),
-        (96, 1, {}, (1, 24, 4)),
-        (128, 2, {}, (2, 16, 4)),  # a replica a slice
-        (16, 2, {"data": 1}, (1, 16, 1)),
-        (8, 1, {"data": -1, "fsdp": 2}, (4, 2, 1)),
-        (8, 1, {"tensor": -1, "fsdp": 2}, (1, 2, 4)),
-        (128, 1, {"fsdp": 128}, (1, 128, 1)),  # what is stated counts
+        (1, 1, {}, (1, 1, 1, 1)),
+        (32, 1, {}, (1, 32, 1, 1)),  # two pairs of each step for every device
+        (64, 1, {}, (1, 32, 1, 2)),  # fewer: a layer is split too
+        (512, 1, {}, (1, 64, 1, 8)),
+        (512, 1, {"heads": 3}, (1, 512, 1, 1)),  # as far as heads allow
+        (512, 1, {"heads": 4}, (1, 128, 1, 4)),
+        (96, 1, {}, (1, 24, 1, 4)),
+        (128, 2, {}, (2, 16, 1, 4)),  # a replica a slice
+        (16, 2, {"data": 1}, (1, 16, 1, 1)),
+        (8, 1, {"data": -1, "fsdp": 2}, (4, 2, 1, 1)),
+        (8, 1, {"tensor": -1, "fsdp": 2}, (1, 2, 1, 4)),
+        (64, 1, {"context": 8}, (1, 8, 8, 1)),  # a row for 8 devices: eight pairs of each step for every row
+        (128, 1, {"context": 8, "heads": 4}, (1, 16, 8, 1)),
+        (256, 1, {"context": 4}, (1, 32, 4, 2)),
+        (128, 1, {"fsdp": 128}, (1, 128, 1, 1)),  # what is stated counts
     ],
 )
 def test_sizes_that_a_config_leaves_open(devices, slices, stated, expected):
@@ -59,6 +62,7 @@ def test_sizes_that_a_config_leaves_open(devices, slices, stated, expected):
         (8, 1, {"data": 0}, "sizes are positive"),
         (16, 4, {"tensor": 8}, "asks for 32 devices and there are 16"),
         (16, 4, {"data": 1, "fsdp": 2, "tensor": 8}, "does not divide the 4 devices of a slice"),
+        (16, 4, {"data": 2, "context": 8}, "context × tensor does not divide the 4 devices of a slice"),
     ],
 )
 def test_impossible_meshes_are_errors_with_the_numbers(devices, slices, stated, message):

@@ -341,10 +341,16 @@ def test_pairs_come_too_late_for_an_iteration_that_was_answered(finished):
         prepare(c, str(workdir))
 
 
-def test_one_device_equals_eight(command, finished, tmp_path):
-    """The whole loop on 8 simulated devices (2 × 2 × 2): the same numbers, but for sums in other orders."""
+@pytest.mark.parametrize("axis", ["data", "context"])
+def test_one_device_equals_eight(axis, command, finished, tmp_path):
+    """The whole loop on 8 simulated devices (2 × 2 × 2): the same numbers, but for sums in other orders.
+
+    The sampler's devices have whole answers, the same ones, also where those of training share rows.
+    """
     whole, _ = finished
-    command(tmp_path, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", devices=8)
+    command(tmp_path, f"--config.mesh.{axis}=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", devices=8)
+    answers = [[row["generated"] for row in read_pairs(run / "iteration_0" / "pairs")] for run in (whole, tmp_path)]
+    assert answers[0] == answers[1]
     summaries = [json.loads((x / "summary.json").read_text()) for x in (whole, tmp_path)]
     for one, eight in zip(*summaries, strict=True):
         assert one["nll"] == pytest.approx(eight["nll"], rel=1e-3)
