@@ -19,20 +19,25 @@ ALGORITHM_SETTINGS: dict[str, dict[str, Any]] = {
     "correlation": {"train.learning_rate": (1e-5, 7e-6, *[3e-6] * 8)},
     "spin_nll": {"loss.nll_weight": 10.0},
     # What trains on the pairs of the start alone takes as many steps as three iterations of the others.
-    **{
-        name: {"train.epochs": (5,)}
-        for name in ("dpo", "cdpo", "robust_dpo", "exo", "nca", "apo_zero", "apo_down", "dpo_per_token", "simpo")
-    },
+    **{name: {"train.epochs": (5,)} for name in ("dpo", "cdpo", "nca", "apo_zero", "apo_down", "dpo_per_token")},
     "ipo": {"train.epochs": (5,), "loss.beta": (0.5,)},
+    # These go on to push answers apart that are told apart already, and unlearn the sums at a larger learning rate.
+    **{name: {"train.epochs": (5,), "train.learning_rate": (3e-5,)} for name in ("robust_dpo", "exo", "simpo")},
     "rest_em": {"selfplay.samples": 2},
     "sppo": {"selfplay.samples": 2, "selfplay.scorer": "spin_jax.tiny:wins", "loss.beta": (0.25,)},
     # Most prompts have right answers only, which make no pair: more answers to a prompt find more pairs.
     "sppo_best_worst": {"selfplay.samples": 4, "selfplay.scorer": "spin_jax.tiny:wins", "loss.beta": (0.25,)},
-    "iterative_dpo": {"selfplay.samples": 4, "selfplay.scorer": "spin_jax.tiny:wins"},
+    **{
+        name: {
+            "selfplay.samples": 4,
+            "selfplay.scorer": "spin_jax.tiny:wins",
+            "train.learning_rate": (1e-4, *[5e-5] * 9),  # the reference stays the start, and pulls back less and less
+        }
+        for name in ("iterative_dpo", "xpo")
+    },
     "dno": {"selfplay.samples": 4, "selfplay.scorer": "spin_jax.tiny:wins"},
     "online_spin": {"selfplay.scorer": "spin_jax.tiny:wins"},
     "inpo": {"selfplay.samples": 4, "selfplay.scorer": "spin_jax.tiny:wins", "loss.beta": (0.5,)},
-    "xpo": {"selfplay.samples": 4, "selfplay.scorer": "spin_jax.tiny:wins"},
 }
 
 
