@@ -46,7 +46,7 @@ from ml_collections import ConfigDict
 from spin_jax import config as config_lib
 from spin_jax.cli import fail, parse, read_config, set_up_jax
 from spin_jax.data import sources
-from spin_jax.data.examples import load_examples
+from spin_jax.data.loading import load_examples
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Ids, Pair
 from spin_jax.models import cost, loading

@@ -49,7 +49,7 @@ def export(workdir: str, iteration: int, output: str) -> list[str]:
     import pyarrow.parquet as pq
     from etils import epath
 
-    from spin_jax.data import parquet
+    from spin_jax.data import parquet, records
     from spin_jax.storage import files
 
     one_file = re.search(r"\.(parquet|jsonl)$", output)
@@ -65,7 +65,7 @@ def export(workdir: str, iteration: int, output: str) -> list[str]:
             names += ["real_score"] if any(pair.real_score is not None for pair in pairs) else []
             for row, pair in zip(rows_of[split], pairs, strict=True):
                 row |= {name: getattr(pair, name) for name in names}
-    more_fields = parquet.has_more_fields(row[n] for rows in rows_of.values() for row in rows for n in schema.names)
+    more_fields = records.has_more_fields(row[n] for rows in rows_of.values() for row in rows for n in schema.names)
     for split, rows in rows_of.items():
         target = epath.Path(output) if one_file else epath.Path(output) / f"{split}-00000-of-00001.parquet"
         if target.suffix == ".jsonl":

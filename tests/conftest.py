@@ -38,11 +38,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _commands_compile_once(tmp_path_factory):
+def _commands_share_caches(tmp_path_factory):
     """What a command has compiled that a test started, no other test's need compile again."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # one for all workers
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(base / "xla")
+    os.environ["SPIN_JAX_CACHE"] = str(base / "cache")  # no test leaves examples with the user
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 

@@ -71,12 +71,25 @@ class Chat:
         self.stop_tokens = tuple(stop_tokens)
         self.lengths = lengths
         self.system_message = system_message
+        self._today = today
         self._added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         # Where such a token ends, and whether there is one, depends on the text beside it.
         self._depends = any(t.lstrip or t.rstrip or t.single_word for t in self._added.values())
         self._control_texts = {t.content for i, t in self._added.items() if t.special or i in self.stop_tokens}
         ordered = sorted(self._control_texts, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, ordered)) or "(?!)")  # without any, it never matches
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets the arguments, and compiles the template itself."""
+        options = {"lengths": self.lengths, "system_message": self.system_message, "today": self._today}
+        return functools.partial(type(self), **options), (self.tokenizer, self.stop_tokens)
+
+    def identity(self) -> str:
+        """A text that stays the same as long as equal conversations are encoded to equal ids."""
+        t, dated = self.tokenizer, "strftime_now" in self._names
+        parts = type(self), type(t), t.chat_template, t.special_tokens_map, self.stop_tokens, self.lengths
+        today = (self._today or datetime.date.today()) if dated else None
+        return f"{parts} {self.system_message!r} {today} {t.backend_tokenizer.to_str()}"
 
     # --- conversations ---
 
@@ -156,7 +169,7 @@ class Chat:
 
     def _ended(self, answer: Ids, message: Message) -> Ids:
         """The ids of an answer up to its first stop token; BadRow where its text is left out."""
-        stops = np.flatnonzero(np.isin(answer, self.stop_tokens))
+        stops = np.flatnonzero((answer[:, None] == self.stop_tokens).any(axis=1))
         answer = answer[: stops[0] + 1] if len(stops) else answer
         if len(stops) and len(answer) == 1 and not is_empty(message):
             raise BadRow(

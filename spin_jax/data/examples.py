@@ -3,10 +3,10 @@
 To read another form of row, edit `conversation` and `_form`.
 """
 
+import hashlib
 import itertools
 import math
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
-from spin_jax.data.findings import Findings, merge_findings
+from spin_jax.data.findings import Findings
 from spin_jax.data.records import (
     Example,
     Ids,
@@ -26,7 +26,6 @@ from spin_jax.data.records import (
     read_integer,
 )
 from spin_jax.errors import BadRow
-from spin_jax.runtime import processes
 
 CONVERSATION_COLUMNS = ("conversations", "conversation", "dialog", "dialogue")  # besides `real` and `messages`
 PROMPT_ANSWER_COLUMNS = (
@@ -142,64 +141,34 @@ def _sharegpt_as_messages(turns: Any, field: str) -> Any:
     return messages
 
 
-def load_examples(
+def encode_rows(
     rows: Any,
+    numbers: Sequence[int],
     chat: Chat,
     *,
     path: str,
     prompt_column: str | None = None,
     answer_column: str | None = None,
-    limit: int | None = None,
-    seed: int = 0,
     bad_rows: str = "error",
-    max_bad: float = 0.1,
     all_turns: bool = False,
-) -> tuple[list[Example], Counter]:
-    """Encodes `limit` rows that `seed` chooses, in the order of the rows. Several processes share the work.
+) -> tuple[list[tuple[int, Example]], Findings]:
+    """The examples of rows that have these numbers in their dataset, and what was found, up to the first problem.
 
-    Rows with an empty answer are dropped. Where `bad_rows` is "drop", malformed rows are dropped too. Both
-    together may be at most the share `max_bad` of the chosen rows. With `all_turns`, examples have `earlier`.
-
-    Returns:
-        the examples, and counts of what was dropped, cut or not used.
-
-    Raises:
-        ValueError: a row is bad, and the message names `path`, row and field; or no example is left.
+    `rows` are those rows alone, as `sources.part` makes them. It asks for no device, and needs no other process.
     """
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])
-
-    def encode_share() -> list[Any]:
-        """[examples as [row number, *fields], the fields of the findings], up to this process's first problem."""
-        encoded: list[list[Any]] = []
-        findings = Findings(bad_rows)
-        for number in (n for turn, n in enumerate(chosen.tolist()) if processes.turn(turn)):
-            with findings.reading(number, sources.place(rows, number, path)):
-                row = sources.row(rows, number)
-                messages, others = chat.with_fields(conversation(row, prompt_column, answer_column), row)
-                findings.note_unused_columns(row, _columns_to_read(row, prompt_column, answer_column), others)
-                prompt_id = read_integer(row, "prompt_id", number, 2**63)
-                if example := chat.example(prompt_id, messages, findings.counts):
-                    example = chat.with_earlier_answers(example) if all_turns else example
-                    encoded.append([number, *vars(example).values()])
-            if findings.problem:
-                break
-        return [encoded, vars(findings)]
-
-    shares = processes.exchanged(processes.together(encode_share))
-    counts = merge_findings([fields for _, fields in shares]).final_counts(path, len(chosen), max_bad)
-    examples, by_id = [], {}
-    for number, *fields in sorted((row for encoded, _ in shares for row in encoded), key=lambda row: row[0]):
-        example = Example(*fields)
-        earlier = by_id.setdefault(example.prompt_id, number)
-        if earlier != number:
-            raise ValueError(
-                f"{sources.place(rows, number, path)}: prompt_id {example.prompt_id} came before, in "
-                f"{sources.place(rows, earlier, path)}; give each row its own, or leave the column out"
-            )
-        examples.append(example)
-    if not examples:
-        raise ValueError(f"{path}: none of {len(chosen)} rows is left ({dict(counts)})")
-    return examples, counts
+    encoded: list[tuple[int, Example]] = []
+    findings = Findings(bad_rows)
+    for index, number in enumerate(numbers):
+        with findings.reading(number, sources.place(rows, index, path, number)):
+            row = sources.row(rows, index)
+            messages, others = chat.with_fields(conversation(row, prompt_column, answer_column), row)
+            findings.note_unused_columns(row, _columns_to_read(row, prompt_column, answer_column), others)
+            prompt_id = read_integer(row, "prompt_id", number, 2**63)
+            if example := chat.example(prompt_id, messages, findings.counts):
+                encoded.append((number, chat.with_earlier_answers(example) if all_turns else example))
+        if findings.problem:
+            break
+    return encoded, findings
 
 
 def mixed_rows(sizes: Mapping[str, int], shares: Mapping[str, Fraction], limit: int | None) -> dict[str, int]:
@@ -221,44 +190,66 @@ def mixed_rows(sizes: Mapping[str, int], shares: Mapping[str, Fraction], limit: 
     return counts
 
 
-def prompt_keys(messages: Sequence[Message], prompt: Ids) -> tuple[Hashable, Hashable]:
-    """What two conversations with equal prompts share one of: the turns before the answer, or their token ids."""
-    return prompt_turns(messages), prompt.tobytes()
+def prompt_keys(messages: Sequence[Message], prompt: Ids) -> list[bytes]:
+    """Digests of 16 bytes: of the prompt's token ids, of the turns before the answer, and of each beginning of these.
+
+    Two conversations with equal prompts share one of the first two.
+    """
+    turns, digest = [], hashlib.blake2b(digest_size=16)
+    for turn in prompt_turns(messages):  # JSON texts, which hold no zero byte
+        digest.update(turn.encode() + b"\0")
+        turns.append(digest.digest())
+    return [hashlib.blake2b(prompt.tobytes(), digest_size=16).digest(), *reversed(turns or [digest.digest()])]
 
 
-def group_by_prompt(examples: Sequence[Example]) -> list[int]:
-    """For each example, the place of the first one with an equal prompt, so that equal prompts have equal numbers."""
-    first = list(range(len(examples)))
-    places: dict[Hashable, int] = {}
+def group_by_prompt(keys: np.ndarray) -> np.ndarray:
+    """For each example, the place of the first one with an equal prompt, so that equal prompts have equal numbers.
 
-    def find(place: int) -> int:
-        while first[place] != place:
-            place = first[place]
-        return place
+    Args:
+        keys: the first two `prompt_keys` of each example, S16 [N, 2].
 
-    for number, example in enumerate(examples):
-        for key in prompt_keys(example.messages, example.prompt):
-            low, high = sorted((find(places.setdefault(key, number)), find(number)))
-            first[high] = low
-    return [find(number) for number in range(len(examples))]
+    Returns:
+        int64 [N]. Prompts that are equal to the same prompt count as equal, too.
+    """
+    places, before = np.arange(len(keys)), np.zeros(0)
+    same = [_first_places(column) for column in keys.T]
+    while not np.array_equal(places, before):
+        before = places
+        for first in same:
+            lowest = places.copy()
+            np.minimum.at(lowest, first, places)
+            places = lowest[first]
+    return places
 
 
-def split_held_out(prompts: Sequence[int], *, fraction: float, limit: int, seed: int) -> set[int]:
+def _first_places(keys: np.ndarray) -> np.ndarray:
+    """The place of the first key that equals each one, int64 [N]. To sort a 16th at a time takes little memory."""
+    result, parts = np.empty(len(keys), np.int64), np.ascontiguousarray(keys).view(np.uint8)[::16] % 16
+    for part in range(16):
+        places = np.flatnonzero(parts == part)
+        _, first, inverse = np.unique(keys[places], return_index=True, return_inverse=True)
+        result[places] = places[first[inverse]]
+    return result
+
+
+def split_held_out(prompts: Sequence[int] | np.ndarray, *, fraction: float, limit: int, seed: int) -> set[int]:
     """The prompts kept from training; `prompts` has the number of each example's prompt.
 
     They are a random choice. Their examples are at most `limit` and a share `fraction` of all; where no prompt has so
     few examples, they are those of the prompt that has the fewest.
     """
-    sizes = Counter(prompts)
+    names, first, sizes = np.unique(prompts, return_index=True, return_counts=True)
     room = most = min(int(len(prompts) * fraction), limit)
-    names = list(sizes)
-    order = [names[number] for number in np.random.default_rng([seed, 1]).permutation(len(names))]
+    # The seed permutes the prompts in the order of their first examples.
+    order = np.argsort(first)[np.random.default_rng([seed, 1]).permutation(len(names))]
     chosen: set[int] = set()
-    for prompt in order:
-        if sizes[prompt] <= room:
-            chosen.add(prompt)
-            room -= sizes[prompt]
-    smallest = min(order, key=sizes.__getitem__)
+    for place in order:
+        if sizes[place] <= room:
+            chosen.add(int(names[place]))
+            room -= sizes[place]
+        if not room:
+            break
+    smallest = order[np.argmin(sizes[order])]
     if most and not chosen and len(order) > 1 and sizes[smallest] <= limit:
-        chosen.add(smallest)
+        chosen.add(int(names[smallest]))
     return chosen

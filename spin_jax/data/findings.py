@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from spin_jax.data.parquet import PAIR_SCHEMA
-from spin_jax.data.records import list_names
+from spin_jax.data.records import PAIR_COLUMNS, list_names
 from spin_jax.errors import BadRow, EmptyAnswer
 
 
@@ -43,7 +42,7 @@ class Findings:
         """
         used = {*used, "prompt_id", "tools"}
         if "real" in used:
-            used.update(PAIR_SCHEMA.names)
+            used.update(PAIR_COLUMNS)
         unused = [name for name, value in row.items() if name not in used and value is not None]
         unused += [f"{name} (in messages)" for name in fields]
         self.unused_columns.update(unused)

@@ -1,6 +1,7 @@
 """Reads the rows of JSON files, of which it keeps positions only; a row is parsed when it is needed."""
 
 import codecs
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ class JsonLines:
     """
 
     def __init__(self, files: Sequence[str], places: np.ndarray):
-        self._files = files
+        self.cache_files = files  # under the name that tables of `datasets` have for theirs
         self._opened: tuple[int, Any] = -1, None  # the file that was read last
         self._places = places  # int64 [rows, (file, number, first byte, bytes)]
 
@@ -46,7 +47,7 @@ class JsonLines:
         file, _, start, size = map(int, self._places[index])
         try:
             if self._opened[0] != file:
-                self._opened = file, _open(self._files[file])
+                self._opened = file, _open(self.cache_files[file])
             line = os.pread(self._opened[1].fileno(), size, start)
             if len(line) < size:
                 raise ValueError("the file has become shorter")
@@ -66,10 +67,19 @@ class JsonLines:
 
     def place(self, index: int) -> str:
         file, number, *_ = self._places[index]
-        return f"{self._files[file]}, row {number}"
+        return f"{self.cache_files[file]}, row {number}"
 
     def select(self, indices: Iterable[int]) -> "JsonLines":
-        return JsonLines(self._files, self._places[np.fromiter(indices, np.int64)])
+        return JsonLines(self.cache_files, self._places[np.fromiter(indices, np.int64)])
+
+    @property
+    def _fingerprint(self) -> str:
+        """As tables of `datasets` have one: the files with sizes and times, and a digest of the rows' places."""
+        found = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.cache_files]
+        return f"{found} {hashlib.sha256(self._places.data).hexdigest()}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": (-1, None)}  # another process opens the file itself
 
 
 _DEEPEST = 100  # levels of JSON; recursive code can walk a row of this depth

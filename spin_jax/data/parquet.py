@@ -5,7 +5,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -15,24 +15,15 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from spin_jax import errors
-from spin_jax.data.records import HUMAN, MORE_FIELDS, Message, Pair, fold, unfold
+from spin_jax.data.records import HUMAN, MORE_FIELDS, PAIR_COLUMNS, Pair, fold, has_more_fields, unfold
 from spin_jax.losses import PAIR
 
 _FIELDS = [("role", pa.string()), ("content", pa.string())]
 _MESSAGES = pa.list_(pa.struct(_FIELDS))
 _WHOLE_MESSAGES = pa.list_(pa.struct([*_FIELDS, (MORE_FIELDS, pa.string())]))
-PAIR_SCHEMA = pa.schema(  # the first fields of a Pair, in its order; JUDGED follow where there are any
-    [
-        ("prompt_id", pa.int64()),
-        ("sample_id", pa.int32()),
-        ("real", _MESSAGES),
-        ("generated", _MESSAGES),
-        ("prompt_tokens", pa.list_(pa.int32())),
-        ("real_tokens", pa.list_(pa.int32())),
-        ("generated_tokens", pa.list_(pa.int32())),
-        ("truncated", pa.bool_()),
-    ]
-)
+_IDS = pa.list_(pa.int32())
+_TYPES = pa.int64(), pa.int32(), _MESSAGES, _MESSAGES, _IDS, _IDS, _IDS, pa.bool_()
+PAIR_SCHEMA = pa.schema(list(zip(PAIR_COLUMNS, _TYPES, strict=True)))  # JUDGED follow where there are any
 JUDGED = [pa.field("score", pa.float64()), pa.field("real_score", pa.float64()), pa.field("right", pa.bool_())]
 
 
@@ -48,11 +39,6 @@ def pairs_to_parquet(pairs: Sequence[Pair], more_fields: bool = False) -> bytes:
         for pair in pairs
     ]
     return _parquet(messages_table(rows, pa.schema([*PAIR_SCHEMA, *judged]), more_fields))
-
-
-def has_more_fields(conversations: Iterable[Sequence[Message]]) -> bool:
-    """Whether a message has another field than role and content, or lacks one of these."""
-    return any(message.keys() != {"role", "content"} for messages in conversations for message in messages)
 
 
 def messages_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, more_fields: bool = False) -> pa.Table:

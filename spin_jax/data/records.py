@@ -25,6 +25,10 @@ def prompt_turns(messages: Sequence[Message]) -> tuple[str, ...]:
     return tuple(json.dumps(message, sort_keys=True, default=str) for message in messages[:-1])
 
 
+PAIR_COLUMNS = (  # of a file of pairs: the first fields of a Pair, in its order
+    *("prompt_id", "sample_id", "real", "generated"),
+    *("prompt_tokens", "real_tokens", "generated_tokens", "truncated"),
+)
 MORE_FIELDS = "other_fields"  # in files of pairs: the fields of a message beside role and content, as JSON text
 
 
@@ -107,6 +111,11 @@ class Lengths:
 
     max_prompt: int
     max_length: int
+
+
+def has_more_fields(conversations: Iterable[Sequence[Message]]) -> bool:
+    """Whether a message has another field than role and content, or lacks one of these."""
+    return any(message.keys() != {"role", "content"} for messages in conversations for message in messages)
 
 
 UNLIMITED = Lengths(max_prompt=2**31 - 1, max_length=2**31 - 1)

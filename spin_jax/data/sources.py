@@ -1,11 +1,13 @@
 """Opens files, directories, hub ids and functions as rows, which have a length and are dicts found by number."""
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -134,7 +136,8 @@ def _slice(rows: Any, split: str, path: str) -> Any:
         chosen = ReadInstruction.from_spec(split).to_absolute({base: len(rows)})
     except (ValueError, AssertionError, KeyError) as error:
         raise ValueError(f"{path}: the split {split!r} of {len(rows)} rows: {error}") from error
-    return rows.select([number for part in chosen for number in range(part.from_, part.to)])
+    ranges = [range(part.from_, part.to) for part in chosen]
+    return rows.select(ranges[0] if len(ranges) == 1 else list(itertools.chain(*ranges)))
 
 
 def _data_files(path: str, split: str | None, name: str | None, notes: list[str]) -> list[str]:
@@ -166,9 +169,16 @@ def row(rows: Any, number: int) -> dict[str, Any]:
     return {name: without_nulls(value, features.get(name)) for name, value in rows[number].items()}
 
 
-def place(rows: Any, number: int, path: str) -> str:
-    """The name of a row in error messages."""
-    return rows.place(number) if isinstance(rows, JsonLines) else f"{path}, row {number + 1}"
+def place(rows: Any, index: int, path: str, number: int | None = None) -> str:
+    """The name of the row at `index` in error messages; `number` is its number in the dataset, if that is another."""
+    if isinstance(rows, JsonLines):
+        return rows.place(index)
+    return f"{path}, row {1 + (index if number is None else number)}"
+
+
+def part(rows: Any, numbers: np.ndarray) -> Any:
+    """The rows with these numbers, which another process can get."""
+    return rows.select(numbers) if hasattr(rows, "select") else [rows[number] for number in numbers]
 
 
 def pinned(path: str, revision: str | None) -> str | None:

@@ -21,7 +21,8 @@ import spin_jax
 from spin_jax import config as config_lib
 from spin_jax import config_values
 from spin_jax.config_values import loss_parts
-from spin_jax.data.records import Example, Pair
+from spin_jax.data.records import Pair
+from spin_jax.data.store import Examples
 from spin_jax.models.architecture import Model
 from spin_jax.runtime import secrets
 
@@ -49,8 +50,8 @@ _PACKAGES = ["spin_jax", "jax", "flax", "optax", "orbax-checkpoint", "transforme
 def digests(
     config: Any,
     model: Model,
-    datasets: Sequence[list[Example]],
-    held_out: list[Example],
+    datasets: Sequence[Examples],
+    held_out: Examples,
     given: Mapping[int, Sequence[Pair]],
     weights: Mapping[str, str],
     added: Sequence[Pair] = (),
@@ -104,9 +105,8 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _data_digest(examples: Sequence[Example]) -> str:
-    texts = (_json([example.prompt_id, example.messages]) for example in examples)
-    return f"{len(examples)} examples, {_digest(texts)}"
+def _data_digest(examples: Examples) -> str:
+    return f"{len(examples)} examples, {examples.digest}"
 
 
 def _source_digest(path: str) -> str:

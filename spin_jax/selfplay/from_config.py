@@ -211,7 +211,9 @@ def pair_shape_of_lengths(
 
     # Answers are expected to be as long as the human ones; at most they are as long as they may be.
     likely, most = np.minimum(real, new), np.clip(limit - prompts, 1, new)
-    expected, largest = of(prompts, real, likely, likely), of(prompts, real, most, most).max(axis=0)
+    expected = of(prompts, real, likely, likely)
+    parts = (slice(start, start + 2**18) for start in range(0, len(prompts), 2**18))  # they take less memory
+    largest = np.max([of(prompts[p], real[p], most[p], most[p]).max(axis=0) for p in parts], axis=0)
     for pairs in given.values():  # the answers of the start may belong to any iteration
         prompt, human, own = ([len(getattr(p, name)) for p in pairs] for name in ("prompt", "real", "generated"))
         longest = [max(own)] * len(pairs)

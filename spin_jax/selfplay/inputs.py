@@ -5,7 +5,7 @@ import datetime
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -17,10 +17,12 @@ from spin_jax import config_values
 from spin_jax.config import Config
 from spin_jax.data import parquet, sources
 from spin_jax.data.chat import Chat, unprompted_header
-from spin_jax.data.examples import group_by_prompt, load_examples, mixed_rows, prompt_keys, split_held_out
+from spin_jax.data.examples import mixed_rows, split_held_out
+from spin_jax.data.loading import load_examples
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Example, Lengths, Pair, list_names, prompt_turns
+from spin_jax.data.store import Examples
 from spin_jax.evaluate import verifiers
 from spin_jax.models import loading, lora, tokenizers, weight_files
 from spin_jax.models.architecture import Model, Params
@@ -212,7 +214,7 @@ def _read_given_pairs(
         of_a_run = parquet.holds_pairs_of_a_run(path)
         rows = sources.load_rows(path, play.pairs_split, all_files=of_a_run, notes=notes)
         pairs, counts = load_pairs(rows, chat, path=path, vocab_size=vocab_size, **options)
-        notes.extend([*_count_notes(path, counts), *_check_ends(config, chat, path, pairs)])
+        notes.extend([*_count_notes(path, counts), *_check_ends(config, chat, path, _as_examples(pairs, chat))])
         return pairs
 
     given = {t: read(path) for t, path in config_values.given_pairs(config).items()}
@@ -229,7 +231,7 @@ def _read_given_pairs(
 _NEXT_DATASET = 2**40
 
 
-def datasets_of(read: Inputs) -> tuple[list[list[Example]], list[Example]]:
+def datasets_of(read: Inputs) -> tuple[list[Examples], Examples]:
     """Prompts with their human answers: one dataset for all iterations, or one for each; and those of eval.path."""
     config, limit = read.config, read.config.data.limit
     mixtures = config_values.data_mixtures(config.data.path)
@@ -237,21 +239,21 @@ def datasets_of(read: Inputs) -> tuple[list[list[Example]], list[Example]]:
     keys = "prompt_column", "answer_column", "bad_rows", "max_bad"
     options = {"seed": config.seed, "all_turns": config.sft.turns == "all", **{key: config.data[key] for key in keys}}
 
-    def load(number: int, path: str, rows: Any, limit: int | None) -> list[Example]:
+    def load(number: int, path: str, rows: Any, limit: int | None) -> Examples:
         examples, counts = load_examples(rows, read.chat, path=path, limit=limit, **options)
-        if repeated := len(examples) - len(set(group_by_prompt(examples))):
+        if repeated := len(examples) - len(np.unique(examples.groups)):
             counts["rows with the prompt of an earlier row"] = repeated
         read.notes.extend([*_count_notes(path, counts), *_check_ends(config, read.chat, path, examples)])
-        if (number or has_mixture) and max(example.prompt_id for example in examples) >= _NEXT_DATASET:
+        if (number or has_mixture) and examples.column("prompt_id").max() >= _NEXT_DATASET:
             raise ValueError(f"{path}: with several datasets, each prompt_id must be below {_NEXT_DATASET}")
-        return [dataclasses.replace(e, prompt_id=e.prompt_id + number * _NEXT_DATASET) for e in examples]
+        return examples.shifted(number * _NEXT_DATASET)
 
     @functools.cache
-    def load_part(path: str, limit: int | None) -> list[Example]:
+    def load_part(path: str, limit: int | None) -> Examples:
         return load(numbers[path], path, read.rows[path], limit)
 
     @functools.cache
-    def load_mixture(shares: tuple[tuple[str, Fraction], ...]) -> list[Example]:
+    def load_mixture(shares: tuple[tuple[str, Fraction], ...]) -> Examples:
         sizes = {path: len(read.rows[path]) for path, _ in shares}
         if len(shares) == 1:
             return load_part(shares[0][0], limit)
@@ -260,9 +262,9 @@ def datasets_of(read: Inputs) -> tuple[list[list[Example]], list[Example]]:
         for path, examples in parts.items():
             share = f"{len(examples) / total:.1%} of the mixture's {total}"
             read.notes.append(f"{path}: {len(examples)} of {sizes[path]} rows, {share}")
-        return list(itertools.chain(*parts.values()))
+        return Examples.joined(list(parts.values()))
 
-    held_out = []
+    held_out = Examples.of([], read.chat)
     if read.held_out_rows is not None:
         held_out = load(max(len(read.rows), 1), config.eval.path, read.held_out_rows, config.eval.limit)
     if read.rows:
@@ -271,19 +273,20 @@ def datasets_of(read: Inputs) -> tuple[list[list[Example]], list[Example]]:
     if absent := [t for t in iterations if t not in read.given]:
         raise ValueError(f"data.path is not set, and iteration {absent[0]} has no given pairs")
     unique = {prompt_turns(p.real_messages): p for t in sorted(read.given, reverse=True) for p in read.given[t]}
-    pairs = sorted(unique.values(), key=lambda pair: pair.prompt_id)
-    return [[Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs]], held_out
+    return [_as_examples(sorted(unique.values(), key=lambda pair: pair.prompt_id), read.chat)], held_out
 
 
-def lengths_of(datasets: Sequence[list[Example]]) -> np.ndarray:
+def _as_examples(pairs: Sequence[Pair], chat: Chat) -> Examples:
+    return Examples.of((Example(p.prompt_id, p.real_messages, p.prompt, p.real) for p in pairs), chat)
+
+
+def lengths_of(datasets: Sequence[Examples]) -> np.ndarray:
     """The tokens of each prompt and human answer, int [N, 2]. A dataset that serves several iterations counts once."""
     different = {id(dataset): dataset for dataset in datasets}.values()
-    return np.array([(len(example.prompt), len(example.real)) for dataset in different for example in dataset])
+    return np.concatenate([dataset.lengths for dataset in different])
 
 
-def split(
-    config: Config, datasets: Sequence[list[Example]], held_out: list[Example]
-) -> tuple[list[list[Example]], list[Example]]:
+def split(config: Config, datasets: Sequence[Examples], held_out: Examples) -> tuple[list[Examples], Examples]:
     """The datasets to train on, and the held-out examples: those of eval.path, or some of the first dataset.
 
     The seed chooses among the prompts of the first dataset. No dataset keeps a prompt that is held out, and
@@ -294,35 +297,29 @@ def split(
     """
     if not config.eval.path:
         options = {key: config.eval[key] for key in ("fraction", "limit")}
-        prompts = group_by_prompt(datasets[0])
-        chosen = split_held_out(prompts, seed=config.seed, **options)
-        held_out = [example for example, prompt in zip(datasets[0], prompts, strict=True) if prompt in chosen]
-    keys = {key for example in held_out for key in prompt_keys(example.messages, example.prompt)}
+        chosen = split_held_out(datasets[0].groups, seed=config.seed, **options)
+        held_out = datasets[0].select(np.isin(datasets[0].groups, list(chosen)))
+    keys = held_out.keys
 
-    def trained_keys(example: Example) -> set[Hashable]:
-        turns = prompt_turns(example.messages) if example.earlier is not None else ()
-        return {*prompt_keys(example.messages, example.prompt), *(turns[:n] for n in range(1, len(turns)))}
-
-    def rest(examples: list[Example]) -> list[Example]:
-        kept = [example for example in examples if keys.isdisjoint(trained_keys(example))]
-        if examples and not kept:
+    def rest(examples: Examples) -> Examples:
+        is_held_out = np.isin(examples.keys, keys).any(axis=1) | examples.answered_earlier(keys)
+        if len(examples) and is_held_out.all():
             raise ValueError("nothing is left to train on: every prompt of a dataset is among the held-out ones")
-        return kept
+        return examples.select(~is_held_out)
 
     return list(map(rest, datasets)), held_out
 
 
-def _check_ends(config: Config, chat: Chat, path: str, read: Sequence[Example | Pair]) -> list[str]:
+def _check_ends(config: Config, chat: Chat, path: str, read: Examples) -> list[str]:
     """A note on human answers that end in no stop token; ValueError where too few end in one."""
-    ended = sum(chat.stopped(each.real) for each in read)
-    room = chat.lengths.max_length
-    endless = [e for e in read if not chat.stopped(e.real) and len(e.prompt) + len(e.real) < room]  # not the cut ones
-    if not endless or config.official:  # there each answer gets EOS, and loses it only where it is cut
+    stopped, ended = read.column("stopped"), int(read.column("stopped").sum())
+    endless = np.flatnonzero(~stopped & (read.lengths.sum(axis=1) < chat.lengths.max_length))  # not the cut ones
+    if not len(endless) or config.official:  # there each answer gets EOS, and loses it only where it is cut
         return []
     names = chat.tokenizer.convert_ids_to_tokens(list(chat.stop_tokens))
     what = f"{len(endless)} of {ended + len(endless)} human answers end in no stop token ({list_names(names)})"
     if ended < config.data.min_ended * (ended + len(endless)):
-        last = chat.tokenizer.decode(endless[0].real[-3:].tolist())
+        last = chat.tokenizer.decode(read[endless[0]].real[-3:].tolist())
         raise ValueError(
             f"{path}: {what}, and a model that is trained on them does not learn to end: the first such answer ends "
             f"in {last!r}. Set data.chat_template to a template that writes a stop token after each answer, or "

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from spin_jax.data import parquet
-from spin_jax.data.records import Example, Ids, Pair
+from spin_jax.data.records import Ids, Pair, has_more_fields
 from spin_jax.errors import MissingInput
 from spin_jax.models.architecture import Params
 from spin_jax.runtime import processes
@@ -25,7 +25,7 @@ from spin_jax.selfplay.engine import Engine
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics
-from spin_jax.training.batches import ScoredPair
+from spin_jax.training.batches import ScoredPair, ScoredPairs
 from spin_jax.training.packing import pair_group
 
 
@@ -84,20 +84,20 @@ class Opponent:
             return params
         opponent = self._engine.opponent(t, params, self.weights)
         rounds = list(self._rounds(shards, done))
-        requests = [self._requests(path, examples) for path, examples in shards]
-        total = sum(map(len, requests))
-        left = sum(len(requests[number]) for chosen in rounds for number in chosen)
+        counts = [self._samples(path) * len(examples) for path, examples in shards]
+        total, left = sum(counts), sum(counts[number] for chosen in rounds for number in chosen)
         metrics.rewind("sample", t, lambda number: not done[number])
         with opponent as (params, by), progress(f"iteration {t}: sample", total, total - left, unit="answer") as bar:
             for chosen in rounds:
                 began = time.perf_counter()
-                examples, ids = zip(*(one for number in chosen for one in requests[number]), strict=True)
+                tasks = {n: list(itertools.product(shards[n][1], range(self._samples(shards[n][0])))) for n in chosen}
+                examples, ids = zip(*itertools.chain(*tasks.values()), strict=True)
                 sampling = from_config.sampling(run.config)
                 answers = self._engine.answer(by, examples, sampling, iteration=t, sample_ids=ids, bar=bar)
                 rate = sum(map(len, answers)) / (time.perf_counter() - began)
                 remaining = iter(answers)
                 for number in chosen:
-                    pairs = [run.chat.pair(e, sample_id, next(remaining)) for e, sample_id in requests[number]]
+                    pairs = [run.chat.pair(e, sample_id, next(remaining)) for e, sample_id in tasks[number]]
                     if done[number]:
                         continue
                     pairs = variants.with_scores(pairs, run.judge)
@@ -124,16 +124,14 @@ class Opponent:
     @functools.cached_property
     def _more_fields(self) -> bool:
         """Whether messages of the run have more fields than role and content: its files of pairs then have one more."""
-        examples = (example.messages for example in itertools.chain(*self._run.datasets, self._run.held_out))
         given = itertools.chain(*self._run.given.values(), self._run.added)
-        return parquet.has_more_fields(examples) or parquet.has_more_fields(
-            messages for pair in given for messages in (pair.real_messages, pair.generated_messages)
-        )
+        examples = *self._run.datasets, self._run.held_out
+        conversations = (messages for pair in given for messages in (pair.real_messages, pair.generated_messages))
+        return any(each.column("more_fields").any() for each in examples) or has_more_fields(conversations)
 
-    def _requests(self, path: epath.Path, examples: Sequence[Example]) -> list[tuple[Example, int]]:
-        """(example, sample_id) of each answer in a file."""
-        count = variants.answers_wanted(self._run.config.selfplay, held_out=path.name.startswith("test"))
-        return list(itertools.product(examples, range(count)))
+    def _samples(self, path: epath.Path) -> int:
+        """How many answers each prompt of a file has."""
+        return variants.answers_wanted(self._run.config.selfplay, held_out=path.name.startswith("test"))
 
     def _rounds(self, shards: Sequence[tuple[epath.Path, list]], done: Sequence[bool]) -> Iterator[tuple[int, ...]]:
         """The files that are answered together: enough of them to keep all slots busy.
@@ -167,20 +165,22 @@ class Opponent:
                 self._write_scores(t, self.weights(by), by)
         return params
 
-    def scored_pairs(self, t: int, split: str) -> tuple[list[ScoredPair], Counter[str]]:
+    def scored_pairs(self, t: int, split: str) -> tuple[Sequence[ScoredPair], Counter[str]]:
         """Iteration t's pairs of a split with the opponent's log-probs, in the order of the files; and their counts."""
-        weights, roles = variants.reference_weights(self._run.config, t), self._run.roles
-        shards = self._score_files(t)
+        shards, counts = self._score_files(t), Counter[str]()
         _need([shard.path for shard in shards], f"iteration {t} has no scores yet", "score")
-        shards = [shard for shard in shards if shard.pairs.name.startswith("test") == (split == "test")]
-        scores: dict[int, dict[tuple[int, int, int, int], tuple[float, ...]]] = {by: {} for by in weights}
+        of_pairs: dict[epath.Path, list[ScoreFile]] = {}
         for shard in shards:
-            scores[shard.by] |= parquet.scores_from_parquet(shard.path.read_bytes(), shard.path, roles)
-        once = {shard.pairs: shard for shard in shards}.values()  # each file of pairs
-        made = [(shard.source, *self._pairs_of(shard)) for shard in once]
-        counts = sum((counts for *_, counts in made), Counter[str]())
-        mixed = functools.partial(variants.mixed_logps, weights, scores)
-        return [ScoredPair(pair, mixed(source, pair)) for source, pairs, _ in made for pair in pairs], counts
+            if shard.pairs.name.startswith("test") == (split == "test"):
+                of_pairs.setdefault(shard.pairs, []).append(shard)
+        return ScoredPairs(self._scored(t, shards, counts) for shards in of_pairs.values()), counts
+
+    def _scored(self, t: int, shards: Sequence[ScoreFile], counts: Counter[str]) -> list[ScoredPair]:
+        """The pairs of one file, from all files of its log-probs. What is counted in it is added to `counts`."""
+        weights, (pairs, own) = variants.reference_weights(self._run.config, t), self._pairs_of(shards[0])
+        scores = {s.by: parquet.scores_from_parquet(s.path.read_bytes(), s.path, self._run.roles) for s in shards}
+        counts.update(own)
+        return [ScoredPair(pair, variants.mixed_logps(weights, scores, shards[0].source, pair)) for pair in pairs]
 
     @property
     def _answers_of_start(self) -> int:
@@ -201,7 +201,7 @@ class Opponent:
                 by=by,
                 source=source,
                 pairs=path,
-                total=len(items if isinstance(items[0], Pair) else self._requests(path, items)),
+                total=len(items) * (1 if isinstance(items[0], Pair) else self._samples(path)),
             )
             for by in variants.reference_weights(self._run.config, t)
             for source in self._run.sources(t)

@@ -16,7 +16,8 @@ from etils import epath
 from spin_jax import config_values
 from spin_jax.config import Config
 from spin_jax.data.examples import prompt_keys
-from spin_jax.data.records import Example, Pair, prompt_turns
+from spin_jax.data.records import Pair
+from spin_jax.data.store import Examples
 from spin_jax.evaluate import best
 from spin_jax.models import lora
 from spin_jax.models.architecture import Model
@@ -37,8 +38,8 @@ class Prepared(Inputs):
     """The inputs of a run, and what follows from them."""
 
     workdir: epath.Path
-    datasets: list[list[Example]]  # to train on: one for all iterations, or one for each
-    held_out: list[Example]  # from the first dataset, or from eval.path
+    datasets: list[Examples]  # to train on: one for all iterations, or one for each
+    held_out: Examples  # from the first dataset, or from eval.path
     pair_shape: RowShape  # of micro-batches of pairs, the same for all iterations
     example_shape: RowShape  # of micro-batches of examples
     identity: fingerprints.Identity  # fingerprints and versions, by which a run knows its workdir
@@ -67,7 +68,7 @@ class Prepared(Inputs):
             return 0
         return best.direction(c.checkpoint.best, config_values.task_names(c), c.eval.include_path)
 
-    def examples(self, t: int) -> list[Example]:
+    def examples(self, t: int) -> Examples:
         """The examples of iteration t; the start has those of the first dataset.
 
         Raises:
@@ -84,10 +85,11 @@ class Prepared(Inputs):
 
     def _without_held_out(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
         """The pairs whose prompts are not held out, and the others."""
-        keys = {key for example in self.held_out for key in prompt_keys(example.messages, example.prompt)}
+        keys = np.array([prompt_keys(pair.real_messages, pair.prompt)[:2] for pair in pairs], "S16").reshape(-1, 2)
         split: tuple[list[Pair], list[Pair]] = [], []
-        for pair in pairs:
-            split[not keys.isdisjoint(prompt_keys(pair.real_messages, pair.prompt))].append(pair)
+        held_out = np.isin(keys, self.held_out.keys)
+        for pair, own in zip(pairs, held_out.tolist(), strict=True):
+            split[any(own)].append(pair)
         return split
 
     @functools.cached_property
@@ -326,14 +328,18 @@ def _check_start_answers(prepared: Prepared) -> None:
     if c.selfplay.start and 0 not in given:
         raise ValueError("loss.answers has the role start, which after selfplay.start selfplay.pairs=0=PATH gives")
     origin = min([c.selfplay.start, *given])
-    prompts = {prompt_turns(e.messages) for e in (*prepared.datasets[0], *prepared.held_out)}
-    prompts = {prompt_turns(p.real_messages) for p in given[origin]} if origin in given else prompts
+    answered = np.concatenate([prepared.datasets[0].keys, prepared.held_out.keys])[:, 1]
+    answered = _turn_keys(given[origin]) if origin in given else answered
     for t, pairs in given.items():
-        if absent := [pair for pair in pairs if prompt_turns(pair.real_messages) not in prompts]:
+        if absent := [pair for pair, here in zip(pairs, np.isin(_turn_keys(pairs), answered), strict=True) if not here]:
             raise ValueError(
                 f"selfplay.pairs: the start does not answer the prompt with prompt_id "
                 f"{absent[0].prompt_id} of iteration {t}, and loss.answers asks for its answer"
             )
+
+
+def _turn_keys(pairs: Sequence[Pair]) -> np.ndarray:
+    return np.array([prompt_keys(pair.real_messages, pair.prompt)[1] for pair in pairs], "S16")
 
 
 def _check_given(root: epath.Path, given: Mapping[int, Sequence[Pair]], began: Mapping[str, Any]) -> None:

@@ -146,9 +146,11 @@ def answers_wanted(play: Config, held_out: bool) -> int:
     return play.samples if play.scorer or not held_out else 1
 
 
-def in_files(items: Sequence[Any], size: int, grouped: bool) -> list[list[Any]]:
+def in_files(items: Sequence[Any], size: int, grouped: bool) -> list[Sequence[Any]]:
     """Examples or pairs, `size` for each file; or `grouped`, all pairs of `size` prompts."""
-    groups = list(by_prompt(items).values()) if grouped else [[item] for item in items]
+    if not grouped:
+        return [items[first : first + size] for first in range(0, len(items), size)]
+    groups = list(by_prompt(items).values())
     return [list(itertools.chain(*groups[i : i + size])) for i in range(0, len(groups), size)]
 
 

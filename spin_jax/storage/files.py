@@ -15,7 +15,7 @@ import pathlib
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -70,17 +70,18 @@ def remove_here(folder: epath.PathLike) -> None:
         folder.rmtree()
 
 
-def write_here(path: epath.PathLike, data: bytes) -> None:
+def write_here(path: epath.PathLike, data: bytes | Iterable[bytes]) -> None:
     """Writes a whole file atomically, and makes its folder; `path` is local, or a URL that etils.epath knows."""
+    parts = [data] if isinstance(data, bytes) else data
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if "://" in str(path):
-        path.write_bytes(data)
+        path.write_bytes(b"".join(parts))
         return
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,11 +1,14 @@
 """Writes numbers to metrics.jsonl and, on request, to TensorBoard and W&B."""
 
+import itertools
 import json
 import os
+import pathlib
+import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -37,45 +40,53 @@ class Metrics:
     ):
         self._workdir = workdir = epath.Path(workdir)
         self.path = workdir / "metrics.jsonl"
-        self._rows: list[Row] = []
         self.on_flush: Callable[[], None] = lambda: None  # process 0 calls it with each flush
         self._writes = processes.first()
         if not self._writes:
             return
         self._remote = "://" in str(workdir)
-        text = self.path.read_text() if self.path.exists() else ""
-        lines = text.splitlines()
-        whole = lines if text.endswith("\n") else lines[:-1]  # a kill cuts off in the middle of a line
-        self._rows = [json.loads(line) for line in whole]
-        if whole != lines:
-            self._rewrite()
-        self._file, self._written = self._open(), time.monotonic()
+        self._copy = tempfile.NamedTemporaryFile(suffix=".jsonl") if self._remote else None  # noqa: SIM115
+        self._local = pathlib.Path(self._copy.name if self._copy else self.path)  # rows are appended there
+        if self._copy and self.path.exists():
+            self._local.write_bytes(self.path.read_bytes())
+        self._local.parent.mkdir(parents=True, exist_ok=True)
+        self._file, self._written = self._local.open("a"), time.monotonic()
+        whole = sum(map(len, self._lines()))
+        if whole < self._local.stat().st_size:  # a kill cuts off in the middle of a line
+            os.truncate(self._local, whole)
+        self._counts = Counter((row["phase"], row["iteration"]) for row in self._rows())
         self._curves: dict[str, _Curves] = {}  # by phase
         self._tensorboard = workdir / "tensorboard" if tensorboard else None
         self._wandb = _wandb_run(workdir, wandb_project, config or {}) if wandb_project else None
-        self._rows_of_phase: Counter = Counter()
-        for number, row in enumerate(self._rows):  # sends the rows that W&B does not have yet
-            self._to_wandb(number, self._rows_of_phase[row["phase"]], row)
-            self._rows_of_phase[row["phase"]] += 1
+        of_phase: Counter[str] = Counter()
+        for number, row in enumerate(self._rows() if self._wandb else ()):  # sends the rows that W&B does not have yet
+            self._to_wandb(number, of_phase[row["phase"]], row)
+            of_phase[row["phase"]] += 1
+
+    def _lines(self) -> Iterator[bytes]:
+        """The lines of the file that are whole; a run may have millions, and memory holds one of them."""
+        with self._local.open("rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))
+
+    def _rows(self) -> Iterator[Row]:
+        return map(json.loads, self._lines())
 
     def write(self, phase: str, iteration: int, step: int, values: Mapping[str, float]) -> None:
         """Appends a row; a value that is not finite is written as null."""
         if not self._writes:
             return
         row = files.without_nan({"phase": phase, "iteration": iteration, "step": step, **values})
-        self._rows.append(row)
-        if self._file:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
-        elif time.monotonic() - self._written > _REWRITE_S:
-            self._rewrite()
-        count = self._rows_of_phase[phase]
-        self._rows_of_phase[phase] += 1
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._remote and time.monotonic() - self._written > _REWRITE_S:
+            self._send()
+        number, count = self._counts.total(), sum(n for (other, _), n in self._counts.items() if other == phase)
+        self._counts[phase, iteration] += 1
         if self._tensorboard is not None:
             if phase not in self._curves:  # these steps replace older ones
                 self._curves[phase] = _Curves(self._tensorboard / phase, count)
             self._curves[phase].write(count, _curve_values(row))
-        self._to_wandb(len(self._rows) - 1, count, row)
+        self._to_wandb(number, count, row)
 
     def rewind(self, phase: str, iteration: int, repeated: Callable[[int], bool] = lambda step: True) -> None:
         """Drops the rows of an interrupted run whose steps will be repeated."""
@@ -83,27 +94,26 @@ class Metrics:
         def stays(row: Row) -> bool:
             return (row["phase"], row["iteration"]) != (phase, iteration) or not repeated(row["step"])
 
-        kept = list(filter(stays, self._rows))
-        if len(kept) == len(self._rows):  # also where another process writes, which has no rows here
+        if not self._writes or not self._counts[phase, iteration] or all(map(stays, self._rows())):
             return
-        self._rows = kept
-        self._rows_of_phase = Counter(row["phase"] for row in kept)
         if phase in self._curves:
             self._curves.pop(phase).close()
-        if self._file:
-            self._file.close()
-        self._rewrite()
-        self._file = self._open()
+        self._file.close()
+        files.write_here(self._local, (line for line in self._lines() if stays(json.loads(line))))
+        self._file = self._local.open("a")
+        self._counts = Counter((row["phase"], row["iteration"]) for row in self._rows())
+        if self._remote:
+            self._send()
 
     def flush(self) -> None:
         """Puts all rows on the disk, so that later files may rely on them."""
         if not self._writes:
             return
         self.on_flush()
-        if self._file:
-            os.fsync(self._file.fileno())
+        if self._remote:
+            self._send()
         else:
-            self._rewrite()
+            os.fsync(self._file.fileno())
         for curves in self._curves.values():
             curves.flush()
 
@@ -111,8 +121,9 @@ class Metrics:
         if not self._writes:
             return
         self.flush()
-        if self._file:
-            self._file.close()
+        self._file.close()
+        if self._copy:
+            self._copy.close()
         for curves in self._curves.values():
             curves.close()
         if self._wandb:
@@ -120,8 +131,9 @@ class Metrics:
 
     def count(self, phase: str, iteration: int, counted: Callable[[Row], object]) -> int:
         """How many rows of a phase `counted` accepts; the same number in every process."""
-        of_phase = [row for row in self._rows if (row["phase"], row["iteration"]) == (phase, iteration)]
-        return processes.exchanged(len(list(filter(counted, of_phase))))[0]
+        rows = self._rows() if self._writes else iter(())
+        of_phase = (row for row in rows if (row["phase"], row["iteration"]) == (phase, iteration))
+        return processes.exchanged(sum(1 for row in of_phase if counted(row)))[0]
 
     def _to_wandb(self, number: int, count: int, row: Row) -> None:
         """Logs the number-th row of the file, the count-th of its phase, unless W&B has it."""
@@ -137,7 +149,8 @@ class Metrics:
         """
         import wandb
 
-        iterations = [row["iteration"] for row in self._rows[: number + 1] if row["phase"] == "eval"]
+        rows = itertools.islice(self._rows(), number + 1)
+        iterations = [row["iteration"] for row in rows if row["phase"] == "eval"]
         lines = []
         for t in sorted(set(iterations)):
             path = self._workdir / ("start" if t < 0 else f"iteration_{t}") / "samples.jsonl"
@@ -147,11 +160,8 @@ class Metrics:
         columns = ["iteration", "prompt", "human answer", "answer"]
         return {"eval/samples": wandb.Table(columns=columns, data=lines)} if lines else {}
 
-    def _open(self) -> Any:
-        return None if self._remote else self.path.open("a")
-
-    def _rewrite(self) -> None:
-        files.write_here(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self._rows).encode())
+    def _send(self) -> None:
+        files.write_here(self.path, self._local.read_bytes())
         self._written = time.monotonic()
 
 

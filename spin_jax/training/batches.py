@@ -1,13 +1,15 @@
 """Makes the batches of the training steps. A batch is a number of micro-batches of one fixed shape."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
+import pyarrow as pa
 
+from spin_jax.data import store
 from spin_jax.data.records import Pair
 from spin_jax.losses import PAIR
 from spin_jax.models.architecture import ModelConfig
@@ -27,6 +29,39 @@ class PairBatch(NamedTuple):
 class ScoredPair(NamedTuple):
     pair: Pair
     opponent: tuple[float, ...]  # the opponent's log-probability of each role's answer
+
+
+_ID_FIELDS = ("prompt", "real", "generated", "start")
+_FIELDS = {  # the others of a Pair that training reads: its messages are left out
+    "prompt_id": pa.int64(),
+    "sample_id": pa.int32(),
+    "chosen_id": pa.int32(),
+    "truncated": pa.bool_(),
+    "score": pa.float64(),
+}
+_PAIRS = pa.schema(_FIELDS | dict.fromkeys(_ID_FIELDS, pa.list_(pa.int32())) | {"opponent": pa.list_(pa.float64())})
+
+
+class ScoredPairs(Sequence[ScoredPair]):
+    """Scored pairs in a temporary file, without their messages. Memory holds what is read."""
+
+    def __init__(self, parts: Iterable[Sequence[ScoredPair]]):
+        """`parts` are read one after the other: memory holds one of them at a time."""
+        batches = (
+            pa.RecordBatch.from_pylist([{**vars(s.pair), "opponent": s.opponent} for s in part], schema=_PAIRS)
+            for part in parts
+        )
+        self._table = store.spooled(batches, _PAIRS)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: Any) -> Any:
+        place = range(len(self))[index]
+        fields = {name: store.ids_at(self._table, name, place) for name in _ID_FIELDS}
+        fields |= {name: self._table[name][place].as_py() for name in _FIELDS}
+        opponent = tuple(self._table["opponent"][place].as_py())
+        return ScoredPair(Pair(real_messages=[], generated_messages=[], **fields), opponent)
 
 
 def pair_batches(

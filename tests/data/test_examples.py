@@ -11,8 +11,10 @@ from runs import SHARED
 from spin_jax import config_values, tiny
 from spin_jax.data import examples as examples_lib
 from spin_jax.data import sources
-from spin_jax.data.examples import group_by_prompt, load_examples, mixed_rows, split_held_out
+from spin_jax.data.examples import group_by_prompt, mixed_rows, split_held_out
+from spin_jax.data.loading import load_examples
 from spin_jax.data.records import Example
+from spin_jax.data.store import Examples
 from spin_jax.errors import BadRow
 
 
@@ -163,7 +165,7 @@ def test_held_out_prompts(copies, prompts, limit, expected):
     assert [numbers.count(number) for number in chosen] == expected
 
 
-def test_equal_prompts_have_one_number():
+def test_equal_prompts_have_one_number(chat):
     """Equal turns or equal token ids, also through a third example."""
     ids = {"a": [1], "a ": [1], "b": [2], "c": [3]}
 
@@ -171,8 +173,11 @@ def test_equal_prompts_have_one_number():
         prompt = np.array(tokens or ids[text], np.int32)
         return Example(0, [turn("user", text), turn("assistant", "x")], prompt, prompt)
 
-    assert group_by_prompt(list(map(example, ["a", "b", "a ", "c", "b"]))) == [0, 1, 0, 3, 1]
-    assert group_by_prompt([example("b"), example("c"), example("a"), example("b", [3])]) == [0, 0, 2, 0]
+    def grouped(*examples):
+        return group_by_prompt(Examples.of(examples, chat).keys).tolist()
+
+    assert grouped(*map(example, ["a", "b", "a ", "c", "b"])) == [0, 1, 0, 3, 1]
+    assert grouped(example("b"), example("c"), example("a"), example("b", [3])) == [0, 0, 2, 0]
 
 
 def test_gsm8k(chat):

@@ -11,7 +11,7 @@ from dataset_rows import turn, write_jsonl
 from spin_jax import tiny
 from spin_jax.data import parquet, sources
 from spin_jax.data.chat import ACROSS, READ_OTHERWISE, SPACE_LOST, Chat, end_of_turn, unprompted_header
-from spin_jax.data.examples import load_examples
+from spin_jax.data.loading import load_examples
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import check_messages, prompt_turns, with_tools
 from spin_jax.errors import BadRow, EmptyAnswer

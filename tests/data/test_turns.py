@@ -9,7 +9,7 @@ from dataset_rows import turn, write_jsonl
 from spin_jax import tiny
 from spin_jax.data import sources
 from spin_jax.data.chat import Chat
-from spin_jax.data.examples import load_examples
+from spin_jax.data.loading import load_examples
 from spin_jax.data.records import Lengths
 from spin_jax.errors import BadRow
 

@@ -9,6 +9,7 @@ from runs import ROOT
 
 import spin_jax
 from spin_jax import config, tiny
+from spin_jax.data.store import EXAMPLES, Examples
 from spin_jax.selfplay import fingerprints
 
 
@@ -61,7 +62,8 @@ def test_each_own_loss_of_a_sum_is_fingerprinted():
     c.loss.name = "0.5*spin_jax.losses:hinge+logistic+2*spin_jax.losses:ipo"
     architecture = dataclasses.make_dataclass("Architecture", [])()
     model = SimpleNamespace(tokenizer=tiny.tokenizer(), config=architecture, stop_tokens=())
-    found = fingerprints.digests(c, model, [[]], [], {}, {"weights": ""})["fingerprints"]
+    none = Examples(EXAMPLES.empty_table())
+    found = fingerprints.digests(c, model, [none], none, {}, {"weights": ""})["fingerprints"]
     assert [name for name in found if name.startswith("loss")] == ["loss", "loss 2"]
 
 

@@ -1,6 +1,8 @@
 """What W&B gets beside the numbers. tests/end_to_end/test_durable.py has the rest of metrics.py."""
 
+import json
 import sys
+import tracemalloc
 
 from spin_jax.storage import files, metrics
 
@@ -59,3 +61,21 @@ def test_wandb_gets_the_samples_beside_the_numbers(tmp_path, monkeypatch):
     metrics.Metrics(tmp_path, wandb_project="p").close()
     assert run.logged[2]["eval/samples"].data == expected
     assert [line[0] for line in run.logged[3]["eval/samples"].data] == [-1, 0, 1]
+
+
+def test_a_long_run_is_not_in_memory(tmp_path):
+    """Of 40,000 rows, 300 bytes each as a dict or more, memory holds 2 MB at most."""
+    row = {name: 0.125 for name in ("loss", "margin", "accuracy", "real_reward", "generated_reward")}
+    lines = [json.dumps({"phase": "train", "iteration": t, "step": n, **row}) for t in range(2) for n in range(20_000)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*lines, lines[-1][:30]]))  # a kill has cut the last line
+    tracemalloc.start()
+    opened = metrics.Metrics(tmp_path)
+    opened.rewind("train", 1, lambda step: step >= 10_000)
+    opened.write("train", 1, 10_000, {"loss": 7.0, "skipped": 1})
+    assert opened.count("train", 1, lambda row: row.get("skipped")) == 1
+    opened.close()
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
+    last = json.dumps({"phase": "train", "iteration": 1, "step": 10_000, "loss": 7.0, "skipped": 1})
+    assert path.read_text().splitlines() == [*lines[:30_000], last]
