@@ -103,6 +103,11 @@ def rows_of_a_prompt(play: Any) -> int:
     return counts.get(play.pairing, play.samples if ":" in play.pairing else 1)
 
 
+def answers_wanted(play: Any, held_out: bool) -> int:
+    """How many answers a prompt gets. A held-out one gets a single answer, unless a scorer compares them."""
+    return play.samples if play.scorer or not held_out else 1
+
+
 def verifier_judges(play: Any) -> bool:
     """Whether eval.verifier says which answers are trained on."""
     return play.rows != "all" or play.pairing == "right/wrong"

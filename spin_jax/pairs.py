@@ -36,6 +36,7 @@ from typing import Any
 from absl import flags
 
 from spin_jax import config as config_lib
+from spin_jax import config_values
 from spin_jax.cli import fail, parse
 
 
@@ -136,7 +137,6 @@ def _read_config(workdir: str) -> Any:
 
 def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
     """The lines of the file: how to sample, then each prompt, the held-out ones last."""
-    from spin_jax.selfplay import variants
 
     c = prepared.config
     yield {
@@ -154,7 +154,7 @@ def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
         prompt = prepared.chat.sampling_prompt(example)
         yield {
             "prompt_id": example.prompt_id,
-            "samples": variants.answers_wanted(c.selfplay, held_out=number >= len(train)),
+            "samples": config_values.answers_wanted(c.selfplay, held_out=number >= len(train)),
             "real": example.messages,
             "prompt_tokens": prompt.tolist(),
             "real_tokens": example.real.tolist(),

@@ -109,8 +109,9 @@ class RewardModel:
         longest = max(len(ids) for ids in conversations) + 1
         self._length = max(self._length, sharding.row_length(longest, model.mesh, _GRANULE))
         kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype, model.config.sinks)
+        tokens = self._tokens_per_device * sharding.context_shards(model.mesh)  # of the devices that share a row
         shape = RowShape(
-            rows=max(1, self._tokens_per_device // self._length) * sharding.batch_shards(model.mesh),
+            rows=max(1, tokens // self._length) * sharding.batch_shards(model.mesh),
             length=self._length,
             groups=_GROUPS,
             unshared=self._length if kernel == "splash" else 0,

@@ -87,7 +87,7 @@ def assumed_work(config: Any, pairs: float) -> Work:
     play, held = config.selfplay, config.eval
     prompts = pairs / config_values.rows_of_a_prompt(play)
     held_out = held.limit if held.path else min(held.limit, round(held.fraction * prompts))
-    held_pairs = held_out * (play.samples if play.scorer else 1)
+    held_pairs = held_out * config_values.answers_wanted(play, held_out=True)
     sampled = prompts * play.samples + held_pairs
     with_added, given, iterations = pairs / (1 - (play.add_share or 0.0)), config_values.given_pairs(config), {}
     for t in range(play.start, play.iterations):

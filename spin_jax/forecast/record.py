@@ -45,10 +45,10 @@ class Record(contextlib.AbstractContextManager):
     def _begin(self, t: int) -> None:
         stopwatch.count_in(self.seconds.setdefault(t, Counter()))
 
-    def total(self) -> Counter[str]:
-        """The seconds of each phase of all iterations together."""
+    def total(self, iterations: Iterable[int]) -> Counter[str]:
+        """The seconds of each phase of these iterations together."""
         stopwatch.tick()
-        return sum(self.seconds.values(), Counter())
+        return sum((self.seconds[t] for t in iterations), Counter())
 
     def minutes(self, t: int) -> float:
         stopwatch.tick()

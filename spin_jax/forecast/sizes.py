@@ -22,8 +22,9 @@ _ID_BYTES, _TEXT_BYTES, _SCORE_BYTES = 1.5, 1.25, 4.0
 _FILE_BYTES = 4000  # schema and digests of a file of pairs
 _STEP_BYTES = 650  # a row of metrics.jsonl and of TensorBoard's file
 
-# Resident memory: Python with JAX and transformers, and what an example takes as lists of tokens and messages.
-_PROCESS_BYTES, _EXAMPLE_BYTES = 1.0e9, 12_000
+# Resident memory: Python with JAX and transformers, and what an example adds, whose text and tokens stay on the disk
+# (data/README.md has the measurement).
+_PROCESS_BYTES, _EXAMPLE_BYTES = 1.0e9, 240
 _EXPORTED_FILE = 2 * 2**30  # models/saving.py parts an export into files of this size
 
 

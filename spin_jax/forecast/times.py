@@ -120,6 +120,7 @@ def phase_seconds(
         # Float32 weights are read: an average of opponents from those of each, and with LoRA to merge the adapters.
         averaged = t - c.selfplay.start + 1 if c.selfplay.opponent_decay else 0
         loads = references - 1 + bool(c.train.lora_rank) + averaged
+        loads += t > c.selfplay.start and (c.selfplay.restart or bool(averaged))  # training begins from other weights
         phases = {
             "sample": answers(amounts.answers),
             "judge": judged(amounts.answers),
@@ -130,7 +131,8 @@ def phase_seconds(
         if evaluates and c.eval.kl:
             others = 1 if t == c.selfplay.start else 2
             phases["evaluation"] += (1 + others) * held_out * c.eval.samples * pair
-            loads += others + max(averaged - 1, 0) + 1  # and the iteration's own again, to go on
+            loads += others + max(averaged - 1, 0)
+            loads += t + 1 in work.iterations and not averaged  # the iteration's own again, to go on
         saved = written["checkpoint"] + sizes.saves(job, steps) * sizes.state(job)
         if c.sft.control:
             phases["control"] = steps * sft_step

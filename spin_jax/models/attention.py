@@ -177,12 +177,16 @@ def _attend_unshared(kernel, q, k, v, positions, unshared):
     starts = jnp.take_along_axis(positions, slots, axis=1) == 0
     segments = jnp.where(real, jnp.cumsum(starts, axis=1), 0)
     take = jax.vmap(lambda x, index: x[index])
-    queries = take(sharding.all_tokens(q), sharding.own_tokens(slots[:, order]))
-    both = sharding.own_tokens(segments[:, order]), segments
+    ordered = slots, segments
+    if devices > 1:  # one device has them in order, and needs no gather
+        ordered = slots[:, order], segments[:, order]
+    queries = take(sharding.all_tokens(q), sharding.own_tokens(ordered[0]))
+    both = sharding.own_tokens(ordered[1]), segments
     out = kernel(queries, take(k, slots), take(v, slots), both, order, block)
     # A prompt's token occurs once for every answer, each time with the same output: the first one is taken.
     first = jax.vmap(lambda t: jnp.full(T, U - 1).at[t].min(jnp.arange(U)))(slots)
-    return take(sharding.all_tokens(out), sharding.own_tokens(jnp.asarray(np.argsort(order))[first]))
+    first = first if devices == 1 else jnp.asarray(np.argsort(order))[first]
+    return take(sharding.all_tokens(out), sharding.own_tokens(first))
 
 
 def splash(

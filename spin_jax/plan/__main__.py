@@ -59,12 +59,16 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs: v5e:8x8, v5p:2x2x2 …;
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object in place of the table.")
 _PAIRS = flags.DEFINE_integer("pairs", None, "Pairs of an iteration; unset: data.limit.", lower_bound=1)
 _MFU = flags.DEFINE_float("mfu", 0.0, "Share of the peak that training and scoring reach, padding counted as work.")
-_DECODE = flags.DEFINE_float("decode_efficiency", 0.5, "Share of its roofline that decoding reaches.")
-_READ = flags.DEFINE_float("read_gb_s", Rates().read_gb_s, "GB a second that each process reads of a checkpoint.")
-_WRITE = flags.DEFINE_float("write_gb_s", Rates().write_gb_s, "GB a second that each process writes of a checkpoint.")
+_DECODE = flags.DEFINE_float("decode_efficiency", 0.5, "Share of its roofline that decoding reaches.", lower_bound=1e-3)
+_READ = flags.DEFINE_float(
+    "read_gb_s", Rates().read_gb_s, "GB a second that each process reads of a checkpoint.", lower_bound=1e-3
+)
+_WRITE = flags.DEFINE_float(
+    "write_gb_s", Rates().write_gb_s, "GB a second that each process writes of a checkpoint.", lower_bound=1e-3
+)
 _COMPILE_S = flags.DEFINE_float("compile_s", 0.0, "Seconds that each program compiles; 0: by platform.")
 _COMPILE = flags.DEFINE_bool("compile", True, "Compile the run's programs; --nocompile: arithmetic alone.")
-_DCN = flags.DEFINE_float("dcn_gbit_s", 50.0, "Gbit a second that a device gets from other slices.")
+_DCN = flags.DEFINE_float("dcn_gbit_s", 50.0, "Gbit a second that a device gets from other slices.", lower_bound=1e-3)
 
 
 def table(answer: Mapping[str, Any]) -> str:

@@ -191,8 +191,8 @@ class SelfPlay:
         beta, steps = phase.scalars["beta"], phase.steps
         skipped = self.metrics.count("train", t, lambda row: row.get("skipped"))
         row: Row = {"iteration": t, "beta": beta, "pairs": len(phase.items), "steps": steps, "skipped": skipped}
-        added = sum(each.pair.prompt_id < 0 for each in phase.items)
-        row |= {"added_pairs": added} if added else {}
+        if self.run.config.selfplay.add_pairs:
+            row["added_pairs"] = sum(each.pair.prompt_id < 0 for each in phase.items)
         row |= self.evaluation.measure_pairs(t, params, beta)
         self.evaluation.write_samples(t, params)
         sampled = self.evaluation.sample(params)

@@ -9,6 +9,7 @@ import numpy as np
 
 from spin_jax import config_values
 from spin_jax.config import default
+from spin_jax.data.records import Pair
 from spin_jax.forecast import sizes
 from spin_jax.forecast.job import Amounts, Work
 from spin_jax.models import cost
@@ -19,6 +20,7 @@ from spin_jax.selfplay.inputs import datasets_of, lengths_of, read_inputs
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
 from spin_jax.training.optimizer import OPTIMIZERS
+from spin_jax.training.packing import group_sizes, pair_group
 
 
 def length_table(prepared: Prepared) -> str:
@@ -111,7 +113,7 @@ def run_overview(prepared: Prepared, finished: int) -> str:
 def work(prepared: Prepared) -> Work:
     """What the run has to do. selfplay.rows or selfplay.pairing may leave some pairs out."""
     play, held_out, iterations = prepared.config.selfplay, len(prepared.held_out), {}
-    held_pairs = held_out * (play.samples if play.scorer else 1)
+    held_pairs = held_out * config_values.answers_wanted(play, held_out=True)
     for t in prepared.iterations:
         sampled = len(prepared.examples(t)) * play.samples + held_pairs
         answers, written = (0, len(prepared.given[t])) if t in prepared.given else (sampled, sampled)
@@ -119,6 +121,22 @@ def work(prepared: Prepared) -> Work:
         pairs = sum(prepared.most_pairs(source) + len(prepared.added_pairs(source)) for source in sources)
         iterations[t] = Amounts(answers, written + len(prepared.added_pairs(t)), pairs)
     return Work(iterations, len(prepared.datasets[0]), held_out, held_pairs)
+
+
+def typical_pairs(prepared: Prepared, response_tokens: float | None) -> list[Pair]:
+    """Pairs as long as those of the run, at most 16 for each of a step.
+
+    They have some of its prompts and human answers. The generated ones have their mean length, `response_tokens`; None:
+    that of the human ones.
+    """
+    examples, c, roles = prepared.datasets[0], prepared.config, prepared.roles
+    count = min(len(examples), 16 * c.train.batch_size)
+    chosen = [examples[n] for n in np.linspace(0, len(examples) - 1, count).astype(int).tolist()]
+    length = response_tokens or np.mean([len(example.real) for example in chosen])
+    new = np.zeros(max(round(length), 1), np.int32)
+    pairs = [Pair(n, 0, [], [], e.prompt, e.real, new, truncated=False, start=new) for n, e in enumerate(chosen)]
+    fits = (group_sizes([pair_group(pair, roles) for pair in pairs]) <= prepared.pair_shape.capacity).all(axis=1)
+    return [pair for pair, fitting in zip(pairs, fits, strict=True) if fitting]
 
 
 def _disk(prepared: Prepared, finished: int) -> str:

@@ -82,16 +82,14 @@ def sampling(config: Config) -> Sampling:
     return Sampling(c.max_new_tokens, c.temperature, c.top_k, c.top_p)
 
 
-def job(
-    config: Config, model: Model, shape: RowShape, pairs: Sequence[Pair] | None = None, hosts: int = 1, slices: int = 1
-) -> Job:
-    """The run as arithmetic sees it; `pairs` are some that are as long as `lengths.expected` says."""
+def job(config: Config, model: Model, shape: RowShape, pairs: Sequence[Pair], hosts: int = 1, slices: int = 1) -> Job:
+    """The run as arithmetic sees it; `pairs` are some whose mean lengths are about those of `lengths.expected`."""
     iterations = range(config.selfplay.start, config.selfplay.iterations)
     return Job(
         config,
         model,
         shape,
-        expected_pairs(config, model.config.vocab_size, 16 * config.train.batch_size) if pairs is None else pairs,
+        pairs,
         tensor=sampling_tensor(config, model),
         slots=slots(config, model),
         trained=trained_params(config, model.config),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from spin_jax import config_values
 from spin_jax.data import parquet
 from spin_jax.data.records import Ids, Pair, has_more_fields
 from spin_jax.errors import MissingInput
@@ -131,7 +132,7 @@ class Opponent:
 
     def _samples(self, path: epath.Path) -> int:
         """How many answers each prompt of a file has."""
-        return variants.answers_wanted(self._run.config.selfplay, held_out=path.name.startswith("test"))
+        return config_values.answers_wanted(self._run.config.selfplay, held_out=path.name.startswith("test"))
 
     def _rounds(self, shards: Sequence[tuple[epath.Path, list]], done: Sequence[bool]) -> Iterator[tuple[int, ...]]:
         """The files that are answered together: enough of them to keep all slots busy.

@@ -292,8 +292,9 @@ def _schedule_notes(prepared: Prepared) -> list[str]:
         notes["train"] = notes.get("train") or options.check_schedule("train", steps)
         if c.sft.control:
             notes["sft"] = notes.get("sft") or control.check_schedule("sft", steps, steps)
-    if (traced := c.logging.profile_steps) and traced[1] >= most:
-        raise ValueError(f"logging.profile_steps={traced}: iterations have at most {most} steps, 0 to {most - 1}")
+    if (traced := c.logging.profile_steps) and prepared.iterations and traced[1] >= most:
+        advice = f"choose from steps 0 to {most - 1}, or leave the key out"
+        raise ValueError(f"logging.profile_steps={traced}: iterations have at most {most} steps; {advice}")
     return [note for found in notes.values() for note in found]
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import jax
+import numpy as np
 
 from spin_jax.evaluate.best import best_row
 from spin_jax.forecast import times
@@ -11,7 +12,7 @@ from spin_jax.forecast.record import Record, comparison
 from spin_jax.report import charts, drawing, numbers
 from spin_jax.runtime import chips, processes, sharding
 from spin_jax.selfplay import from_config
-from spin_jax.selfplay.announce import work
+from spin_jax.selfplay.announce import typical_pairs, work
 from spin_jax.selfplay.prepare import Prepared
 from spin_jax.storage import files
 from spin_jax.storage.metrics import Metrics, Row
@@ -107,10 +108,21 @@ class Summary:
 
     def _times(self) -> str:
         """What the phases of the run took, beside what `plan` expects on this machine."""
-        run, machine = self._run, chips.chip_of(jax.local_devices())
-        slices = sharding.slices_of(jax.devices())
-        job = from_config.job(run.config, run.model, run.pair_shape, None, jax.process_count(), slices)
-        expected = times.phase_seconds(job, work(run), machine, Rates(), times.speeds(job, machine, Rates()))
+        try:
+            run, machine = self._run, chips.chip_of(jax.local_devices())
+            slices = sharding.slices_of(jax.devices())
+            sampled = [row["response_tokens"] for row in self.rows if row.get("response_tokens")]
+            pairs = typical_pairs(run, sum(sampled) / len(sampled) if sampled else None)
+            means = [
+                np.mean([len(ids) for ids in column])
+                for column in zip(*((p.prompt, p.real, p.generated) for p in pairs), strict=True)
+            ]
+            config = run.config.changed({"lengths.expected": tuple(max(round(mean), 1) for mean in means)})
+            job = from_config.job(config, run.model, run.pair_shape, pairs, jax.process_count(), slices)
+            expected = times.phase_seconds(job, work(run), machine, Rates(), times.speeds(job, machine, Rates()))
+        except Exception as error:  # the run is whole without an expectation
+            return f"there is no expectation of the times: {type(error).__name__}: {error}"
         # Of iterations that an earlier version of this code ran nothing is known.
-        done = [expected[t] for t, taken in self.record.seconds.items() if self.row(t) and "evaluation" in taken]
-        return comparison(sum(map(Counter, done), Counter()), self.record.total()) if done else ""
+        done = [t for t, taken in self.record.seconds.items() if "evaluation" in taken and t in expected]
+        done = [t for t in done if self.row(t)]
+        return comparison(sum((Counter(expected[t]) for t in done), Counter()), self.record.total(done)) if done else ""

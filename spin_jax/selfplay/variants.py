@@ -141,11 +141,6 @@ def by_prompt(pairs: Sequence[Any]) -> dict[int, list[Any]]:
     return result
 
 
-def answers_wanted(play: Config, held_out: bool) -> int:
-    """How many answers a prompt gets. A held-out one gets a single answer, unless a scorer compares them."""
-    return play.samples if play.scorer or not held_out else 1
-
-
 def in_files(items: Sequence[Any], size: int, grouped: bool) -> list[Sequence[Any]]:
     """Examples or pairs, `size` for each file; or `grouped`, all pairs of `size` prompts."""
     if not grouped:

@@ -32,7 +32,7 @@ def response_logps(decoder: Decoder, params: Params, rows: Rows) -> Float[Array,
     It is differentiable in `params`. The same function scores the opponent and trains the policy.
     """
     hidden, _ = forward(decoder, params, rows.tokens, rows.layout)
-    hidden = sharding.reshard(hidden, "batch", None, None)  # once, and not for every chunk
+    hidden = sharding.reshard(hidden, "batch", None, None)  # once in the forward pass, not for every chunk
     # The head is float32 outside of the loop, so that the gradients of the chunks are added up in float32.
     head = output_head(decoder, params).astype(jnp.float32)
     N, G, A = rows.lengths.shape

@@ -37,8 +37,8 @@ def test_files_are_written_at_the_stated_rate():
     # No model.path: the start is made here, and so there are two final checkpoints and two exports.
     assert phases["checkpoint"] == pytest.approx((3 * 8 + 4 + 4) * P / 2e9)
     assert phases["export"] == pytest.approx(2 * 2 * P / 2e9)
-    # KL needs the opponent's weights, and the iteration's own again.
-    assert phases["load"] == pytest.approx(2 * 4 * P / 1e9)
+    # KL needs the opponent's weights. Nothing needs those of the last iteration after it.
+    assert phases["load"] == pytest.approx(4 * P / 1e9)
     # Two samplers of two programs, human answers, pairs, the step.
     assert phases["compile"] == 7 * 7
     written = {name: size * GIB for name, size in answer["run"]["written_gib"].items()}
@@ -95,7 +95,7 @@ def test_memory_of_a_host():
     assert parts["checkpoint"] == pytest.approx(4 * 8 * P / shards)
     assert parts["loading"] == pytest.approx(4 * 4 * 32 * 4096 * 14336 / shards)  # the largest weight of all layers
     assert parts["export"] == 4 * GIB
-    assert parts["examples"] == 12_000_000
+    assert parts["examples"] == 240_000
     most = sum(parts[name] for name in ("process", "examples", "optimizer", "export"))
     assert parts["most"] == pytest.approx(most)
 

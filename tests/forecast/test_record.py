@@ -36,7 +36,8 @@ def test_all_attempts_of_a_run_are_added_up(tmp_path, monkeypatch):
         *_, last = record.each((0, 1))
         train(3)
         assert record.minutes(last) == (120 + 30 + 3) / 60
-        assert record.total() == {"train": 1 + 60 + 153}
+        assert record.total((-1, 0, 1)) == {"train": 1 + 60 + 153}
+        assert record.total((0,)) == {"train": 60}
 
 
 def test_what_is_off_by_more_than_30_percent_is_named():

@@ -16,14 +16,17 @@ from etils import epath
 from runs import ROOT, SHARED, Command, assert_same_run, read_metrics, read_pairs, weights
 
 from spin_jax import config, pairs
+from spin_jax.data.records import Example
 from spin_jax.forecast import sizes
 from spin_jax.forecast.job import assumed_work
 from spin_jax.models import cost
 from spin_jax.plan.planned_run import planned_run
 from spin_jax.report import tables
+from spin_jax.selfplay import announce
 from spin_jax.selfplay.algorithm import SelfPlay
 from spin_jax.selfplay.opponent import Opponent
 from spin_jax.selfplay.prepare import prepare
+from spin_jax.training.packing import RowShape
 
 STEP_KEYS = {
     "loss",
@@ -98,6 +101,27 @@ def test_the_phases_are_timed_beside_what_plan_expects(finished):
     lines = [line.split() for line in output.splitlines()]
     assert ["time", "expected", "took"] in lines
     assert {"compile", "train", "evaluation", "all"} <= {line[0] for line in lines if len(line) == 5}
+
+
+def test_fewer_iterations_are_compared_alone(finished, command, tmp_path):
+    """A finished run that is asked for one iteration less knows the times of a third, and expects none of it."""
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    lines = [line.split() for line in command(workdir, "--config.selfplay.iterations=1").splitlines()]
+    took = next(line for line in lines if line[:1] == ["sample"] and len(line) == 5)
+    seconds = json.loads((workdir / "times.json").read_text())
+    factor = {"s": 1, "ms": 1e-3}[took[4]]
+    assert float(took[3]) * factor == pytest.approx(seconds["0"]["sample"], rel=0.01, abs=1e-3)
+
+
+def test_pairs_by_which_times_are_expected_fit_the_rows_of_the_run():
+    """Prompts of 4 tokens, answers of 3 and of 60: the long one does not fit with answers of 20 beside it."""
+    ids = [np.zeros(size, np.int32) for size in (4, 3, 60)]
+    examples = [Example(number, [], ids[0], ids[1 + number]) for number in (0, 1)]
+    shape = RowShape(rows=1, length=32, groups=4)
+    c = types.SimpleNamespace(train=types.SimpleNamespace(batch_size=1))
+    run = types.SimpleNamespace(datasets=[examples], config=c, roles=("real", "generated"), pair_shape=shape)
+    pairs = announce.typical_pairs(run, 20.4)
+    assert [(len(pair.prompt), len(pair.real), len(pair.generated)) for pair in pairs] == [(4, 3, 20)]
 
 
 def test_plan_knows_the_bytes_of_a_run(finished):
