@@ -74,9 +74,8 @@ class JsonLines:
 
     @property
     def _fingerprint(self) -> str:
-        """As tables of `datasets` have one: the files with sizes and times, and a digest of the rows' places."""
-        found = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.cache_files]
-        return f"{found} {hashlib.sha256(self._places.data).hexdigest()}"
+        """As tables of `datasets` have one: a digest of the rows' places."""
+        return hashlib.sha256(self._places.data).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_opened": (-1, None)}  # another process opens the file itself
@@ -84,6 +83,12 @@ class JsonLines:
 
 _DEEPEST = 100  # levels of JSON; recursive code can walk a row of this depth
 _BOM = b"\xef\xbb\xbf"
+
+
+def stamp(file: str) -> tuple[str, int, int]:
+    """The path, size and time of a file, which tell when it is another."""
+    found = os.stat(file)
+    return os.path.abspath(file), found.st_size, found.st_mtime_ns
 
 
 def _row_places(file: str) -> Iterator[tuple[int, int, int]]:

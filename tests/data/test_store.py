@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -117,6 +118,26 @@ def test_what_makes_other_examples(cache, encoded, tmp_path):
     os.utime(path, ns=(1, 1))
     assert load(path, chat_of())[0][-1].messages[-1]["content"] == "7"
     assert len(encoded) == 8
+
+
+def test_other_content_of_a_saved_dataset_is_encoded_anew(cache, encoded, tmp_path):
+    """`datasets` stores a fingerprint with a saved table, which is the same for other content here."""
+    import datasets
+
+    path, chat = tmp_path / "saved", chat_of()
+    for answer in "12":
+        rows = datasets.Dataset.from_list([{"question": "q", "answer": answer}] * 3)
+        rows._fingerprint = "same"
+        shutil.rmtree(path, ignore_errors=True)
+        rows.save_to_disk(str(path))
+        for _ in range(2):
+            examples, _ = load(path, chat)
+            assert [example.messages[-1]["content"] for example in examples] == [answer] * 3
+    assert len(encoded) == 6
+    saved = sources.load_rows(str(path))
+    for chosen in ([0, 2], [2, 0]):  # of the same file
+        load_examples(saved.select(chosen), chat, path=str(path))
+    assert len(encoded) == 10
 
 
 def test_a_function_of_the_same_rows_is_encoded_once(cache, encoded):
