@@ -3,10 +3,12 @@
 import collections
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
 import sys
+import threading
 import types
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -70,7 +72,15 @@ _arguments: list[Any] = []  # of such a process: chat and options
 
 def _prepare(arguments: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _arguments.extend(pickle.loads(arguments))
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it has ended, also where that was killed."""
+    if parent := multiprocessing.parent_process():
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _encode(rows: Any, numbers: np.ndarray) -> list[Any]:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -191,6 +193,38 @@ def test_processes_encode_what_one_does(cache, tmp_path, monkeypatch, kind):
             load(path, chat)
     program = "import sys, spin_jax.data.tokenizing; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    """Also where it is killed in the middle of its work."""
+    program = """
+import os, pickle, signal, time
+from spin_jax.data import tokenizing
+pool = tokenizing._started(2, pickle.dumps([]))
+pool.submit(time.sleep, 600)
+print(*pool._processes, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", program]
+    with (tmp_path / "out").open("w+") as out:  # a pipe would stay open as long as the processes do
+        assert subprocess.run(command, stdout=out, check=False).returncode == -signal.SIGKILL
+    left = [int(one) for one in (tmp_path / "out").read_text().split()]
+    assert len(left) == 2
+    until = time.monotonic() + 60
+    while left and time.monotonic() < until:
+        left = [one for one in left if is_running(one)]
+        time.sleep(0.1)
+    for one in left:
+        os.kill(one, signal.SIGKILL)
+    assert not left
+
+
+def is_running(process):
+    try:
+        with open(f"/proc/{process}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_selections_are_those_of_lists(chat, tmp_path):
