@@ -22,10 +22,12 @@ class JsonLines:
     or UTF-32 if it begins with a byte-order mark. A row's number is that of its line, or its place in the document.
     """
 
-    def __init__(self, files: Sequence[str], places: np.ndarray):
+    def __init__(self, files: Sequence[str], places: np.ndarray, shared: dict[Any, BinaryIO] | None = None):
+        """`places` are int64 [rows, (file, number, first byte, bytes)]; `shared` is that of other rows of the files."""
         self.cache_files = files  # under the name that tables of `datasets` have for theirs
         self._opened: tuple[int, Any] = -1, None  # the file that was read last
-        self._places = places  # int64 [rows, (file, number, first byte, bytes)]
+        self._shared = {} if shared is None else shared  # the same for all selections: that file, by its `stamp`
+        self._places = places
 
     @classmethod
     def of(cls, files: Sequence[str]) -> "JsonLines":
@@ -47,7 +49,7 @@ class JsonLines:
         file, _, start, size = map(int, self._places[index])
         try:
             if self._opened[0] != file:
-                self._opened = file, _open(self.cache_files[file])
+                self._opened = file, self._file(self.cache_files[file])
             line = os.pread(self._opened[1].fileno(), size, start)
             if len(line) < size:
                 raise ValueError("the file has become shorter")
@@ -65,12 +67,21 @@ class JsonLines:
             raise ValueError(f"{self.place(index)}: {error}") from error
         return row
 
+    def _file(self, file: str) -> BinaryIO:
+        """The opened file; it is unpacked once where selections of the rows are read one after the other."""
+        key = stamp(file)
+        opened = self._shared.get(key)
+        if opened is None:
+            self._shared.clear()
+            self._shared[key] = opened = _open(file)
+        return opened
+
     def place(self, index: int) -> str:
         file, number, *_ = self._places[index]
         return f"{self.cache_files[file]}, row {number}"
 
     def select(self, indices: Iterable[int]) -> "JsonLines":
-        return JsonLines(self.cache_files, self._places[np.fromiter(indices, np.int64)])
+        return JsonLines(self.cache_files, self._places[np.fromiter(indices, np.int64)], self._shared)
 
     @property
     def _fingerprint(self) -> str:
@@ -78,7 +89,13 @@ class JsonLines:
         return hashlib.sha256(self._places.data).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_opened": (-1, None)}  # another process opens the file itself
+        return {**vars(self), "_opened": (-1, None), "_shared": None}  # another process opens the file itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _shared=_received)
+
+
+_received: dict[Any, BinaryIO] = {}  # the opened file of the rows that this process got from another one
 
 
 _DEEPEST = 100  # levels of JSON; recursive code can walk a row of this depth
