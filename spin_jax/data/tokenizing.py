@@ -12,6 +12,7 @@ import threading
 import types
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from spin_jax.data import sources, store
 from spin_jax.data.chat import Chat
 from spin_jax.data.examples import encode_rows
+from spin_jax.errors import EncodingKilled
 
 CHUNK = 512  # rows
 MANY = 20_000  # rows: to encode fewer takes no longer than to start other processes
@@ -50,6 +52,11 @@ def encode_chunks(rows: Any, chunks: Sequence[np.ndarray], chat: Chat, options: 
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise EncodingKilled(
+            f"{options['path']}: one of {count} processes that encode its rows was ended from outside, as Linux does "
+            "where memory runs out; give the run more memory, or fewer CPUs (taskset -c 0-3 ...), as each has a process"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -22,6 +22,7 @@ from spin_jax.data.chat import Chat
 from spin_jax.data.loading import load_examples
 from spin_jax.data.records import Lengths
 from spin_jax.data.store import Examples
+from spin_jax.errors import EncodingKilled
 
 DATED = "{{ strftime_now('%Y') if messages | length > 9 else '' }}"
 
@@ -216,6 +217,23 @@ def test_processes_encode_what_one_does(cache, tmp_path, monkeypatch, kind):
             load(path, chat)
     program = "import sys, spin_jax.data.tokenizing; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_killed_process_has_an_error_with_advice(cache, tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "rows.jsonl", tiny.problems(50))
+    start, pools = tokenizing._started, []
+
+    def started(*args):
+        pools.append(start(*args))
+        os.kill(next(iter(pools[0]._processes)), signal.SIGKILL)
+        return pools[0]
+
+    monkeypatch.setattr(tokenizing, "MANY", 0)
+    monkeypatch.setattr(tokenizing, "CHUNK", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(tokenizing, "_started", started)
+    with pytest.raises(EncodingKilled, match=r"rows.jsonl: one of 2 processes .* more memory, or fewer CPUs"):
+        load(path, chat_of())
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path):
