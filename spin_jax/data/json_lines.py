@@ -23,11 +23,10 @@ class JsonLines:
     """
 
     def __init__(self, files: Sequence[str], places: np.ndarray, shared: dict[Any, BinaryIO] | None = None):
-        """`places` are int64 [rows, (file, number, first byte, bytes)]; `shared` is that of other rows of the files."""
         self.cache_files = files  # under the name that tables of `datasets` have for theirs
         self._opened: tuple[int, Any] = -1, None  # the file that was read last
-        self._shared = {} if shared is None else shared  # the same for all selections: that file, by its `stamp`
-        self._places = places
+        self._shared = {} if shared is None else shared  # one for all selections: that file, opened, by its `stamp`
+        self._places = places  # int64 [rows, (file, number, first byte, bytes)]
 
     @classmethod
     def of(cls, files: Sequence[str]) -> "JsonLines":
@@ -49,7 +48,11 @@ class JsonLines:
         file, _, start, size = map(int, self._places[index])
         try:
             if self._opened[0] != file:
-                self._opened = file, self._file(self.cache_files[file])
+                path = self.cache_files[file]
+                if (key := stamp(path)) not in self._shared:
+                    self._shared.clear()
+                    self._shared[key] = _open(path)
+                self._opened = file, self._shared[key]
             line = os.pread(self._opened[1].fileno(), size, start)
             if len(line) < size:
                 raise ValueError("the file has become shorter")
@@ -66,15 +69,6 @@ class JsonLines:
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.place(index)}: {error}") from error
         return row
-
-    def _file(self, file: str) -> BinaryIO:
-        """The opened file; it is unpacked once where selections of the rows are read one after the other."""
-        key = stamp(file)
-        opened = self._shared.get(key)
-        if opened is None:
-            self._shared.clear()
-            self._shared[key] = opened = _open(file)
-        return opened
 
     def place(self, index: int) -> str:
         file, number, *_ = self._places[index]
@@ -96,16 +90,13 @@ class JsonLines:
 
 
 _received: dict[Any, BinaryIO] = {}  # the opened file of the rows that this process got from another one
-
-
 _DEEPEST = 100  # levels of JSON; recursive code can walk a row of this depth
 _BOM = b"\xef\xbb\xbf"
 
 
 def stamp(file: str) -> tuple[str, int, int]:
     """The path, size and time of a file, which tell when it is another."""
-    found = os.stat(file)
-    return os.path.abspath(file), found.st_size, found.st_mtime_ns
+    return os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns
 
 
 def _row_places(file: str) -> Iterator[tuple[int, int, int]]:

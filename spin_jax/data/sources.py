@@ -182,11 +182,8 @@ def part(rows: Any, numbers: np.ndarray) -> Any:
 
 
 def identity(rows: Any) -> object:
-    """What tells these rows from others; None for a list, where only reading all of it would tell.
-
-    The fingerprint of a table that `save_to_disk` wrote may be that of a table with other content, so files count too.
-    """
-    fingerprint = getattr(rows, "_fingerprint", None)
+    """What tells these rows from others; None for a list, where only reading all of it would tell."""
+    fingerprint = getattr(rows, "_fingerprint", None)  # tables of `save_to_disk` with other content may have the same
     files = (file["filename"] if isinstance(file, dict) else file for file in getattr(rows, "cache_files", ()))
     return fingerprint and (fingerprint, [stamp(file) for file in files])
 

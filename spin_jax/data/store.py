@@ -6,15 +6,12 @@ under a name that stands for all that they are made from.
 
 import contextlib
 import functools
-import glob
 import hashlib
 import itertools
 import json
 import mmap
 import os
 import tempfile
-import time
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -236,22 +233,11 @@ def _with_record(table: pa.Table, record: dict[str, Any]) -> pa.Table:
 
 
 def _keep(name: str, table: pa.Table) -> None:
-    """Writes the cache's file of this name, if it can be written. Another process may do the same.
-
-    A whole file is not replaced: on a network file system, processes that have mapped it could no longer read it.
-    """
+    """Writes the cache's file of this name, if it can be. A whole one stays, as other processes may have mapped it."""
     if not name or find(name) is not None:
         return
-    folder = _cache()
-    unfinished = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
-    with contextlib.suppress(OSError):
-        for file in glob.glob(os.path.join(glob.escape(folder), ".*.tmp")):  # of a killed run
-            if os.path.getmtime(file) < time.time() - 24 * 60 * 60:
-                os.remove(file)
-    with contextlib.suppress(OSError):
-        with pa.ipc.new_file(unfinished, table.schema) as writer:
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=_cache()) as folder:
+        with pa.ipc.new_file(os.path.join(folder, name), table.schema) as writer:
             writer.write_table(table)
         if find(name) is None:
-            os.replace(unfinished, os.path.join(folder, f"{name}.arrow"))
-    with contextlib.suppress(OSError):
-        os.remove(unfinished)
+            os.replace(os.path.join(folder, name), os.path.join(_cache(), f"{name}.arrow"))

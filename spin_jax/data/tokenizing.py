@@ -11,8 +11,7 @@ import sys
 import threading
 import types
 from collections.abc import Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,7 @@ def encode_chunks(rows: Any, chunks: Sequence[np.ndarray], chat: Chat, options: 
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool:
+    except BrokenExecutor:
         raise EncodingKilled(
             f"{options['path']}: one of {count} processes that encode its rows was ended from outside, as Linux does "
             "where memory runs out; give the run more memory, or fewer CPUs (taskset -c 0-3 ...), as each has a process"
@@ -85,9 +84,8 @@ def _prepare(arguments: bytes) -> None:
 
 def _end_with_parent() -> None:
     """Ends this process when the one that started it has ended, also where that was killed."""
-    if parent := multiprocessing.parent_process():
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])  # pyright: ignore
+    os._exit(1)
 
 
 def _encode(rows: Any, numbers: np.ndarray) -> list[Any]:
