@@ -88,6 +88,10 @@ class EngineRefused(BadInput, RuntimeError):
     """A server of sampling.engine refuses a request, and would refuse it again."""
 
 
+class EncodingKilled(SpinJaxError, RuntimeError):
+    """A process that encoded rows was ended from outside; the message says what to do."""
+
+
 class CompilerFailed(SpinJaxError):
     """The compiler failed on a program for a reason other than memory."""
 

@@ -22,9 +22,10 @@ class JsonLines:
     or UTF-32 if it begins with a byte-order mark. A row's number is that of its line, or its place in the document.
     """
 
-    def __init__(self, files: Sequence[str], places: np.ndarray):
+    def __init__(self, files: Sequence[str], places: np.ndarray, shared: dict[Any, BinaryIO] | None = None):
         self.cache_files = files  # under the name that tables of `datasets` have for theirs
         self._opened: tuple[int, Any] = -1, None  # the file that was read last
+        self._shared = {} if shared is None else shared  # one for all selections: that file, opened, by its `stamp`
         self._places = places  # int64 [rows, (file, number, first byte, bytes)]
 
     @classmethod
@@ -47,7 +48,11 @@ class JsonLines:
         file, _, start, size = map(int, self._places[index])
         try:
             if self._opened[0] != file:
-                self._opened = file, _open(self.cache_files[file])
+                path = self.cache_files[file]
+                if (key := stamp(path)) not in self._shared:
+                    self._shared.clear()
+                    self._shared[key] = _open(path)
+                self._opened = file, self._shared[key]
             line = os.pread(self._opened[1].fileno(), size, start)
             if len(line) < size:
                 raise ValueError("the file has become shorter")
@@ -70,20 +75,28 @@ class JsonLines:
         return f"{self.cache_files[file]}, row {number}"
 
     def select(self, indices: Iterable[int]) -> "JsonLines":
-        return JsonLines(self.cache_files, self._places[np.fromiter(indices, np.int64)])
+        return JsonLines(self.cache_files, self._places[np.fromiter(indices, np.int64)], self._shared)
 
     @property
     def _fingerprint(self) -> str:
-        """As tables of `datasets` have one: the files with sizes and times, and a digest of the rows' places."""
-        found = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.cache_files]
-        return f"{found} {hashlib.sha256(self._places.data).hexdigest()}"
+        """As tables of `datasets` have one: a digest of the rows' places."""
+        return hashlib.sha256(self._places.data).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_opened": (-1, None)}  # another process opens the file itself
+        return {**vars(self), "_opened": (-1, None), "_shared": None}  # another process opens the file itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _shared=_received)
 
 
+_received: dict[Any, BinaryIO] = {}  # the opened file of the rows that this process got from another one
 _DEEPEST = 100  # levels of JSON; recursive code can walk a row of this depth
 _BOM = b"\xef\xbb\xbf"
+
+
+def stamp(file: str) -> tuple[str, int, int]:
+    """The path, size and time of a file, which tell when it is another."""
+    return os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns
 
 
 def _row_places(file: str) -> Iterator[tuple[int, int, int]]:

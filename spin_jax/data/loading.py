@@ -53,7 +53,7 @@ def load_examples(
 
     def look_up() -> tuple[str, Examples | None]:
         choice = len(rows), None if whole else (limit, seed), sorted(options.items())
-        source = getattr(rows, "_fingerprint", None)  # only reading all rows would tell what is in a list of them
+        source = sources.identity(rows)
         name = store.name_of([_sources(), source, chat.identity(), choice]) if source else ""
         return name, store.find(name)
 

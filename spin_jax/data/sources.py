@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin_jax.data import folders
-from spin_jax.data.json_lines import JsonLines
+from spin_jax.data.json_lines import JsonLines, stamp
 from spin_jax.data.records import without_nulls
 from spin_jax.runtime.user_code import called
 
@@ -79,7 +79,7 @@ def _saved_rows(path: str, split: str) -> Any:
     import datasets
 
     try:
-        rows = datasets.load_from_disk(path)
+        rows = datasets.load_from_disk(path, keep_in_memory=False)  # so that `identity` sees its files
     except Exception as error:  # the error depends on which part is damaged
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(rows, datasets.DatasetDict):
@@ -179,6 +179,13 @@ def place(rows: Any, index: int, path: str, number: int | None = None) -> str:
 def part(rows: Any, numbers: np.ndarray) -> Any:
     """The rows with these numbers, which another process can get."""
     return rows.select(numbers) if hasattr(rows, "select") else [rows[number] for number in numbers]
+
+
+def identity(rows: Any) -> object:
+    """What tells these rows from others; None for a list, where only reading all of it would tell."""
+    fingerprint = getattr(rows, "_fingerprint", None)  # tables of `save_to_disk` with other content may have the same
+    files = (file["filename"] if isinstance(file, dict) else file for file in getattr(rows, "cache_files", ()))
+    return fingerprint and (fingerprint, [stamp(file) for file in files])
 
 
 def pinned(path: str, revision: str | None) -> str | None:

@@ -233,10 +233,11 @@ def _with_record(table: pa.Table, record: dict[str, Any]) -> pa.Table:
 
 
 def _keep(name: str, table: pa.Table) -> None:
-    """Writes the cache's file of this name, if it can be written. Another process may do the same."""
-    if not name:
+    """Writes the cache's file of this name, if it can be. A whole one stays, as other processes may have mapped it."""
+    if not name or find(name) is not None:
         return
     with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=_cache()) as folder:
         with pa.ipc.new_file(os.path.join(folder, name), table.schema) as writer:
             writer.write_table(table)
-        os.replace(os.path.join(folder, name), os.path.join(_cache(), f"{name}.arrow"))
+        if find(name) is None:
+            os.replace(os.path.join(folder, name), os.path.join(_cache(), f"{name}.arrow"))

@@ -3,13 +3,15 @@
 import collections
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
 import sys
+import threading
 import types
 from collections.abc import Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import numpy as np
 from spin_jax.data import sources, store
 from spin_jax.data.chat import Chat
 from spin_jax.data.examples import encode_rows
+from spin_jax.errors import EncodingKilled
 
 CHUNK = 512  # rows
 MANY = 20_000  # rows: to encode fewer takes no longer than to start other processes
@@ -48,6 +51,11 @@ def encode_chunks(rows: Any, chunks: Sequence[np.ndarray], chat: Chat, options: 
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenExecutor:
+        raise EncodingKilled(
+            f"{options['path']}: one of {count} processes that encode its rows was ended from outside, as Linux does "
+            "where memory runs out; give the run more memory, or fewer CPUs (taskset -c 0-3 ...), as each has a process"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -70,7 +78,14 @@ _arguments: list[Any] = []  # of such a process: chat and options
 
 def _prepare(arguments: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _arguments.extend(pickle.loads(arguments))
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it has ended, also where that was killed."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])  # pyright: ignore
+    os._exit(1)
 
 
 def _encode(rows: Any, numbers: np.ndarray) -> list[Any]:

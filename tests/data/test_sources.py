@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import os
+import pickle
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from dataset_rows import write_jsonl
 
-from spin_jax.data import sources
+from spin_jax.data import json_lines, sources
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "directory", "save_to_disk", "dict"])
@@ -112,6 +115,30 @@ def test_json_documents(tmp_path, kind, suffix):
     for bom in ("", "\ufeff"):
         (tmp_path / f"rows.{suffix}").write_text(bom + text, encoding="utf-8")
         assert list(sources.load_rows(str(tmp_path / f"rows.{suffix}"))) == expected
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_a_file_is_unpacked_once_for_all_selections(tmp_path, monkeypatch, sent):
+    """Also where a process gets the selections from another one; and anew when the file is another."""
+    path, opened = tmp_path / "rows.jsonl.gz", []
+    spy = lambda file, unpack=json_lines._open: opened.append(file) or unpack(file)  # noqa: E731
+
+    def write(first):
+        path.write_bytes(gzip.compress(b"".join(b'{"n": %d}\n' % n for n in range(first, first + 9))))
+        os.utime(path, ns=(first, first))
+
+    def read():
+        parts = [sources.part(rows, np.arange(start, start + 3)) for start in (0, 3, 6)]
+        return [row["n"] for part in parts for row in (pickle.loads(pickle.dumps(part)) if sent else part)]
+
+    write(0)
+    rows = sources.load_rows(str(path))
+    monkeypatch.setattr(json_lines, "_open", spy)
+    assert read() == read() == list(range(9))
+    assert len(opened) == 1
+    write(1)
+    assert read() == list(range(1, 10))
+    assert len(opened) == 2
 
 
 def test_broken_documents(tmp_path):

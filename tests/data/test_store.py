@@ -5,8 +5,11 @@ import datetime
 import hashlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from spin_jax.data.chat import Chat
 from spin_jax.data.loading import load_examples
 from spin_jax.data.records import Lengths
 from spin_jax.data.store import Examples
+from spin_jax.errors import EncodingKilled
 
 DATED = "{{ strftime_now('%Y') if messages | length > 9 else '' }}"
 
@@ -119,6 +123,26 @@ def test_what_makes_other_examples(cache, encoded, tmp_path):
     assert len(encoded) == 8
 
 
+def test_other_content_of_a_saved_dataset_is_encoded_anew(cache, encoded, tmp_path):
+    """`datasets` stores a fingerprint with a saved table, which is the same for other content here."""
+    import datasets
+
+    path, chat = tmp_path / "saved", chat_of()
+    for answer in "12":
+        rows = datasets.Dataset.from_list([{"question": "q", "answer": answer}] * 3)
+        rows._fingerprint = "same"
+        shutil.rmtree(path, ignore_errors=True)
+        rows.save_to_disk(str(path))
+        for _ in range(2):
+            examples, _ = load(path, chat)
+            assert [example.messages[-1]["content"] for example in examples] == [answer] * 3
+    assert len(encoded) == 6
+    saved = sources.load_rows(str(path))
+    for chosen in ([0, 2], [2, 0]):  # of the same file
+        load_examples(saved.select(chosen), chat, path=str(path))
+    assert len(encoded) == 10
+
+
 def test_a_function_of_the_same_rows_is_encoded_once(cache, encoded):
     for _ in range(2):
         load("spin_jax.tiny:problems", chat_of(), limit=30)
@@ -133,6 +157,25 @@ def test_a_damaged_file_is_made_again(cache, encoded, tmp_path):
     for _ in range(2):
         assert list(map(fields, load(path, chat_of())[0])) == expected
     assert len(encoded) == 6
+    assert list(cache.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_whole_file_is_not_replaced(cache, tmp_path, monkeypatch, when):
+    """As another process may have mapped it."""
+    path, chat = write_jsonl(tmp_path / "rows.jsonl", ROWS[:3]), chat_of()
+    expected = list(map(fields, load(path, chat)[0]))
+    (file,) = cache.iterdir()
+    inode, found, find = file.stat().st_ino, [], store.find
+    unseen = 1 if when == "before" else 2  # in load_examples, and in `_keep` before it writes
+
+    def late(name):
+        found.append(name)
+        return find(name) if len(found) > unseen else None
+
+    monkeypatch.setattr(store, "find", late)
+    assert list(map(fields, load(path, chat)[0])) == expected
+    assert file.stat().st_ino == inode
     assert list(cache.iterdir()) == [file]
 
 
@@ -170,6 +213,55 @@ def test_processes_encode_what_one_does(cache, tmp_path, monkeypatch, kind):
             load(path, chat)
     program = "import sys, spin_jax.data.tokenizing; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_killed_process_has_an_error_with_advice(cache, tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "rows.jsonl", tiny.problems(50))
+    start, pools = tokenizing._started, []
+
+    def started(*args):
+        pools.append(start(*args))
+        os.kill(next(iter(pools[0]._processes)), signal.SIGKILL)
+        return pools[0]
+
+    monkeypatch.setattr(tokenizing, "MANY", 0)
+    monkeypatch.setattr(tokenizing, "CHUNK", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(tokenizing, "_started", started)
+    with pytest.raises(EncodingKilled, match=r"rows.jsonl: one of 2 processes .* more memory, or fewer CPUs"):
+        load(path, chat_of())
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    """Also where it is killed in the middle of its work."""
+    program = """
+import os, pickle, signal, time
+from spin_jax.data import tokenizing
+pool = tokenizing._started(2, pickle.dumps([]))
+pool.submit(time.sleep, 600)
+print(*pool._processes, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", program]
+    with (tmp_path / "out").open("w+") as out:  # a pipe would stay open as long as the processes do
+        assert subprocess.run(command, stdout=out, check=False).returncode == -signal.SIGKILL
+    left = [int(one) for one in (tmp_path / "out").read_text().split()]
+    assert len(left) == 2
+    until = time.monotonic() + 60
+    while left and time.monotonic() < until:
+        left = [one for one in left if is_running(one)]
+        time.sleep(0.1)
+    for one in left:
+        os.kill(one, signal.SIGKILL)
+    assert not left
+
+
+def is_running(process):
+    try:
+        with open(f"/proc/{process}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_selections_are_those_of_lists(chat, tmp_path):
