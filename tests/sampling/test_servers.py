@@ -21,6 +21,7 @@ from spin_jax.sampling import servers
 from spin_jax.sampling.next_token import Sampling
 from spin_jax.sampling.server_process import ServerProcess
 from spin_jax.sampling.servers import Protocol, Request, Servers
+from spin_jax.selfplay.prepare import prepare
 
 STOPS = (2, 7)
 MODEL = "/data/run/iteration_0/model"
@@ -340,6 +341,15 @@ def test_an_opponent_that_is_in_no_folder_is_refused():
     config.resolve({**keys, "sampling": {"engine": "ours"}})
     with pytest.raises(ConfigError, match=r"selfplay.opponent_decay: an outside engine needs the opponent as a folder"):
         config.resolve({**keys, "model": {"path": "M"}, "selfplay": {"opponent_decay": 0.5}})
+
+
+def test_a_command_needs_a_workdir_on_a_disk():
+    command = "vllm serve {model} --port {port}"
+    keys = {"model": {"path": "M"}, "data": {"path": "D"}, "sampling": {"command": command}}
+    with pytest.raises(
+        ValueError, match=r"no model in gs://bucket/run: take a --workdir on a disk, or sampling.engine"
+    ):
+        prepare(config.resolve(keys), "gs://bucket/run")
 
 
 def test_addresses():
