@@ -206,7 +206,7 @@ def default() -> Any:
     # OPENAI_API_KEY. Held-out answers are always those of our own engine. Unset: ours.
     c.sampling.engine = placeholder(str)
     # In place of it, a shell command that starts such a server for each iteration: vllm serve {model} --port {port}.
-    # The run fills in the folder and a free port, and stops it afterwards; launch/README.md has more.
+    # The run fills in the folder, which is on a disk, and a free port, and stops it; launch/README.md has more.
     c.sampling.command = placeholder(str)
     # A server that does not start, or does not answer, within this many seconds is given up.
     c.sampling.timeout_s = 1200

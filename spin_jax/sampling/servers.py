@@ -2,7 +2,7 @@
 
 Token ids go out and token ids come back (`return_token_ids`), so that nothing is tokenized twice. Each request has a
 seed of its own, so that its answer depends neither on the order of the requests nor on what was answered before. A
-request that fails is sent again, to whichever server is free, and every answer is checked.
+request that fails is sent again, to a server that has not failed at it where there is one. Every answer is checked.
 """
 
 import collections
@@ -100,7 +100,11 @@ class _Server:
         self._lock = threading.Lock()
         self._name: str | None = None  # that the server gives the model; None while it is not known to be there
         self.good_at = time.monotonic()  # the time of the last answer, or of the first request
+        self.failures = 0  # in a row; those of a server that is busy or away do not count
         self.problem, self.is_gone = "", False
+
+    def is_ready(self) -> bool:
+        return self._name is not None and not self.is_gone
 
     def wait_until_ready(self, closed: threading.Event) -> str | None:
         """Returns the server's name for the model once it offers it; None if it is given up or `closed` is set."""
@@ -117,11 +121,11 @@ class _Server:
                     closed.wait(_pause(pauses))
             return None if self.is_gone or closed.is_set() else self._name
 
-    def note_failure(self, problem: str, is_away: bool = False) -> None:
-        """Gives the server up where nothing succeeded for too long."""
+    def note_failure(self, problem: str, is_away: bool = False, is_hopeless: bool = False) -> None:
+        """Gives the server up where it is hopeless, or nothing succeeded for too long."""
         self.problem = f"{self.address}: {problem}"
         self._name = None if is_away else self._name
-        if not self.is_gone and time.monotonic() - self.good_at >= self.protocol.timeout_s:
+        if not self.is_gone and (is_hopeless or time.monotonic() - self.good_at >= self.protocol.timeout_s):
             self.is_gone = True
             processes.say(f"{self.problem}. This server is given up")
 
@@ -144,7 +148,7 @@ class _Server:
                 )
             case _:
                 raise _TryAgain(f"{request.name}: one answer was asked for, and the server sent {str(said)[:200]}")
-        self.good_at = time.monotonic()
+        self.good_at, self.failures = time.monotonic(), 0
         return np.array(ids, np.int32)
 
     def _offered(self) -> str:
@@ -206,7 +210,7 @@ def _unfit(ids: list, max_tokens: int, protocol: Protocol, reason: Any, is_promp
 
 def _pause(failures: int) -> float:
     """Seconds to wait after so many failures: twice as long each time, and not the same in all threads."""
-    return min(0.25 * 2**failures, _LONGEST_PAUSE_S) * random.uniform(0.5, 1)
+    return min(0.25 * 2 ** min(failures, 10), _LONGEST_PAUSE_S) * random.uniform(0.5, 1)
 
 
 class _Work:
@@ -215,7 +219,8 @@ class _Work:
     def __init__(self, servers: Sequence[_Server], check: Callable[[], object], requests: Sequence[Request]):
         self.answers: list[Ids] = [np.zeros(0, np.int32)] * len(requests)
         self._servers, self._check, self._requests = servers, check, requests
-        self._waiting, self._failures = collections.deque(range(len(requests))), collections.Counter[int]()
+        self._waiting = collections.deque(range(len(requests)))
+        self._failures = collections.Counter[tuple[int, _Server]]()
         self._done = self._tokens = 0
         self._error: Exception | None = None
         self._changed, self._closed = threading.Condition(), threading.Event()
@@ -243,8 +248,10 @@ class _Work:
 
     def _run(self, server: _Server) -> None:
         try:
-            while (model := server.wait_until_ready(self._closed)) and (number := self._next()) is not None:
+            while (model := server.wait_until_ready(self._closed)) and (number := self._next(server)) is not None:
                 self._answer(server, model, number)
+            with self._changed:
+                self._changed.notify_all()  # where this server is given up, others get its requests
             if all(each.is_gone for each in self._servers):
                 problems = "; ".join(each.problem for each in self._servers)
                 raise EngineFailed(f"no server of sampling.engine answers any more. {problems}")
@@ -253,25 +260,46 @@ class _Work:
                 self._error = self._error or error
                 self._changed.notify_all()
 
-    def _next(self) -> int | None:
-        """The number of the next request; None when there is none to come."""
+    def _next(self, server: _Server) -> int | None:
+        """The number of the server's next request; None when there is none to come."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed.is_set())
-            return None if self._closed.is_set() else self._waiting.popleft()
+            while not self._closed.is_set() and not server.is_gone:
+                for number in self._waiting:
+                    if not self._failures[number, server] or not self._others(number):
+                        self._waiting.remove(number)
+                        return number
+                self._changed.wait()
+            return None
+
+    def _others(self, number: int) -> bool:
+        """Whether a server that is there has not failed at this request."""
+        return any(each.is_ready() and not self._failures[number, each] for each in self._servers)
 
     def _answer(self, server: _Server, model: str, number: int) -> None:
         try:
             answer = server.complete(model, self._requests[number])
         except _TryAgain as again:
-            server.note_failure(str(again), again.is_away)
-            self._failures[number] += not again.is_busy
-            if self._failures[number] >= _TRIES:
-                said = f"{server.address} failed at the same request {_TRIES} times. {again}"
-                raise EngineFailed(f"{said}. See the server's log; the answers that are in files are kept") from again
-            self._closed.wait(_pause(3 if again.is_busy else self._failures[number]))
+            with self._changed:
+                self._failures[number, server] += not again.is_busy
+                server.failures += not (again.is_busy or again.is_away)
+                rounds = server.failures // server.protocol.at_once
+                has_spare = any(not each.is_gone for each in self._servers if each is not server)
+                server.note_failure(str(again), again.is_away, is_hopeless=has_spare and rounds >= _TRIES)
+                failed = [each for each in self._servers if self._failures[number, each]]
+                failures = sum(self._failures[number, each] for each in failed)
+                is_for_others = not again.is_busy and self._others(number)
+            if failures >= _TRIES and all(each.is_gone or each in failed for each in self._servers):
+                said = f"{' and '.join(each.address for each in failed)} failed at the same request {failures} times"
+                advice = "See the server's log; the answers that are in files are kept"
+                raise EngineFailed(f"{said}. {again}. {advice}") from again
+            pause = _pause(3 if again.is_busy else max(failures, rounds))
+            if not is_for_others:
+                self._closed.wait(pause)
             with self._changed:
                 self._waiting.appendleft(number)
                 self._changed.notify_all()
+            if is_for_others:
+                self._closed.wait(pause)
         else:
             with self._changed:
                 self.answers[number] = answer

@@ -6,7 +6,6 @@ programs serves them. Where sampling.engine or sampling.command is set, servers 
 
 import contextlib
 import functools
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -79,8 +78,7 @@ class Engine:
         with contextlib.ExitStack() as stack:
             if c.command:
                 self.free(params)  # the server may need the memory of these devices
-                params, folder = None, str(run.folder(t))
-                log = Path(tempfile.mkdtemp() if "://" in folder else folder) / "engine.log"
+                params, log = None, Path(run.folder(t)) / "engine.log"
                 start = functools.partial(ServerProcess, c.command, model, log)
                 if process := processes.together(lambda: start() if processes.first() else None):
                     stack.callback(process.stop)

@@ -162,6 +162,9 @@ def prepare(config: Config, workdir: str | None) -> Prepared:
         ValueError, FileNotFoundError: what is wrong, with the key, or the file and row.
     """
     place = workdir or "."
+    if config.sampling.command and "://" in place:
+        way_out = "take a --workdir on a disk, or sampling.engine with servers that you start"
+        raise ValueError(f"sampling.command starts a server, which can open no model in {place}: {way_out}")
     root = epath.Path(place if "://" in place else os.path.abspath(os.path.expanduser(place)))
     began = (files.read_agreed(root / "config.json") if workdir else None) or {}
     if began and not (isinstance(began, dict) and isinstance(began.get("config"), dict)):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import completion_server
 import numpy as np
 import pytest
 from completion_server import FAULTS, Server, answer
@@ -20,6 +21,7 @@ from spin_jax.sampling import servers
 from spin_jax.sampling.next_token import Sampling
 from spin_jax.sampling.server_process import ServerProcess
 from spin_jax.sampling.servers import Protocol, Request, Servers
+from spin_jax.selfplay.prepare import prepare
 
 STOPS = (2, 7)
 MODEL = "/data/run/iteration_0/model"
@@ -194,6 +196,41 @@ def test_a_dead_server_is_left_out_and_the_last_one_ends_the_run(serve, capsys):
     assert "refused. This server is given up" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("fault", ["500", "beyond", "closed"])
+@pytest.mark.parametrize("count", [3, 100])
+def test_a_server_that_fails_each_time_is_left_out(count, fault, serve, monkeypatch, capsys):
+    """The good one is slow, and nevertheless gets all requests. Where the bad one is alone, it ends the run."""
+    good, bad, asked = serve(), serve(), requests(count)
+    complete = completion_server._Handler.complete
+
+    def misbehave(self, server, body):
+        if server is good:
+            time.sleep(0.1)
+            return complete(self, server, body)
+        time.sleep(0.3 if len(server.asked) <= 4 else 0)  # until the good one is known to be there
+        if fault == "closed":
+            self.close_connection = True
+            return None
+        return self.send(500 if fault == "500" else 200, {"choices": [{"token_ids": [999], "prompt_token_ids": [1]}]})
+
+    monkeypatch.setattr(completion_server._Handler, "complete", misbehave)
+    assert ask([bad.address, good.address], asked) == expected(asked)
+    seeds = [body["seed"] for body in bad.asked]
+    assert len(seeds) == len(set(seeds)) > 0  # none is sent there twice
+    is_given_up = f"{bad.address}: " in (said := capsys.readouterr().out) and "This server is given up" in said
+    assert is_given_up == (count == 100 and fault != "closed")
+    assert good.address not in said
+    with pytest.raises(EngineFailed, match="failed at the same request 8 times"):
+        ask([bad.address], asked)
+
+
+def test_a_request_that_fails_everywhere_ends_the_run(serve):
+    mine = [serve(refuses=(500, "broken")) for _ in range(2)]
+    with pytest.raises(EngineFailed, match=r"http.* and http.* failed at the same request 8 times") as caught:
+        ask([server.address for server in mine], requests(1))
+    assert all(server.address in str(caught.value) and server.asked for server in mine)
+
+
 def test_a_silent_server_is_given_up(serve, monkeypatch):
     monkeypatch.setattr("completion_server._Handler.complete", lambda self, *_: time.sleep(30))
     with pytest.raises(EngineFailed, match="ReadTimeoutError"):
@@ -304,6 +341,15 @@ def test_an_opponent_that_is_in_no_folder_is_refused():
     config.resolve({**keys, "sampling": {"engine": "ours"}})
     with pytest.raises(ConfigError, match=r"selfplay.opponent_decay: an outside engine needs the opponent as a folder"):
         config.resolve({**keys, "model": {"path": "M"}, "selfplay": {"opponent_decay": 0.5}})
+
+
+def test_a_command_needs_a_workdir_on_a_disk():
+    command = "vllm serve {model} --port {port}"
+    keys = {"model": {"path": "M"}, "data": {"path": "D"}, "sampling": {"command": command}}
+    with pytest.raises(
+        ValueError, match=r"no model in gs://bucket/run: take a --workdir on a disk, or sampling.engine"
+    ):
+        prepare(config.resolve(keys), "gs://bucket/run")
 
 
 def test_addresses():
