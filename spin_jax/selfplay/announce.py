@@ -135,8 +135,8 @@ def typical_pairs(prepared: Prepared, response_tokens: float | None) -> list[Pai
     length = response_tokens or np.mean([len(example.real) for example in chosen])
     new = np.zeros(max(round(length), 1), np.int32)
     pairs = [Pair(n, 0, [], [], e.prompt, e.real, new, truncated=False, start=new) for n, e in enumerate(chosen)]
-    fits = (group_sizes([pair_group(pair, roles) for pair in pairs]) <= prepared.pair_shape.capacity).all(axis=1)
-    return [pair for pair, fitting in zip(pairs, fits, strict=True) if fitting]
+    fits = np.all(group_sizes([pair_group(pair, roles) for pair in pairs]) <= prepared.pair_shape.capacity, axis=1)
+    return [pairs[n] for n in np.flatnonzero(fits)]
 
 
 def _disk(prepared: Prepared, finished: int) -> str:
