@@ -21,7 +21,8 @@ The programs of the run are compiled for the topology. No TPU or GPU is needed: 
 with jax[tpu], the compiler for GPUs with jax[cuda13] or with jax-cuda13-plugin alone. Without the plugin,
 memory on GPUs comes from arithmetic, and the answer says so. The plan assumes the lengths of
 `lengths.expected`, and room for the longest pairs that `lengths` allows. Times come from a roofline at the
-efficiencies above. Reading and tokenizing the data, the tasks of eval.tasks and pushes to the hub do not count.
+efficiencies above. Reading and tokenizing the data, the tasks of eval.tasks and pushes to the hub do not
+count.
 
 On a machine without a GPU, XLA cannot time kernels to choose between them (autotuning), cuDNN's kernels are
 not compiled, and no kernel is assembled to machine code. Memory is compared with the 92% of the card that

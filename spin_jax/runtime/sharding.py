@@ -257,16 +257,17 @@ def by_rows_and_heads(run: Callable[..., jax.Array], *operands: jax.Array) -> ja
     if mesh.empty:
         return run(*operands)
     q, k, v, *others = operands
-    heads = PartitionSpec(RULES["batch"], _mesh_axes("tokens", mesh.shape), _heads_axis(k.shape[2]), None)
+    # It names `context` also where that is one device, or gradients would be summed over it.
+    heads = PartitionSpec(RULES["batch"], RULES["tokens"], _heads_axis(k.shape[2]), None)
     q, k, v = (jax.sharding.reshard(x, heads) for x in (q, k, v))
     specs = (PartitionSpec(heads[2]) if x.ndim == 1 else PartitionSpec(RULES["batch"]) for x in others)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, *others: jax.Array) -> jax.Array:
         return run(q, all_tokens(k), all_tokens(v), *others)
 
-    return jax.shard_map(local, in_specs=(heads, heads, heads, *specs), out_specs=heads, check_vma=False)(
-        q, k, v, *others
-    )
+    specs = (heads, heads, heads, *specs)
+    out = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, *others)
+    return jax.sharding.reshard(out, PartitionSpec(heads[0], _mesh_axes("tokens", mesh.shape), *heads[2:]))
 
 
 def all_tokens(x: jax.Array) -> jax.Array:
