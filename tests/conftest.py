@@ -1,7 +1,9 @@
 """Fixtures that the suite shares: meshes, tokenizers, and checkpoints that transformers wrote."""
 
 import copy
+import gc
 import os
+import pathlib
 
 # They are read when the libraries are imported, hence before anything else. Eight devices are only
 # offered: a test that asks for `mesh` uses one.
@@ -35,6 +37,16 @@ _SLOW = ("algorithm", "kill", "outside_engine", "families", "held_out", "durable
 def pytest_collection_modifyitems(items):
     order = [f"test_{name}" for name in _SLOW]
     items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_freed():
+    """A process may map 65,530 pieces of memory (vm.max_map_count), and XLA crashes where its programs take more."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)
