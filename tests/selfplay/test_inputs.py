@@ -92,7 +92,7 @@ def test_steps_to_profile_that_no_iteration_has(tiny_config):
     tiny_config.logging.profile_steps = (3, 5)
     prepare(config.resolve(tiny_config), None)
     tiny_config.logging.profile_steps = (3, 6)
-    with pytest.raises(ValueError, match=r"profile_steps=\(3, 6\): iterations have at most 6 steps; choose from steps 0 to 5"):
+    with pytest.raises(ValueError, match=r"profile_steps=\(3, 6\): iterations have at most 6 steps; choose from"):
         prepare(config.resolve(tiny_config), None)
 
 
