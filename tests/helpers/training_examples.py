@@ -1,14 +1,32 @@
 """Pairs, groups and options that the tests of training share."""
 
+import jax
 import numpy as np
 
 from spin_jax.data.records import Pair
+from spin_jax.models.params import abstract_params
+from spin_jax.runtime import sharding
 from spin_jax.training.batches import stacked
 from spin_jax.training.optimizer import Optimization
 from spin_jax.training.packing import Group, RowShape, packed
 
 SHAPE = RowShape(rows=2, length=40, groups=3)
 MICROBATCHES = 4  # of a step of 8 pairs, which may need a row each
+
+# Two layers, grouped heads and a window; a row of 48 tokens holds several pairs, and both answers share a prompt.
+ARCHITECTURE = {
+    "model_type": "mistral",
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 9,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 64,
+}
 
 RMSPROP = Optimization(
     optimizer="rmsprop",
@@ -59,3 +77,15 @@ def sft_step(pairs, shape=SHAPE, count=MICROBATCHES, earlier=None):
     if earlier is not None:
         groups = [group._replace(earlier=places) for group, places in zip(groups, earlier, strict=True)]
     return stacked(packed(groups, shape), count)
+
+
+def random_params(config, mesh):
+    """Without a compilation; the norms' scales are random too."""
+    rng, abstract = np.random.default_rng(0), abstract_params(config)
+
+    def weight(path, leaf):
+        around = 1.0 if path[-1].key == "scale" else 0.0
+        return rng.normal(around, config.initializer_range, leaf.shape).astype(np.float32)
+
+    host = jax.tree_util.tree_map_with_path(weight, sharding.unboxed(abstract))
+    return jax.device_put(host, sharding.parameter_shardings(mesh, abstract))

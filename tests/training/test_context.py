@@ -6,35 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_examples import RMSPROP, random_pairs, sft_step
+from training_examples import ARCHITECTURE, RMSPROP, random_pairs, random_params, sft_step
 
 from spin_jax import losses, tiny
 from spin_jax.models import lora
 from spin_jax.models.decoder import Decoder
 from spin_jax.models.loading import new_model
-from spin_jax.models.params import abstract_params
 from spin_jax.runtime import sharding
 from spin_jax.sampling.generate import generate
-from spin_jax.training import batch_shape, log_probs
+from spin_jax.training import batch_shape
 from spin_jax.training.batches import ScoredPair, pair_batches, stacked
 from spin_jax.training.log_probs import logits, response_logps, score_groups, score_tokens
 from spin_jax.training.packing import RowShape, packed, pair_group, sizes
 from spin_jax.training.step import SFT, SPIN, init_state, make_step
 
-# Two layers, grouped heads and a window; a row of 48 tokens holds several pairs, and both answers share a prompt.
-ARCHITECTURE = {
-    "model_type": "mistral",
-    "vocab_size": 272,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "sliding_window": 9,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 64,
-}
+pytestmark = pytest.mark.usefixtures("several_chunks")
 SHAPE = RowShape(rows=4, length=48, groups=4)
 MESHES = {
     "context 2": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
@@ -45,35 +31,19 @@ MESHES = {
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def several_chunks():
-    """Ten columns of a micro-batch are projected at a time, which two, four and eight devices round up to share."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log_probs, "_CHUNK_LOGITS", 2 * 10 * 272)
-        yield
-
-
 @pytest.fixture(scope="module")
 def model(mesh):
     return new_model(ARCHITECTURE, tiny.tokenizer(), dtype="float32", mesh=mesh)
-
-
-def params_of(config, mesh):
-    rng = np.random.default_rng(0)
-
-    def weight(path, leaf):
-        around = 1.0 if path[-1].key == "scale" else 0.0
-        return rng.normal(around, config.initializer_range, leaf.shape).astype(np.float32)
-
-    host = jax.tree_util.tree_map_with_path(weight, sharding.unboxed(abstract_params(config)))
-    return jax.device_put(host, sharding.parameter_shardings(mesh, abstract_params(config)))
 
 
 def after_step(objective, batch, mesh):
     """(the parameters after a step that subtracts the gradient, the metrics)."""
     # The first step of RMSProp is gradient / (|gradient| / 10 + eps).
     options = dataclasses.replace(RMSPROP, eps=1e6)
-    state, step = init_state(params_of(objective.decoder.config, mesh), options, mesh), make_step(objective, options)
+    state, step = (
+        init_state(random_params(objective.decoder.config, mesh), options, mesh),
+        make_step(objective, options),
+    )
     with jax.set_mesh(mesh):
         scalars = {"beta": np.float32(0.1)} if isinstance(objective, SPIN) else {}
         state, metrics = step(state, sharding.put_batch(mesh, batch, axis=1), np.float32(1e6), scalars)
@@ -95,7 +65,7 @@ def test_a_step_on_shared_rows(stage, axes, model, mesh, mesh8):
         batch = stacked(pair_batches([ScoredPair(pair, (-60.0, -70.0)) for pair in pairs], SHAPE), 2)
     else:
         objective, batch = SFT(decoder), sft_step(pairs, SHAPE, 2)
-    before = jax.device_get(params_of(model.config, mesh))
+    before = jax.device_get(random_params(model.config, mesh))
     expected, metrics = after_step(objective, batch, mesh)
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), before, expected)
     assert min(jax.tree.leaves(moved)) > 1e-3
@@ -112,7 +82,7 @@ def test_scores_of_shared_rows(axes, model, mesh, mesh8):
     (rows, *_) = packed(groups, SHAPE)
     results = []
     for where in (mesh, wide):
-        params = params_of(model.config, where)
+        params = random_params(model.config, where)
         with jax.set_mesh(where):
             of_tokens = score_tokens(decoder, params, sharding.put_batch(where, rows))
         there = dataclasses.replace(model, params=params, mesh=where)
@@ -141,7 +111,7 @@ def test_gradients_of_other_decoders(options, model, mesh, mesh8):
     (rows, *_) = packed([pair_group(pair) for pair in random_pairs(24)], SHAPE)
     results = []
     for where in (mesh, sharding.make_mesh(**MESHES["context 2"])):
-        trained = params = params_of(config, where)
+        trained = params = random_params(config, where)
         if adapted:
             trained = lora.init(lora.adapters_on(params, 2, ("wq", "wo", "down")), jax.random.key(0))
             trained = jax.tree.map(lambda w: w + 0.1, trained)
@@ -178,7 +148,7 @@ def test_answers_by_a_model_whose_devices_share_rows(model, mesh, mesh8):
     """Its devices have whole answers; greedy."""
     answers = []
     for where in (mesh, sharding.make_mesh(**MESHES["context 2"])):
-        there = dataclasses.replace(model, params=params_of(model.config, where), mesh=where)
+        there = dataclasses.replace(model, params=random_params(model.config, where), mesh=where)
         answers.append(
             generate(there, [[{"role": "user", "content": "Why?"}], [{"role": "user", "content": "No."}]], 8)
         )

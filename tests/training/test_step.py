@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_examples import MICROBATCHES, RMSPROP, SHAPE, random_pairs, sft_step
+from training_examples import ARCHITECTURE, MICROBATCHES, RMSPROP, SHAPE, random_pairs, random_params, sft_step
 
 from spin_jax import losses, tiny
 from spin_jax.data.records import Pair
@@ -44,44 +44,12 @@ ALONE = RowShape(rows=8, length=40, groups=1)  # a row a pair, one micro-batch a
 SCORING = RowShape(rows=3, length=56, groups=4)  # the opponent's, so that its rows are others than training's
 
 
-ARCHITECTURE = {
-    "model_type": "mistral",
-    "vocab_size": 272,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "sliding_window": 9,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 64,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def several_chunks():
-    """Ten columns of a micro-batch are projected at a time, as it is with a large vocabulary."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log_probs, "_CHUNK_LOGITS", 2 * 10 * 272)
-        yield
+pytestmark = pytest.mark.usefixtures("several_chunks")
 
 
 @pytest.fixture(scope="module")
 def model(mesh):
     return new_model(ARCHITECTURE, tiny.tokenizer(), dtype="float32", mesh=mesh)
-
-
-def random_params(config, mesh):
-    """Without a compilation; the norms' scales are random too."""
-    rng, abstract = np.random.default_rng(0), abstract_params(config)
-
-    def weight(path, leaf):
-        around = 1.0 if path[-1].key == "scale" else 0.0
-        return rng.normal(around, config.initializer_range, leaf.shape).astype(np.float32)
-
-    host = jax.tree_util.tree_map_with_path(weight, sharding.unboxed(abstract))
-    return jax.device_put(host, sharding.parameter_shardings(mesh, abstract))
 
 
 @pytest.fixture(scope="module")
