@@ -201,19 +201,29 @@ def test_a_dead_server_is_left_out_and_the_last_one_ends_the_run(serve, capsys):
 def test_a_server_that_fails_each_time_is_left_out(count, fault, serve, monkeypatch, capsys):
     """The good one is slow, and nevertheless gets all requests. Where the bad one is alone, it ends the run."""
     good, bad, asked = serve(), serve(), requests(count)
-    complete = completion_server._Handler.complete
+    complete, list_models = completion_server._Handler.complete, completion_server._Handler.do_GET
+    is_asked, both_are_there = threading.Event(), threading.Event()
+
+    def begin_after_the_bad_one(self):
+        if self.server is good:
+            is_asked.wait(30)
+        list_models(self)
+        if self.server is good and self.path == "/v1/models":
+            threading.Timer(0.3, both_are_there.set).start()  # the client reads the list in this time
 
     def misbehave(self, server, body):
         if server is good:
             time.sleep(0.1)
             return complete(self, server, body)
-        time.sleep(0.3 if len(server.asked) <= 4 else 0)  # until the good one is known to be there
+        is_asked.set()
+        both_are_there.wait(30)
         if fault == "closed":
             self.close_connection = True
             return None
         return self.send(500 if fault == "500" else 200, {"choices": [{"token_ids": [999], "prompt_token_ids": [1]}]})
 
     monkeypatch.setattr(completion_server._Handler, "complete", misbehave)
+    monkeypatch.setattr(completion_server._Handler, "do_GET", begin_after_the_bad_one)
     assert ask([bad.address, good.address], asked) == expected(asked)
     seeds = [body["seed"] for body in bad.asked]
     assert len(seeds) == len(set(seeds)) > 0  # none is sent there twice
