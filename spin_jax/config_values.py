@@ -169,6 +169,8 @@ def _contradictions(c: Any) -> Iterator[str]:
         yield "data.prompt_column and data.answer_column go together: set both or neither"
     if c.official and lengths.max_prompt >= lengths.max_length:
         yield f"official: lengths.max_prompt={lengths.max_prompt} must be below lengths.max_length={lengths.max_length}"
+    if c.official and play.pairing != "human/own":  # it cuts a prompt by the answer, and pairing moves answers
+        yield f"official goes with selfplay.pairing=human/own only, and it is {play.pairing!r}"
     if c.sft.turns == "all" and (c.official or not c.data.path):
         yield "sft.turns='all' needs the conversations of data.path, and official has one answer of each"
     if play.patience is not None and not c.checkpoint.best:

@@ -183,14 +183,14 @@ def exo(policy: PairLogps, opponent: PairLogps, *, beta: Beta, label_smoothing: 
 
 def nca(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Array, " B"]:
     """NCA of pairs: −log σ(r) − ½ log σ(−r) − ½ log σ(−r') (arXiv 2402.05369); r is aimed at, not only r − r'."""
-    real, generated = rewards(policy, opponent, beta)
-    return jax.nn.softplus(-real) + 0.5 * (jax.nn.softplus(real) + jax.nn.softplus(generated))
+    reward = rewards(policy, opponent, beta)
+    return jax.nn.softplus(-reward.real) + 0.5 * (jax.nn.softplus(reward.real) + jax.nn.softplus(reward.generated))
 
 
 def apo_zero(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Array, " B"]:
     """APO-zero's 1 − σ(r) + σ(r') (arXiv 2408.06266, eq. 7): for human answers better than the model's."""
-    real, generated = rewards(policy, opponent, beta)
-    return jax.nn.sigmoid(-real) + jax.nn.sigmoid(generated)
+    reward = rewards(policy, opponent, beta)
+    return jax.nn.sigmoid(-reward.real) + jax.nn.sigmoid(reward.generated)
 
 
 def apo_down(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Array, " B"]:
@@ -198,8 +198,8 @@ def apo_down(policy: PairLogps, opponent: PairLogps, *, beta: Beta) -> Float[Arr
 
     It makes both answers less likely, the generated one more so.
     """
-    real, generated = rewards(policy, opponent, beta)
-    return jax.nn.sigmoid(real) + jax.nn.sigmoid(generated - real)
+    reward = rewards(policy, opponent, beta)
+    return jax.nn.sigmoid(reward.real) + jax.nn.sigmoid(reward.generated - reward.real)
 
 
 def _per_token(logps: Any, lengths: Any) -> Any:

@@ -247,6 +247,16 @@ def test_whole_numbers_are_numbers():
     assert config_lib.resolve(changed("train.clip_norm", None)).train.clip_norm is None
 
 
+def test_official_prompts_stay_with_their_answers():
+    config = changed("official", True)
+    config_lib.resolve(config)
+    config.setdefault("selfplay", {})["pairing"] = "best/worst"
+    with pytest.raises(
+        errors.ConfigError, match="official goes with selfplay.pairing=human/own only, and it is 'best/worst'"
+    ):
+        config_lib.resolve(config)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -69,8 +69,9 @@ def _function_rows(path: str) -> Any:
     for number, row in enumerate(made, 1):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number}: not a dict but {type(row).__name__}")
+    names = dict.fromkeys(itertools.chain.from_iterable(made))  # `from_list` reads the columns of the first row alone
     try:
-        return datasets.Dataset.from_list(made)
+        return datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in made])
     except (ValueError, TypeError, OverflowError) as error:  # Arrow's too
         raise ValueError(f"{path}: its rows make no table: {error}") from error
 

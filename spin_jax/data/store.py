@@ -11,8 +11,9 @@ import itertools
 import json
 import mmap
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,9 +74,15 @@ def canonical(example: Example) -> bytes:
 class Examples(Sequence[Example]):
     """Rows of a table of examples. Every selection of them shares the table, which lies on disk."""
 
-    def __init__(self, table: pa.Table, rows: np.ndarray | None = None, name: str = ""):
-        """`rows` are places in the table, int [N]; None for all. `name` is the cache's for the table, if it has one."""
+    def __init__(
+        self, table: pa.Table, rows: np.ndarray | None = None, name: str = "", record: Mapping[str, Any] | None = None
+    ):
+        """`rows` are places in the table, int [N]; None for all. `name` is the cache's for the table, if it has one.
+
+        `record` is what `write` stored with the table.
+        """
         self._table, self._rows, self._name = table, rows, name
+        self.record = record or {}
 
     @classmethod
     def of(cls, examples: Iterable[Example], chat: Chat) -> "Examples":
@@ -138,6 +145,11 @@ class Examples(Sequence[Example]):
         chunks = self._table["keys"].combine_chunks().buffers()
         return self._chosen(np.frombuffer(chunks[1] or b"", "S16").reshape(-1, 2))
 
+    def has_prompt_of(self, keys: np.ndarray) -> np.ndarray:
+        """Whether one of the first two `prompt_keys` of each example is among these, bool [N]."""
+        parts = np.array_split(self.keys, len(self) // 2**18 + 1)  # `isin` sorts copies, which take much memory
+        return np.concatenate([np.isin(part, keys).any(axis=1) for part in parts])
+
     def answered_earlier(self, keys: np.ndarray) -> np.ndarray:
         """Where an example has `earlier`, and an answer to a prompt with one of these keys is among them, bool [N]."""
         column, result = self._table["earlier_keys"], np.zeros(len(self._table), bool)
@@ -146,27 +158,21 @@ class Examples(Sequence[Example]):
             result[:] = [not wanted.isdisjoint(own.as_py() or ()) for own in column]
         return self._chosen(result)
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """What `write` stored with them."""
-        return json.loads(self._table.schema.metadata[_RECORD])
-
     @functools.cached_property
     def digest(self) -> str:
         """The digest of all examples, in order. It reads them all, unless the cache knows it."""
         name = self._name if self._rows is None else ""
-        if (known := find(name)) is not None:
-            return known.record["digest"]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return _read_record(name)["digest"]
         digest = hashlib.sha256()
         for example in self:
             digest.update(canonical(example))
-        _keep(name, _with_record(EXAMPLES.empty_table(), {"digest": digest.hexdigest()[:16]}))
+        _keep(name, {"digest": digest.hexdigest()[:16]})
         return digest.hexdigest()[:16]
 
 
 # --- files -----------------------------------------------------------------------------------------
 
-_RECORD = b"spin_jax.record"
 _BATCH = 2**25  # bytes of a file's batches: each column of one lies together, and is read without the others
 
 
@@ -186,8 +192,13 @@ def name_of(parts: Iterable[object]) -> str:
 
 def find(name: str) -> Examples | None:
     """The examples in the cache under this name; None where they are not there, or are damaged."""
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(_cache(), f"{name}.arrow"), "rb") as file:
-        return Examples(_mapped(file), name=name)
+    with (
+        contextlib.suppress(OSError, ValueError, LookupError, TypeError),
+        open(os.path.join(_cache(), f"{name}.arrow"), "rb") as file,
+    ):
+        record = _read_record(name)
+        if record["sha256"] == hashlib.file_digest(file, "sha256").hexdigest():
+            return Examples(_mapped(file), name=name, record=record)
 
 
 def write(name: str, batches: Iterable[pa.RecordBatch], make_record: Callable[[], dict[str, Any]]) -> Examples:
@@ -198,16 +209,27 @@ def write(name: str, batches: Iterable[pa.RecordBatch], make_record: Callable[[]
         batches: the examples; memory holds few batches at a time.
         make_record: returns, after the last batch, what to store with them; their `digest` is in it.
     """
-    table = spooled(batches, EXAMPLES)
-    table = _with_record(table, make_record())
-    _keep(name, table)
-    examples = find(name) or Examples(table)  # the cache's, so that the temporary file can go
-    examples.digest = examples.record["digest"]
+    with _spool(batches, EXAMPLES) as file:
+        record = make_record()
+        examples = find(name)  # a whole file stays, as other processes may have mapped it
+        if examples is None:
+            _keep(name, record, file)
+            examples = find(name)
+        if examples is None:
+            examples = Examples(_mapped(file), record=record)
+    examples.digest = record["digest"]
     return examples
 
 
 def spooled(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
     """The batches as a table in a temporary file, which goes when the table does."""
+    with _spool(batches, schema) as file:
+        return _mapped(file)
+
+
+@contextlib.contextmanager
+def _spool(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[Any]:
+    """A temporary file with the batches."""
     folder = _cache() if os.access(_cache(), os.W_OK) else None  # /tmp may be in memory
     with tempfile.TemporaryFile(dir=folder) as file:
         with pa.ipc.new_file(file, schema) as writer:
@@ -220,7 +242,7 @@ def spooled(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
                     waiting.append(batch)
                     size += batch.nbytes
         file.flush()
-        return _mapped(file)
+        yield file
 
 
 def _mapped(file: Any) -> pa.Table:
@@ -228,16 +250,24 @@ def _mapped(file: Any) -> pa.Table:
     return pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).read_all()
 
 
-def _with_record(table: pa.Table, record: dict[str, Any]) -> pa.Table:
-    return table.replace_schema_metadata({_RECORD: json.dumps(record)})
+def _read_record(name: str) -> dict[str, Any]:
+    with open(os.path.join(_cache(), f"{name}.json")) as file:
+        return json.load(file)
 
 
-def _keep(name: str, table: pa.Table) -> None:
-    """Writes the cache's file of this name, if it can be. A whole one stays, as other processes may have mapped it."""
-    if not name or find(name) is not None:
+def _keep(name: str, record: Mapping[str, Any], table: Any = None) -> None:
+    """Writes a record into the cache, if that can be, and before it the file of a table, with its digest."""
+    if not name:
         return
     with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=_cache()) as folder:
-        with pa.ipc.new_file(os.path.join(folder, name), table.schema) as writer:
-            writer.write_table(table)
-        if find(name) is None:
-            os.replace(os.path.join(folder, name), os.path.join(_cache(), f"{name}.arrow"))
+        own = [os.path.join(folder, f"{name}.{kind}") for kind in (("json",) if table is None else ("arrow", "json"))]
+        if table is not None:
+            table.seek(0)
+            with open(own[0], "w+b") as copy:  # a copy by Arrow would have all pages of the file in memory
+                shutil.copyfileobj(table, copy, 2**20)
+                copy.seek(0)
+                record = {**record, "sha256": hashlib.file_digest(copy, "sha256").hexdigest()}
+        with open(own[-1], "w") as file:
+            json.dump(record, file)
+        for path in own:
+            os.replace(path, os.path.join(_cache(), os.path.basename(path)))

@@ -156,15 +156,20 @@ class _Server:
         self._call("GET", "/health", "to tell its health")
         listed = self._call("GET", "/v1/models", "to list its models").get("data")
         cards = [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
-        # Another machine may have the folder at another place.
+        # Another machine may have the folder at another place. Other runs have folders of the same name, so of a
+        # longer path one more part must be the same.
         wanted = self.protocol.model.rstrip("/").split("/")
-        tail = wanted[-2:] if wanted[-1] == "model" else wanted[-1:]
+        own = 2 if wanted[-1] == "model" else 1  # iteration_0/model, or the name of a model's own folder
         for card in cards:
-            for name in (card.get("root"), card.get("id")):
-                if str(name).rstrip("/").split("/")[-len(tail) :] == tail:
+            for name in (str(card.get("root")), str(card.get("id"))):
+                parts = name.rstrip("/").split("/")
+                if parts == wanted[-own:] or parts[-own - 1 :] == wanted[-own - 1 :]:
+                    if name != self.protocol.model:
+                        processes.say(f"{self.address}: {name} is taken for {self.protocol.model}")
                     return str(card.get("id"))
         names = ", ".join(str(card.get("id")) for card in cards) or "nothing"
-        raise _TryAgain(f"it serves {names}. Serve {self.protocol.model}, or name the model {'/'.join(tail)}")
+        name = "/".join(wanted[-own:])
+        raise _TryAgain(f"it serves {names}. Serve {self.protocol.model}, or name the model {name}")
 
     def _call(self, method: str, path: str, name: str, **options: Any) -> Mapping[str, Any]:
         """The JSON object that the server returns. /health, which not all servers have, returns none."""

@@ -302,7 +302,7 @@ def split(config: Config, datasets: Sequence[Examples], held_out: Examples) -> t
     keys = held_out.keys
 
     def rest(examples: Examples) -> Examples:
-        is_held_out = np.isin(examples.keys, keys).any(axis=1) | examples.answered_earlier(keys)
+        is_held_out = examples.has_prompt_of(keys) | examples.answered_earlier(keys)
         if len(examples) and is_held_out.all():
             raise ValueError("nothing is left to train on: every prompt of a dataset is among the held-out ones")
         return examples.select(~is_held_out)

@@ -37,13 +37,13 @@ def find(name: str) -> losses.Loss:
 
 def roles(c: Config) -> tuple[str, ...]:
     """The roles of the answers that a row has: those in loss.answers, or all that the losses of loss.name need."""
-    if not c.answers:
-        needed = {role for _, name in loss_parts(c.name) for role in losses.ROLES.get(name, losses.PAIR)}
-        return tuple(role for role in KNOWN_ROLES if role in needed)
-    named = tuple(dict.fromkeys(part.strip() for part in c.answers.split(",")))
-    if not set(named) <= set(KNOWN_ROLES) or "generated" not in named:
-        raise ValueError(f"loss.answers={c.answers!r}: generated, and with it real or start, as real,generated")
-    return named
+    if c.answers:
+        named = {part.strip() for part in c.answers.split(",")}
+        if not named <= set(KNOWN_ROLES) or "generated" not in named:
+            raise ValueError(f"loss.answers={c.answers!r}: generated, and with it real or start, as real,generated")
+    else:
+        named = {role for _, name in loss_parts(c.name) for role in losses.ROLES.get(name, losses.PAIR)}
+    return tuple(role for role in KNOWN_ROLES if role in named)
 
 
 @functools.cache

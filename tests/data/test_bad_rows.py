@@ -382,6 +382,25 @@ def mixed_types():
     return [GOOD, {"question": 3, "answer": "3"}]
 
 
+def later_columns():
+    return [
+        {"instruction": "Say hi", "output": "hi"},
+        {"instruction": "Translate", "input": "Guten Tag", "output": "Good day", "system": "Be brief.", "other": 1},
+    ]
+
+
+def test_a_functions_rows_may_differ_in_their_columns():
+    """What only a later row has is read, too, and what no form reads is noted."""
+    chat = Chat(tiny.tokenizer(), [2])
+    rows = sources.load_rows(f"{__name__}:later_columns")
+    examples, counts = load_examples(rows, chat, path="x")
+    assert [[turn["content"] for turn in example.messages] for example in examples] == [
+        ["Say hi", "hi"],
+        ["Be brief.", "Translate\n\nGuten Tag", "Good day"],
+    ]
+    assert any("other" in note for note in counts)
+
+
 def test_functions_and_saved_datasets(tmp_path):
     from datasets import Dataset
 

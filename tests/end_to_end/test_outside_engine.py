@@ -60,7 +60,7 @@ def servers_of(workdir):
 def test_servers_that_misbehave_and_a_kill_change_nothing(whole, tmp_path, monkeypatch):
     """All faults, a server that ends and comes back, kill -9 while it samples, and other addresses afterwards."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    workdir, models = tmp_path / "run", ["/exports/start/model", "/exports/iteration_0/model"]
+    workdir, models = tmp_path / "run", ["/exports/run/start/model", "/exports/run/iteration_0/model"]
     options = {"faults": FAULTS, "key": KEY, "slow_s": 0.5}
     servers = [Server(models, **options), Server(models, **options)]
 

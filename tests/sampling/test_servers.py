@@ -250,12 +250,34 @@ def test_a_silent_server_is_given_up(serve, monkeypatch):
 def test_only_the_opponents_export_answers(serve, capsys):
     """The model of the iteration before is not asked; once the right one is served, wherever it lies, it answers."""
     server, asked = serve(["/data/run/start/model"]), requests(3)
-    threading.Timer(1, lambda: setattr(server, "models", ["/elsewhere/iteration_0/model"])).start()
+    threading.Timer(1, lambda: setattr(server, "models", ["/elsewhere/run/iteration_0/model"])).start()
     assert ask([server.address], asked) == expected(asked)
-    assert {one["model"] for one in server.asked} == {"/elsewhere/iteration_0/model"}
+    assert {one["model"] for one in server.asked} == {"/elsewhere/run/iteration_0/model"}
     said = capsys.readouterr().out
     assert f"it serves /data/run/start/model. Serve {MODEL}, or name the model iteration_0/model" in said
-    assert ask([serve(["org/name"]).address], asked, model="org/name") == expected(asked)
+    assert f"{server.address}: /elsewhere/run/iteration_0/model is taken for {MODEL}" in said
+
+
+@pytest.mark.parametrize(
+    ("wanted", "served", "is_taken"),
+    [
+        (MODEL, "/data/other_run/iteration_0/model", False),
+        (MODEL, "/data/run/iteration_1/model", False),
+        (MODEL, "iteration_0/model", True),
+        (MODEL, f"{MODEL}/", True),
+        ("org/name", "org/name", True),
+        ("org/name", "other/name", False),
+        ("/models/name", "/mnt/models/name", True),
+        ("/models/name", "name", True),
+    ],
+)
+def test_the_same_name_in_another_folder_is_another_model(wanted, served, is_taken, serve):
+    server, asked = serve([served]), requests(1)
+    if is_taken:
+        assert ask([server.address], asked, model=wanted) == expected(asked)
+    else:
+        with pytest.raises(EngineFailed, match=f"it serves {served}. Serve {wanted}"):
+            ask([server.address], asked, model=wanted, timeout_s=0.5)
 
 
 def test_a_stop_does_not_wait_for_a_slow_server(serve, monkeypatch):

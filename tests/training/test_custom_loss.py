@@ -276,6 +276,25 @@ def test_our_own_would_pass(name):
     custom_loss.check(c)
 
 
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_more_answers_in_a_row_change_nothing(name):
+    """As when two losses are added up that need other answers, or loss.answers names them in another order."""
+    roles = losses.ROLES.get(name, losses.PAIR)
+    assert custom_loss.roles(section(name=name, answers=",".join(roles[::-1]))) == roles
+    rng = np.random.default_rng(0)
+    every = {role: rng.uniform(-9, -1, (2, 5)) for role in custom_loss.KNOWN_ROLES}
+    tokens = {role: rng.integers(1, 9, 5) for role in every}
+    score = np.linspace(0, 1, 5)
+
+    def value(names):
+        kind = custom_loss.logps_type(names)
+        policy, opponent = (kind(*(every[role][n] for role in names)) for n in (0, 1))
+        inputs = {"beta": 0.5, "lengths": kind(*(tokens[role] for role in names)), "score": score}
+        return custom_loss.call(losses.LOSSES[name], policy, opponent, inputs)
+
+    np.testing.assert_array_equal(value(roles), value(custom_loss.KNOWN_ROLES))
+
+
 def test_named_algorithms_are_sound():
     """Every algorithm of configs/algorithms.py: its loss exists, and takes its options and β."""
     algorithms = runpy.run_path(str(ROOT / "configs" / "algorithms.py"))
