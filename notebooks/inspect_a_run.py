@@ -10,8 +10,8 @@
 # # Inside a run
 #
 # A workdir holds everything that a run has made: its metrics, the opponents' answers and their log-probs,
-# and the model of every iteration. This notebook reads a workdir. A shorter view is one HTML page, which
-# you can send to somebody:
+# and the model of every iteration. This notebook reads a workdir with at least one finished iteration, whose
+# loss compares two answers. A shorter view, of any run, is one HTML page, which you can send to somebody:
 #
 # ```bash
 # python -m spin_jax.report --workdir=DIR
@@ -35,7 +35,7 @@ sys.path.insert(0, str(pathlib.Path(spin_jax.__file__).parents[1]))  # configs/ 
 warnings.filterwarnings("ignore", message="IProgress not found")  # plain progress bars are fine
 
 # %% tags=["parameters"]
-WORKDIR = "/tmp/spin_tiny"  # the workdir of any run, finished or not; this is the first run of the README
+WORKDIR = "/tmp/spin_tiny"  # the workdir of a run, finished or not; this is the first run of the README
 TINY = ""  # if there is no run yet, the tiny run is made (three minutes); "smoke" takes half a minute
 
 # %%
@@ -67,6 +67,14 @@ import pandas as pd
 rows = json.loads((RUN / "summary.json").read_text())
 ITERATIONS = [row["iteration"] for row in rows if row["iteration"] >= 0]
 config = json.loads((RUN / "config.json").read_text())["config"]
+metrics = pd.read_json(RUN / "metrics.jsonl", lines=True)
+if not ITERATIONS:
+    raise ValueError(f"No iteration of {RUN} is finished yet: run this notebook later.")
+if "real_logp" not in metrics:
+    raise ValueError(
+        f"A row of the loss {config['loss']['name']} has one answer, and this notebook compares two: make the page of "
+        f"the run, python -m spin_jax.report --workdir={RUN}"
+    )
 
 summary = pd.DataFrame(rows).set_index("iteration").rename(index={-1: "start"})
 numbers = summary.drop(columns=["control", "final", "stopped"], errors="ignore").T
@@ -77,7 +85,8 @@ numbers.style.format(lambda x: f"{x:g}" if x == round(x) else f"{x:.3f}", na_rep
 #
 # `metrics.jsonl` has a row for each step of each phase. The *reward* of an answer is β times the
 # difference between its log-prob under the model and under the opponent. The margin is the reward of the
-# human answer minus the reward of the generated answer.
+# human answer minus the reward of the generated answer. With a `selfplay.pairing` that does not begin with
+# `human/`, read "chosen" for "human" and "rejected" for "generated" in all of this notebook.
 #
 # Look at where the margin comes from. The log-probs of human answers may rise, or those of generated
 # answers may fall, or both may fall, the generated ones faster. The last case is common with large models
@@ -95,14 +104,18 @@ plt.rc("legend", frameon=False)
 HUMAN, OPPONENT, BLACK = "#1f5fa8", "#d9822b", "#333333"
 OUTLINE = {"histtype": "step", "linewidth": 2}  # of histograms that lie over others
 
-metrics = pd.read_json(RUN / "metrics.jsonl", lines=True)
 steps = metrics[metrics.phase == "train"].reset_index()
 panels = {
     "rewards": {"real_reward": HUMAN, "generated_reward": OPPONENT},
     "margin": {"margin": BLACK},
     "log-probs (nats per answer)": {"real_logp": HUMAN, "generated_logp": OPPONENT},
 }
-labels = {"real": "human answers", "generated": "the opponent's"}
+if config["selfplay"].get("pairing", "human/own").startswith("human/"):
+    FIRST, SECOND = "human", "answer"
+    labels = {"real": "human answers", "generated": "the opponent's"}
+else:
+    FIRST, SECOND = "chosen", "rejected"
+    labels = {"real": "chosen answers", "generated": "rejected answers"}
 
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
 for axis, (title, curves) in zip(axes, panels.items(), strict=True):
@@ -121,8 +134,10 @@ plt.show()
 # ## The pairs
 #
 # `iteration_t/pairs/` holds the opponent's answers beside the human answers, as conversations and as token
-# ids. `iteration_t/scores/` holds the log-probs of both under the opponent of iteration t. From the second
-# iteration on there are also scores of the previous iteration's pairs, because these are trained on again.
+# ids. `iteration_t/scores/` holds the log-probs of both answers of each pair that iteration t trains on, under
+# its opponent: `chosen_id` and `sample_id` are the numbers of the two among the answers to the prompt, and −1 is
+# the human answer. From the second iteration on there are also scores of the previous iteration's pairs, because
+# these are trained on again.
 
 
 # %%
@@ -132,14 +147,25 @@ def read(t, kind, prefix="train"):
     return pd.concat(map(pd.read_parquet, files), ignore_index=True)
 
 
+HUMAN_ANSWER = -1
+IDS = ["prompt_id", "chosen_id", "sample_id"]  # which pair it is
+
+
 def scored(t, source):
-    """The pairs that iteration `source` made, with the log-probs that iteration t's opponent gives them."""
-    pairs = read(source, "pairs").merge(read(t, "scores", f"iteration_{source}-train"))
-    pairs["question"] = [turns[-2]["content"] for turns in pairs.real]
-    pairs["human"] = [turns[-1]["content"] for turns in pairs.real]
-    pairs["answer"] = [turns[-1]["content"] for turns in pairs.generated]
-    pairs["human_tokens"] = pairs.real_tokens.map(len)
-    pairs["answer_tokens"] = pairs.generated_tokens.map(len)
+    """The pairs of iteration `source`'s answers, with the log-probs that iteration t's opponent gives them."""
+    answers = {(row.prompt_id, row.sample_id): row for row in read(source, "pairs").itertuples()}
+    pairs = read(t, "scores", f"iteration_{source}-train")
+    pairs = pairs.assign(chosen_id=pairs.get("chosen_id", HUMAN_ANSWER)).fillna({"chosen_id": HUMAN_ANSWER})
+    for name, number, beside in ((FIRST, "chosen_id", "sample_id"), (SECOND, "sample_id", "chosen_id")):
+        found = []
+        for prompt, own, other in pairs[["prompt_id", number, beside]].itertuples(index=False, name=None):
+            row = answers[prompt, other if own == HUMAN_ANSWER else own]  # each has the human answer, too
+            human = row.real, row.real_tokens, False
+            found.append(human if own == HUMAN_ANSWER else (row.generated, row.generated_tokens, row.truncated))
+        pairs[name] = [turns[-1]["content"] for turns, _, _ in found]
+        pairs[f"{name}_tokens"] = [len(tokens) for _, tokens, _ in found]
+        pairs["truncated"] = [truncated for _, _, truncated in found]  # of the second
+    pairs["question"] = [turns[-2]["content"] for turns, _, _ in found]
     return pairs
 
 
@@ -150,9 +176,9 @@ def show(table):
 
 
 pairs = {t: scored(t, t) for t in ITERATIONS}
-WORDS = ["question", "human", "answer"]
+WORDS = ["question", FIRST, SECOND]
 for t in ITERATIONS:
-    same, cut = (pairs[t].human == pairs[t].answer).mean(), pairs[t].truncated.mean()
+    same, cut = (pairs[t][FIRST] == pairs[t][SECOND]).mean(), pairs[t].truncated.mean()
     print(f"iteration {t}: {len(pairs[t])} pairs, {same:.0%} the same answer twice, {cut:.0%} cut off")
 
 # %% [markdown]
@@ -160,19 +186,20 @@ for t in ITERATIONS:
 
 # %%
 last = pairs[ITERATIONS[-1]]
-show(last.nlargest(4, "answer_tokens")[[*WORDS, "answer_tokens"]])
+show(last.nlargest(4, f"{SECOND}_tokens")[[*WORDS, f"{SECOND}_tokens"]])
 
 # %% [markdown]
 # How long are the answers? Look closer if they grow from iteration to iteration, or if many of them are at
 # the right edge: those were cut off.
 
 # %%
-longest = max(table[["human_tokens", "answer_tokens"]].max().max() for table in pairs.values())
+first_tokens, second_tokens = f"{FIRST}_tokens", f"{SECOND}_tokens"
+longest = max(table[[first_tokens, second_tokens]].max().max() for table in pairs.values())
 bins = np.arange(longest + 2) - 0.5 if longest < 40 else np.linspace(0, longest, 41)
 figure, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 3.2), layout="constrained", squeeze=False)
 for axis, (t, table) in zip(axes.flat, pairs.items(), strict=True):
-    axis.hist(table.human_tokens, bins, color=HUMAN, alpha=0.35, label=labels["real"])
-    axis.hist(table.answer_tokens, bins, color=OPPONENT, label=labels["generated"], **OUTLINE)
+    axis.hist(table[first_tokens], bins, color=HUMAN, alpha=0.35, label=labels["real"])
+    axis.hist(table[second_tokens], bins, color=OPPONENT, label=labels["generated"], **OUTLINE)
     axis.set(title=f"iteration {t}", xlabel="tokens")
 axes[0, 0].legend()
 axes[0, 0].set_ylabel("pairs")
@@ -187,15 +214,15 @@ plt.show()
 # answers have nearly all the probability together.)
 
 # %%
-differ = {t: table[table.human != table.answer] for t, table in pairs.items()}
+differ = {t: table[table[FIRST] != table[SECOND]] for t, table in pairs.items()}
 low = min(table[["real_logp", "generated_logp"]].quantile(0.01).min() for table in differ.values())
 figure, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 4), layout="constrained", squeeze=False)
 for axis, (t, table) in zip(axes.flat, differ.items(), strict=True):
     axis.plot([low, 0], [low, 0], color="grey", linewidth=0.8)
     axis.scatter(table.real_logp, table.generated_logp, s=8, alpha=0.25, color=OPPONENT, linewidths=0)
     axis.set(xlim=(low, -low / 50), ylim=(low, -low / 50), aspect="equal")
-    axis.set(title=f"iteration {t}: {len(table)} pairs", xlabel="log p of the human answer")
-axes[0, 0].set_ylabel("log p of the generated answer")
+    axis.set(title=f"iteration {t}: {len(table)} pairs", xlabel=f"log p, {labels['real']}")
+axes[0, 0].set_ylabel(f"log p, {labels['generated']}")
 plt.show()
 
 # %% [markdown]
@@ -209,13 +236,14 @@ plt.show()
 gained = None
 if len(ITERATIONS) > 1 and config["selfplay"]["mix_previous"]:
     first, second = ITERATIONS[:2]
-    scores = read(second, "scores", f"iteration_{first}-train")
-    gained = pairs[first].merge(scores, on=["prompt_id", "sample_id"], suffixes=("", "_after"))
-    gained["human_gained"] = gained.real_logp_after - gained.real_logp
-    gained["answer_gained"] = gained.generated_logp_after - gained.generated_logp
-    gained["margin"] = gained.human_gained - gained.answer_gained
-    gained = gained[gained.human != gained.answer].sort_values("margin", ascending=False)
-    shown = show(pd.concat([gained[:4], gained[-4:]])[[*WORDS, "human_gained", "answer_gained", "margin"]])
+    after = scored(second, first)[[*IDS, "real_logp", "generated_logp"]]
+    gained = pairs[first].merge(after, on=IDS, suffixes=("", "_after"))
+    gained["first_gained"] = gained.real_logp_after - gained.real_logp
+    gained["second_gained"] = gained.generated_logp_after - gained.generated_logp
+    gained["margin"] = gained.first_gained - gained.second_gained
+    gained = gained[gained[FIRST] != gained[SECOND]].sort_values("margin", ascending=False)
+    shown = pd.concat([gained[:4], gained[-4:]])[[*WORDS, "first_gained", "second_gained", "margin"]]
+    shown = show(shown.rename(columns={"first_gained": f"{FIRST} gained", "second_gained": f"{SECOND} gained"}))
 else:
     shown = "This needs two iterations and selfplay.mix_previous."
 shown
@@ -223,10 +251,10 @@ shown
 # %%
 if gained is not None:
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    ends = np.quantile(gained[["human_gained", "answer_gained"]], [0.005, 0.995])
+    ends = np.quantile(gained[["first_gained", "second_gained"]], [0.005, 0.995])
     bins = np.linspace(*ends, 50)
-    axis.hist(gained.human_gained, bins, color=HUMAN, alpha=0.35, label=labels["real"])
-    axis.hist(gained.answer_gained, bins, color=OPPONENT, label=labels["generated"], **OUTLINE)
+    axis.hist(gained.first_gained, bins, color=HUMAN, alpha=0.35, label=labels["real"])
+    axis.hist(gained.second_gained, bins, color=OPPONENT, label=labels["generated"], **OUTLINE)
     axis.set(title=f"what iteration {first} changed in its pairs", xlabel="change of the log-prob (nats)")
     axis.set_ylabel("pairs")
     axis.legend()

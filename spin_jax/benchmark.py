@@ -49,9 +49,9 @@ from spin_jax.data import sources
 from spin_jax.data.loading import load_examples
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Ids, Pair
-from spin_jax.models import cost, loading
+from spin_jax.models import cost, loading, lora
 from spin_jax.models.architecture import Model, Params
-from spin_jax.models.params import count_params, init_params, sampling_params
+from spin_jax.models.params import count_params, init_params, params_on, sampling_params
 from spin_jax.runtime import chips, processes, sharding, stopwatch
 from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import prompt_keys
@@ -100,7 +100,7 @@ def workload(config: Any) -> Workload:
         model = from_config.placed(config, model)
         params = functools.partial(init_params, model.config, jax.random.key(0), model.mesh)
     from_config.check_mesh(config, model)
-    vocab_size, count = model.config.vocab_size, _NUM_PROMPTS.value or config.sampling.batch_size
+    vocab_size, count = model.config.vocab_size, _NUM_PROMPTS.value or from_config.slots(config, model)
     if path := _PAIRS.value:
         rows, chat = sources.load_rows(path, "train"), inputs.make_chat(config, model)
         pairs, _ = load_pairs(rows, chat, path=path, vocab_size=vocab_size)
@@ -179,6 +179,8 @@ def _measure_sampling(work: Workload, params: Any) -> dict[str, Any]:
 
 def _measure_scoring(work: Workload, params: Any, groups: list[Group], shape: RowShape) -> tuple[dict[str, Any], list]:
     decoder = from_config.decoder(work.config, work.model)
+    if stored := work.config.train.frozen_dtype:  # a run scores by what training freezes
+        params = lora.freeze(params, work.model.dtype, stored, keep=True)
     score = functools.partial(score_groups, decoder, params, groups, shape, work.model.mesh)
     score()
     seconds, logps = _timed(score)
@@ -191,7 +193,11 @@ def _measure_training(work: Workload, params: Any, scored: list, shape: RowShape
     model, c, steps = work.model, work.config, _STEPS.value
     options = from_config.optimization(c, 0)
     objective = from_config.spin(c, model)
-    step = make_step(objective, options)
+    step, frozen = make_step(objective, options), None
+    if options.lora_rank:
+        frozen = lora.freeze(params, model.dtype, options.frozen_dtype)
+        shapes = params_on(model.mesh, model.config)
+        params = lora.init(lora.adapters_on(shapes, options.lora_rank, options.lora_targets), jax.random.key(0))
     state = init_state(params, options, model.mesh)
     scalars = {"beta": np.float32(c.loss.beta[0])}
     source = batches(
@@ -211,7 +217,7 @@ def _measure_training(work: Workload, params: Any, scored: list, shape: RowShape
             def run(batch: Any = batch) -> None:
                 nonlocal state
                 placed = sharding.put_batch(model.mesh, batch, axis=1)
-                state, metrics = step(state, placed, np.float32(c.train.learning_rate[0]), scalars)
+                state, metrics = step(state, placed, np.float32(c.train.learning_rate[0]), scalars, frozen)
                 jax.block_until_ready((state, metrics))
 
             seconds, _ = _timed(run)
@@ -233,6 +239,7 @@ def _measure_training(work: Workload, params: Any, scored: list, shape: RowShape
         "microbatch": f"{shape.rows} × {shape.length}",
         "input_wait": waits / (waits + seconds),
         "batch_size": int(max(pairs for _, _, pairs, *_ in measured)),
+        "trained": count_params(params),
         "remat": c.train.remat,
         "attention": objective.decoder.kernel,
     }

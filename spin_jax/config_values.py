@@ -360,16 +360,18 @@ def task_names(c: Any) -> list[str]:
 
 
 def given_pairs(c: Any) -> dict[int, str]:
-    """selfplay.pairs as {iteration: path}."""
+    """selfplay.pairs as {iteration: path}; ConfigError for an iteration that does not exist or comes twice."""
     result: dict[int, str] = {}
     position = c.selfplay.start
     for entry in _parts(c.selfplay.pairs):
         number, equals, path = entry.partition("=")
-        if equals and number.isdigit():
-            result[int(number)] = path
+        if equals and number.isdecimal():
+            t = int(number)
         else:
-            result[position] = entry
-            position += 1
+            t, path, position = position, entry, position + 1
+        if t in result:
+            raise ConfigError(f"selfplay.pairs gives pairs for iteration {t} twice, {result[t]} and {path}: give one")
+        result[t] = path
     if result and max(result) >= c.selfplay.iterations:
         said = f"selfplay.pairs gives pairs for iteration {max(result)}, which does not exist"
         raise ConfigError(f"{said}: selfplay.iterations={c.selfplay.iterations}")

@@ -49,7 +49,7 @@ class MissingInput(BadInput, FileNotFoundError):
 
 
 class NothingToTrainOn(BadInput, RuntimeError):
-    """The settings selfplay.rows or selfplay.pairing make no pair of the answers of an iteration."""
+    """An iteration has no pair, by selfplay.rows or selfplay.pairing, or too few for a step that learns."""
 
 
 class HarnessNotInstalled(BadInput, ImportError, ValueError):

@@ -15,9 +15,11 @@
 datasets.load_dataset opens a folder of pairs. --config.selfplay.pairs takes a file, or a folder
 and of it the split selfplay.pairs_split.
 
-Examples. The last three answer the prompts of iteration 0 with vLLM, which has an environment of its own:
+Examples. The last four answer the prompts of iteration 0 with vLLM, which has an environment of its own. The first of
+them writes config.json, which --prompts reads, and trains the start if the config asks for that:
 
   python -m spin_jax.pairs --workdir=DIR --iteration=0 --output=PAIRS
+  python -m spin_jax.main --config=FILE --workdir=DIR --config.selfplay.iterations=0
   python -m spin_jax.pairs --workdir=DIR --prompts=prompts.jsonl
   python launch/vllm_answers.py --prompts=prompts.jsonl --output=pairs_0.jsonl
   python -m spin_jax.main --config=FILE --workdir=DIR --config.selfplay.iterations=1 \\
@@ -121,7 +123,7 @@ def write_prompts(workdir: str, output: str, iteration: int | None = None) -> st
 
 
 def _read_config(workdir: str) -> Any:
-    """The config of a run, without its mesh: this machine may have other devices."""
+    """The config of a run, without how it spreads over devices: this machine may have others."""
     from etils import epath
 
     from spin_jax.storage import files
@@ -132,12 +134,12 @@ def _read_config(workdir: str) -> Any:
     recorded = files.read_object(path).get("config")
     if not isinstance(recorded, dict):
         raise ValueError(f"{path} was not written by a run of spin_jax")
-    return config_lib.resolve({**recorded, "mesh": {}, "export": {}})
+    sampling = {**recorded.get("sampling", {}), "tensor": None}
+    return config_lib.resolve({**recorded, "mesh": {}, "export": {}, "sampling": sampling})
 
 
 def _lines(prepared: Any, t: int, model: str) -> Iterator[dict[str, Any]]:
     """The lines of the file: how to sample, then each prompt, the held-out ones last."""
-
     c = prepared.config
     yield {
         "prompts_of_iteration": t,

@@ -9,7 +9,7 @@
   --parallel=1             how many runs go on at a time; NVIDIA GPUs are divided evenly among them
   --numbers=A,B            numbers of summary.json that are compared (sampled_accuracy,greedy_accuracy,nll)
   --baseline=NAME          a variant (unset: the first), start or "SFT control", that the others are compared with
-  --config.section.key=…   changes a key in all runs
+  --config.section.key=…   changes a key in all runs, except for seed, which --seeds gives
 
 It prints two tables and keeps them in DIR/table.md; the numbers of each run are in DIR/table.json. The tables have the
 start, the SFT control where a run has one, and the final model of each variant. The first has the means over the
@@ -30,6 +30,7 @@ stop the others. The exit code is 130 or 143 after a signal, otherwise the first
 import contextlib
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,8 @@ def read_flags() -> Request:
         read_config(file)  # for its errors only: each run reads its own
     if not (given.config and given.variants and given.workdir):
         raise ValueError("--config, --variants and --workdir are needed; see --help")
+    if any(re.match(r"--?config\.seed(=|$)", argument) for argument in config_overrides()):
+        raise ValueError("--config.seed would give all runs the same seed: give their seeds as --seeds=0,1,2")
     try:
         seeds = [int(seed) for seed in given.seeds]
     except ValueError:

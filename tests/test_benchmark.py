@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -20,12 +21,12 @@ from spin_jax.runtime import chips
 from spin_jax.selfplay import from_config
 
 
-def run(*flags, cache):
+def run(*flags, cache, devices=1):
     """(exit code, the JSON object of the last line or None, stderr)."""
     environment = {
         **os.environ,
         "XDG_CACHE_HOME": str(cache),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "-m", "spin_jax.benchmark", *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -47,6 +48,7 @@ def test_on_a_config_alone(tmp_path):
     assert code == 0, error
     assert result["train"]["step_s"] > 0
     assert result["train"]["pairs_per_s"] == pytest.approx(16 / result["train"]["step_s"])
+    assert result["train"]["trained"] == result["model"]["parameters"]
     assert 0 <= result["train"]["padding"] < 1
     assert 0 <= result["train"]["input_wait"] < 1
     assert result["train"]["mfu"] is None  # a CPU has no peak in the table
@@ -58,6 +60,27 @@ def test_on_a_config_alone(tmp_path):
     assert result["versions"]["jax"] == jax.__version__
     assert list((tmp_path / "trace" / "train").rglob("*.xplane.pb"))
     assert list((tmp_path / "trace" / "sample").rglob("*.xplane.pb"))
+
+
+def test_adapters_alone_are_trained_and_all_slots_are_busy(tmp_path):
+    """Adapters of rank 2 for the queries. Each of two devices has a copy of the weights, and 3 slots."""
+    code, result, error = run(
+        "--config=configs/tiny.py:smoke",
+        "--config.train.lora_rank=2",
+        "--config.train.lora_targets=('wq',)",
+        "--config.sampling.batch_size=3",
+        "--config.sampling.tensor=1",
+        "--batch_size=16",
+        "--steps=1",
+        devices=2,
+        cache=tmp_path,
+    )
+    assert code == 0, error
+    c = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]("smoke").model.architecture
+    queries = c.num_attention_heads * c.get("head_dim", c.hidden_size // c.num_attention_heads)
+    assert result["train"]["trained"] == 2 * c.num_hidden_layers * (c.hidden_size + queries)
+    assert result["train"]["trained"] < result["model"]["parameters"]
+    assert result["sample"]["prompts"] == result["sample"]["slots"] == 6
 
 
 def test_on_a_model_and_data(tiny_dir, tmp_path):

@@ -112,6 +112,14 @@ def test_pairs_by_iteration():
     config.selfplay.start, config.selfplay.iterations = 1, 4
     config.selfplay.pairs = "a, b,0=c"
     assert config_values.given_pairs(config) == {1: "a", 2: "b", 0: "c"}
+    for twice, said in (
+        ("0=a,0=b", "0 twice, a and b"),
+        ("a,b,1=c", "1 twice, a and c"),
+        ("1=a,b", "1 twice, a and b"),
+    ):
+        config.selfplay.pairs = twice
+        with pytest.raises(errors.ConfigError, match=f"selfplay.pairs gives pairs for iteration {said}: give one"):
+            config_values.given_pairs(config)
 
 
 @pytest.mark.parametrize("name", ["tiny.py", "tiny.py:smoke", "zephyr.py", "zephyr.py:official", "small_gsm8k.py"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from runs import ROOT
 
-from spin_jax import pairs, tiny
+from spin_jax import config, pairs, tiny
 from spin_jax.data import parquet, sources
 from spin_jax.data.chat import Chat
 from spin_jax.data.official import OfficialChat
 from spin_jax.data.pairs import load_pairs
 from spin_jax.data.records import Lengths
+from spin_jax.selfplay import fingerprints
 
 QUESTION = {"role": "user", "content": "1+2"}
 
@@ -128,6 +130,16 @@ def test_pairs_that_are_not_there(workdir, tmp_path):
     with pytest.raises(ValueError, match=r"config.json was not written by a run of spin_jax"):
         pairs.write_prompts(str(workdir), str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
+
+
+def test_prompts_of_a_run_on_many_devices(workdir):
+    """How the run spread over devices plays no role here: what is missing is only the start, which will answer."""
+    c = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]("smoke")
+    c.mesh.fsdp, c.sampling.tensor = 64, 16
+    record = {"config": fingerprints.recorded(config.resolve(c))}
+    (workdir / "config.json").write_text(json.dumps(record))
+    with pytest.raises(FileNotFoundError, match=r"start/model, which will answer in iteration 0, is not"):
+        pairs.write_prompts(str(workdir), str(workdir / "x"))
 
 
 # --- in ------------------------------------------------------------------------------------------

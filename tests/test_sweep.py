@@ -268,6 +268,8 @@ def test_a_stopped_run_saves(number, tmp_path):
             "--baseline=smok: choose one of smoke, start, SFT control",
         ),
         (["--config=configs/tiny.py", "--variants=smoke", "--parallel=0"], "--parallel=0"),
+        (["--config=configs/tiny.py", "--variants=smoke", "--config.seed=3"], "give their seeds as --seeds=0,1,2"),
+        (["--config=configs/tiny.py", "--variants=smoke", "--config.seed", "3"], "give their seeds as --seeds=0,1,2"),
     ],
 )
 def test_flags(arguments, message, tmp_path):

@@ -115,9 +115,11 @@ _LOG_PROBS_NOTE = (
     "The loss asks for the difference alone: log p of preferred answers may fall while the margin grows, as long as "
     "that of the others falls faster. Where it falls far, loss.nll_weight holds it."
 )
+_BACK_AT_0 = "Back at 0 with each new opponent."
+_NOT_BACK = ("selfplay.opponent_decay", "selfplay.restart", "loss.reference_decay")  # beside loss.reference_alpha
 _LEARNING = (
     Topic("loss", "Training loss", "loss", "Of each step's pairs, before its update."),
-    Topic("margin", "Margin", "β · nats an answer", "Back at 0 with each new opponent."),
+    Topic("margin", "Margin", "β · nats an answer", _BACK_AT_0),
     Topic("accuracy", "Human answer preferred", "share of pairs", "Identical answers do not count."),
     Topic("rewards", "Rewards", "β · nats an answer", _REWARDS_NOTE, _REWARDS),
     Topic("logps", "Log-probability of answers", "nats an answer", _LOG_PROBS_NOTE, _LOG_PROBS),
@@ -133,7 +135,7 @@ _OPTIMIZATION = (
 
 
 def learning_curves(run: Run) -> list[Chart]:
-    """What self-play learns, step by step; numbers that a loss logs itself come last."""
+    """What self-play learns, step by step; numbers that a user added to `losses.metrics` come last."""
     known = {"phase", "iteration", "step", "skipped"}.union(*(topic.labels for topic in (*_LEARNING, *_OPTIMIZATION)))
     logged = dict.fromkeys(key for row in run.steps.get("train", ())[-50:] for key in row)
     own = [Topic(f"own_{n}", key, "", "", {key: key}) for n, key in enumerate(logged) if key not in known]
@@ -149,7 +151,8 @@ def optimization_curves(run: Run) -> list[Chart]:
 
 def _step_chart(topic: Topic, runs: Sequence[tuple[Run, str]]) -> Chart | None:
     """A curve for each (run, name) and key; None where there are no numbers."""
-    curves, notes = [], [topic.note]
+    moved = any(run.config.get("loss.reference_alpha", 1) < 1 or any(map(run.config.get, _NOT_BACK)) for run, _ in runs)
+    curves, notes = [], [topic.note] * (topic.note != _BACK_AT_0 or not moved)
     for n, (run, name) in enumerate(runs):
         for place, (key, label) in enumerate(topic.labels.items()):
             found, said = _curve(run.series("train", key), name or label, n + place, n // len(COLORS))

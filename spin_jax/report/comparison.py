@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spin_jax.report.model_card import dataset_parts
 from spin_jax.report.numbers import finite
 from spin_jax.report.workdir import Run
 
@@ -30,11 +31,18 @@ class SeedGroup(NamedTuple):
 def settings(run: Run) -> dict[str, Any]:
     """What tells runs apart, except for the seed: config, fingerprints of data and model, and commit."""
     config = {k: v for k, v in run.config.items() if k != "seed" and not k.startswith(_NOT_COMPARED)}
-    fingerprints = dict(run.record.get("fingerprints", {}))
-    if config.get("data.limit"):
-        fingerprints.pop("data", None)  # the seed chooses the rows
-    named = {f"{name} (fingerprint)": digest for name, digest in fingerprints.items()}
+    fingerprints, chosen = run.record.get("fingerprints", {}), _chosen_by_seed(run)
+    named = {f"{name} (fingerprint)": digest for name, digest in fingerprints.items() if name not in chosen}
     return {**config, **named, "commit": run.record.get("commit")}
+
+
+def _chosen_by_seed(run: Run) -> set[str]:
+    """The names of the fingerprints of data whose rows the seed chose."""
+    c, fingerprints = run.config, run.record.get("fingerprints", {})
+    parts = dataset_parts(c.get("data.path"), run.record.get("data_revision"), fingerprints)
+    chosen = {f"data {t}" if t else "data" for _, _, t, share in parts if c.get("data.limit") or share < 1}
+    held_out, dropped = fingerprints.get("held-out data", "0 examples").split()[0], c.get("data.max_bad", 0.1)
+    return chosen | {"held-out data"} if int(held_out) >= (1 - dropped) * c.get("eval.limit", 500) else chosen
 
 
 def seed_groups(runs: Mapping[str, Run]) -> list[SeedGroup]:

@@ -45,7 +45,7 @@ def model_card(facts: Facts) -> str:
 
     config, t = facts.config, facts.iteration
     model, play, loss, train = (config[section] for section in ("model", "selfplay", "loss", "train"))
-    now = max(t, 0)
+    now, earlier = max(t, 0), range(max(t - play["mix_previous"], 0), t)
     columns = [dict(_measurements(row)) for row in facts.rows]
     names = dict.fromkeys(name for column in columns for name in column)
     datasets = dataset_parts(config["data"]["path"], facts.data_revision, facts.fingerprints)
@@ -67,7 +67,7 @@ def model_card(facts: Facts) -> str:
         adapters_base=facts.adapters_base and source_name(facts.adapters_base, None),
         datasets=[(path, source_name(path, revision), revision, t, share) for path, revision, t, share in datasets],
         loss=[loss["name"], f"β {per_iteration(loss['beta'], now):g}", *algorithm_notes(config)],
-        earlier=range(max(t - play["mix_previous"], play["start"]), t),
+        earlier=[s for s in earlier if s >= play["start"] or f"given pairs {s}" in facts.fingerprints],
         steps=sum(row.get("steps", 0) for row in facts.rows),
         epochs=per_iteration(train["epochs"], now),
         learning_rate=per_iteration(train["learning_rate"], now),

@@ -71,7 +71,8 @@ def _environment() -> jinja2.Environment:
         # What is Markup comes from our own templates and filters.
         finalize=lambda value: value if isinstance(value, Markup) else secrets.redacted(str(value)),
     )
-    environment.filters.update(breakable=_breakable, cell=_cell, redacted=secrets.redacted, image_url=drawing.svg_url)
+    environment.filters.update(breakable=_breakable, cell=_cell, redacted=secrets.redacted)
+    environment.filters.update(image_url=drawing.svg_url, as_json=functools.partial(json.dumps, ensure_ascii=False))
     return environment
 
 

@@ -152,7 +152,8 @@ def _samples(path: epath.Path) -> list[Row]:
     rows = _lines(path, prompt_id=int, prompt=list, real=str, generated=str)
     for count, row in enumerate(rows, 1):
         for message in row["prompt"]:
-            _check(f"{path}, line {count}, prompt", message, role=str, content=str)
+            calls = isinstance(message, dict) and message.get("tool_calls")  # such a turn may have no content
+            _check(f"{path}, line {count}, prompt", message, role=str, content=str | None if calls else str)
     return rows
 
 

@@ -26,7 +26,7 @@ from spin_jax.training.packing import group_sizes, pair_group
 def length_table(prepared: Prepared) -> str:
     """A table of the data's lengths in tokens, before anything is dropped or cut, with the limits below."""
     most = 2**31 - 1
-    unlimited = prepared.config.changed({"lengths.max_prompt": most, "lengths.max_length": most})
+    unlimited = prepared.config.changed({"lengths.max_prompt": most - 1, "lengths.max_length": most})
     read = processes.together(lambda: read_inputs(unlimited, prepared.began, prepared.today))
     datasets, held_out = datasets_of(read)
     prompts, answers = lengths_of([*datasets, held_out]).T

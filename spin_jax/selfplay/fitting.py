@@ -14,7 +14,7 @@ from etils import epath
 
 from spin_jax import config_values
 from spin_jax.data.records import Example
-from spin_jax.errors import Damaged, NotFinite, NothingToTrainOn
+from spin_jax.errors import ConfigError, Damaged, NotFinite, NothingToTrainOn
 from spin_jax.models import lora
 from spin_jax.models.architecture import Params
 from spin_jax.models.params import params_on
@@ -138,6 +138,7 @@ class Fitting:
             except Damaged as error:
                 processes.say(f"\nWARNING: {error}\nIt is made again, from the last good checkpoint before it.\n")
         if params is None:
+            files.remove(path)  # what is no good takes the room of what replaces it
             files.check_room(path, checkpoints.size(abstract), f"the checkpoint {path}")
             params = make()
             checkpoints.save(path, params)
@@ -151,10 +152,18 @@ class Fitting:
 
         Raises:
             Interrupted: the run was asked to stop; the state is saved.
+            NothingToTrainOn: an iteration after the first has the learning rate 0 in all steps.
+            ConfigError: another phase has.
             NotFinite: too many steps in a row were not finite; the last batch is in a file of the folder.
         """
         run, options, t = self._run, phase.options, phase.iteration
-        options.check_schedule("train" if phase.name == "train" else "sft", phase.steps, phase.schedule_steps)
+        section = "train" if phase.name == "train" else "sft"
+        try:
+            options.check_schedule(section, phase.steps, phase.schedule_steps)
+        except ConfigError as error:
+            said = f"{error}; in this workdir with --config.resume_anyway=True"
+            is_later = section == "train" and t > run.config.selfplay.start
+            raise NothingToTrainOn(f"iteration {t}: {said}") if is_later else ConfigError(said) from error
         self._engine.release()
         c, most_skipped = run.config.checkpoint, run.config.train.most_skipped
         step_checkpoints = StepCheckpoints(phase.folder / "train", c.keep, self._metrics.flush)

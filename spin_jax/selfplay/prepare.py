@@ -236,6 +236,10 @@ def _check_options(prepared: Prepared) -> None:
         raise ValueError(f"checkpoint.best={wanted!r} needs eval.verifier")
     if wanted in best.DIRECTIONS and not prepared.held_out:
         raise ValueError(f"checkpoint.best={wanted!r} needs held-out rows: there are none")
+    for t in filter(prepared.given.get, prepared.iterations):
+        if wanted in ("margin", "accuracy", "loss") and not prepared.given_pairs(t)[1]:
+            said = f"checkpoint.best={wanted!r} needs held-out pairs, and selfplay.pairs gives none for iteration {t}"
+            raise ValueError(f"{said}: add pairs with held-out prompts to the file, or take nll")
     _ = prepared.best_direction
     if c.export.push_to:
         hub.check(c.export.push_to)

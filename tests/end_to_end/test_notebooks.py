@@ -1,5 +1,6 @@
 """The notebooks: each is what its source says, and runs from top to bottom, without a network."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -9,9 +10,15 @@ import time
 
 import jupytext
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
 from runs import ROOT, Command
+
+from spin_jax.data import parquet
+from spin_jax.data.records import Pair
+from spin_jax.storage import files
 
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = ("inspect_a_run", "modify_the_loss", "spin_small_model")
@@ -174,6 +181,54 @@ def test_inspect_a_run(small_model, folder):
     assert len(executed.tables) == 5
     sums = read_rows(folder / "runs/tiny/iteration_0/samples.jsonl")
     assert f">{sums[0]['prompt'][0]['content']}</td>" in executed.tables[3]
+
+
+def cell(name, text):
+    """The source of the notebook's cell that has this text."""
+    return next(cell.source for cell in source_of(name).cells if text in cell.source)
+
+
+def test_the_pairs_of_any_pairing_have_their_answers(tmp_path):
+    """Of two prompts with three answers each: the human one is chosen, rejected, or neither."""
+
+    def message(text):
+        return [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+
+    def answered(prompt, n):
+        ids = [np.zeros(size, np.int32) for size in (1, 9, n + 1)]
+        return Pair(prompt, n, message(f"human {prompt}"), message(f"own {prompt} {n}"), *ids, truncated=n == 2)
+
+    rows = {(5, -1, 2): -1.0, (5, 0, 1): -2.0, (6, 1, -1): -3.0}  # (prompt, chosen, rejected): log p of the chosen one
+    chosen = [dataclasses.replace(answered(p, n), sample_id=m, chosen_id=n) for p, n, m in rows]
+    logps = np.array([[logp, -9] for logp in rows.values()])
+    content = {"pairs/train-0": parquet.pairs_to_parquet([answered(p, n) for p in (5, 6) for n in range(3)])}
+    content["scores/iteration_0-train-0"] = parquet.scores_to_parquet(0, chosen, logps)
+    for name, data in content.items():
+        files.write_here(tmp_path / "iteration_0" / f"{name}.parquet", data)
+    found = {"pd": pd, "RUN": tmp_path, "ITERATIONS": [0], "FIRST": "chosen", "SECOND": "rejected"}
+    exec(cell("inspect_a_run", "def scored("), found)
+    table = found["pairs"][0]
+    assert table.chosen.tolist() == ["human 5", "own 5 0", "own 6 1"]
+    assert table.rejected.tolist() == ["own 5 2", "own 5 1", "human 6"]
+    assert table.chosen_tokens.tolist() == [9, 1, 2]
+    assert table.rejected_tokens.tolist() == [3, 2, 9]
+    assert table.truncated.tolist() == [True, False, False]
+    assert table.real_logp.tolist() == [-1, -2, -3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "metrics", "message"),
+    [
+        ([{"iteration": -1}], {"phase": "sft"}, "No iteration of .* is finished yet"),
+        ([{"iteration": 0}], {"generated_logp": -3.0}, "loss sppo has one answer, and this notebook compares two"),
+    ],
+)
+def test_runs_that_the_notebook_cannot_show(rows, metrics, message, tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps(rows))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics))
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"loss": {"name": "sppo"}}}))
+    with pytest.raises(ValueError, match=message):
+        exec(cell("inspect_a_run", "ITERATIONS = "), {"RUN": tmp_path})
 
 
 @pytest.mark.long

@@ -1,6 +1,8 @@
 """Which charts there are, and the points of their curves."""
 
 import numpy as np
+import pytest
+from example_run import write_run
 
 from spin_jax.report import charts, workdir
 
@@ -16,6 +18,21 @@ def test_curves_are_means_with_gaps(finished):
     np.testing.assert_array_equal(
         charts.mean_of_neighbors(np.array([1, 3, np.nan, 5, np.nan, np.nan, 7]), 2), [2, 5, np.nan, 7]
     )
+
+
+@pytest.mark.parametrize(
+    ("sections", "note"),
+    [
+        ({}, "Back at 0 with each new opponent."),
+        ({"selfplay": {"restart": True}}, ""),
+        ({"selfplay": {"opponent_decay": 0.5}}, ""),
+        ({"loss": {"reference_alpha": 0.5}}, ""),
+        ({"loss": {"reference_decay": 0.5}}, ""),
+    ],
+)
+def test_where_the_margin_begins(sections, note, tmp_path):
+    run = workdir.read(str(write_run(tmp_path, steps=2, **sections)))
+    assert next(chart for chart in charts.learning_curves(run) if chart.title == "Margin").note == note
 
 
 def test_numbers_that_are_null_are_not_drawn():

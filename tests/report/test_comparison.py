@@ -1,5 +1,6 @@
 """Several runs beside one another."""
 
+import json
 import re
 
 import numpy as np
@@ -54,6 +55,31 @@ def test_runs_at_different_points_and_with_other_numbers(several, tmp_path):
 )
 def test_names_are_short(paths, names):
     assert comparison.run_names(paths) == names
+
+
+@pytest.mark.parametrize(
+    ("sections", "differing", "count"),
+    [
+        ({"data": {"path": "a,b", "limit": 60}}, "data 1", 1),
+        ({"data": {"path": "a,b"}}, "data 1", 2),
+        ({"data": {"path": "a,0.5*b+0.5*c"}}, "data 1", 1),
+        ({"data": {"path": "a,0.5*b+0.5*c"}}, "data", 2),
+        ({"eval": {"path": "d", "limit": 60}}, "held-out data", 1),
+        ({"eval": {"path": "d", "limit": 64}}, "held-out data", 1),  # 4 of 64 rows had no answer
+        ({"eval": {"path": "d", "limit": 100}}, "held-out data", 2),  # all rows of the file
+    ],
+)
+def test_rows_that_the_seed_chose_are_no_difference(sections, differing, count, tmp_path):
+    runs = {}
+    for seed in (0, 1):
+        folder = write_run(tmp_path / str(seed), iterations=0, steps=1, seed=seed, **sections)
+        record = json.loads((folder / "config.json").read_text())
+        record["data_revision"] = dict.fromkeys("abc") if "," in record["config"]["data"]["path"] else None
+        record["fingerprints"] = {"data": "60 examples, 77", "data 1": "60 examples, 77"}
+        record["fingerprints"][differing] = f"60 examples, {seed}"
+        (folder / "config.json").write_text(json.dumps(record))
+        runs[str(seed)] = workdir.read(str(folder))
+    assert len(comparison.seed_groups(runs)) == count
 
 
 def test_names_of_groups(several):

@@ -86,6 +86,9 @@ def test_an_iteration_tells_its_recipe_and_numbers():
     assert found["loss"] == ["logistic, β 5, 0.2 × NLL of the human answer"]
     assert found["pairs"] == ["180, those of iteration 0 among them"]
     assert found["answers"] == ["temperature 1, max_new_tokens 256"]
+    later = facts(selfplay={"start": 1}, fingerprints=FINGERPRINTS | {"given pairs 0": "90 pairs, 01"})
+    assert table(model_card.model_card(later))["pairs"] == ["180, those of iteration 0 among them"]
+    assert table(model_card.model_card(later._replace(fingerprints=FINGERPRINTS)))["pairs"] == ["180"]
     assert found["learning rate"] == ["1e-07 at its peak, linear schedule after 10% of warm-up"]
     assert found["optimizer"] == ["rmsprop, weight decay 0, gradients clipped at 1"]
     assert found["length"] == ["2 × the pairs, 6 steps"]

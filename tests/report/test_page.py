@@ -125,6 +125,13 @@ def not_finite(row):
     return {**row, "loss": math.nan, "margin": None} if row["step"] % 2 else row
 
 
+CALLS = [
+    {"role": "user", "content": "1+2?"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "sum", "arguments": {"é": "<b>"}}}]},
+    {"role": "tool", "content": "3"},
+]
+
+
 @pytest.mark.parametrize(
     ("lose", "said"),
     [
@@ -147,6 +154,10 @@ def not_finite(row):
         (rows(only_generated, "metrics.jsonl"), "Rewards"),
         (rows(lambda row: {**row, "stopped": "no better"}), "Stopped early: no better."),
         (rows(lambda row: {**row, "novel": 7.5}, "metrics.jsonl"), "novel"),
+        (
+            rows(lambda row: {**row, "prompt": CALLS}, "start/samples.jsonl"),
+            'user 1+2? assistant [{"function": {"name": "sum", "arguments": {"é": "<b>"}}}] tool 3',
+        ),
     ],
 )  # fmt: skip
 def test_a_page_of_what_there_is(lose, said, copy):

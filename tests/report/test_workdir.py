@@ -22,6 +22,11 @@ import pytest
         ("metrics.jsonl", "3\n", "metrics.jsonl, line 1 is damaged: a JSON int in place of an object"),
         ("metrics.jsonl", b"\xff\n", "metrics.jsonl, line 1 is damaged: no valid JSON"),
         ("iteration_0/samples.jsonl", '{"prompt_id": 1, "prompt": []}\n', "line 1 is damaged: real is None"),
+        (
+            "start/samples.jsonl",
+            '{"prompt_id": 1, "prompt": [{"role": "assistant"}], "real": "", "generated": ""}\n',
+            "line 1, prompt is damaged: content is None",
+        ),
         ("iteration_1/pairs/train-00000-of-00001.parquet", "PAR1", r"iteration_1/.*1\.parquet is damaged"),
         ("iteration_1/held_out.parquet", "", r"iteration_1/held_out\.parquet is damaged"),
     ],

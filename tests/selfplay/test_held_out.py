@@ -16,7 +16,7 @@ from torch_reference import torch_score
 import spin_jax
 from spin_jax import config, errors
 from spin_jax.evaluate import measures
-from spin_jax.evaluate.best import best_row, direction
+from spin_jax.evaluate.best import DIRECTIONS, best_row, direction
 from spin_jax.report import charts, drawing, numbers, page
 from spin_jax.selfplay import held_out
 from spin_jax.tiny import problems
@@ -292,6 +292,8 @@ def test_best_knows_directions_ties_and_what_is_no_number():
         direction("kl_start", ())
     with pytest.raises(ValueError, match=r"or a number of gsm8k, arc: task/metric$"):
         direction("acc", ["gsm8k", "arc"])
+    final_model = (ROOT / "configs" / "README.md").read_text().partition("## The final model")[2].partition("##")[0]
+    assert all(f"`{name}`" in final_model for name in DIRECTIONS)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from spin_jax.models import cost, lora
 from spin_jax.models.params import params_on
 from spin_jax.report.numbers import START
 from spin_jax.selfplay import announce, fingerprints
+from spin_jax.selfplay.algorithm import check
 from spin_jax.selfplay.fitting import Fitting
 from spin_jax.selfplay.prepare import locked, prepare
 
@@ -165,6 +166,16 @@ def test_rows_as_the_model_sees_them(tiny_config, tmp_path):
     *_, answer, end = announce.example_rows(prepare(config.resolve(tiny_config), None)).splitlines()
     assert answer.endswith("'1' '1'")
     assert end == "  its end  '1' (id 22), NO stop token"
+
+
+def test_the_check_of_an_official_run(tiny_config, tmp_path, capfd):
+    """The table of lengths has no limits, and official wants the limit of prompts below that of all."""
+    tiny_config.official = True
+    tiny_config.data.path = write_rows(tmp_path / "train.jsonl", tiny.problems()[:40])
+    check(tiny_config)
+    said = capfd.readouterr().out
+    assert "answers cut at lengths.max_length=" in said
+    assert said.endswith("everything that can be checked is in order\n")
 
 
 def test_turns_that_sft_trains_on(tiny_config, tmp_path):
@@ -325,6 +336,23 @@ def test_given_pairs_of_a_split(tiny_config, tmp_path):
         (folder / f"{split}-00000-of-00001.parquet").write_bytes(parquet.pairs_to_parquet(chosen))
     tiny_config.selfplay.pairs, tiny_config.selfplay.pairs_split = str(folder), "train"
     assert len(prepare(config.resolve(tiny_config), None).given[0]) == 28
+
+
+@pytest.mark.parametrize("number", ["margin", "accuracy", "loss"])
+def test_the_best_by_held_out_pairs_that_are_not_given(number, tiny_config, tmp_path):
+    """Refused until one of the given pairs has a held-out prompt; nll needs only held-out rows."""
+    rows, given = tiny.problems()[:40], tmp_path / "given.jsonl"
+    pairs = [{"prompt": row["question"], "chosen": row["answer"], "rejected": "9"} for row in rows]
+    tiny_config.data.path = write_rows(tmp_path / "train.jsonl", rows[:30])
+    tiny_config.eval.path = write_rows(tmp_path / "test.jsonl", rows[30:])
+    tiny_config.selfplay.pairs, tiny_config.checkpoint.best = f"1={write_rows(given, pairs[:30])}", number
+    with pytest.raises(ValueError, match=f"best='{number}' needs held-out pairs, .* none for iteration 1: add"):
+        prepare(config.resolve(tiny_config), None)
+    write_rows(given, pairs[:31])
+    assert len(prepare(config.resolve(tiny_config), None).given_pairs(1)[1]) == 1
+    write_rows(given, pairs[:30])
+    tiny_config.checkpoint.best = "nll"
+    prepare(config.resolve(tiny_config), None)
 
 
 @pytest.mark.parametrize("kind", ["default", "dynamic", "longrope"])
