@@ -203,7 +203,7 @@ def default() -> Any:
     c.sampling.batch_size = 64
     # Who answers for the opponent: ours, or http://HOST:PORT[,http://…] of servers such as vLLM and SGLang, which serve
     # the opponent's export and get batch_size requests at a time each, with the key in the environment variable
-    # OPENAI_API_KEY. Held-out answers are always those of our own engine. Unset: ours.
+    # OPENAI_API_KEY. The answers by which a model is evaluated are always of our own engine. Unset: ours.
     c.sampling.engine = placeholder(str)
     # In place of it, a shell command that starts such a server for each iteration: vllm serve {model} --port {port}.
     # The run fills in the folder, which is on a disk, and a free port, and stops it; launch/README.md has more.
@@ -245,7 +245,7 @@ def default() -> Any:
     # results of the parts that they name, or none (most memory, a quarter less work).
     c.train.remat = "full"
 
-    # --- devices: data × fsdp × context × tensor, where −1 takes the devices that are left ---
+    # --- devices: data × fsdp × context × tensor, where −1 takes the devices that are left (but not as context) ---
     c.mesh = ConfigDict()
     # Replicas of the weights. Unset: one for each TPU slice or GPU node, and 1 where there is only one.
     c.mesh.data = placeholder(int)

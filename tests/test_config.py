@@ -252,7 +252,7 @@ def test_official_prompts_stay_with_their_answers():
     config_lib.resolve(config)
     config.setdefault("selfplay", {})["pairing"] = "best/worst"
     with pytest.raises(
-        errors.ConfigError, match="official goes with selfplay.pairing=human/own only, and it is 'best/worst'"
+        errors.ConfigError, match=r"official goes with selfplay\.pairing=human/own only, and it is 'best/worst'"
     ):
         config_lib.resolve(config)
 
