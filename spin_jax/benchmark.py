@@ -35,7 +35,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +51,7 @@ from spin_jax.data.records import Ids, Pair
 from spin_jax.models import cost, loading, lora
 from spin_jax.models.architecture import Model, Params
 from spin_jax.models.params import count_params, init_params, params_on, sampling_params
-from spin_jax.runtime import chips, processes, sharding, stopwatch
+from spin_jax.runtime import chips, platforms, processes, sharding, stopwatch
 from spin_jax.sampling.continuous import answer_prompts
 from spin_jax.sampling.next_token import prompt_keys
 from spin_jax.selfplay import from_config, inputs
@@ -73,8 +72,6 @@ _NEW_TOKENS = flags.DEFINE_integer("new_tokens", None, "Tokens of each answer; u
 _DTYPE = flags.DEFINE_string("dtype", None, "Type of the computation; unset: the config's.")
 _REMAT = flags.DEFINE_string("remat", None, "train.remat; unset: the config's, and none without a config.")
 _PROFILE = flags.DEFINE_string("profile", None, "Directory to write a trace to.")
-
-_PACKAGES = ("spin_jax", "jax", "jaxlib", "flax", "optax")
 
 
 class Workload(NamedTuple):
@@ -140,7 +137,7 @@ def measure(work: Workload) -> dict[str, Any]:
         "peak_device_gb": max(peaks) / 2**30 or None,  # a CPU does not report any
         "device": f"{len(devices)} × {devices[0].device_kind}",
         "model": {"parameters": parameters, "dtype": str(work.model.dtype)},
-        "versions": {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "versions": platforms.versions("jax", "jaxlib", "flax", "optax") | {"python": platform.python_version()},
     }
 
 

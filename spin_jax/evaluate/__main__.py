@@ -28,7 +28,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 from absl import flags
@@ -36,6 +35,7 @@ from absl import flags
 from spin_jax import config as config_lib
 from spin_jax.cli import explain, fail, parse, set_up_jax
 from spin_jax.evaluate.leaderboard import COLUMNS, LEADERBOARD, leaderboard_table
+from spin_jax.runtime import platforms
 from spin_jax.runtime.interrupts import Interrupts, say
 
 # Any in place of `str | None`: `read_flags` checks that those are set that are needed.
@@ -173,7 +173,7 @@ def run_tasks(tasks: Any, leaderboard: bool, model: Any) -> None:
         "apply_chat_template": _CHAT.value,
         "seconds": round(time.perf_counter() - start, 1),
         "devices": f"{model.mesh.size} × {model.mesh.devices.flat[0].device_kind}",
-        "versions": {name: metadata.version(name) for name in ("spin_jax", "jax", "lm_eval", "transformers")},
+        "versions": platforms.versions("jax", "lm_eval", "transformers"),
     }
     processes.say(results_table(results, tasks))
     if leaderboard:

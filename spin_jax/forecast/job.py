@@ -33,7 +33,7 @@ class Rates(NamedTuple):
 
 # On a CPU the peak is that of a matrix product that was measured. Compiling: plan/README.md has measurements.
 MFU = {"tpu": 0.45, "gpu": 0.45, "cpu": 0.6}
-COMPILE_S = {"tpu": 40.0, "gpu": 15.0, "cpu": 2.0}
+COMPILE_S = {"tpu": 40.0, "gpu": 15.0, "cpu": 3.0}
 
 
 class Amounts(NamedTuple):

@@ -34,6 +34,7 @@ from spin_jax.storage import files, hub, seals
 
 # --- configs -------------------------------------------------------------------------------------
 
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -348,11 +349,10 @@ def new_model(
     """
     from transformers import AutoConfig, PreTrainedTokenizerBase
 
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
     if tokenizer is not None:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"model.tokenizer made a {type(tokenizer).__name__}, not a tokenizer of transformers")
-        options = {name: getattr(tokenizer, name) for name in names} | dict(options)
+        options = {name: getattr(tokenizer, name) for name in _TOKEN_IDS} | dict(options)
     with _prefix_errors("model.architecture"):
         model_type = check_architecture(options)
         options = {name: value for name, value in options.items() if name != "model_type"}
@@ -377,7 +377,8 @@ def check_architecture(options: Mapping[str, Any]) -> str:
     family(options)
     model_type = options["model_type"]
     classes = CONFIG_MAPPING[model_type], PreTrainedConfig  # in older versions a class states only the keys of its own
-    known = {"model_type", *TRANSFORMERS_4}.union(*(inspect.signature(kind).parameters for kind in classes))
+    known = {"model_type", *_TOKEN_IDS, *TRANSFORMERS_4}
+    known.update(*(inspect.signature(kind).parameters for kind in classes))
     for name in options:
         # A whole config.json names the transformers that wrote it, and may have other keys of that version.
         if name not in known and "transformers_version" not in options:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+import spin_jax
+
 Variables = Mapping[str, str | None]  # of a process's environment; None stands for one that is removed
 
 # Flags that help: what layers exchange travels while the layer before computes. config.compiler_flags=false
@@ -106,3 +108,8 @@ def _visible_gpus() -> list[str]:
         command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return []
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of spin_jax, which may be a clone that is not installed, and of these packages."""
+    return {"spin_jax": spin_jax.__version__, **{name: metadata.version(name) for name in packages}}

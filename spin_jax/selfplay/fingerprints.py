@@ -24,7 +24,7 @@ from spin_jax.config_values import loss_parts
 from spin_jax.data.records import Pair
 from spin_jax.data.store import Examples
 from spin_jax.models.architecture import Model
-from spin_jax.runtime import secrets
+from spin_jax.runtime import platforms, secrets
 
 Identity = Mapping[str, Mapping[str, str]]
 
@@ -44,7 +44,7 @@ _FREE = {
 }
 # A run goes on although one of these has changed, says so, and records it.
 _NOTED = ("versions.", "sampling.engine", "sampling.command")
-_PACKAGES = ["spin_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "datasets", "grain"]
+_PACKAGES = ["jax", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "datasets", "grain"]
 
 
 def digests(
@@ -82,7 +82,7 @@ def digests(
     for name, (t, pairs) in all_given.items():
         parts = (part for pair in pairs for part in _pair_content(t, pair))
         fingerprints |= {name: f"{len(pairs)} pairs, {_digest(parts)}"} if pairs else {}
-    return {"fingerprints": fingerprints, "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}}
+    return {"fingerprints": fingerprints, "versions": platforms.versions(*_PACKAGES)}
 
 
 def _pair_content(t: int, pair: Pair) -> Iterator[bytes]:
@@ -140,7 +140,10 @@ def commit() -> str | None:
             return f"{found}, changed" if git("status", "--porcelain") else found
     except (OSError, subprocess.SubprocessError):
         pass  # git is not installed, or the package is not in a clone
-    installed = importlib.metadata.distribution("spin_jax").read_text("direct_url.json")
+    try:
+        installed = importlib.metadata.distribution("spin_jax").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
     return json.loads(installed or "{}").get("vcs_info", {}).get("commit_id")
 
 

@@ -45,7 +45,7 @@ def test_what_is_off_by_more_than_30_percent_is_named():
     took = {"train": 129.0, "score": 10.0, "sample": 14.0, "export": 0.9, "load": 3.0, "other": 5.0}
     assert comparison(expected, took).splitlines() == [
         "time          expected      took",
-        "load              0 µs       3 s",
+        "load               0 s       3 s",
         "sample            10 s      14 s",
         "score             13 s      10 s",
         "train         1.67 min  2.15 min",

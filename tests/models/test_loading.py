@@ -273,7 +273,7 @@ def test_checkpoint_dtype_is_kept_without_a_name_for_it(hf_model_dir, mesh, tmp_
         ),
         ({"model_type": "phi", "layer_norm_eps": 1e-5, "qk_layernorm": True}, "qk_layernorm=True is not"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-        ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "number of `layer_types`"),
+        ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "number of `?layer.types"),
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 2}, "layer_types"),
         ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "exceeds num_local"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported"),

@@ -1,16 +1,33 @@
 """What a run records of the code that computes it."""
 
 import dataclasses
+import importlib.metadata
 import shutil
 from types import SimpleNamespace
 
+import jax
 import pytest
 from runs import ROOT
 
 import spin_jax
 from spin_jax import config, tiny
 from spin_jax.data.store import EXAMPLES, Examples
+from spin_jax.runtime import platforms
 from spin_jax.selfplay import fingerprints
+
+
+def test_a_clone_that_is_not_installed_has_versions(monkeypatch, tmp_path):
+    installed = importlib.metadata.distribution
+
+    def distribution(name):
+        if name == "spin_jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    assert platforms.versions("jax") == {"spin_jax": spin_jax.__version__, "jax": jax.__version__}
+    monkeypatch.setenv("PATH", str(tmp_path))  # which has no git
+    assert fingerprints.commit() is None
 
 
 @pytest.fixture
