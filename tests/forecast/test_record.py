@@ -50,7 +50,7 @@ def test_what_is_off_by_more_than_30_percent_is_named():
         "score             13 s      10 s",
         "train         1.67 min  2.15 min",
         "export          200 ms    900 ms",
-        "other             0 µs       5 s",
+        "other              0 s       5 s",
         "all           2.05 min   2.7 min",
         "plan is off by more than 30%: load was not expected, sample takes 1.4 times as long",
     ]
