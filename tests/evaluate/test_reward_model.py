@@ -51,6 +51,15 @@ def test_the_numbers_are_those_of_transformers(family, pad, tmp_path, mesh):
     np.testing.assert_allclose(model.scores(ids[::-1] * 20), np.tile(expected[::-1], 20), atol=1e-4)  # several rows
 
 
+def test_what_was_scored_before_changes_no_bit(tmp_path, mesh):
+    """In bfloat16 the length of the rows shows: a process that scored long texts gives what a new one gives."""
+    write(tmp_path / "model", "llama")
+    used, new = (RewardModel(str(tmp_path / "model"), mesh=mesh, dtype="bfloat16") for _ in range(2))
+    short, long = ([new.tokens(messages) for messages in CONVERSATIONS[part]] for part in (slice(2), slice(2, 3)))
+    used.scores([np.tile(ids, 2)[:250] for ids in long])
+    np.testing.assert_array_equal(used.scores(short * 4), new.scores(short * 4))
+
+
 def test_eight_devices_are_one(tmp_path, mesh, mesh8):
     write(tmp_path / "model", "llama")
     one, eight = (RewardModel(str(tmp_path / "model"), mesh=m) for m in (mesh, mesh8))
