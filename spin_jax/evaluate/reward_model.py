@@ -8,6 +8,7 @@ Axes: N rows, T tokens of a row, G conversations of a row, D model.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ class RewardModel:
         mesh: jax.sharding.Mesh | None = None,
         dtype: str | None = None,
         tokens_per_device: int = 8192,
+        today: datetime.date | None = None,
     ):
         """Reads the config, the tokenizer and the headers of the weights.
 
@@ -50,6 +52,7 @@ class RewardModel:
             mesh: the devices that share the weights; None: all.
             dtype: of the computation; None: the checkpoint's.
             tokens_per_device: how many tokens a device reads at a time, unless one conversation is longer.
+            today: the date that the chat template may print; None: today's.
 
         Raises:
             ValueError, FileNotFoundError: what is wrong with the checkpoint, naming the file; or the mesh cannot split
@@ -66,9 +69,9 @@ class RewardModel:
             loading.locate_tensor, self._directory, self._model.config, _HEAD, (1, model.config.hidden_size)
         )
         self._tensor()
-        self._template = Template(model.tokenizer)
+        self._template = Template(model.tokenizer, today)
+        self.positions = model.config.max_position_embeddings  # the most tokens of a conversation
         self._tokens_per_device = tokens_per_device
-        self._length = _GRANULE  # of a row; it only grows, so that few programs are compiled
         self._weights: Params | None = None
 
     @property
@@ -95,7 +98,7 @@ class RewardModel:
         # transformers takes the last token that is not padding, even if the text itself ends in that token.
         read = np.flatnonzero(ids != self._model.hf_config.get("pad_token_id"))
         ids = ids[: read[-1] + 1] if len(read) else ids
-        if len(ids) > (longest := self._model.config.max_position_embeddings):
+        if len(ids) > (longest := self.positions):
             raise ValueError(f"the conversation has {len(ids)} tokens, and the reward model reads at most {longest}")
         return ids
 
@@ -106,15 +109,15 @@ class RewardModel:
         model = self._model
         # A group has one more token, which is not read: packing keeps the place from which it would be predicted.
         groups = [Group(ids, (ids[-1:],)) for ids in conversations]
-        longest = max(len(ids) for ids in conversations) + 1
-        self._length = max(self._length, sharding.row_length(longest, model.mesh, _GRANULE))
+        # A row is as long as this call needs: what was scored before, or in another process, changes no bit.
+        length = sharding.row_length(max(map(len, conversations)) + 1, model.mesh, _GRANULE)
         kernel = kernel_for(model.mesh.devices.flat[0].platform, model.dtype, model.config.sinks)
         tokens = self._tokens_per_device * sharding.context_shards(model.mesh)  # of the devices that share a row
         shape = RowShape(
-            rows=max(1, tokens // self._length) * sharding.batch_shards(model.mesh),
-            length=self._length,
+            rows=max(1, tokens // length) * sharding.batch_shards(model.mesh),
+            length=length,
             groups=_GROUPS,
-            unshared=self._length if kernel == "splash" else 0,
+            unshared=length if kernel == "splash" else 0,
         )
         if self._weights is None:
             params = loading.load_params(self._directory, model.config, model.mesh, model.dtype)

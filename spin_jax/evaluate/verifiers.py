@@ -4,6 +4,7 @@ To add one, write a function of (reference, answer) and enter it in VERIFIERS. A
 file of your own, as `module:function`.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from spin_jax.data.records import Example
+from spin_jax.runtime import processes
 from spin_jax.runtime.user_code import import_function
 
 Verifier = Callable[[str, str], bool]  # (reference, answer)
@@ -47,12 +49,13 @@ def find_verifier(name: str) -> Verifier:
 def verdicts(
     verifier: Verifier, examples: Sequence[Example], answers: Sequence[str]
 ) -> Bool[np.ndarray, "samples prompts"]:
-    """Which answers the verifier accepts.
+    """Which answers the verifier accepts. Process 0 alone asks it, so that all processes have the same verdicts.
 
     Args:
         examples: each ends with the reference answer.
         answers: the first answer to every example in order, then the second answer to every example, …
     """
-    references = [example.messages[-1].get("content", "") for example in examples]
-    accepted = [bool(verifier(references[i % len(examples)], answer)) for i, answer in enumerate(answers)]
-    return np.array(accepted).reshape(-1, len(examples))
+    references = itertools.cycle([example.messages[-1].get("content", "") for example in examples])
+    asked = [*zip(references, answers, strict=False)] if processes.first() else []
+    accepted = processes.together(lambda: [bool(verifier(reference, answer)) for reference, answer in asked])
+    return np.array(processes.exchanged(accepted)[0]).reshape(-1, len(examples))

@@ -72,8 +72,6 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
     pinned_config = config.changed(hub_names)
     model, initial_params, weights_digest = open_model(pinned_config, _recorded_revision(config, began))
     from_config.check_mesh(config, model)
-    judge = find_judge(pinned_config, model.mesh)
-    pairing = Pairing(config, judge.fields)
     custom_loss.check(config.loss, model.mesh)
     stated, theirs = config.model.architecture, model.hf_config
     differing = [
@@ -93,6 +91,9 @@ def read_inputs(config: Config, began: Mapping[str, Any], today: str) -> Inputs:
             "learn to write it; a template that has it (data.chat_template) would write it for the model"
         )
     chat = make_chat(config, model, today)
+    judge = find_judge(pinned_config, model.mesh, datetime.date.fromisoformat(today))
+    notes += judge.notes(config.lengths.max_length)
+    pairing = Pairing(config, judge.fields)
     pairs = _read_given_pairs(config, chat, model.config.vocab_size, notes)
     c = config.data
     recorded, revisions = _recorded_data_revisions(config, began), {}
@@ -215,6 +216,9 @@ def _read_given_pairs(
         rows = sources.load_rows(path, play.pairs_split, all_files=of_a_run, notes=notes)
         pairs, counts = load_pairs(rows, chat, path=path, vocab_size=vocab_size, **options)
         notes.extend([*_count_notes(path, counts), *_check_ends(config, chat, path, _as_examples(pairs, chat))])
+        if play.length_penalty and not of_a_run and any(pair.score is not None for pair in pairs):  # a run's hold it
+            said = f"{path}: selfplay.length_penalty={play.length_penalty:g} changes no score that the pairs bring"
+            raise ValueError(f"{said}: leave out their column score, or take the penalty from it and unset the key")
         return pairs
 
     given = {t: read(path) for t, path in config_values.given_pairs(config).items()}

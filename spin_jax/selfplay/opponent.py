@@ -1,7 +1,7 @@
 """The opponent of each iteration: whose weights it has, what it answers, and its log-probs of all answers.
 
 Everything is written one file at a time: iteration_<t>/pairs/ holds the answers, iteration_<t>/scores/ the log-probs of
-all pairs that iteration t trains on. A file that exists is never made again.
+all pairs that iteration t trains on. A file that exists is never made again, unless answers before it are.
 """
 
 import functools
@@ -9,7 +9,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -103,24 +103,33 @@ class Opponent:
                         continue
                     pairs = variants.with_scores(pairs, run.judge)
                     # The row is written first, because a file that exists is never made again.
-                    metrics.write("sample", t, number, {**_statistics(pairs), "tokens_per_s": rate})
+                    metrics.write("sample", t, number, {**pairing.statistics(pairs), "tokens_per_s": rate})
                     metrics.flush()
-                    files.write(shards[number][0], parquet.pairs_to_parquet(pairs, self._more_fields))
+                    self._write_pairs(t, shards[number][0], pairs)
                 self._engine.stop_if_asked()
         return params
 
     def _write_given(self, t: int) -> None:
         """Writes the pairs that are given for iteration t, or added to its own."""
-        shards = [(path, items) for path, items in self._pair_files(t) if isinstance(items[0], Pair)]
-        done = files.existing([path for path, _ in shards])
-        if all(done):
-            return
-        # All pairs are scored at once: a scorer may compare the answers to a prompt, and files part them.
-        remaining = iter(variants.with_scores([pair for _, pairs in shards for pair in pairs], self._run.judge))
-        for (path, pairs), exists in zip(shards, done, strict=True):
-            scored = list(itertools.islice(remaining, len(pairs)))
-            if not exists:
-                files.write(path, parquet.pairs_to_parquet(scored, self._more_fields))
+        shards = {path: items for path, items in self._pair_files(t) if isinstance(items[0], Pair)}
+        paths, done = [*shards], files.existing([*shards])
+        for number, pairs in variants.judged_files([*shards.values()], done, self._run.judge):
+            self._write_pairs(t, paths[number], pairs)
+            self._engine.stop_if_asked()
+
+    def _write_pairs(self, t: int, path: epath.Path, pairs: Sequence[Pair]) -> None:
+        """Writes a file of answers. The log-probs of answers that it had before, which may be others, are removed."""
+        is_start = "start" in self._run.roles and t == self._answers_of_start  # all files have its log-probs
+        ending = "" if is_start else f"iteration_{t}-{path.name}"
+
+        def remove_scores() -> None:
+            folders = [self._run.folder(k) / "scores" for k in self._run.iterations if k >= t]
+            for old in itertools.chain(*(folder.iterdir() for folder in folders if folder.exists())):
+                if old.name.endswith(ending):
+                    old.unlink()
+
+        processes.by_first(remove_scores)
+        files.write(path, parquet.pairs_to_parquet(pairs, self._more_fields))
 
     @functools.cached_property
     def _more_fields(self) -> bool:
@@ -259,18 +268,6 @@ class Opponent:
         _need(paths, f"iteration {t} has no pairs yet", "sample")
         files_of_pairs = (parquet.pairs_from_parquet(path.read_bytes(), path) for path in paths)
         return variants.answers_by_prompt(itertools.chain.from_iterable(files_of_pairs))
-
-
-def _statistics(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """What metrics.jsonl says of sampled pairs."""
-    count, judged = len(pairs), {name: [getattr(pair, name) for pair in pairs] for name in ("score", "right")}
-    return {
-        "prompts": count,
-        "response_tokens": sum(len(pair.generated) for pair in pairs) / count,
-        "truncated": sum(pair.truncated for pair in pairs) / count,
-        "identical": sum(pair.identical for pair in pairs) / count,
-        **{name: sum(values) / count for name, values in judged.items() if None not in values},
-    }
 
 
 def _check_finite(pairs: Sequence[Pair], logps: np.ndarray, path: epath.Path) -> None:

@@ -47,10 +47,10 @@ class Pairing:
             JudgeFailed: the user's function raised an error or returned no pairs; the message names the prompt.
         """
         counts = Counter[str]()
-        if self._rows != "all" and not file.name.startswith("added"):
-            return [pair for pair in pairs if ((pair.score or 0.0) > 0.5) == (self._rows == "right")], counts
-        if not (self.chooses and file.name.startswith("train")):
+        if not file.name.startswith("train"):
             return list(pairs), counts
+        if not self.chooses:
+            return [p for p in pairs if self._rows in ("all", "right" if (p.score or 0) > 0.5 else "wrong")], counts
         if absent := [name for name in self._judged if any(getattr(pair, name) is None for pair in pairs)]:
             raise MissingInput(f"{file} has no {absent[0]}, for another selfplay.pairing wrote it: remove it")
         groups = list(by_prompt(pairs).values())
@@ -84,6 +84,18 @@ class Pairing:
         ask = functools.partial(_function_pairs, self.name, self._function)
         # Process 0 alone asks the user's function, so that all processes have the same pairs.
         return processes.exchanged(processes.together(lambda: list(map(ask, groups)) if processes.first() else []))[0]
+
+
+def statistics(pairs: Sequence[Pair]) -> dict[str, float]:
+    """What metrics.jsonl says of sampled pairs."""
+    count, judged = len(pairs), {name: [getattr(pair, name) for pair in pairs] for name in ("score", "right")}
+    return {
+        "prompts": count,
+        "response_tokens": sum(len(pair.generated) for pair in pairs) / count,
+        "truncated": sum(pair.truncated for pair in pairs) / count,
+        "identical": sum(pair.identical for pair in pairs) / count,
+        **{name: sum(values) / count for name, values in judged.items() if None not in values},
+    }
 
 
 def metrics(counts: Counter[str]) -> dict[str, int]:

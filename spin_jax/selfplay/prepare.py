@@ -26,7 +26,7 @@ from spin_jax.report.numbers import START
 from spin_jax.runtime import processes
 from spin_jax.selfplay import fingerprints, from_config
 from spin_jax.selfplay.inputs import Inputs, datasets_of, lengths_of, read_inputs, shared_content, split
-from spin_jax.selfplay.variants import by_prompt
+from spin_jax.selfplay.variants import by_prompt, try_judge
 from spin_jax.storage import files, hub
 from spin_jax.training import custom_loss
 from spin_jax.training.batches import training_steps
@@ -259,6 +259,10 @@ def _check_options(prepared: Prepared) -> None:
         raise ValueError(f"loss.name={c.loss.name!r} takes a score: set selfplay.scorer")
     if prepared.pairing.chooses:
         _check_pairing(prepared)
+    if not prepared.began:
+        first = prepared.datasets[0][0]
+        copies = [prepared.chat.pair(first, number, first.real) for number in range(c.selfplay.samples)]
+        try_judge(c, prepared.judge, copies, prepared.given)
     from_config.sampling(c)
     prepared.notes += _schedule_notes(prepared)
     for section in (c.train, c.sft):
@@ -336,18 +340,22 @@ def _check_start_answers(prepared: Prepared) -> None:
     if c.selfplay.start and 0 not in given:
         raise ValueError("loss.answers has the role start, which after selfplay.start selfplay.pairs=0=PATH gives")
     origin = min([c.selfplay.start, *given])
-    answered = np.concatenate([prepared.datasets[0].keys, prepared.held_out.keys])[:, 1]
-    answered = _turn_keys(given[origin]) if origin in given else answered
+    answered = set(map(_answer_key, given.get(origin, ()))) or {
+        (key, sample_id)
+        for held_out, examples in enumerate([prepared.datasets[0], prepared.held_out])
+        for sample_id in range(config_values.answers_wanted(c.selfplay, bool(held_out)))
+        for key in examples.keys[:, 0].tolist()
+    }
     for t, pairs in given.items():
-        if absent := [pair for pair, here in zip(pairs, np.isin(_turn_keys(pairs), answered), strict=True) if not here]:
+        if absent := next((pair for pair in pairs if _answer_key(pair) not in answered), None):
             raise ValueError(
-                f"selfplay.pairs: the start does not answer the prompt with prompt_id "
-                f"{absent[0].prompt_id} of iteration {t}, and loss.answers asks for its answer"
+                f"selfplay.pairs: the start does not answer the prompt with prompt_id {absent.prompt_id} of "
+                f"iteration {t} under sample_id {absent.sample_id}, and loss.answers asks for it (selfplay.samples)"
             )
 
 
-def _turn_keys(pairs: Sequence[Pair]) -> np.ndarray:
-    return np.array([prompt_keys(pair.real_messages, pair.prompt)[1] for pair in pairs], "S16")
+def _answer_key(pair: Pair) -> tuple[bytes, int]:
+    return prompt_keys(pair.real_messages, pair.prompt)[0].rstrip(b"\0"), pair.sample_id  # as NumPy's S16 has it
 
 
 def _check_given(root: epath.Path, given: Mapping[int, Sequence[Pair]], began: Mapping[str, Any]) -> None:

@@ -8,17 +8,19 @@ T-SPIN          a row also holds what the start answered (role `start`)
 """
 
 import dataclasses
+import datetime
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from spin_jax.config import Config
 from spin_jax.data.records import HUMAN, Ids, Message, Pair
-from spin_jax.errors import JudgeFailed, MissingInput
+from spin_jax.errors import ConfigError, JudgeFailed, MissingInput
 from spin_jax.evaluate import verifiers
 from spin_jax.evaluate.reward_model import RewardModel
 from spin_jax.runtime import processes, stopwatch
@@ -55,24 +57,30 @@ class Judge(NamedTuple):
         """The fingerprint of a reward model."""
         return {"reward model": self.scorer.digest} if isinstance(self.scorer, RewardModel) else {}
 
+    def notes(self, max_length: int) -> list[str]:
+        """A note on a reward model that reads fewer tokens than a conversation of the run may have."""
+        most = self.scorer.positions if isinstance(self.scorer, RewardModel) else max_length
+        said = f"lengths.max_length={max_length}, and selfplay.scorer reads {most} tokens: a longer text ends the run"
+        return [said] if most < max_length else []
+
     def free(self) -> None:
         """Frees the memory of a reward model until it is asked again."""
         if isinstance(self.scorer, RewardModel):
             self.scorer.free()
 
 
-def find_judge(config: Config, mesh: jax.sharding.Mesh | None = None) -> Judge:
+def find_judge(config: Config, mesh: jax.sharding.Mesh | None = None, today: datetime.date | None = None) -> Judge:
     """What judges answers: selfplay.scorer; eval.verifier where selfplay.rows or selfplay.pairing needs it.
 
-    A reward model is split over `mesh`.
+    A reward model is split over `mesh`, and its chat template sees the date `today`.
     """
     play, scorer, verifier = config.selfplay, None, None
     if play.scorer and ":" in play.scorer:
         scorer = import_function(play.scorer)
     elif play.scorer:
         try:
-            tokens = config.train.tokens_per_device
-            scorer = RewardModel(play.scorer, mesh=mesh, dtype=config.model.dtype, tokens_per_device=tokens)
+            options = {"dtype": config.model.dtype, "tokens_per_device": config.train.tokens_per_device}
+            scorer = RewardModel(play.scorer, mesh=mesh, today=today, **options)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"selfplay.scorer={play.scorer!r}, as a reward model: {error}") from error
     if play.rows != "all":
@@ -88,36 +96,71 @@ def _verdicts(verifier: verifiers.Verifier, messages: list[Message], answers: li
     return [float(bool(verifier(messages[-1].get("content", ""), answer))) for answer in answers]
 
 
+def try_judge(config: Config, judge: Judge, copies: Sequence[Pair], given: Mapping[int, Sequence[Pair]]) -> None:
+    """Asks functions about copies of a human answer, so that none fails only after hours of sampling.
+
+    Nobody is asked if all pairs are given with what the judge would say. ConfigError tells what is wrong.
+    """
+    own = judge._replace(scorer=None) if isinstance(judge.scorer, RewardModel) else judge
+    sampled = any(t not in given for t in range(config.selfplay.start, config.selfplay.iterations))
+    if not sampled and not any(any(_lacking(pairs, own).values()) for pairs in given.values()):
+        return
+
+    def ask() -> None:
+        try:
+            _judged(copies, own)
+        except JudgeFailed as error:
+            raise ConfigError(f"a first try, with copies of a human answer as the answers: {error}") from error
+
+    processes.by_first(ask)
+
+
+def judged_files(shards: Sequence[list], done: Sequence[bool], judge: Judge) -> Iterator[tuple[int, list[Pair]]]:
+    """The number of each file that is not done, and its pairs with what the judge says, as soon as it is known.
+
+    A scorer may compare the answers to a prompt, and files part them: all are judged with the first file that has one.
+    A run that continues asks about the same portions, so that a reward model gives the same numbers to the bit.
+    """
+    first: dict[int, int] = {}
+    portions: dict[int, list[Pair]] = {}
+    for number, pair in ((number, pair) for number, pairs in enumerate(shards) for pair in pairs):
+        portions.setdefault(first.setdefault(pair.prompt_id, number), []).append(pair)
+    found: dict[tuple[int, int], Pair] = {}
+    for number in np.flatnonzero(np.logical_not(done)).tolist():
+        for portion in sorted({first[pair.prompt_id] for pair in shards[number]} & portions.keys()):
+            found |= {(p.prompt_id, p.sample_id): p for p in with_scores(portions.pop(portion), judge)}
+        yield number, [found[pair.prompt_id, pair.sample_id] for pair in shards[number]]
+
+
 @stopwatch.phase("judge")
 def with_scores(pairs: Sequence[Pair], judge: Judge) -> list[Pair]:
     """The pairs with what the judge says. Prompts whose pairs have all scores already keep them.
 
-    Pairs of selfplay.add_pairs, whose ids are negative, are judged only for a loss that reads the score.
-
     Raises:
         JudgeFailed: the judge raised an error or gave no number; the message names the prompt.
     """
-    if not judge.of_added and any(pair.prompt_id < 0 for pair in pairs):
-        own = iter(with_scores([pair for pair in pairs if pair.prompt_id >= 0], judge))
-        return [pair if pair.prompt_id < 0 else next(own) for pair in pairs]
+    lacking = _lacking(pairs, judge)
+    asked = [pair for pair in pairs if lacking.get(pair.prompt_id)]
+    if isinstance(judge.scorer, RewardModel):
+        judge = judge._replace(scorer=_scored(asked, judge.scorer, judge.of_human))
+    said = processes.exchanged(processes.together(lambda: _judged(asked, judge) if processes.first() else []))[0]
+    found = {(pair.prompt_id, pair.sample_id): one for pair, one in zip(asked, said, strict=True)}
+    names = ((pair, lacking.get(pair.prompt_id, ())) for pair in pairs)
+    return [dataclasses.replace(p, **{n: found[p.prompt_id, p.sample_id][n] for n in lack}) for p, lack in names]
+
+
+def _lacking(pairs: Sequence[Pair], judge: Judge) -> dict[int, list[str]]:
+    """The fields that the judge has to fill in, by prompt_id.
+
+    Pairs of selfplay.add_pairs, whose ids are negative, are judged only for a loss that reads the score.
+    """
     # What is compared comes from one source: the judge, if one answer to a prompt lacks its number.
     kinds = [[name for name in judge.fields if name != "right"], [name for name in judge.fields if name == "right"]]
-    lacking = {
-        (prompt_id, name)
+    return {
+        prompt_id: [n for kind in kinds if any(getattr(p, n) is None for p in group for n in kind) for n in kind]
         for prompt_id, group in by_prompt(pairs).items()
-        for kind in kinds
-        if any(getattr(pair, name) is None for pair in group for name in kind)
-        for name in kind
+        if judge.of_added or prompt_id >= 0
     }
-    if not lacking:
-        return list(pairs)
-    if isinstance(judge.scorer, RewardModel):
-        judge = judge._replace(scorer=_scored(pairs, judge.scorer, judge.of_human))
-    said = processes.exchanged(processes.together(lambda: _judged(pairs, judge) if processes.first() else []))[0]
-    return [
-        dataclasses.replace(pair, **{name: value for name, value in one.items() if (pair.prompt_id, name) in lacking})
-        for pair, one in zip(pairs, said, strict=True)
-    ]
 
 
 def _scored(pairs: Sequence[Pair], model: RewardModel, of_human: bool) -> Scorer:
@@ -152,7 +195,7 @@ def in_files(items: Sequence[Any], size: int, grouped: bool) -> list[Sequence[An
 def question_of(group: Sequence[Pair]) -> tuple[list[Message], list[str]]:
     """What a function is asked about: messages that end with the human answer, and all answers, the human one last."""
     messages = [dict(message) for message in group[0].real_messages]  # the function may change them
-    return messages, [*(p.generated_messages[-1]["content"] for p in group), messages[-1].get("content", "")]
+    return messages, [*(p.generated_messages[-1].get("content", "") for p in group), messages[-1].get("content", "")]
 
 
 def _judged(pairs: Sequence[Pair], judge: Judge) -> list[dict[str, Any]]:

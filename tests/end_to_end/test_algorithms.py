@@ -6,11 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+from dataset_rows import write_jsonl
 from runs import ROOT, assert_same_run, read_metrics, read_pairs, weights
 from torch_reference import torch_greedy, torch_score
 
 from spin_jax import config as config_lib
-from spin_jax import errors
+from spin_jax import errors, tiny
 from spin_jax.selfplay.algorithm import PHASES, run
 from spin_jax.selfplay.prepare import prepare
 
@@ -178,10 +179,11 @@ def test_rest_em_trains_on_what_the_verifier_takes(runs):
         for row in pairs:
             text = row["generated"][-1]["content"]
             assert row["score"] == float(even(None, text))
-        right = {(row["prompt_id"], row["sample_id"]) for row in pairs if row["score"] == 1}
+        right = {(row["prompt_id"], row["sample_id"]) for row in train if row["score"] == 1}
+        held_out = {(row["prompt_id"], row["sample_id"]) for row in pairs if row not in train}
         scored = {(row["prompt_id"], row["sample_id"]) for row in scores_of(workdir, t)}
-        assert scored == right
-        assert 0 < len(right) < len(pairs)
+        assert scored == right | held_out
+        assert 0 < len(right) < len(train)
         assert summary[t + 1]["pairs"] == sum(row["score"] == 1 for row in train)
         step = first_step(workdir, t)
         assert step["loss"] == pytest.approx(-step["generated_logp"], rel=1e-6)
@@ -488,11 +490,24 @@ def broken(messages, answers):
     raise KeyError("no such server")
 
 
+def late(messages, answers):
+    """A scorer that serves until its second prompt."""
+    ASKED.append(messages)
+    return [0.5 / (len(ASKED) < 3)] * len(answers)
+
+
 @pytest.mark.parametrize(("scorer", "said"), [("nonsense", "a finite number for each"), ("broken", "KeyError")])
-def test_a_scorer_that_fails(scorer, said, settings, tmp_path):
+def test_a_scorer_that_fails_is_found_before_the_run(scorer, said, settings, tmp_path):
     keys = {"selfplay.scorer": f"test_algorithms:{scorer}"}
-    with pytest.raises(errors.JudgeFailed, match=f"prompt_id .*{said}"):
-        run(settings("sppo", **keys), str(tmp_path))
+    with pytest.raises(errors.ConfigError, match=f"copies of a human answer .*prompt_id .*{said}"):
+        run(settings("sppo", **keys), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_scorer_that_fails_on_the_way(settings, tmp_path):
+    ASKED.clear()
+    with pytest.raises(errors.JudgeFailed, match=r"prompt_id .* ZeroDivisionError"):
+        run(settings("sppo", **{"selfplay.scorer": "test_algorithms:late"}), str(tmp_path))
 
 
 def test_the_starts_answers_are_found_by_prompt(settings, runs, tmp_path):
@@ -517,6 +532,18 @@ def test_prompts_that_the_start_does_not_answer(settings, tmp_path):
     with pytest.raises(ValueError, match="the start does not answer the prompt with prompt_id 0 of iteration 1"):
         run(settings("tspin", **{"selfplay.pairs": f"1={path}"}), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_more_answers_than_the_start_gives(settings, tmp_path):
+    """The start answers each prompt as often as selfplay.samples says, and later pairs may have more answers."""
+    row = {"prompt": tiny.problems()[0]["question"], "chosen": "27", "prompt_id": 3}
+    rows = [{**row, "rejected": "9" * (n + 1)} for n in range(4)]
+    path = write_jsonl(tmp_path / "four.jsonl", rows)
+    keys = {"selfplay.pairs": f"1={path}", "selfplay.iterations": 2, "data.limit": None}
+    message = "prompt with prompt_id 3 of iteration 1 under sample_id 1, .*selfplay.samples"
+    with pytest.raises(ValueError, match=message):
+        prepare(config_lib.resolve(settings("tspin", **keys)), None)
+    prepare(config_lib.resolve(settings("tspin", **keys, **{"selfplay.samples": 4})), None)
 
 
 # --- preferences ---------------------------------------------------------------------------------

@@ -14,14 +14,14 @@ import unittest.mock
 import jax
 import numpy as np
 import pytest
-from runs import ROOT
+from runs import ROOT, read_pairs
 
 import spin_jax
 from spin_jax import cli, config, errors
 from spin_jax import tiny as tiny_world
 from spin_jax.models import loading
 from spin_jax.runtime import interrupts, processes, secrets
-from spin_jax.selfplay import fingerprints
+from spin_jax.selfplay import engine, fingerprints
 from spin_jax.storage import checkpoints, files, metrics, seals
 
 
@@ -253,6 +253,24 @@ def test_lost_answers_and_scores_are_made_again(copy, finished, lost, capfd):
     assert path.read_bytes() == content
     key = lambda row: (row["phase"], row["iteration"], row["step"])  # noqa: E731
     assert sorted(rows(copy), key=key) == sorted(rows(finished), key=key)
+
+
+def test_answers_that_are_made_again_are_scored_again(copy, monkeypatch):
+    """On other devices they may be others: here they are read backwards. All log-probs are those of the new answers."""
+    path = next((copy / "iteration_0" / "pairs").glob("*train-00000*"))
+    path.unlink()
+    forget(copy)
+    answer = engine.Engine.answer
+    monkeypatch.setattr(engine.Engine, "answer", lambda *a, **k: [ids[::-1] for ids in answer(*a, **k)])
+    before = read_pairs(copy / "iteration_0" / "scores")
+    for phase in ("sample", "score"):
+        spin_jax.run(tiny(), str(copy), only=phase)
+    found = read_pairs(copy / "iteration_0" / "scores")
+    assert [row["real_logp"] for row in found] == [row["real_logp"] for row in before]
+    assert found != before
+    shutil.rmtree(copy / "iteration_0" / "scores")
+    spin_jax.run(tiny(), str(copy), only="score")
+    assert read_pairs(copy / "iteration_0" / "scores") == found
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path, finished):

@@ -8,9 +8,11 @@ import pytest
 from reward_models import write
 
 from spin_jax import config, tiny
+from spin_jax.evaluate import reward_model
 from spin_jax.evaluate.reward_model import RewardModel
 from spin_jax.runtime import sharding
 from spin_jax.selfplay import variants
+from spin_jax.training.log_probs import score_groups
 
 CONVERSATIONS = [
     [{"role": "user", "content": "1+2+3"}, {"role": "assistant", "content": "6"}],
@@ -49,6 +51,23 @@ def test_the_numbers_are_those_of_transformers(family, pad, tmp_path, mesh):
     np.testing.assert_allclose(model.scores(ids), expected, atol=1e-4)
     model.free()
     np.testing.assert_allclose(model.scores(ids[::-1] * 20), np.tile(expected[::-1], 20), atol=1e-4)  # several rows
+
+
+def test_what_was_scored_before_changes_no_bit(tmp_path, mesh, monkeypatch):
+    """In bfloat16 the length of the rows can show: a process that scored long texts has the rows of a new one."""
+    write(tmp_path / "model", "llama")
+    used, new = (RewardModel(str(tmp_path / "model"), mesh=mesh, dtype="bfloat16") for _ in range(2))
+    short, shapes = [new.tokens(messages) for messages in CONVERSATIONS[:2]] * 4, []
+
+    def recorded(decoder, weights, groups, shape, *arguments, **options):
+        shapes.append(shape)
+        return score_groups(decoder, weights, groups, shape, *arguments, **options)
+
+    monkeypatch.setattr(reward_model, "score_groups", recorded)
+    used.scores([np.full(250, 5, np.int32)])
+    np.testing.assert_array_equal(used.scores(short), new.scores(short))
+    assert [shape.length for shape in shapes] == [256, 128, 128]
+    assert shapes[1] == shapes[2]
 
 
 def test_eight_devices_are_one(tmp_path, mesh, mesh8):

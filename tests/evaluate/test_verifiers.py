@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from spin_jax.evaluate import verifiers
+from spin_jax.runtime import processes
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,13 @@ def test_a_verifier_may_return_any_truth_value():
     examples = [SimpleNamespace(messages=[{"role": "assistant", "content": "x"}])]
     found = verifiers.verdicts(lambda _, answer: re.match("x", answer), examples, ["x", "y"])
     assert found.tolist() == [[True], [False]]
+
+
+def test_the_verdicts_of_process_0_count_in_all(monkeypatch):
+    examples = [SimpleNamespace(messages=[{"role": "assistant", "content": text}]) for text in ("x", "y")]
+    monkeypatch.setattr(processes, "first", lambda: False)
+    monkeypatch.setattr(processes, "exchanged", lambda own: [[True, False], own])
+    assert verifiers.verdicts(lambda *_: 1 / 0, examples, ["x", "y"]).tolist() == [[True, False]]
 
 
 def test_a_verifier_that_does_not_exist():

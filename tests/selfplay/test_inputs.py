@@ -1,6 +1,7 @@
 """Which rows are held out."""
 
 import copy
+import dataclasses
 import json
 import runpy
 
@@ -375,6 +376,37 @@ def test_texts_beyond_the_positions(kind, tiny_config, tmp_path, hf_model_dir):
         prepare(config.resolve(tiny_config), None)
     tiny_config.lengths.max_length = 64
     assert exceeds not in prepare(config.resolve(tiny_config), None).notes
+
+
+def test_the_template_of_a_reward_model_sees_the_date_of_the_run(tiny_config, tmp_path):
+    """And a note says that it reads fewer tokens than the run may make."""
+    reward_models.write(tmp_path / "judge", "llama")
+    (tmp_path / "judge" / "chat_template.jinja").write_text("{{ strftime_now('%d.%m.%Y') }}{{ messages[-1].content }}")
+    tiny_config.data.path = write_rows(tmp_path / "rows.jsonl", tiny.problems()[:30])
+    tiny_config.data.today, tiny_config.selfplay.scorer = "2020-01-02", str(tmp_path / "judge")
+    tiny_config.lengths.max_length = 300
+    found = prepare(config.resolve(tiny_config), None)
+    tokens = found.judge.scorer.tokens([{"role": "user", "content": "q"}, {"role": "assistant", "content": " yes"}])
+    assert tiny.tokenizer().decode(tokens) == "02.01.2020 yes"
+    assert any("lengths.max_length=300, and selfplay.scorer reads 256 tokens" in note for note in found.notes)
+    tiny_config.lengths.max_length = 256
+    assert not any("selfplay.scorer reads" in note for note in prepare(config.resolve(tiny_config), None).notes)
+
+
+def test_a_penalty_and_scores_that_do_not_have_it(tiny_config, tmp_path):
+    """The scores of a run of its own have it already, and are read."""
+    row = {"prompt": "1+2+3", "chosen": "6", "rejected": "7", "score": 0.5}
+    tiny_config.selfplay.update({"scorer": "spin_jax.tiny:wins", "length_penalty": 0.1, "iterations": 1})
+    tiny_config.selfplay.pairs = write_rows(tmp_path / "scored.jsonl", [row])
+    with pytest.raises(ValueError, match=r"scored.jsonl: selfplay.length_penalty=0.1 changes no score that the pairs"):
+        prepare(config.resolve(tiny_config), None)
+    tiny_config.selfplay.pairs = write_rows(tmp_path / "plain.jsonl", [{**row, "score": None}])
+    found = prepare(config.resolve(tiny_config), None)
+    (tmp_path / "pairs").mkdir()
+    scored = [dataclasses.replace(pair, score=0.25) for pair in found.given[0]]
+    (tmp_path / "pairs" / "train-00000-of-00001.parquet").write_bytes(parquet.pairs_to_parquet(scored))
+    tiny_config.selfplay.pairs = str(tmp_path / "pairs")
+    assert [pair.score for pair in prepare(config.resolve(tiny_config), None).given[0]] == [0.25]
 
 
 def write_adapters(directory, model, seed, mesh):

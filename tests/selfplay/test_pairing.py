@@ -150,6 +150,14 @@ def test_what_is_told_of_several_files():
         best_worst.pairs_of(answers([None]), second)
 
 
+@pytest.mark.parametrize(("rows", "kept"), [("right", [0]), ("wrong", [1]), ("all", [0, 1])])
+def test_rows_are_chosen_among_those_to_train_on(rows, kept):
+    """Held-out pairs stay what they are in every run, so that their numbers mean the same."""
+    pairs, chosen = answers([1.0, 0.0]), pairing.Pairing(config(rows=rows), ["score"])
+    assert chosen.pairs_of(pairs, FILE) == ([pairs[n] for n in kept], {})
+    assert chosen.pairs_of(pairs, FILE.with_name("test-00000-of-00001.parquet")) == (pairs, {})
+
+
 def test_spin_needs_no_pairing():
     pairs, own = answers([1, 2]), pairing.Pairing(config(), [])
     assert own.pairs_of(pairs, FILE) == (pairs, {})
@@ -301,6 +309,41 @@ def test_verdicts_are_those_of_the_verifier():
     pairs[1] = dataclasses.replace(pairs[1], generated_messages=human)
     judged = variants.with_scores(pairs, judge)
     assert [(pair.right, pair.score) for pair in judged] == [(False, None), (True, None)]
+
+
+def test_an_answer_that_only_calls_a_tool_has_no_text(monkeypatch):
+    """As rejected answers of preferences do."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    pairs = [dataclasses.replace(p, generated_messages=[*p.generated_messages[:-1], call]) for p in answers()]
+    for keys in ({"scorer": "test_pairing:lengths"}, {"pairing": "right/wrong"}, {"rows": "right"}):
+        (judged,) = variants.with_scores(pairs, variants.find_judge(config(**keys)))
+        assert (judged.score or 0.0, judged.right or False) == (0.0, False)
+    monkeypatch.setattr("test_pairing.neighbours", lambda messages, texts, scores: [(texts.index("human"), 0)])
+    assert rows_of("test_pairing:neighbours", pairs)[0] == [(100, 0)]
+
+
+def tried(given=(), judge=None, **keys):
+    """What `lengths` is asked when a judge is tried, for a run of one iteration."""
+    ASKED.clear()
+    c = config(start=0, iterations=1, **keys)
+    copies = [dataclasses.replace(pair, generated_messages=pair.real_messages) for pair in answers([None, None])]
+    variants.try_judge(c, judge or variants.find_judge(c), copies, dict(given))
+    return ASKED
+
+
+def test_a_scorer_is_tried_before_the_run(monkeypatch):
+    """On as many copies of the human answer as there will be answers; not where nobody will ask it."""
+    assert tried(scorer="test_pairing:lengths") == [["human"] * 2]
+    assert tried(scorer="test_pairing:lengths", pairing="best/human") == [["human"] * 3]
+    assert tried(scorer="test_pairing:lengths", given={0: answers([None])}) == [["human"] * 2]
+    assert tried(scorer="test_pairing:lengths", given={0: answers([1.0])}) == []
+    assert tried(scorer="test_pairing:lengths", given={1: answers([1.0])}) == [["human"] * 2]
+    assert tried() == []
+    monkeypatch.setattr("test_pairing.lengths", lambda messages, texts: [float("nan")] * len(texts))
+    with pytest.raises(ConfigError, match="copies of a human answer as the answers: prompt_id 7: the scorer gave"):
+        tried(scorer="test_pairing:lengths")
+    with pytest.raises(ConfigError, match="prompt_id 7: the verifier or scorer failed: ZeroDivisionError"):
+        tried(judge=variants.Judge(None, of_human=False, verifier=lambda reference, answer: 1 / 0))
 
 
 def test_a_scorer_that_forgets_the_human_answer(monkeypatch):
