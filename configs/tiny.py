@@ -3,7 +3,7 @@
     python -m spin_jax.main --config=configs/tiny.py --workdir=/tmp/spin_tiny
 
 It downloads no model and no data, and takes a few minutes on two CPU cores. `configs/tiny.py:smoke` is the
-same run in miniature, for tests. Expected: at seed 0 the greedy accuracy rises from 0.960 to 0.976.
+same run in miniature, for tests. Expected: at seed 0 the greedy accuracy rises from 0.960 to 0.978.
 """
 
 from typing import Any

@@ -33,7 +33,7 @@ ONE_ROOM = {"config_values": "config"}  # two files that are one room
 CONFIG_DICT = ("config.py", "config_values.py", "cli.py", "benchmark.py")
 
 MOST_LINES_OF_A_FILE = 450
-MOST_LINES = 20_500  # of all files without kernels
+MOST_LINES = 20_550  # of all files without kernels
 MOST_FILES = 15
 
 

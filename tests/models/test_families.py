@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from answers import answers_of
 from architectures import LLAMA3
+from packaging.version import Version
 from torch_reference import torch_greedy, torch_logits
 
 from spin_jax.kernels.layout import Layout
@@ -194,6 +195,8 @@ if "full_attention" not in (transformers.Olmo3Config().rope_parameters or {}):
 def case(request, hf_model_dir):
     """(the model's name, its directory, transformers' model)."""
     family, options = CASES[request.param]
+    if request.param == "Phi-4-mini" and Version(transformers.__version__) < Version("5.5"):
+        pytest.skip("earlier versions of transformers have too many frequencies where longrope turns a part of a head")
     directory, reference = hf_model_dir(family, **options)
     return request.param, directory, reference
 
