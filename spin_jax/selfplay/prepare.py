@@ -335,6 +335,8 @@ def _added_notes(prepared: Prepared) -> list[str]:
 def _check_start_answers(prepared: Prepared) -> None:
     """Raises ValueError where a loss reads the start's answer, and the start does not answer every prompt."""
     c, given = prepared.config, prepared.given
+    if c.official:
+        raise ValueError("official cuts a prompt by its answer, so the role start has no answer to the same prompt")
     if len(prepared.datasets) > 1:
         raise ValueError("loss.answers has the role start, which needs one dataset, and data.path names several")
     if c.selfplay.start and 0 not in given:

@@ -339,6 +339,13 @@ def test_given_pairs_of_a_split(tiny_config, tmp_path):
     assert len(prepare(config.resolve(tiny_config), None).given[0]) == 28
 
 
+def test_an_official_run_has_no_answers_of_the_start(tiny_config, tmp_path):
+    tiny_config.official, tiny_config.loss.name = True, "tspin"
+    tiny_config.data.path = write_rows(tmp_path / "train.jsonl", tiny.problems()[:40])
+    with pytest.raises(ValueError, match="official cuts a prompt by its answer, so the role start"):
+        prepare(config.resolve(tiny_config), None)
+
+
 @pytest.mark.parametrize("number", ["margin", "accuracy", "loss"])
 def test_the_best_by_held_out_pairs_that_are_not_given(number, tiny_config, tmp_path):
     """Refused until one of the given pairs has a held-out prompt; nll needs only held-out rows."""
