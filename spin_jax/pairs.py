@@ -15,8 +15,8 @@
 datasets.load_dataset opens a folder of pairs. --config.selfplay.pairs takes a file, or a folder
 and of it the split selfplay.pairs_split.
 
-Examples. The last four answer the prompts of iteration 0 with vLLM, which has an environment of its own. The first of
-them writes config.json, which --prompts reads, and trains the start if the config asks for that:
+Examples. The last four answer the prompts of iteration 0 with vLLM, which has an environment of its own.
+The first of these writes config.json, which --prompts reads, and trains the start if the config says so:
 
   python -m spin_jax.pairs --workdir=DIR --iteration=0 --output=PAIRS
   python -m spin_jax.main --config=FILE --workdir=DIR --config.selfplay.iterations=0
