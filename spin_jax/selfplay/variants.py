@@ -139,6 +139,8 @@ def with_scores(pairs: Sequence[Pair], judge: Judge) -> list[Pair]:
     Raises:
         JudgeFailed: the judge raised an error or gave no number; the message names the prompt.
     """
+    if not judge.fields:
+        return list(pairs)
     lacking = _lacking(pairs, judge)
     asked = [pair for pair in pairs if lacking.get(pair.prompt_id)]
     if isinstance(judge.scorer, RewardModel):
