@@ -47,7 +47,7 @@ class Executed:
             "PYTHONPATH": str(ROOT),
         }
         resources = {"metadata": {"path": str(folder)}}
-        client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources)
+        client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources)
         client.execute(env=environment)
         outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
         self.text = "".join(out.text for out in outputs if out.output_type == "stream")
