@@ -341,6 +341,8 @@ def _check_start_answers(prepared: Prepared) -> None:
         raise ValueError("loss.answers has the role start, which needs one dataset, and data.path names several")
     if c.selfplay.start and 0 not in given:
         raise ValueError("loss.answers has the role start, which after selfplay.start selfplay.pairs=0=PATH gives")
+    if not given:  # it answers all prompts itself, and there may be millions
+        return
     origin = min([c.selfplay.start, *given])
     answered = set(map(_answer_key, given.get(origin, ()))) or {
         (key, sample_id)

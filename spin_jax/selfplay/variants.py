@@ -121,6 +121,8 @@ def judged_files(shards: Sequence[list], done: Sequence[bool], judge: Judge) -> 
     A scorer may compare the answers to a prompt, and files part them: all are judged with the first file that has one.
     A run that continues asks about the same portions, so that a reward model gives the same numbers to the bit.
     """
+    if all(done):  # as in each start of a run that continues
+        return
     first: dict[int, int] = {}
     portions: dict[int, list[Pair]] = {}
     for number, pair in ((number, pair) for number, pairs in enumerate(shards) for pair in pairs):
